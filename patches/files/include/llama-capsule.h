@@ -1,0 +1,84 @@
+#pragma once
+
+// KV capsules: the KV cache of vision tokens, stored compressed
+// ref: https://arxiv.org/abs/2605.16439
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    // a capsule file, loaded and bound to a model
+    struct llama_capsule;
+
+    struct llama_capsule_context_params {
+        size_t size; // sizeof(struct llama_capsule_context_params)
+
+        const struct llama_capsule * capsule; // must outlive the context
+
+        uint32_t n_hot;         // cells of the hot (normal) KV cache, 0 = default
+        float    ratio;         // economy preset with the nearest ratio, 0 = default of the file
+        bool     auto_compress; // compress an image as soon as something else follows it in its sequence
+        bool     guard;         // blocks that the economy tier would distort go to the faithful tier
+    };
+
+    struct llama_capsule_stats {
+        size_t size; // sizeof(struct llama_capsule_stats)
+
+        uint32_t block_size;
+        uint32_t n_hot;            // hot cells
+        uint32_t n_hot_used;
+        uint32_t n_hot_vision;     // hot cells that hold vision tokens
+        uint32_t n_cold;           // vision tokens in slots
+        uint32_t n_slots[2];       // slots in use: economy, faithful
+
+        uint64_t bytes_slot[2];    // one slot, all layers: economy, faithful
+        uint64_t bytes_slots;      // slots in use
+        uint64_t bytes_pools;      // slots allocated
+        uint64_t bytes_scratch;
+        uint64_t bytes_hot;        // the hot cache, allocated
+        uint64_t bytes_f16_token;  // K and V of one token in f16, all layers
+    };
+
+    // NULL on error: the file is damaged or made for another model, see llama_capsule_last_error()
+    LLAMA_API struct llama_capsule * llama_capsule_load_from_file(const struct llama_model * model, const char * path);
+
+    LLAMA_API void llama_capsule_free(struct llama_capsule * capsule);
+
+    LLAMA_API struct llama_capsule_context_params llama_capsule_context_default_params(void);
+
+    // applies to the next llama_init_from_model() of the calling thread, and is then forgotten
+    // if the capsule can not be attached, the context creation fails (see llama_capsule_last_error())
+    LLAMA_API void llama_capsule_set_next_context(struct llama_capsule_context_params params);
+
+    LLAMA_API bool llama_capsule_is_attached(const struct llama_context * ctx);
+
+    // moves whole blocks of the vision tokens of a sequence in [p0, p1) into slots
+    // returns the number of tokens moved, < 0 on error
+    LLAMA_API int32_t llama_capsule_compress(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // 0 on success
+    LLAMA_API int32_t llama_capsule_get_stats(const struct llama_context * ctx, struct llama_capsule_stats * stats);
+
+    // reads the hot cells of a sequence in [p0, p1), ordered by position (M-RoPE: position, y, x), works without a capsule
+    //   k [n][n_head_kv][d_k] without RoPE, v [n][n_head_kv][d_v]; either may be NULL; returns n, < 0 on error (n > n_max)
+    LLAMA_API int32_t llama_capsule_read_kv(
+            struct llama_context * ctx,
+                    llama_seq_id   seq_id,
+                       llama_pos   p0,
+                       llama_pos   p1,
+                         int32_t   il,
+                         float   * k,
+                         float   * v,
+                        uint32_t   n_max);
+
+    // 64 hex digits and a terminating 0, the same for every quantization of a model; 0 on success
+    LLAMA_API int32_t llama_capsule_fingerprint(const struct llama_model * model, char * buf, size_t buf_size);
+
+    // the reason of the last failure in the calling thread, one line; "" if there was none
+    LLAMA_API const char * llama_capsule_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
