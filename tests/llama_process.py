@@ -1,0 +1,402 @@
+"""The inside of llama_runner.py's subprocess: executes cases over the low-level bindings of llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from typing import Any
+
+import llama_cpp.llama_cpp as L
+import numpy as np
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+LIB = L._lib
+FLOAT_P = ctypes.POINTER(ctypes.c_float)
+
+
+class ContextParams(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("ratio", ctypes.c_float),
+                ("auto_compress", ctypes.c_bool), ("guard", ctypes.c_bool)]
+
+
+class Stats(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("block_size", ctypes.c_uint32), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32),
+                ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32), ("n_slots", ctypes.c_uint32 * 2),
+                ("bytes_slot", ctypes.c_uint64 * 2), ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
+                ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64)]
+
+    def as_dict(self) -> dict[str, Any]:
+        out = {}
+        for name, _ in self._fields_[1:]:
+            value = getattr(self, name)
+            out[name] = list(value) if isinstance(value, ctypes.Array) else value
+        return out
+
+
+def declare_capsule_api() -> bool:
+    if not hasattr(LIB, "llama_capsule_last_error"):
+        return False
+    p, s, i, u = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_uint32
+    for name, result, args in [
+        ("load_from_file", p, [p, s]), ("free", None, [p]), ("context_default_params", ContextParams, []),
+        ("set_next_context", None, [ContextParams]), ("is_attached", ctypes.c_bool, [p]), ("compress", i, [p, i, i, i]),
+        ("get_stats", i, [p, ctypes.POINTER(Stats)]), ("read_kv", i, [p, i, i, i, i, FLOAT_P, FLOAT_P, u]),
+        ("fingerprint", i, [p, s, ctypes.c_size_t]), ("last_error", s, []),
+    ]:
+        f = getattr(LIB, "llama_capsule_" + name)
+        f.restype, f.argtypes = result, args
+    return True
+
+
+def last_error() -> str:
+    return LIB.llama_capsule_last_error().decode(errors="replace")
+
+
+class Failed(Exception):
+    """A step that had to succeed did not."""
+
+
+class Log:
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.callback = L.llama_log_callback(self._add)
+        L.llama_log_set(self.callback, ctypes.c_void_p(0))
+
+    def _add(self, level: int, message: bytes, user_data: Any) -> None:
+        if level != 1:  # not debug
+            self.parts.append(message.decode(errors="replace"))
+
+    def take(self) -> list[str]:
+        lines = "".join(self.parts).splitlines()
+        self.parts.clear()
+        return lines
+
+
+class Tensors:
+    """Graph tensors whose name matches, in the order they were computed."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = re.compile(pattern)
+        self.found: list[tuple[str, str, np.ndarray]] = []
+        base = ctypes.CDLL(os.path.join(os.environ["LLAMA_CPP_LIB_PATH"], LIB._name.rsplit("/", 1)[-1].replace("llama", "ggml-base")))
+        for name, result, args in [
+            ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]), ("ggml_op_desc", ctypes.c_char_p, [ctypes.c_void_p]),
+            ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),
+            ("ggml_backend_tensor_get", None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+        ]:
+            f = getattr(base, name)
+            f.restype, f.argtypes = result, args
+        self.base = base
+        self.callback = L.ggml_backend_sched_eval_callback(self._eval)
+
+    def _eval(self, tensor: int, ask: bool, user_data: Any) -> bool:
+        name = self.base.ggml_get_name(tensor).decode()
+        if ask:
+            return bool(self.pattern.fullmatch(name))
+        if self.pattern.fullmatch(name):
+            data = np.empty(self.base.ggml_nbytes(tensor) // 4, np.float32)
+            self.base.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
+            self.found.append((name, self.base.ggml_op_desc(tensor).decode(), data))
+        return True
+
+
+class Process:
+    """Keeps the models and capsules it has loaded."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+        L.llama_backend_init()
+        self.patched = declare_capsule_api()
+        self.models: dict[str, Any] = {}
+        self.capsules: dict[tuple[str, str], int] = {}
+
+    def model(self, path: str) -> Any:
+        if path not in self.models:
+            params = L.llama_model_default_params()
+            params.n_gpu_layers = 0
+            self.models[path] = L.llama_model_load_from_file(path.encode(), params)
+            if not self.models[path]:
+                raise Failed(f"{path} does not load: {self.log.take()[-4:]}")
+            self.log.take()
+        return self.models[path]
+
+    def capsule(self, model_path: str, path: str) -> int:
+        key = (model_path, path)
+        if key not in self.capsules:
+            capsule = LIB.llama_capsule_load_from_file(self.model(model_path), path.encode())
+            if not capsule:
+                raise Failed(f"{path}: {last_error()}")
+            self.capsules[key] = capsule
+        return self.capsules[key]
+
+    def run(self, case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        meta: dict[str, Any] = {"error": "", "log": [], "steps": [], "n_reused": 0}
+        arrays: dict[str, np.ndarray] = {}
+        self.log.take()
+        context = None
+        try:
+            context = Context(self, case)
+            meta["log"] = self.log.take()
+            for i, step in enumerate(case["steps"]):
+                values, found, error = {}, {}, None
+                try:
+                    rc = getattr(context, "do_" + step["op"])(values, found, **{k: v for k, v in step.items() if k != "op"})
+                except Failed as e:
+                    rc, error = -99, e
+                meta["steps"].append({"rc": rc or 0, "values": values, "log": self.log.take()})
+                arrays |= {f"{i}/{k}": a for k, a in found.items()}
+                if error is not None:
+                    raise Failed(f"step {i} ({step['op']}): {error}; log: {' | '.join(meta['steps'][-1]['log'][-4:])}")
+        except Failed as e:
+            meta["error"] = str(e)
+            meta["log"] += self.log.take()
+        finally:
+            if context is not None:
+                meta["n_reused"] = L.llama_perf_context(context.ctx).n_reused
+                context.close()
+        return meta, arrays
+
+
+class Context:
+    def __init__(self, process: Process, case: dict[str, Any]) -> None:
+        self.process = process
+        self.path = case["model"]
+        self.model = process.model(self.path)
+        self.n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(self.model))
+        self.n_embd = L.llama_model_n_embd(self.model)
+        self.mrope = L.llama_model_rope_type(self.model) in (8, 40)
+        self.n_batch = case["n_batch"]
+        self.next: dict[int, int] = {}
+        self.states: dict[str, bytes] = {}
+        p = L.llama_context_default_params()
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "kv_unified"):
+            setattr(p, name, case[name])
+        p.type_k, p.type_v = TYPES[case["type_k"]], TYPES[case["type_v"]]
+        p.flash_attn_type = 1 if case["flash_attn"] else 0
+        p.n_threads = p.n_threads_batch = 1
+        p.no_perf = False
+        self.tensors = Tensors(case["dump"]) if case["dump"] else None
+        if self.tensors:
+            p.cb_eval = self.tensors.callback
+        if case["capsule"]:
+            if not process.patched:
+                raise Failed("the stock library has no capsules")
+            c = LIB.llama_capsule_context_default_params()
+            assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
+            c.capsule = process.capsule(self.path, case["capsule"])
+            for name in ("n_hot", "ratio", "auto_compress", "guard"):
+                setattr(c, name, case[name])
+            LIB.llama_capsule_set_next_context(c)
+        env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
+        before = {k: os.environ.get(k) for k in env}
+        os.environ.update(env)
+        self.ctx = L.llama_init_from_model(self.model, p)
+        for k, v in before.items():
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
+        if not self.ctx:
+            raise Failed("context creation failed" + (f": {last_error()}" if process.patched else ""))
+        self.mem = L.llama_get_memory(self.ctx)
+
+    def close(self) -> None:
+        L.llama_free(self.ctx)
+
+    # --- decoding ---
+
+    def decode(self, n: int, pos: np.ndarray, seq: list[int], token: np.ndarray | None = None, embd: np.ndarray | None = None) -> int:
+        pos = np.ascontiguousarray(pos, np.int32)
+        ids = np.array(seq, np.int32)
+        row = ctypes.POINTER(ctypes.c_int32)
+        seq_rows = (row * n)(*[ctypes.cast(ids.ctypes.data + 4 * i, row) for i in range(n)])
+        n_seq = np.ones(n, np.int32)
+        out = np.full(n, 0 if token is None else 1, np.int8)
+        batch = L.llama_batch()
+        batch.n_tokens = n
+        if token is not None:
+            token = np.ascontiguousarray(token, np.int32)
+            batch.token = token.ctypes.data_as(row)
+        if embd is not None:
+            embd = np.ascontiguousarray(embd, np.float32)
+            batch.embd = embd.ctypes.data_as(FLOAT_P)
+        batch.pos = pos.ctypes.data_as(row)
+        batch.n_seq_id = n_seq.ctypes.data_as(row)
+        batch.seq_id = seq_rows
+        batch.logits = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        return L.llama_decode(self.ctx, batch)
+
+    def logits(self, n: int) -> np.ndarray:
+        return np.array(np.ctypeslib.as_array(ctypes.cast(L.llama_get_logits(self.ctx), FLOAT_P), (n, self.n_vocab)))
+
+    def check(self, rc: int, may_fail: bool, values: dict[str, Any], found: dict[str, np.ndarray]) -> int:
+        if self.tensors:
+            values["tensors"] = [(name, op) for name, op, _ in self.tensors.found]
+            found |= {f"tensor{i}": data for i, (_, _, data) in enumerate(self.tensors.found)}
+            self.tensors.found = []
+        if rc and not may_fail:
+            raise Failed(f"llama_decode returned {rc}")
+        return rc
+
+    def do_text(self, values, found, tokens, seq, one_by_one, may_fail):
+        rows, rc = [], 0
+        size = 1 if one_by_one else self.n_batch
+        for i in range(0, len(tokens), size):
+            part = tokens[i:i + size]
+            start = self.next.get(seq, 0)
+            rc = self.decode(len(part), start + np.arange(len(part)), [seq] * len(part), token=np.array(part))
+            if rc:
+                break
+            rows.append(self.logits(len(part)))
+            self.next[seq] = start + len(part)
+        if rows:
+            found["logits"] = np.concatenate(rows)
+        return self.check(rc, may_fail, values, found)
+
+    def do_together(self, values, found, tokens):
+        seqs = [int(s) for s in tokens]
+        rc = self.decode(len(seqs), np.array([self.next[s] for s in seqs]), seqs, token=np.array(list(tokens.values())))
+        if rc == 0:
+            found["logits"] = self.logits(len(seqs))
+            for s in seqs:
+                self.next[s] += 1
+        return self.check(rc, False, values, found)
+
+    def do_image(self, values, found, h, w, seq, may_fail, seed=0, scale=1.0, file=""):
+        n, start, rc = h * w, self.next.get(seq, 0), 0
+        if file:
+            embd = np.load(file, allow_pickle=False)
+            assert embd.shape == (n, self.n_embd), f"{file}: {embd.shape}"
+        else:
+            embd = scale * np.random.default_rng(seed).standard_normal((n, self.n_embd))
+        if self.mrope:
+            y, x = np.divmod(np.arange(n), w)
+            pos = np.stack([np.full(n, start), start + y, start + x, np.zeros(n, int)])
+        else:
+            pos = (start + np.arange(n))[None]
+        for i in range(0, n, self.n_batch):
+            part = slice(i, min(i + self.n_batch, n))
+            rc = self.decode(part.stop - part.start, pos[:, part], [seq] * (part.stop - part.start), embd=embd[part])
+            if rc:
+                break
+        if rc == 0:
+            self.next[seq] = start + (max(h, w) if self.mrope else n)
+        return self.check(rc, may_fail, values, found)
+
+    # --- sequences ---
+
+    def do_seq_rm(self, values, found, seq, p0, p1):
+        if not L.llama_memory_seq_rm(self.mem, seq, p0, p1):
+            raise Failed("llama_memory_seq_rm refused")
+        for s in list(self.next) if seq < 0 else [seq]:
+            if p1 < 0 or p1 >= self.next.get(s, 0):
+                self.next[s] = min(self.next.get(s, 0), max(p0, 0))
+
+    def do_seq_cp(self, values, found, src, dst, p0, p1):
+        L.llama_memory_seq_cp(self.mem, src, dst, p0, p1)
+        self.next[dst] = self.next.get(src, 0) if p1 < 0 else p1
+
+    def do_seq_keep(self, values, found, seq):
+        L.llama_memory_seq_keep(self.mem, seq)
+        self.next = {seq: self.next.get(seq, 0)}
+
+    def do_seq_add(self, values, found, seq, p0, p1, delta):
+        L.llama_memory_seq_add(self.mem, seq, p0, p1, delta)
+        if p1 < 0 or p1 >= self.next.get(seq, 0):
+            self.next[seq] = self.next.get(seq, 0) + delta
+
+    def do_clear(self, values, found):
+        L.llama_memory_clear(self.mem, True)
+        self.next = {}
+
+    def do_set_pos(self, values, found, seq, pos):
+        self.next[seq] = pos
+
+    def do_positions(self, values, found, seq):
+        values["positions"] = [L.llama_memory_seq_pos_min(self.mem, seq), L.llama_memory_seq_pos_max(self.mem, seq)]
+
+    def do_state_save(self, values, found, slot, seq):
+        n = L.llama_state_get_size(self.ctx) if seq < 0 else L.llama_state_seq_get_size(self.ctx, seq)
+        buf = (ctypes.c_uint8 * n)()
+        written = L.llama_state_get_data(self.ctx, buf, n) if seq < 0 else L.llama_state_seq_get_data(self.ctx, buf, n, seq)
+        if written == 0:
+            raise Failed("the state was not saved")
+        self.states[slot] = (bytes(buf[:written]), self.next.copy() if seq < 0 else self.next[seq])
+        values["state_size"] = written
+
+    def do_state_load(self, values, found, slot, seq):
+        data, pos = self.states[slot]
+        buf = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        read = L.llama_state_set_data(self.ctx, buf, len(data)) if seq < 0 else L.llama_state_seq_set_data(self.ctx, buf, len(data), seq)
+        if read == 0:
+            raise Failed("the state was not loaded")
+        if seq < 0:
+            self.next = dict(pos)
+        else:
+            self.next[seq] = pos
+
+    # --- capsules ---
+
+    def do_compress(self, values, found, seq, p0, p1):
+        n = LIB.llama_capsule_compress(self.ctx, seq, p0, p1)
+        if n < 0:
+            raise Failed(f"llama_capsule_compress returned {n}: {last_error()}")
+        values["moved"] = n
+
+    def do_stats(self, values, found):
+        if not self.process.patched:
+            return 0
+        values["attached"] = LIB.llama_capsule_is_attached(self.ctx)
+        s = Stats(size=ctypes.sizeof(Stats))
+        rc = LIB.llama_capsule_get_stats(self.ctx, ctypes.byref(s))
+        values["stats"] = s.as_dict() if rc == 0 else None
+        return rc
+
+    def do_read_kv(self, values, found, il, seq, p0, p1, n_max):
+        heads = L.llama_model_n_head_kv(self.model)
+        d = int(meta_str(self.model, ".attention.key_length"))
+        k, v = np.full((n_max, heads, d), np.nan, np.float32), np.full((n_max, heads, d), np.nan, np.float32)
+        n = LIB.llama_capsule_read_kv(self.ctx, seq, p0, p1, il, k.ctypes.data_as(FLOAT_P), v.ctypes.data_as(FLOAT_P), n_max)
+        if n < 0:
+            values["last_error"] = last_error()
+            return n
+        found["k"], found["v"] = k[:n], v[:n]
+        values["n"] = n
+
+    def do_load_capsule(self, values, found, path):
+        capsule = LIB.llama_capsule_load_from_file(self.model, path.encode())
+        values["loaded"] = bool(capsule)
+        values["last_error"] = last_error()
+        if capsule:
+            LIB.llama_capsule_free(capsule)
+
+    def do_fingerprint(self, values, found):
+        buf = ctypes.create_string_buffer(65)
+        rc = LIB.llama_capsule_fingerprint(self.model, buf, len(buf))
+        values["fingerprint"] = buf.value.decode()
+        return rc
+
+    def do_rss(self, values, found):
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except AttributeError:
+            pass
+        values["rss"] = rss_anon()
+
+
+def rss_anon() -> int:
+    """Bytes of anonymous memory in use by this process: not the mapped model."""
+    with open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    raise Failed("no RssAnon")
+
+
+def meta_str(model: Any, suffix: str) -> str:
+    arch = ctypes.create_string_buffer(64)
+    L.llama_model_meta_val_str(model, b"general.architecture", arch, len(arch))
+    value = ctypes.create_string_buffer(64)
+    L.llama_model_meta_val_str(model, arch.value + suffix.encode(), value, len(value))
+    return value.value.decode()
