@@ -1,0 +1,158 @@
+"""Thin wrappers of the capsule API. `model` and `ctx` are the pointers of llama_cpp's low-level API."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from .library import load
+from .structs import CapsuleContextParams, CapsuleStatsStruct
+
+
+class CapsuleError(RuntimeError):
+    """A capsule call failed; the text is the library's one-line reason."""
+
+
+@dataclass(frozen=True)
+class CapsuleStats:
+    """What llama_capsule_get_stats() counts. Pairs are (economy, faithful); sizes in bytes, all layers."""
+
+    block_size: int
+    n_hot: int
+    n_hot_used: int
+    n_hot_vision: int
+    n_cold: int
+    n_slots: tuple[int, int]
+    bytes_slot: tuple[int, int]
+    bytes_slots: int
+    bytes_pools: int
+    bytes_scratch: int
+    bytes_hot: int
+    bytes_f16_token: int
+
+    @property
+    def vision_tokens(self) -> int:
+        return self.n_cold + self.n_hot_vision
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the vision tokens: slots in use, and the hot cells that still hold some."""
+        hot = self.n_hot_vision * self.bytes_hot // self.n_hot if self.n_hot else 0
+        return self.bytes_slots + hot
+
+    @property
+    def kv_bytes_f16(self) -> int:
+        """Of the same vision tokens in an f16 cache."""
+        return self.vision_tokens * self.bytes_f16_token
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self.bytes_hot + self.bytes_pools + self.bytes_scratch
+
+
+class Capsule:
+    """A capsule file bound to a model. Close it after the contexts that use it."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle: int | None = handle
+
+    @classmethod
+    def load(cls, model: int, path: str | os.PathLike) -> Capsule:
+        """Raises CapsuleError if the file is damaged or made for another model."""
+        handle = _lib().llama_capsule_load_from_file(model, os.fsencode(path))
+        if not handle:
+            raise CapsuleError(last_error() or f"{os.fspath(path)}: cannot be loaded as a capsule")
+        return cls(handle)
+
+    def close(self) -> None:
+        if self.handle:
+            _lib().llama_capsule_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Capsule:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def next_context(capsule: Capsule | None, *, n_hot: int = 0, ratio: float = 0.0, auto_compress: bool = True, guard: bool = True) -> None:
+    """Attaches `capsule` to the context that this thread creates next.
+
+    n_hot: cells of the hot cache, 0 = default; ratio: economy preset, 0 = default of the file; guard: distorted blocks go to the faithful tier."""
+    lib = _lib()
+    params = lib.llama_capsule_context_default_params()
+    params.size = c.sizeof(CapsuleContextParams)
+    params.capsule = capsule.handle if capsule else None
+    params.n_hot = n_hot
+    params.ratio = ratio
+    params.auto_compress = auto_compress
+    params.guard = guard
+    lib.llama_capsule_set_next_context(params)
+
+
+def is_attached(ctx: int) -> bool:
+    native = load()
+    return native.has_capsule and bool(native.llama._lib.llama_capsule_is_attached(ctx))
+
+
+def compress(ctx: int, seq: int, p0: int, p1: int) -> int:
+    """Moves whole blocks of the vision tokens of `seq` at positions [p0, p1) into slots; returns how many tokens. Raises CapsuleError."""
+    return _check(_lib().llama_capsule_compress(ctx, seq, p0, p1), "compression failed")
+
+
+def stats(ctx: int) -> CapsuleStats:
+    """Raises CapsuleError if no capsule is attached."""
+    raw = CapsuleStatsStruct(size=c.sizeof(CapsuleStatsStruct))
+    _check(-abs(_lib().llama_capsule_get_stats(ctx, c.byref(raw))), "no capsule is attached")
+    values = {name: getattr(raw, name) for name, _ in CapsuleStatsStruct._fields_ if name != "size"}
+    values["n_slots"] = tuple(values["n_slots"])
+    values["bytes_slot"] = tuple(values["bytes_slot"])
+    return CapsuleStats(**values)
+
+
+def read_kv(ctx: int, layer: int, shape: tuple[int, int, int], *, seq: int = 0, p0: int = 0, p1: int = -1, n_max: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Keys without RoPE and values of the hot cells of `seq` at positions [p0, p1), p1 < 0 = to the end, ordered by position.
+
+    shape: (n_head_kv, d_k, d_v) of the layer, see layer_shapes(); n_max: room for so many cells, default the size of the context.
+    Returns k [n, n_head_kv, d_k] and v [n, n_head_kv, d_v], float32. Raises CapsuleError."""
+    lib = _lib()
+    heads, d_k, d_v = shape
+    n_max = load().llama.llama_n_ctx(ctx) if n_max is None else n_max
+    k = np.empty((n_max, heads, d_k), np.float32)
+    v = np.empty((n_max, heads, d_v), np.float32)
+    floats = c.POINTER(c.c_float)
+    p1 = np.iinfo(np.int32).max if p1 < 0 else p1
+    n = _check(
+        lib.llama_capsule_read_kv(ctx, seq, p0, p1, layer, k.ctypes.data_as(floats), v.ctypes.data_as(floats), n_max),
+        f"reading the cache of layer {layer} failed",
+    )
+    return k[:n].copy(), v[:n].copy()
+
+
+def fingerprint(model: int) -> str:
+    """64 hex digits, the same for every quantization of a model. Raises CapsuleError."""
+    buffer = c.create_string_buffer(65)
+    _check(-abs(_lib().llama_capsule_fingerprint(model, buffer, len(buffer))), "the model has no fingerprint")
+    return buffer.value.decode("ascii")
+
+
+def last_error() -> str:
+    """The library's reason for the last failure in this thread, one line."""
+    text = _lib().llama_capsule_last_error() or b""
+    return " ".join(text.decode("utf-8", "replace").split())
+
+
+def _check(value: int, what: str) -> int:
+    if value < 0:
+        raise CapsuleError(last_error() or what)
+    return value
+
+
+def _lib() -> c.CDLL:
+    native = load()
+    native.require_capsule()
+    return native.llama._lib
