@@ -1,0 +1,133 @@
+"""The hot cache is small, the context large: images fit because earlier ones were compressed, and memory stays flat."""
+
+from __future__ import annotations
+
+import pytest
+from llama_runner import Case, clear, compress, image, nmse, rss, seq_rm, stats, text
+
+HOT, N = 256, 16
+GRID = (10, 16)  # 160 tokens: one image fits in the hot cells, two do not
+TOKENS = GRID[0] * GRID[1]
+LIMIT = {False: 1e-9, True: 1e-5}
+ARCHS = ("llama", "qwen2vl")
+BOTH = [(arch, fa) for arch in ARCHS for fa in (False, True)]
+
+
+def hot(models, capsules, arch: str, name: str, steps: list, file: dict | None = None, **options) -> Case:
+    model = models(arch=arch)
+    capsule = capsules(model, block_size=N, **(file or {}))
+    return Case(name, model, steps, **({"n_ctx": 4096, "n_hot": HOT, "auto_compress": True, "capsule": capsule} | options))
+
+
+def plain(case: Case) -> Case:
+    """The same for the stock library, with all cells it needs."""
+    steps = [s if s["op"] not in ("stats", "compress", "rss") else rss() for s in case.steps]
+    return Case(case.name, case.model, steps, n_ctx=case.n_ctx, flash_attn=case.flash_attn, n_batch=case.n_batch, n_ubatch=case.n_ubatch)
+
+
+# --- images fit because others were compressed ---
+
+ALBUM = [text(8), *[s for i in range(8) for s in (image(GRID, seed=i), text(6, seed=i))], stats()]
+BURST = [text(8), *[image(GRID, seed=i) for i in range(6)], text(6), stats()]  # no text between the images
+SMALL_BATCHES = {"n_batch": 64, "n_ubatch": 32}
+
+
+@pytest.fixture(scope="module")
+def albums(models, capsules, stock, patched):
+    cases = []
+    for arch, fa in BOTH:
+        cases += [
+            hot(models, capsules, arch, f"album-{arch}-{fa}", ALBUM, flash_attn=fa),
+            hot(models, capsules, arch, f"batches-{arch}-{fa}", ALBUM, flash_attn=fa, **SMALL_BATCHES),
+            hot(models, capsules, arch, f"burst-{arch}-{fa}", BURST, {"image_tokens": TOKENS}, flash_attn=fa),
+        ]
+    return stock([plain(c) for c in cases]), patched(cases)
+
+
+@pytest.mark.parametrize(("arch", "fa"), BOTH)
+@pytest.mark.parametrize("script", ["album", "batches", "burst"])
+def test_many_images_in_a_small_hot_cache(albums, script, arch, fa):
+    truth, ours = (r[f"{script}-{arch}-{fa}"] for r in albums)
+    assert nmse(ours.logits(), truth.logits()) <= LIMIT[fa]
+    seen = ours.values("stats")[-1]
+    images = sum(s["op"] == "image" for s in (BURST if script == "burst" else ALBUM))
+    assert (seen["n_hot"], seen["n_cold"], seen["n_hot_vision"]) == (HOT, images * TOKENS, 0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_without_compression_they_do_not_fit(models, capsules, patched, arch):
+    case = hot(models, capsules, arch, "a", [text(8), image(GRID, seed=1), text(6), image(GRID, seed=2, may_fail=True), compress(),
+                                             image(GRID, seed=2, may_fail=True)], auto_compress=False)
+    result = patched([case])["a"]
+    assert not result.error
+    assert [s.rc for s in result.steps if "moved" not in s.values] == [0, 0, 0, 1, 0]
+
+
+# --- nothing left to compress ---
+
+
+def said(log: list[str]) -> list[str]:
+    return [line for line in log if "hot" in line]
+
+
+@pytest.mark.parametrize(("arch", "fa"), BOTH)
+def test_full_of_text(models, capsules, stock, patched, arch, fa):
+    """decode returns 1, one line says what fills the hot cells, and the conversation goes on once there is room."""
+    script = [text(200), text(70, seed=1, may_fail=True), text(9, seed=2), seq_rm(0, 0, 150), text(100, seed=3), clear(), text(5, seed=4)]
+    result = patched([hot(models, capsules, arch, "a", script, flash_attn=fa)])["a"]
+    assert not result.error
+    assert [s.rc for s in result.steps] == [0, 1, 0, 0, 0, 0, 0]
+    (line,) = said(result.steps[1].log)
+    assert "text" in line and "200" in line and str(HOT) in line
+    truth = stock([Case("a", models(arch=arch), [s for i, s in enumerate(script) if i != 1], flash_attn=fa)])["a"]
+    assert nmse(result.logits(0, 2, 4, 6), truth.logits()) <= LIMIT[fa]
+
+
+def test_full_of_an_image(models, capsules, patched):
+    """An image in the making is not compressed; the line tells vision tokens from text."""
+    script = [text(50), image((10, 20), seed=1), image((10, 20), seed=2, may_fail=True)]
+    result = patched([hot(models, capsules, "llama", "a", script, {"image_tokens": 400})])["a"]
+    assert [s.rc for s in result.steps] == [0, 0, 1]
+    (line,) = said(result.steps[2].log)
+    assert "50" in line and "200" in line and str(HOT) in line and "vision" in line
+
+
+def test_an_image_larger_than_hot(models, capsules, patched):
+    result = patched([hot(models, capsules, "qwen2vl", "a", [text(5), image((20, 20), may_fail=True), text(5)])])["a"]
+    assert [s.rc for s in result.steps[:2]] == [0, 1]
+    assert len(said(result.steps[1].log)) == 1
+
+
+# --- a long loop ---
+
+LOOP, KEEP, WORDS = 40, 3, 4
+
+
+def loop(arch: str) -> list:
+    """40 images one after the other; the fourth last one is removed each time."""
+    span = max(GRID) if arch == "qwen2vl" else TOKENS
+    start = [i * (span + WORDS) for i in range(LOOP)]
+    steps = []
+    for i in range(LOOP):
+        if i >= KEEP:
+            steps.append(seq_rm(0, start[i - KEEP], start[i - KEEP] + span))
+        steps += [image(GRID, seed=i), text(WORDS, seed=i), stats(), rss()]
+    return steps
+
+
+@pytest.fixture(scope="module")
+def loops(models, capsules, stock, patched):
+    cases = [hot(models, capsules, arch, f"{arch}-{fa}", loop(arch), flash_attn=fa, n_ctx=8192, n_hot=512) for arch, fa in BOTH]
+    return stock([plain(c) for c in cases]), patched(cases)
+
+
+@pytest.mark.parametrize(("arch", "fa"), BOTH)
+def test_forty_images(loops, arch, fa):
+    truth, ours = (r[f"{arch}-{fa}"] for r in loops)
+    assert nmse(ours.logits(), truth.logits()) <= LIMIT[fa]
+    seen = ours.values("stats")
+    assert [s["n_cold"] for s in seen] == [min(i + 1, KEEP) * TOKENS for i in range(LOOP)]
+    assert all(sum(s["n_slots"]) * N == s["n_cold"] for s in seen)
+    assert len({s["bytes_pools"] for s in seen[KEEP:]}) == 1
+    memory = ours.values("rss")
+    assert max(memory[20:]) - memory[10] <= 2 << 20
