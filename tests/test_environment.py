@@ -1,0 +1,88 @@
+"""A program that knows nothing of capsules gets them by its environment: LLAMA_KVCAPSULE and LLAMA_KVCAPSULE_HOT."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from llama_runner import Case, image, nmse, stats, text
+from test_loader_refuses import K, key, put, tensor
+
+N, HOT, GRID = 16, 256, (10, 16)
+STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
+LIMIT = {False: 1e-9, True: 1e-5}
+ARCHS = ("llama", "qwen2vl")
+
+
+def lines(log: list[str]) -> list[str]:
+    return [line for line in log if "capsule" in line.lower()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_images_are_compressed(models, capsules, stock, patched, arch):
+    model = models(arch=arch)
+    env = {"LLAMA_KVCAPSULE": str(capsules(model, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
+    truth, ours = stock(cases), patched(cases, env=env)
+    for fa in (False, True):
+        assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= LIMIT[fa]
+        assert all(ours[str(fa)].values("attached"))
+        seen = ours[str(fa)].values("stats")
+        assert [s["n_cold"] for s in seen] == [0, 0, 160, 320]  # an image goes when text follows it
+        assert [s["n_hot_vision"] for s in seen] == [0, 160, 0, 0]
+        assert {s["n_hot"] for s in seen} == {HOT}
+
+
+def test_the_default_hot_size(models, capsules, patched):
+    """Without LLAMA_KVCAPSULE_HOT a short context keeps all its cells hot."""
+    model = models(arch="llama")
+    ours = patched([Case("a", model, STEPS)], env={"LLAMA_KVCAPSULE": str(capsules(model, block_size=N))})["a"]
+    seen = ours.values("stats")[-1]
+    assert seen["n_hot"] == 1024 and seen["n_cold"] == 320
+
+
+def test_hot_alone_is_off(models, stock, patched):
+    case = Case("a", models(arch="llama"), [text(7), image((20, 30), seed=1), text(5, seed=1)])
+    truth, ours = stock([case])["a"], patched([case], env={"LLAMA_KVCAPSULE_HOT": str(HOT)})["a"]
+    assert np.array_equal(ours.logits(), truth.logits())
+
+
+def test_another_model_runs_plain(models, capsules, stock, patched):
+    """A draft model, say, in the process: one line, a plain cache of full size; the model that fits gets its capsule all the same."""
+    fits, other = models(arch="llama"), models(arch="llama", seed=2)
+    env = {"LLAMA_KVCAPSULE": str(capsules(fits, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    large = [text(7), image((20, 30), seed=1), text(5, seed=1), text(6, seed=2, one_by_one=True)]
+    cases = [Case("plain", other, [*large, stats()]), Case("other kind", models(arch="qwen2"), [*large, stats()]), Case("capsule", fits, STEPS)]
+    truth, ours = stock(cases), patched(cases, env=env)
+    for name in ("plain", "other kind"):
+        assert np.array_equal(ours[name].logits(), truth[name].logits())
+        assert ours[name].values("attached") == [False]
+        assert len(lines(ours[name].log)) == 1
+    assert ours["capsule"].values("stats")[-1]["n_cold"] == 320
+
+
+DAMAGED = {"NaN": tensor(K + "k_basis", put(np.nan, 0, 0)), "rows": key("kvcapsule.tier.key_rows", lambda v: [0] * len(v))}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_capsule_fails_at_once(models, capsules, patched, tmp_path, damage):
+    model = models(arch="llama")
+    bad = tmp_path / "bad.gguf"
+    DAMAGED[damage](capsules(model, block_size=N), bad)
+    result = patched([Case("a", model, STEPS)], env={"LLAMA_KVCAPSULE": str(bad)})["a"]
+    assert "context creation failed" in result.error
+    assert any(str(bad) in line or "capsule" in line for line in result.log)
+
+
+def test_a_missing_capsule_fails_at_once(models, patched, tmp_path):
+    """A misspelt path must not mean an uncompressed server."""
+    result = patched([Case("a", models(arch="llama"), STEPS)], env={"LLAMA_KVCAPSULE": str(tmp_path / "no.gguf")})["a"]
+    assert "context creation failed" in result.error
+
+
+def test_the_api_wins(models, capsules, patched):
+    """What a program asks for goes before its environment."""
+    model = models(arch="llama")
+    case = Case("a", model, STEPS, n_hot=512, auto_compress=True, capsule=capsules(model, block_size=2 * N))
+    ours = patched([case], env={"LLAMA_KVCAPSULE": str(capsules(model, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)})["a"]
+    seen = ours.values("stats")[-1]
+    assert (seen["block_size"], seen["n_hot"], seen["n_cold"]) == (2 * N, 512, 320)
