@@ -1,0 +1,139 @@
+"""Command line of kvcapsule-chat. Names and environment twins are llama.cpp's; the environment is read first, so flags win."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}  # enum ggml_type
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
+
+DEFAULT_CTX = 8192
+
+
+@dataclass
+class Options:
+    """Everything the command line says. 0 or None where nothing was said, unless noted."""
+
+    model: Path | None = None
+    hf_repo: str | None = None
+    mmproj: Path | None = None
+    capsule: str = "auto"  # auto, off or a file
+    images: list[str] = field(default_factory=list)
+    prompt: str | None = None
+    system: str | None = None
+    n_predict: int = -1  # -1 = until the model stops
+    n_ctx: int | None = None  # 0 = the model's own
+    n_hot: int = 0
+    n_gpu_layers: int | None = None
+    threads: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    flash_attn: str = "auto"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    image_min_tokens: int = -1  # -1 = the projector's own
+    image_max_tokens: int = -1
+    temp: float = 0.2
+    top_k: int = 40
+    top_p: float = 0.95
+    seed: int = -1  # -1 = random
+    ratio: float = 0.0
+    json: bool = False
+    verbose: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the whole usage
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
+    """Exits with status 2 and one line when the command line is wrong."""
+    parser, twins = _parser()
+    from_environment = [part for name, flag in twins.items() if environ.get(name) for part in (flag, environ[name])]
+    options = Options()
+    parser.parse_args([*from_environment, *argv], namespace=options)  # type: ignore[arg-type]
+    given = vars(options)
+    positional = given.pop("model_positional", None)
+    if positional is not None:
+        options.model = Path(positional)
+    # the variables for unmodified programs mean the same here; the library must not read them a second time
+    if options.capsule == "auto" and environ.get("LLAMA_KVCAPSULE"):
+        options.capsule = environ["LLAMA_KVCAPSULE"]
+    if not options.n_hot and environ.get("LLAMA_KVCAPSULE_HOT", "").isdigit():
+        options.n_hot = int(environ["LLAMA_KVCAPSULE_HOT"])
+    if (options.model is None) == (options.hf_repo is None):
+        parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
+    return options
+
+
+def _number(kind: type, low: float, high: float = float("inf")):
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high != float("inf") else f"{text} is below {low}")
+        return value
+
+    convert.__name__ = {"int": "number", "float": "number"}[kind.__name__]
+    return convert
+
+
+class _Images(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        # a comma separates files, but a data: URL holds one of its own
+        namespace.images.extend([values] if values.startswith("data:") else [name for name in values.split(",") if name])
+
+
+def _parser() -> tuple[Parser, dict[str, str]]:
+    """The parser and, per environment variable, the flag it stands for."""
+    parser = Parser(
+        prog="kvcapsule-chat",
+        description="Chat about pictures; what the model keeps of a picture is stored compressed.",
+        epilog="Without -p an interactive session starts, /help lists its commands.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    twins: dict[str, str] = {}
+
+    def add(*flags: str, env: str | None = None, help: str, **rest) -> None:
+        if env:
+            twins[env] = flags[-1]
+            help += f" (env: {env})"
+        parser.add_argument(*flags, help=help, **rest)
+
+    defaults = Options()
+    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="GGUF file of the model")
+    add("-m", "--model", type=Path, metavar="FILE", env="LLAMA_ARG_MODEL", help="the same as MODEL")
+    add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", env="LLAMA_ARG_HF_REPO", help="take model, mmproj and capsule from the Hugging Face Hub")
+    add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
+    add("--capsule", metavar="FILE|auto|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits)")
+    add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, the nearest preset of the capsule is used (default: the capsule's)")
+    add("--hot", dest="n_hot", type=_number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
+    add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")
+    add("-p", "--prompt", metavar="TEXT", help="one question, answer and exit")
+    add("-sys", "--system-prompt", dest="system", metavar="TEXT", help="system prompt")
+    add("-n", "--predict", "--n-predict", dest="n_predict", type=_number(int, -1), metavar="N", env="LLAMA_ARG_N_PREDICT", help="longest answer in tokens, -1 = no limit (default: -1)")
+    add("-c", "--ctx-size", dest="n_ctx", type=_number(int, 0), metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context in tokens, 0 = the model's (default: {DEFAULT_CTX} or the model's, if that is less)")
+    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", type=_number(int, -1), metavar="N", env="LLAMA_ARG_N_GPU_LAYERS", help="layers on the GPU (default: all that fit)")
+    add("-t", "--threads", type=_number(int, 1), metavar="N", env="LLAMA_ARG_THREADS", help="CPU threads (default: by the number of cores)")
+    add("-b", "--batch-size", dest="n_batch", type=_number(int, 1), metavar="N", env="LLAMA_ARG_BATCH", help=f"logical batch (default: {defaults.n_batch})")
+    add("-ub", "--ubatch-size", dest="n_ubatch", type=_number(int, 1), metavar="N", env="LLAMA_ARG_UBATCH", help=f"physical batch (default: {defaults.n_ubatch})")
+    add("-fa", "--flash-attn", dest="flash_attn", choices=FLASH_ATTN, env="LLAMA_ARG_FLASH_ATTN", help="flash attention: on, off, auto (default: auto)", metavar="on|off|auto")
+    add("-ctk", "--cache-type-k", choices=CACHE_TYPES, metavar="TYPE", env="LLAMA_ARG_CACHE_TYPE_K", help=f"type of the hot keys: {', '.join(CACHE_TYPES)} (default: f16)")
+    add("-ctv", "--cache-type-v", choices=CACHE_TYPES, metavar="TYPE", env="LLAMA_ARG_CACHE_TYPE_V", help="type of the hot values (default: f16)")
+    add("--image-min-tokens", type=_number(int, 1), metavar="N", env="LLAMA_ARG_IMAGE_MIN_TOKENS", help="fewest tokens of a picture, for projectors of variable size")
+    add("--image-max-tokens", type=_number(int, 1), metavar="N", env="LLAMA_ARG_IMAGE_MAX_TOKENS", help="most tokens of a picture, for projectors of variable size")
+    add("--temp", "--temperature", dest="temp", type=_number(float, 0), metavar="T", env="LLAMA_ARG_TEMPERATURE", help=f"temperature, 0 = always the likeliest token (default: {defaults.temp})")
+    add("--top-k", type=_number(int, 0), metavar="N", env="LLAMA_ARG_TOP_K", help=f"sample from the N likeliest tokens, 0 = all (default: {defaults.top_k})")
+    add("--top-p", type=_number(float, 0, 1), metavar="P", env="LLAMA_ARG_TOP_P", help=f"sample from the likeliest tokens that add up to P (default: {defaults.top_p})")
+    add("-s", "--seed", type=_number(int, -1, 0xFFFFFFFF), metavar="N", help="random seed, -1 = a new one each time (default: -1)")
+    add("--json", action="store_true", help="one JSON object per answer instead of its text")
+    add("-v", "--verbose", action="store_true", help="show llama.cpp's own log")
+    return parser, twins

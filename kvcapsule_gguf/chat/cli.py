@@ -1,0 +1,91 @@
+"""kvcapsule-chat: answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from ..native import CapsuleError, NativeError
+from . import args, images, repl, stats
+from .args import Options
+from .engine import Engine, say
+from .errors import ChatError
+from .images import Picture
+from .interrupt import Interrupt
+from .session import Session, Turn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 answered, 1 error (one line on stderr), 2 wrong command line, 130 Ctrl-C."""
+    options = args.parse(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    try:
+        with Interrupt():
+            return run(options)
+    except (ChatError, NativeError, CapsuleError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read our stdout is gone; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(options: Options) -> int:
+    # before the model, which takes longer
+    if "-" in options.images and options.prompt is None:
+        raise ChatError("--image - reads the picture from stdin, so the question must come with -p")
+    pictures = [images.load(source) for source in options.images]
+    with Engine(options, say) as engine:
+        session = Session(engine, options)
+
+        def answer(question: str, shown: list[Picture]) -> Turn:
+            turn = session.ask(question, list(shown), (lambda text: None) if options.json else write)
+            if options.json:
+                print(json.dumps(report(session, turn), ensure_ascii=False), flush=True)
+            else:
+                write("\n")
+            if turn.finish_reason == "context":
+                say(f"the context is full ({session.state.n_cells} of {engine.n_ctx} tokens), the answer ends here")
+            return turn
+
+        if options.prompt is None:
+            return repl.run(session, answer, pictures)
+        return 130 if answer(options.prompt, pictures).finish_reason == "interrupted" else 0
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def report(session: Session, turn: Turn) -> dict[str, object]:
+    """The object of --json. kv_* and slots are of all pictures in the conversation, the rest of this answer; kv_ratio is the measured counterpart of --ratio."""
+    use = stats.cache_use(session.engine, session.state.images, session.state.n_cells)
+    return {
+        "answer": turn.answer,
+        "finish_reason": turn.finish_reason,
+        "prompt_tokens": turn.prompt_tokens,
+        "vision_tokens": turn.vision_tokens,
+        "generated_tokens": turn.generated_tokens,
+        "kv_bytes_f16_equivalent": use.bytes_f16,
+        "kv_bytes": use.bytes_now,
+        "kv_bytes_allocated": use.bytes_allocated,
+        "kv_ratio": round(use.ratio, 4),
+        "slots": {"economy": use.slots[0], "faithful": use.slots[1]},
+        "prefill_s": round(turn.prefill_s, 4),
+        "compress_s": round(turn.compress_s, 4),
+        "decode_tokens_per_s": round(turn.generated_tokens / turn.decode_s, 2) if turn.decode_s > 0 else 0.0,
+        "capsule": session.engine.capsule is not None,
+        "images": [image.as_json() for image in session.state.images],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Model, projector, capsule and context, loaded in this order and freed in the opposite one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from .. import native
+from ..native.shapes import metadata
+from . import files, hub
+from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
+from .errors import ChatError
+from .log import Log
+
+
+class Engine:
+    """The loaded parts; `mtmd_ctx` and `capsule` are None when there are none. `say` prints a line for the user."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        """Raises ChatError, native.NativeError, native.CapsuleError; nothing stays loaded then."""
+        self.options = options
+        self.say = say
+        self.capsule: native.Capsule | None = None
+        self.mtmd_ctx: int | None = None
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self, stack: ExitStack) -> None:
+        options = self.options
+        path, mmproj = hub.fetch(options.hf_repo) if options.hf_repo else (options.model, options.mmproj)
+        assert path is not None
+        self.path = files.check_model(path)
+        self.mmproj = files.find_mmproj(self.path, options.mmproj or mmproj)
+        if self.mmproj is None and options.images:
+            raise ChatError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+        if self.mmproj is None and options.capsule not in ("auto", "off"):
+            raise ChatError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+        # chosen here or not at all
+        for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT"):
+            os.environ.pop(name, None)
+        self.native = native.load()
+        self.llama = self.native.llama
+        self.log = Log(self.native, options.verbose, self.mmproj is not None)
+        self.llama.llama_backend_init()
+        self._open_model(stack)
+        if self.mmproj is not None:
+            self._open_projector(stack)
+            self._open_capsule(stack)
+        self._open_context(stack)
+
+    def _open_model(self, stack: ExitStack) -> None:
+        params = self.llama.llama_model_default_params()
+        if self.options.n_gpu_layers is not None:
+            params.n_gpu_layers = self.options.n_gpu_layers
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self.model:
+            raise ChatError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")
+        stack.callback(self.llama.llama_model_free, self.model)
+        if not self.llama.llama_model_has_decoder(self.model) or self.llama.llama_model_has_encoder(self.model):
+            raise ChatError(f"{self.path} is not a decoder-only model, it cannot chat")
+        self.vocab = self.llama.llama_model_get_vocab(self.model)
+        self.architecture = metadata(self.model, "general.architecture") or ""
+
+    def _open_projector(self, stack: ExitStack) -> None:
+        mtmd = self.native.mtmd
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = self.options.n_gpu_layers != 0
+        params.print_timings = False
+        params.warmup = False
+        params.n_threads = self.threads()
+        params.flash_attn_type = FLASH_ATTN[self.options.flash_attn]
+        params.image_min_tokens = self.options.image_min_tokens
+        params.image_max_tokens = self.options.image_max_tokens
+        self.mtmd_ctx = mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, params)
+        if not self.mtmd_ctx:
+            raise ChatError(f"{self.mmproj} cannot be used with {self.path.name}: {self.log.take() or 'unknown reason (-v shows the log)'}")
+        stack.callback(mtmd.mtmd_free, self.mtmd_ctx)
+        if self.options.images and not mtmd.mtmd_support_vision(self.mtmd_ctx):
+            raise ChatError(f"{self.mmproj} is not a vision projector")
+
+    def _open_capsule(self, stack: ExitStack) -> None:
+        setting = self.options.capsule
+        if setting == "off":
+            return
+        if not self.native.has_capsule:
+            if setting != "auto":
+                self.native.require_capsule()
+            self.say("this llama.cpp has no capsules (scripts/setup builds one that has), pictures stay uncompressed")
+            return
+        fingerprint = native.fingerprint(self.model)
+        path = files.find_capsule(setting, self.path, self.mmproj, self.architecture, fingerprint)
+        if path is None:
+            self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.path, self.mmproj)}")
+            return
+        self.capsule = native.Capsule.load(self.model, path)
+        stack.callback(self.capsule.close)
+
+    def _open_context(self, stack: ExitStack) -> None:
+        options = self.options
+        trained = self.llama.llama_model_n_ctx_train(self.model)
+        params = self.llama.llama_context_default_params()
+        params.n_ctx = min(DEFAULT_CTX, trained) if options.n_ctx is None else options.n_ctx
+        params.n_batch = options.n_batch
+        params.n_ubatch = min(options.n_ubatch, options.n_batch)
+        params.n_threads = params.n_threads_batch = self.threads()
+        params.flash_attn_type = FLASH_ATTN[options.flash_attn]
+        params.type_k = CACHE_TYPES[options.cache_type_k]
+        params.type_v = CACHE_TYPES[options.cache_type_v]
+        params.no_perf = True
+        if self.capsule is not None:
+            native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True)
+        self.ctx = self.llama.llama_init_from_model(self.model, params)
+        if not self.ctx:
+            reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
+            raise ChatError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")
+        stack.callback(self.llama.llama_free, self.ctx)
+        self.memory = self.llama.llama_get_memory(self.ctx)
+        self.n_ctx = self.llama.llama_n_ctx(self.ctx)
+
+    def threads(self) -> int:
+        if self.options.threads:
+            return self.options.threads
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # beyond a few, the logical ones are usually two to a core
+        return cores if cores <= 4 else cores // 2
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The text of a token."""
+        buffer = ctypes.create_string_buffer(256)
+        n = self.llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = self.llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:n]
+
+
+def train_command(model: Path, mmproj: Path | None) -> str:
+    name = model.name.removesuffix(".gguf")
+    return f"kvcapsule-train {model} --mmproj {mmproj} -o {model.with_name(f'kvcapsule-{name}.gguf')}"
+
+
+def say(text: str) -> None:
+    print(f"kvcapsule-chat: {text}", file=sys.stderr, flush=True)

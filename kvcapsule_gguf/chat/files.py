@@ -1,0 +1,104 @@
+"""Which projector and which capsule belong to a model file."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ChatError
+from .hub import _likeness
+
+MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class CapsuleInfo:
+    """What a file says about the model its capsule is for; damaged: its header cannot be read."""
+
+    path: Path
+    architecture: str = ""
+    fingerprint: str = ""
+    damaged: bool = False
+
+    def fits(self, architecture: str, fingerprint: str) -> bool:
+        if self.fingerprint and fingerprint:
+            return self.fingerprint == fingerprint
+        return self.architecture == architecture
+
+
+def check_model(path: Path) -> Path:
+    """Raises ChatError unless this is a GGUF file that can be the model."""
+    check_file(path, "the model")
+    if path.name.startswith(("mmproj", "kvcapsule-")):
+        raise ChatError(f"{path} is {'a projector' if path.name.startswith('mmproj') else 'a capsule'}, not a model: give the model file, this one is found beside it")
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise ChatError(f"{path} is not a GGUF file")
+    return path
+
+
+def check_file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ChatError(f"{what} {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if not os.access(path, os.R_OK):
+        raise ChatError(f"{what} {path} cannot be read (permission)")
+    return path
+
+
+def find_mmproj(model: Path, given: Path | None) -> Path | None:
+    """--mmproj, or the mmproj*.gguf beside the model that is most like it. Raises ChatError for a given file that is not there."""
+    if given is not None:
+        return check_file(given, "the projector")
+    found = [path for path in sorted(model.parent.glob("*.gguf")) if path.name.lower().startswith("mmproj")]
+    if len(found) <= 1:
+        return found[0] if found else None
+    return max(found, key=lambda path: (_common(path, model), *_likeness(path.name, model.name)))
+
+
+def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: str, fingerprint: str) -> Path | None:
+    """The capsule file (or the mmproj that holds it), None if there is none or `setting` is off. Raises ChatError when the choice is not clear.
+
+    A file that is damaged is still chosen when nothing else fits: loading it tells the user, ignoring it would silently run uncompressed."""
+    if setting == "off":
+        return None
+    if setting != "auto":
+        return check_file(Path(setting), "the capsule")
+    if mmproj is not None and (inside := read_info(mmproj)) is not None and inside.fits(architecture, fingerprint):
+        return mmproj
+    infos = [read_info(path) or CapsuleInfo(path, damaged=True) for path in sorted(model.parent.glob("kvcapsule-*.gguf"))]
+    fitting = [info.path for info in infos if not info.damaged and info.fits(architecture, fingerprint)]
+    if len(fitting) > 1:
+        raise ChatError(f"several capsules fit this model ({', '.join(path.name for path in fitting)}): choose one with --capsule")
+    damaged = [info.path for info in infos if info.damaged]
+    return fitting[0] if fitting else damaged[0] if damaged else None
+
+
+def read_info(path: Path) -> CapsuleInfo | None:
+    """What the capsule in `path` is for; None if there is none in it. Never raises: a file it cannot read comes back as damaged."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        if "kvcapsule.version" not in fields:
+            return None
+        return CapsuleInfo(path, _text(fields, "kvcapsule.base.architecture") or _text(fields, "general.architecture"), _text(fields, "kvcapsule.base.fingerprint"))
+    # hand-made files make the reader raise nearly anything
+    except Exception:
+        return CapsuleInfo(path, damaged=True)
+
+
+def _text(fields: dict[str, Any], key: str) -> str:
+    value = fields[key].contents() if key in fields else ""
+    return value if isinstance(value, str) else ""
+
+
+def _common(a: Path, b: Path) -> int:
+    """Length of the name that both share, without the sidecar's prefix."""
+
+    def plain(path: Path) -> str:
+        return re.sub(r"[^a-z0-9]", "", re.sub(r"^mmproj-?", "", path.stem.lower()))
+
+    return len(os.path.commonprefix([plain(a), plain(b)]))

@@ -1,0 +1,107 @@
+"""-hf user/repo[:quant]: which files of a repository are model, projector and capsule, and their download."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .errors import ChatError
+
+# llama.cpp's order when no quantization is asked for
+PREFERRED = ("Q4_K_M", "Q8_0")
+SIDECARS = ("mmproj", "kvcapsule-", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Names in the repository. model holds all shards, the first one first; capsules are candidates."""
+
+    model: list[str]
+    mmproj: str | None
+    capsules: list[str]
+
+
+def fetch(spec: str) -> tuple[Path, Path | None]:
+    """Downloads what `spec` names; (model, mmproj). Capsules land beside the model, where files.find_capsule() looks. A folder works too. Raises ChatError."""
+    repo, _, quant = spec.partition(":") if not Path(spec).is_dir() else (spec, "", "")
+    folder = Path(repo)
+    if folder.is_dir():
+        choice = choose([path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))], quant, spec)
+        return folder / choice.model[0], folder / choice.mmproj if choice.mmproj else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ChatError(f"-hf {spec}: expected user/repo or user/repo:quant")
+    names, get = _repository(repo, spec)
+    choice = choose(names, quant, spec)
+    paths = [get(name) for name in choice.model]
+    mmproj = get(choice.mmproj) if choice.mmproj else None
+    for name in choice.capsules:
+        get(name)
+    return paths[0], mmproj
+
+
+def choose(names: list[str], quant: str, spec: str) -> Choice:
+    """Picks by name, as llama.cpp does. Raises ChatError when there is no such model."""
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    models = [name for name in ggufs if not any(mark in PurePosixPath(name).name.lower() for mark in SIDECARS)]
+    shards = {name: match for name in models if (match := SHARD.search(name))}
+    heads = [name for name in models if name not in shards or int(shards[name][1]) == 1]
+    if not heads:
+        raise ChatError(f"-hf {spec}: no GGUF model in this repository")
+    head = _by_quant(heads, quant, spec)
+    model = [head]
+    if head in shards:
+        stem = head[: shards[head].start()]
+        model = sorted(name for name, match in shards.items() if name[: match.start()] == stem)
+        if len(model) != int(shards[head][2]):
+            raise ChatError(f"-hf {spec}: {len(model)} of {int(shards[head][2])} parts of {head} are there")
+    mmprojs = [name for name in ggufs if "mmproj" in PurePosixPath(name).name.lower() and _above(name, head)]
+    mmproj = max(mmprojs, key=lambda name: (len(PurePosixPath(name).parts), *_likeness(name, head)), default=None)
+    capsules = [name for name in ggufs if PurePosixPath(name).name.startswith("kvcapsule-") and PurePosixPath(name).parent == PurePosixPath(head).parent]
+    return Choice(model, mmproj, capsules)
+
+
+def _by_quant(heads: list[str], quant: str, spec: str) -> str:
+    for tag in [quant] if quant else PREFERRED:
+        pattern = re.compile(rf"(^|[-._/]){re.escape(tag)}([-._]|$)", re.IGNORECASE)
+        if found := [name for name in heads if pattern.search(name)]:
+            return found[0]
+    if quant:
+        raise ChatError(f"-hf {spec}: no model with quantization {quant} (there are: {', '.join(heads)})")
+    return heads[0]
+
+
+def _above(name: str, model: str) -> bool:
+    """In the model's folder or in one above it."""
+    parts = PurePosixPath(name).parent.parts
+    return PurePosixPath(model).parent.parts[: len(parts)] == parts
+
+
+def _likeness(name: str, model: str) -> tuple[int, int]:
+    """Nearer in bits first; f16 before bf16 and f32, which not every backend runs."""
+    return -abs(_bits(name) - _bits(model)), -len(PurePosixPath(name).name)
+
+
+def _bits(name: str) -> int:
+    match = re.search(r"(?:^|[-._])(?:i?q(\d)|b?f(\d+))", PurePosixPath(name).name.lower())
+    return int(match[1] or match[2]) if match else 16
+
+
+def _repository(repo: str, spec: str):
+    """Names of all files, and a function that fetches one; from the local cache when the Hub cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        names = huggingface_hub.list_repo_files(repo)
+        return names, lambda name: Path(huggingface_hub.hf_hub_download(repo, name))
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ChatError(f"-hf {spec}: no such repository, or no access to it") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except Exception:
+        raise ChatError(f"-hf {spec}: the Hub cannot be reached and nothing is cached ({reason})") from None
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))], lambda name: folder / name

@@ -1,0 +1,74 @@
+"""A prompt as the chunks that the cache takes: runs of text tokens, and pictures."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .engine import Engine
+from .errors import ChatError
+from .images import Picture
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """tokens: text, else None; handle: of a picture (or of a slice of one), with the index of its picture; n_tokens are cells, not positions."""
+
+    n_tokens: int
+    tokens: list[int] | None = None
+    handle: int | None = None
+    picture: int = -1
+
+
+@contextmanager
+def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> Iterator[list[Chunk]]:
+    """Tokenizes `text`, in which a marker stands for each picture; first: it starts the sequence. The chunks live inside the with block."""
+    if engine.mtmd_ctx is None:
+        tokens = _tokenize(engine, text, first)
+        yield [Chunk(len(tokens), tokens=tokens)]
+        return
+    mtmd = engine.native.mtmd
+    handles: list[int] = []
+    found = mtmd.mtmd_input_chunks_init()
+    try:
+        for index, picture in enumerate(pictures):
+            data = (ctypes.c_uint8 * len(picture.rgb)).from_buffer_copy(picture.rgb)
+            handles.append(mtmd.mtmd_bitmap_init(picture.width, picture.height, data))
+            # the slices of a large picture come back as several chunks with this name
+            mtmd.mtmd_bitmap_set_id(handles[-1], str(index).encode())
+        data = text.encode()
+        request = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * len(handles))(*handles)
+        status = mtmd.mtmd_tokenize(engine.mtmd_ctx, found, ctypes.byref(request), bitmaps, len(handles))
+        if status != 0:
+            names = ", ".join(picture.name for picture in pictures)
+            raise ChatError(f"{names or 'the prompt'} cannot be prepared for the model: {engine.log.take() or f'status {status}'}")
+        yield [_chunk(mtmd, mtmd.mtmd_input_chunks_get(found, i)) for i in range(mtmd.mtmd_input_chunks_size(found))]
+    finally:
+        mtmd.mtmd_input_chunks_free(found)
+        for handle in handles:
+            mtmd.mtmd_bitmap_free(handle)
+
+
+def _chunk(mtmd, handle: int) -> Chunk:
+    kind = mtmd.mtmd_input_chunk_get_type(handle)
+    n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(handle)
+    if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+        n = ctypes.c_size_t()
+        tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(n))
+        return Chunk(n.value, tokens=list(tokens[: n.value]))
+    if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+        return Chunk(n_tokens, handle=handle, picture=int(mtmd.mtmd_input_chunk_get_id(handle) or b"0"))
+    raise ChatError("only text and pictures can be in a prompt")
+
+
+def _tokenize(engine: Engine, text: str, first: bool) -> list[int]:
+    data = text.encode()
+    room = len(data) + 8
+    buffer = (engine.llama.llama_token * room)()
+    n = engine.llama.llama_tokenize(engine.vocab, data, len(data), buffer, room, first, True)
+    if n < 0:
+        raise ChatError("the prompt cannot be tokenized")
+    return list(buffer[:n])

@@ -1,0 +1,68 @@
+"""The interactive session: questions and commands, a line each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from . import images, stats
+from .errors import ChatError
+from .images import Picture
+from .session import Session
+
+HELP = """\
+/image PATH   add a picture to the next question (path, http(s) or data URL)
+/clear        forget the conversation and its pictures
+/stats        what the cache holds: tokens, slots per tier, MiB before and after
+/help         this list
+/exit         end (also Ctrl-D)"""
+
+
+def run(session: Session, answer: Callable[[str, list[Picture]], None], pending: list[Picture]) -> int:
+    """Reads lines from stdin until /exit or its end; `answer` asks and prints. Returns the exit status."""
+    interactive = sys.stdin.isatty()
+    note("type a question, or /help")
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        try:
+            if _command(session, line.strip(), pending):
+                return 0
+            if (question := line.strip()) and not question.startswith("/"):
+                answer(question, pending)
+                pending.clear()
+        except ChatError as error:
+            note(f"error: {error}")
+
+
+def _command(session: Session, line: str, pending: list[Picture]) -> bool:
+    """True when the session is to end."""
+    if not line.startswith("/"):
+        return False
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name in ("/exit", "/quit"):
+        return True
+    if name == "/help":
+        print(HELP, file=sys.stderr)
+    elif name == "/clear":
+        session.clear()
+        pending.clear()
+        note("forgotten")
+    elif name == "/stats":
+        print(stats.table(session.engine, session.state.images, session.state.n_cells), file=sys.stderr)
+    elif name == "/image" and rest and rest != "-":
+        pending.append(images.load(rest))
+        note(f"{pending[-1].name}: {pending[-1].width} x {pending[-1].height}, goes with the next question")
+    elif name == "/image":
+        note("error: /image needs a path or URL")
+    else:
+        note(f"error: unknown command {name}, see /help")
+    return False
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,33 @@
+"""The sampler chain of an answer."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+from .args import Options
+from .engine import Engine
+
+
+@contextmanager
+def chain(engine: Engine, options: Options) -> Iterator[int]:
+    """A llama_sampler: greedy at temperature 0, else top-k, top-p, temperature and a draw."""
+    llama = engine.llama
+    sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+    try:
+        if options.temp <= 0:
+            stages = [llama.llama_sampler_init_greedy()]
+        else:
+            seed = options.seed if options.seed >= 0 else secrets.randbits(32)
+            stages = [
+                llama.llama_sampler_init_top_k(options.top_k),
+                llama.llama_sampler_init_top_p(options.top_p, 1),
+                llama.llama_sampler_init_temp(options.temp),
+                llama.llama_sampler_init_dist(seed),
+            ]
+        for stage in stages:
+            llama.llama_sampler_chain_add(sampler, stage)
+        yield sampler
+    finally:
+        llama.llama_sampler_free(sampler)

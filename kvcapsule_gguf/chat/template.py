@@ -1,0 +1,55 @@
+"""The chat template of the model, rendered in llama-cpp-python's sandbox."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import ChatError
+
+Message = dict[str, str]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ChatTemplate:
+    """source: Jinja, None = ChatML, as llama.cpp does for models without a template."""
+
+    def __init__(self, source: str | None, bos: str, eos: str) -> None:
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        self.bos = bos
+        try:
+            self._with_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=True)
+            self._without_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=False)
+        except Exception as error:
+            raise ChatError(f"the model's chat template cannot be read: {_line(error)}") from error
+
+    def render(self, messages: list[Message], generate: bool) -> str:
+        """The conversation as text; generate: followed by the start of an answer. Raises ChatError."""
+        plain = self._render(messages, generate)
+        last = messages[-1]["content"]
+        if last.strip() in plain:
+            return plain
+        # some templates only know content that is a list of parts
+        typed = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        text = self._render(typed, generate)
+        if last.strip() not in text:
+            raise ChatError("the model's chat template drops the message")
+        return text
+
+    def _render(self, messages: list[Any], generate: bool) -> str:
+        formatter = self._with_prompt if generate else self._without_prompt
+        try:
+            text = formatter(messages=messages).prompt
+        # a template is a program of the model's maker
+        except Exception as error:
+            raise ChatError(f"the model's chat template refuses this conversation: {_line(error)}") from error
+        # the tokenizer adds the first token itself
+        return text.removeprefix(self.bos) if self.bos else text
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
