@@ -1,0 +1,100 @@
+"""Writes a capsule as a GGUF sidecar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from .capsule import VERSION, Capsule, CapsuleError
+from .schema import layer_shapes, tensor_name
+from .validate import Invalid, validate
+
+_V = gguf.GGUFValueType
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+
+
+def write_capsule(path: str | Path, capsule: Capsule) -> Path:
+    """Fills in the tiers' ratios, validates, and writes; the file appears under its name only when it is complete. Raises CapsuleError."""
+    path = Path(path)
+    capsule.set_ratios()
+    try:
+        validate(capsule)
+    except Invalid as e:
+        raise CapsuleError(path, str(e)) from None
+    part = path.with_name(path.name + ".part")
+    writer = gguf.GGUFWriter(part, capsule.base.architecture)
+    try:
+        add_metadata(writer, capsule)
+        add_tensors(writer, capsule)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as e:
+        raise CapsuleError(path, f"can not be written: {e.strerror or e}") from None
+    finally:
+        writer.close()
+    os.replace(part, path)
+    return path
+
+
+def add_metadata(w: gguf.GGUFWriter, c: Capsule) -> None:
+    """general.architecture is the writer's own."""
+    w.add_type("adapter")
+    w.add_string("adapter.type", "kvcapsule")
+    if c.name:
+        w.add_name(c.name)
+    add_capsule_keys(w, c)
+
+
+def add_capsule_keys(w: gguf.GGUFWriter, c: Capsule) -> None:
+    """The keys under `kvcapsule.`, which may also ride inside an mmproj file."""
+    layers, tiers, base = c.layers, c.tiers, c.base
+
+    def array(key: str, values: Iterable[Any], kind: gguf.GGUFValueType) -> None:
+        convert = {_V.UINT32: int, _V.UINT16: int, _V.FLOAT32: float, _V.BOOL: bool, _V.STRING: str}[kind]
+        w.add_key_value(f"kvcapsule.{key}", [convert(v) for v in values], _V.ARRAY, kind)
+
+    w.add_uint32("kvcapsule.version", VERSION)
+    w.add_uint32("kvcapsule.block_size", c.block_size)
+    w.add_string("kvcapsule.block_shape", c.block_shape)
+    w.add_uint32("kvcapsule.block_width", c.block_width)
+    w.add_uint32("kvcapsule.image_tokens", c.image_tokens)
+    array("layers", (x.index for x in layers), _V.UINT32)
+    array("layer_rope", (x.rope for x in layers), _V.BOOL)
+    w.add_string("kvcapsule.base.architecture", base.architecture)
+    w.add_uint32("kvcapsule.base.block_count", base.block_count)
+    array("base.head_count_kv", (x.head_count_kv for x in layers), _V.UINT32)
+    array("base.key_length", (x.key_length for x in layers), _V.UINT32)
+    array("base.value_length", (x.value_length for x in layers), _V.UINT32)
+    w.add_string("kvcapsule.base.rope.type", base.rope_type)
+    array("base.rope.sections", base.rope_sections, _V.UINT32)
+    array("base.rope.freq_base", (x.freq_base for x in layers), _V.FLOAT32)
+    w.add_string("kvcapsule.base.fingerprint", base.fingerprint)
+    array("mlp_width", (x.mlp_width for x in layers), _V.UINT32)
+    array("kept_count", (x.kept_count for x in layers), _V.UINT32)
+    w.add_uint32("kvcapsule.neighbour_count", c.neighbour_count)
+    identity = np.arange(c.block_size)
+    array("token_order", np.concatenate([identity if x.token_order is None else x.token_order for x in layers]), _V.UINT16)
+    array("tier.name", (t.name for t in tiers), _V.STRING)
+    array("tier.ratio", (t.ratio for t in tiers), _V.FLOAT32)
+    array("tier.key_codec", (x for t in tiers for x in t.key_codec), _V.UINT32)
+    array("tier.key_rows", (n for t in tiers for rows in t.key_rows for n in rows), _V.UINT32)
+    array("tier.value_rows", (n for t in tiers for rows in t.value_rows for n in rows), _V.UINT32)
+    array("tier.kappa", (x for t in tiers for x in t.kappa), _V.FLOAT32)
+    w.add_float32("kvcapsule.default_ratio", c.default_ratio)
+    for key, value in c.provenance.items():
+        kind = {bool: _V.BOOL, int: _V.UINT64 if isinstance(value, int) and value >= 0 else _V.INT64, float: _V.FLOAT64}.get(type(value), _V.STRING)
+        w.add_key_value(f"kvcapsule.train.{key}", str(value) if kind is _V.STRING else value, kind)
+
+
+def add_tensors(w: gguf.GGUFWriter, c: Capsule) -> None:
+    for layer in c.layers:
+        for short, (kind, shape) in layer_shapes(c, layer).items():
+            data = np.ascontiguousarray(getattr(layer, short), dtype=_DTYPES[kind])
+            assert data.shape == shape
+            w.add_tensor(tensor_name(layer.index, short), data)
