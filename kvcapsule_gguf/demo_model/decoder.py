@@ -1,0 +1,85 @@
+"""The decoder, op for op what llama.cpp's `llama` arch computes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import DecoderConfig
+
+
+def rope_tables(positions: Tensor, cfg: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """positions [B, T] -> cos, sin [B, 1, T, head_size / 2]."""
+    steps = torch.arange(0, cfg.head_size, 2, device=positions.device).float() / cfg.head_size
+    angles = positions.float()[:, None, :, None] * cfg.rope_base**-steps
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on neighbouring pairs (2i, 2i + 1), llama.cpp's NORM kind; x [B, H, T, head_size]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+class DecoderBlock(nn.Module):
+    """Grouped-query attention and SwiGLU, both pre-norm."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        d, self.cfg = cfg.width, cfg
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(d, cfg.eps), nn.RMSNorm(d, cfg.eps)
+        self.q = nn.Linear(d, cfg.heads * cfg.head_size, bias=False)
+        self.k = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=False)
+        self.v = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=False)
+        self.o = nn.Linear(cfg.heads * cfg.head_size, d, bias=False)
+        self.gate, self.up = nn.Linear(d, cfg.ffn, bias=False), nn.Linear(d, cfg.ffn, bias=False)
+        self.down = nn.Linear(cfg.ffn, d, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, tail: int) -> Tensor:
+        """x [B, T, width], mask [B or 1, 1, T, T] added to scores -> the last `tail` positions [B, tail, width]."""
+        batch, tokens, _ = x.shape
+        cos, sin = rope
+        h = self.attn_norm(x)
+        q = self.q(h[:, -tail:]).view(batch, tail, self.cfg.heads, -1).transpose(1, 2)
+        k = self.k(h).view(batch, tokens, self.cfg.kv_heads, -1).transpose(1, 2)
+        v = self.v(h).view(batch, tokens, self.cfg.kv_heads, -1).transpose(1, 2)
+        q, k = rotate(q, cos[:, :, -tail:], sin[:, :, -tail:]), rotate(k, cos, sin)
+        group = self.cfg.heads // self.cfg.kv_heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -tail:].to(q.dtype))
+        x = x[:, -tail:] + self.o(h.transpose(1, 2).reshape(batch, tail, -1))
+        h = self.ffn_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Decoder(nn.Module):
+    """Token embeddings, blocks, final norm and output."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.layers))
+        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
+        self.output = nn.Linear(cfg.width, cfg.vocab, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.3)
+        for block in self.blocks:
+            for linear in (block.q, block.k, block.v, block.gate, block.up):
+                nn.init.normal_(linear.weight, std=cfg.width**-0.5 * 0.7)
+            for linear in (block.o, block.down):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5 * 0.3)
+        nn.init.normal_(self.output.weight, std=0.02)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, tail: int) -> Tensor:
+        """x [B, T, width] embeddings, positions [B, T], mask [B or 1, 1, T, T] -> logits [B, tail, vocab]."""
+        rope = rope_tables(positions, self.cfg)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, tail if i == len(self.blocks) - 1 else x.shape[1])
+        return self.output(self.norm(x))
+
+    def causal(self, x: Tensor) -> Tensor:
+        """Plain causal logits [B, T, vocab] of embeddings x [B, T, width] at positions 0, 1, ..."""
+        tokens = x.shape[1]
+        mask = torch.full((1, 1, tokens, tokens), float("-inf"), device=x.device).triu(1)
+        return self(x, torch.arange(tokens, device=x.device).expand(x.shape[0], -1), mask, tokens)

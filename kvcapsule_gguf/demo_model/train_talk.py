@@ -1,0 +1,103 @@
+"""Phase 2: the decoder (and the projector) on cached ViT features: few image tokens first, then all 576."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..scenes import HELD_OUT, TASKS, Question, make_questions, make_scene
+from .features import FeatureStore, training_scene
+from .optim import Optimisers, schedule
+from .talk import Batch, DemoModel, forward, make_batch
+from .tokenizer import Prompts
+
+# (share of the time, image tokens shown, pictures per step)
+STAGES = ((0.55, 96, 8), (0.2, 192, 8), (0.25, 576, 6))
+
+
+def stage(progress: float) -> tuple[int, int]:
+    """Image tokens and pictures per step at a point of the training."""
+    for share, image, batch in STAGES:
+        if progress < share:
+            return image, batch
+        progress -= share
+    return STAGES[-1][1:]
+
+
+@torch.no_grad()
+def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore, scenes: int = 24, image: int = 576) -> dict[str, float]:
+    """Exact match per task on held-out scenes: every answer token, end included, is the most likely one."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    device = next(model.parameters()).device
+    rng = np.random.default_rng(0)
+    for at in range(0, scenes, 8):
+        seeds = [HELD_OUT.start + i for i in range(at, min(at + 8, scenes))]
+        drawn = [make_scene(s) for s in seeds]
+        asked: list[list[Question]] = [make_questions(s, 14) for s in drawn]
+        batch = make_batch(prompts, drawn, [store[s] for s in seeds], image, 256, rng, asked)
+        _, _, right = forward(model, prompts, to_device(batch, device))
+        right = (right.cpu() | (batch.targets < 0)).numpy()
+        for row, questions in enumerate(asked):
+            for i, question in enumerate(questions):
+                where = batch.segments[row] == i
+                if where.any():
+                    hits[question.task].append(bool(right[row][where].all()))
+    out = {task: float(np.mean(hits[task])) for task in TASKS if hits[task]}
+    return out | {"all": float(np.mean([h for v in hits.values() for h in v]))}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch elsewhere."""
+    return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
+
+
+def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Path, save_to: Path, minutes: float,
+               lr: float = 2e-3, matrix_lr: float = 5e-3, budget: int = 256, seed: int = 0, on_save=None,
+               begin: float = 0.0, stages=None) -> None:
+    """Train for so many minutes; `begin` skips ahead in the schedule (0.75: full resolution only)."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    device = next(model.parameters()).device
+    store, test = FeatureStore(features), FeatureStore(held_out)
+    trained = [(n, p) for n, p in model.named_parameters() if n.startswith(("decoder", "vision.mm", "heads"))]
+    parameters = [p for _, p in trained]
+    optimiser = Optimisers(trained, lr, matrix_lr)
+    began, step, pictures = time.time(), 0, 0
+    while (progress := begin + (1 - begin) * (time.time() - began) / (minutes * 60)) < 1:
+        if step % 20 == 0:
+            store.refresh()
+            seeds = store.seeds()
+        image, count = stage(progress)
+        chosen = rng.choice(seeds, count, replace=False).tolist()
+        batch = make_batch(prompts, [training_scene(s) for s in chosen], [store[s] for s in chosen], image, budget, rng)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            loss, eye, right = forward(model, prompts, to_device(batch, device))
+        (loss + 0.05 * eye).backward()
+        optimiser.step(schedule(progress), parameters)
+        step, pictures = step + 1, pictures + count
+        if step % 20 == 0:
+            met = right.cpu()[batch.targets >= 0].float().mean()
+            print(f"{step} {time.time() - began:.0f}s {pictures} of {len(seeds)} image {image} loss {loss.item():.3f} "
+                  f"eye {eye.item():.2f} tokens {met:.3f}", flush=True)
+        if step % 150 == 0 or step == 40:
+            scores = held_out_score(model, prompts, test)
+            print("held out:", " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            save_model(model, save_to)
+            if on_save:
+                on_save(model)
+    save_model(model, save_to)
+
+
+def save_model(model: DemoModel, path: Path) -> None:
+    """Write all weights, training heads included."""
+    save_file({k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def load_model(path: Path, model: DemoModel) -> None:
+    """Read what save_model wrote."""
+    model.load_state_dict(load_file(path))
