@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcapsule_gguf.codec.types import legal, row_counts, total_rows
+from kvcapsule_gguf.codec.types import legal, row_counts
 from kvcapsule_gguf.format.base_model import base_of, read_base_model
-from kvcapsule_gguf.format.capsule import PCA, RETAIN, Capsule, Layer, Tier
+from kvcapsule_gguf.format.capsule import CODEC_NAMES, PCA, Capsule, Layer, Tier
 from kvcapsule_gguf.format.writer import write_capsule
 
 
@@ -18,15 +18,15 @@ def random_capsule(
     path: Path | str,
     *,
     block_size: int = 16,
-    lossless: bool = False,
-    rows: Sequence[int] | None = None,
-    value_rows: Sequence[int] | None = None,
-    faithful_rows: Sequence[int] | None = None,
-    codec: str = "pca",
+    lossless: bool = True,
+    rows: Sequence[int] | int | None = None,
+    value_rows: Sequence[int] | int | None = None,
+    faithful_rows: Sequence[int] | int | None = None,
+    key_codec: str = "pca",
     kept: int | None = None,
     neighbours: int = 2,
     mlp_width: int = 0,
-    basis: str = "random",
+    basis: str = "orthonormal",
     kappa: float = 0.0,
     image_tokens: int = 0,
     block_width: int = 0,
@@ -34,36 +34,37 @@ def random_capsule(
 ) -> Path:
     """Writes `path` and returns it.
 
-    lossless: all rows f32 in both tiers, so that a block decodes to itself; otherwise the tiers `faithful` (4 q8_0, the rest q4_0) and
-    `economy` (`rows`, counts in the order f32, f16, q8_0, q4_0, q2_0; `value_rows` if the values differ). Types that do not fit the head
-    size are moved up. codec: of the economy tier's keys (with lossless: of both); retain layers get `kept` tokens (default: every other),
-    `neighbours` and an MLP of width `mlp_width`. basis: "random" (orthonormal) or "identity". kappa <= 0: the guard is off.
+    lossless: all rows of both tiers are f32, so that a block decodes to itself up to rounding; otherwise `faithful` is graded q8_0 and q4_0 and
+    `economy` q8_0, q4_0 and q2_0 (types that do not fit the head size are moved up). `rows`, `value_rows` (default: the same) and
+    `faithful_rows` replace them: counts in the order f32, f16, q8_0, q4_0, q2_0, or a number of f32 rows.
+    key_codec "retain": `kept` tokens (default: every other), `neighbours`, an MLP of width `mlp_width`; if lossless in both tiers, else in economy.
+    basis: "orthonormal" (random) or "identity". kappa, of the economy tier: <= 0 turns the guard off.
     """
     base = read_base_model(model_gguf)
     rng = np.random.default_rng(seed)
     n = block_size
-    m = 0 if codec == "pca" else (n + 1) // 2 if kept is None else kept
+    m = 0 if key_codec == "pca" else (n + 1) // 2 if kept is None else kept
+    codec = CODEC_NAMES[key_codec]
     layers = [_layer(base, i, n, m, neighbours, mlp_width if m else 0, basis, rng) for i in base.kv_layers]
 
-    def tier(name: str, keys: Sequence[int], values: Sequence[int], key_codec: int, threshold: float) -> Tier:
+    def tier(name: str, keys: Sequence[int] | int, values: Sequence[int] | int, codec: int, kappa: float) -> Tier:
+        keys, values = (row_counts(f32=x) if isinstance(x, int) else x for x in (keys, values))
         return Tier(
             name=name,
-            key_codec=[key_codec] * len(layers),
+            key_codec=[codec] * len(layers),
             key_rows=[legal(keys, x.key_length) for x in layers],
             value_rows=[legal(values, x.value_length) for x in layers],
-            kappa=[threshold] * len(layers),
+            kappa=[kappa] * len(layers),
         )
 
-    economy_codec = PCA if codec == "pca" else RETAIN
-    if lossless:
-        all_f32 = row_counts(f32=n)
-        tiers = [tier("faithful", all_f32, all_f32, economy_codec, 0.0), tier("economy", all_f32, all_f32, economy_codec, kappa)]
-    else:
-        head = max(1, n // 12)
-        faithful = faithful_rows or row_counts(q8_0=head, q4_0=n - head)
-        economy = rows or row_counts(q8_0=head, q4_0=n // 4, q2_0=n - head - n // 4)
-        assert codec == "pca" or total_rows(economy) >= m
-        tiers = [tier("faithful", faithful, faithful, PCA, 0.0), tier("economy", economy, value_rows or economy, economy_codec, kappa)]
+    head = max(1, n // 12)
+    faithful = n if lossless else row_counts(q8_0=head, q4_0=n - head)
+    economy = n if lossless else row_counts(q8_0=head, q4_0=n // 4, q2_0=n - head - n // 4)
+    faithful, economy = (given if given is not None else default for given, default in ((faithful_rows, faithful), (rows, economy)))
+    tiers = [
+        tier("faithful", faithful, faithful, codec if lossless else PCA, 0.0),
+        tier("economy", economy, economy if value_rows is None else value_rows, codec, kappa),
+    ]
     capsule = Capsule(
         base=base_of(base),
         block_size=n,
