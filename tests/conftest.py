@@ -66,12 +66,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def capsules(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """capsules(model, block_size=16, ...) -> path of a capsule for that model, see make_capsule.random_capsule."""
+    """capsules(model, block_size=16, ...) -> path of a capsule for that model, lossless by default, see make_capsule.random_capsule."""
     folder = tmp_path_factory.mktemp("capsules")
 
     def make(model: Path, **options: Any) -> Path:
         from make_capsule import random_capsule
 
+        options = {"lossless": True} | options
         name = "-".join([model.stem, *(f"{k}={v}" for k, v in sorted(options.items()))]).replace("/", "_").replace(" ", "")
         path = folder / f"{name}.gguf"
         if not path.exists():
