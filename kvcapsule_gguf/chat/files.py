@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..format.gguf_header import GGUFError, read_header
 from .errors import ChatError
 from .hub import _likeness
 
@@ -77,22 +77,16 @@ def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: s
 
 
 def read_info(path: Path) -> CapsuleInfo | None:
-    """What the capsule in `path` is for; None if there is none in it. Never raises: a file it cannot read comes back as damaged."""
-    from gguf import GGUFReader
-
+    """What the capsule in `path` is for; None if there is none in it. Never raises: a file that cannot be read comes back as damaged."""
+    keys = ("kvcapsule.version", "kvcapsule.base.architecture", "kvcapsule.base.fingerprint")
     try:
-        fields = GGUFReader(path).fields
-        if "kvcapsule.version" not in fields:
-            return None
-        return CapsuleInfo(path, _text(fields, "kvcapsule.base.architecture") or _text(fields, "general.architecture"), _text(fields, "kvcapsule.base.fingerprint"))
-    # hand-made files make the reader raise nearly anything
-    except Exception:
+        values = read_header(path, keys.__contains__).values
+    except (GGUFError, OSError):
         return CapsuleInfo(path, damaged=True)
-
-
-def _text(fields: dict[str, Any], key: str) -> str:
-    value = fields[key].contents() if key in fields else ""
-    return value if isinstance(value, str) else ""
+    if keys[0] not in values:
+        return None
+    architecture, fingerprint = (value.data if (value := values.get(key)) and value.type == "str" and not value.array else "" for key in keys[1:])
+    return CapsuleInfo(path, architecture, fingerprint)
 
 
 def _common(a: Path, b: Path) -> int:

@@ -17,6 +17,9 @@ class Interrupt:
     main thread has not come back from native code a moment after Ctrl-C, it ends the process with the usual status."""
 
     def __enter__(self) -> Interrupt:
+        self._active = threading.current_thread() is threading.main_thread()
+        if not self._active:
+            return self
         self._seen = False
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
@@ -26,6 +29,8 @@ class Interrupt:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._active:
+            return
         signal.signal(signal.SIGINT, self._handler)
         signal.set_wakeup_fd(self._wakeup)
         self._write.close()

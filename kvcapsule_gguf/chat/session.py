@@ -15,7 +15,7 @@ from .errors import ChatError, ContextFull
 from .images import Picture
 from .prompt import Chunk, chunks
 from .sampling import chain
-from .stats import ImageUse
+from .stats import ImageUse, plain_bytes
 from .template import ChatTemplate, Message
 
 SEQ = 0
@@ -179,6 +179,9 @@ class Session:
         self.state.n_cells += part.n_tokens
         image.tokens += part.n_tokens
         if engine.capsule is None:
+            f16, cell = plain_bytes(engine)
+            image.bytes_f16 += part.n_tokens * f16
+            image.bytes_now += part.n_tokens * cell
             return 0.0
         start = time.monotonic()
         before = native.stats(engine.ctx)
@@ -199,6 +202,9 @@ class Session:
         answer: list[str] = []
 
         def emit(text: str) -> None:
+            self.state.text += text
+            # tokenizers of the SentencePiece kind start an answer with a space
+            text = text if answer else text.lstrip()
             if text:
                 answer.append(text)
                 on_text(text)
@@ -223,10 +229,11 @@ class Session:
             engine.say(str(full))
         except KeyboardInterrupt:
             turn.finish_reason = "interrupted"
+            # the last token may be in the cache already, uncounted
+            llama.llama_memory_seq_rm(engine.memory, SEQ, self.state.n_past, -1)
         emit(decoder.decode(b"", final=True))
         turn.decode_s = time.monotonic() - start
         turn.answer = "".join(answer)
-        self.state.text += turn.answer
 
     def _check(self, status: int) -> None:
         if status == 0:

@@ -44,7 +44,7 @@ def build(kind: str, *, defines: dict[str, str], tools: bool, jobs: int, digest:
         _configure(folder, kind, defines, tools)
         (folder / "configured.json").write_text(json.dumps(wanted, indent=1))
     targets = ["llama"] if kind == "stock" else ["llama", "mtmd"] + (list(TOOLS) if tools else [])
-    first = not (folder / "build" / "bin").is_dir()
+    first = not ((LIB / "stock" if kind == "stock" else LIB) / "build.json").is_file()
     if first:
         say(f"building llama.cpp ({kind}) with {jobs} jobs; the first time this takes minutes")
     command = ["cmake", "--build", folder / "build", "--config", "Release", "-j", str(jobs), "--target", *targets]
