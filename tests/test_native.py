@@ -1,0 +1,171 @@
+"""Finding and loading the libraries, each case in a process of its own, and the layout of the C structs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, library
+
+from kvcapsule_gguf.native import CapsuleStats
+from kvcapsule_gguf.native.structs import CapsuleContextParams, CapsuleStatsStruct
+
+HEADER = ROOT / "patches" / "files" / "include" / "llama-capsule.h"
+
+
+def python(code: str, lib: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **env, "PYTHONPATH": str(ROOT)} | ({"KVCAPSULE_LIB": str(lib)} if lib else {})
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+
+
+def error_of(process: subprocess.CompletedProcess[str]) -> str:
+    assert process.returncode != 0
+    name, _, text = process.stderr.strip().splitlines()[-1].partition(": ")
+    assert name.endswith("NativeError"), process.stderr
+    return text
+
+
+LOAD = "from kvcapsule_gguf import native; n = native.load(); "
+
+
+def test_load_uses_one_folder_for_both_libraries() -> None:
+    lib = library("patched")
+    result = python(LOAD + "n.mtmd.mtmd_default_marker(); print(n.llama._base_path, n.mtmd._libmtmd_base_path, native.load() is n)", lib)
+    assert result.stdout.split() == [str(lib.resolve())] * 2 + ["True"], result.stderr
+
+
+def test_libraries_that_are_not_there(tmp_path: Path) -> None:
+    assert "are not built" in error_of(python(LOAD, tmp_path)) and "run scripts/setup" in error_of(python(LOAD, tmp_path))
+
+
+def test_a_library_without_mtmd() -> None:
+    assert "no libmtmd" in error_of(python(LOAD + "n.mtmd", library("stock")))
+
+
+def test_a_foreign_llama_cpp_that_came_first() -> None:
+    stock = str(library("stock"))
+    code = "import llama_cpp.llama_cpp; " + LOAD
+    assert "imported before KVCapsule" in error_of(python(code, library("patched"), LLAMA_CPP_LIB_PATH=stock, MTMD_CPP_LIB=stock))
+
+
+def test_another_folder_afterwards() -> None:
+    assert "is loaded from" in error_of(python(LOAD + f"native.load({str(library('stock'))!r})", library("patched")))
+
+
+@pytest.mark.parametrize("code, message", [("lambda name: '0.3.35'", "0.3.35 is installed, KVCapsule needs exactly 0.3.36"), (None, "is not installed")])
+def test_another_version_of_the_package(code: str | None, message: str) -> None:
+    body = code or "lambda name: (_ for _ in ()).throw(m.PackageNotFoundError())"
+    assert message in error_of(python(f"import importlib.metadata as m; m.version = {body}; " + LOAD, library("patched")))
+
+
+def test_a_library_of_another_version(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if not compiler or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and Linux")
+    (tmp_path / "x.c").write_text("int llama_something_else;\n")
+    subprocess.run([compiler, "-shared", "-o", tmp_path / "libllama.so", tmp_path / "x.c"], check=True)
+    assert "does not fit llama-cpp-python" in error_of(python(LOAD, tmp_path))
+
+
+def test_the_stock_library_has_no_capsules() -> None:
+    stock = library("stock")
+    assert python(LOAD + "print(n.has_capsule, native.is_attached(None))", stock).stdout.split() == ["False", "False"]
+    assert "has no capsules" in error_of(python(LOAD + "native.fingerprint(None)", stock))
+
+
+# --- structs ---------------------------------------------------------------------------------------------------------------------------------
+
+C_TYPES = {"size_t": ctypes.c_size_t, "uint32_t": ctypes.c_uint32, "uint64_t": ctypes.c_uint64, "float": ctypes.c_float, "bool": ctypes.c_bool}
+
+
+@pytest.mark.parametrize("name, struct", [("llama_capsule_context_params", CapsuleContextParams), ("llama_capsule_stats", CapsuleStatsStruct)])
+def test_structs_are_those_of_the_header(name: str, struct: type[ctypes.Structure]) -> None:
+    body = re.search(rf"struct {name} {{(.*?)\n    }};", HEADER.read_text(), re.DOTALL)[1]
+    fields = []
+    for line in re.sub(r"//.*", "", body).split(";"):
+        if match := re.fullmatch(r"\s*(?:const )?(?:struct )?(\w+)\s+(\*?)\s*(\w+)(?:\[(\d+)\])?\s*", line):
+            kind = ctypes.c_void_p if match[2] else C_TYPES[match[1]]
+            fields.append((match[3], kind * int(match[4]) if match[4] else kind))
+    assert struct._fields_ == fields
+
+
+def test_every_function_of_the_header_is_bound() -> None:
+    from kvcapsule_gguf.native import structs
+
+    declared = set(re.findall(r"LLAMA_API [^;]*?(llama_capsule_\w+)\(", HEADER.read_text()))
+    lib = type("Lib", (), {name: type("F", (), {})() for name in declared})()
+    assert structs.bind(lib, ctypes.c_void_p, ctypes.c_void_p)
+    assert all(hasattr(getattr(lib, name), "argtypes") for name in declared)
+
+
+def test_derived_sizes() -> None:
+    s = CapsuleStats(block_size=48, n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, n_slots=(1, 1), bytes_slot=(1000, 2000), bytes_slots=3000,
+                     bytes_pools=8000, bytes_scratch=500, bytes_hot=51200, bytes_f16_token=100)
+    assert (s.vision_tokens, s.kv_bytes_f16, s.kv_bytes, s.bytes_allocated) == (128, 12800, 3000 + 3200, 51200 + 8000 + 500)
+
+
+# --- with capsules ---------------------------------------------------------------------------------------------------------------------------
+
+WITH_MODEL = LOAD + """
+import sys, ctypes
+L = n.llama
+silent = L.llama_log_callback(lambda *a: None)
+L.llama_log_set(silent, ctypes.c_void_p(0))
+model = L.llama_model_load_from_file(sys.argv[1].encode(), L.llama_model_default_params())
+"""
+
+
+def with_model(code: str, *arguments: str | Path, capsule: bool = True) -> subprocess.CompletedProcess[str]:
+    lib = library("patched")
+    if capsule and python(LOAD + "print(n.has_capsule)", lib).stdout.strip() != "True":
+        pytest.skip("the library is not patched yet")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(lib)}
+    return subprocess.run([sys.executable, "-c", WITH_MODEL + code, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_layer_shapes(models) -> None:
+    result = with_model("print([tuple(shape) for shape in native.layer_shapes(model)])", models(), capsule=False)
+    assert result.stdout.strip() == "[(2, 64, 64), (2, 64, 64)]", result.stderr
+
+
+def test_fingerprint_is_that_of_the_format(models) -> None:
+    from kvcapsule_gguf.format.base_model import read_base_model
+
+    result = with_model("print(native.fingerprint(model))", models())
+    assert result.stdout.strip() == read_base_model(models()).fingerprint, result.stderr
+
+
+def test_a_capsule_of_another_model_is_one_line(models, capsules) -> None:
+    result = with_model("""
+try:
+    native.Capsule.load(model, sys.argv[2])
+except native.CapsuleError as error:
+    print(error)
+""", models(), capsules(models(seed=7)))
+    assert result.returncode == 0 and len(result.stdout.strip().splitlines()) == 1, result.stderr
+
+
+def test_context_stats_and_reading_the_cache(models, capsules) -> None:
+    code = """
+capsule = native.Capsule.load(model, sys.argv[2])
+native.next_context(capsule, n_hot=256, ratio=0.5)
+params = L.llama_context_default_params(); params.n_ctx = 512
+ctx = L.llama_init_from_model(model, params)
+assert native.is_attached(ctx), native.last_error()
+tokens = (L.llama_token * 5)(1, 2, 3, 4, 5)
+assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, 5)) == 0
+k, v = native.read_kv(ctx, 1, native.layer_shapes(model)[1])
+s = native.stats(ctx)
+print(k.shape, v.shape, bool(abs(k).sum() > 0), s.n_hot, s.n_hot_used, s.n_cold, s.bytes_f16_token)
+plain = L.llama_init_from_model(model, params)
+print(native.is_attached(plain))
+L.llama_free(plain); L.llama_free(ctx); capsule.close(); L.llama_model_free(model)
+"""
+    result = with_model(code, models(), capsules(models()))
+    assert result.stdout.splitlines() == ["(5, 2, 64) (5, 2, 64) True 256 5 0 1024", "False"], result.stderr
