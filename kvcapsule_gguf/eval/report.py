@@ -1,0 +1,67 @@
+"""One table: as Markdown, and as JSON with the numbers of every task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .intervals import bootstrap, wilson
+from .run import Evaluation, Measured
+
+
+def as_json(result: Evaluation) -> dict[str, Any]:
+    return {
+        "model": result.model,
+        "pictures": len(set(result.picture)),
+        "questions": len(result.task),
+        "vision_tokens": result.n_vision,
+        "settings": [_row(result, m) for m in result.settings],
+    }
+
+
+def _row(result: Evaluation, m: Measured) -> dict[str, Any]:
+    groups, exact, kld = np.array(result.picture), np.array(m.exact, float), np.array(m.kld)
+    base, tasks = np.array(result.settings[0].exact, float), np.array(result.task)
+    return {
+        "setting": m.setting.name,
+        "kv_ratio": round(m.kv_ratio, 4),
+        "times_smaller": round(m.bytes_f16 / m.bytes_now, 2) if m.bytes_now else None,
+        "kv_bytes": m.bytes_now,
+        "kv_bytes_f16_equivalent": m.bytes_f16,
+        "slots": {"economy": m.n_slots[0], "faithful": m.n_slots[1]},
+        "exact_match": float(exact.mean()),
+        "exact_match_95": wilson(int(exact.sum()), len(exact)),
+        "exact_match_change": float((exact - base).mean()),
+        "exact_match_change_95": bootstrap(exact - base, groups),
+        "lost": int(((base == 1) & (exact == 0)).sum()),
+        "won": int(((base == 0) & (exact == 1)).sum()),
+        "kld": float(kld.mean()),
+        "kld_95": bootstrap(kld, groups),
+        "kld_p99": float(np.quantile(kld, 0.99)),
+        "top_token_agreement": float(np.mean(m.agree)),
+        "tasks": {t: {"questions": int((tasks == t).sum()), "exact_match": float(exact[tasks == t].mean()), "kld": float(kld[tasks == t].mean())}
+                  for t in sorted(set(result.task))},
+        "seconds": round(m.seconds, 1),
+    }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Exact match in % with its Wilson interval, the change against the first row and KLD with bootstrap intervals over pictures."""
+    lines = [
+        f"{data['model']}: {data['questions']} questions on {data['pictures']} pictures of {data['vision_tokens']} tokens, "
+        f"answers forced, against the first row; 95 % intervals",
+        "",
+        "| cache of the picture | kv_ratio | smaller | faithful slots | exact match, % | change, points | lost / won | KLD | KLD, worst 1 % | same first token, % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in data["settings"]:
+        slots = sum(r["slots"].values())
+        share = f"{100 * r['slots']['faithful'] / slots:.0f} %" if slots else "-"
+        low, high = (100 * x for x in r["exact_match_95"])
+        dlow, dhigh = (100 * x for x in r["exact_match_change_95"])
+        lines.append(
+            f"| {r['setting']} | {r['kv_ratio']:.3f} | {r['times_smaller']:.2f}x | {share} | {100 * r['exact_match']:.1f} ({low:.1f} to {high:.1f}) "
+            f"| {100 * r['exact_match_change']:+.1f} ({dlow:+.1f} to {dhigh:+.1f}) | {r['lost']} / {r['won']} "
+            f"| {r['kld']:.5f} ({r['kld_95'][0]:.5f} to {r['kld_95'][1]:.5f}) | {r['kld_p99']:.4f} | {100 * r['top_token_agreement']:.2f} |")
+    return "\n".join(lines) + "\n"
