@@ -5,6 +5,7 @@ Rows of quantized types are Hadamard-rotated before they are quantized, and rota
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ def encode_rows(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     *lead, n_rows, d = rows.shape
     if n_rows != total_rows(counts):
         raise ValueError(f"{n_rows} rows for counts {tuple(counts)}")
-    flat = np.asarray(rows, dtype=np.float32).reshape(-1, n_rows, d)
+    flat = np.asarray(rows, dtype=np.float32).reshape(math.prod(lead), n_rows, d)
     parts = []
     first = 0
     for row_type, n in zip(ROW_TYPES, counts, strict=True):
@@ -30,7 +31,7 @@ def encode_rows(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
             parts.append(data.reshape(len(flat), -1))
             first += n
     data = np.concatenate(parts, 1) if parts else np.zeros((len(flat), 0), np.uint8)
-    return data.reshape(*lead, -1)
+    return data.reshape(*lead, data.shape[1])
 
 
 def decode_rows(data: np.ndarray, counts: Sequence[int], d: int) -> np.ndarray:
@@ -38,7 +39,7 @@ def decode_rows(data: np.ndarray, counts: Sequence[int], d: int) -> np.ndarray:
     *lead, size = data.shape
     if size != rows_bytes(counts, d):
         raise ValueError(f"{size} bytes for counts {tuple(counts)} of length {d}, not {rows_bytes(counts, d)}")
-    flat = data.reshape(-1, size)
+    flat = data.reshape(math.prod(lead), size)
     parts = []
     offset = 0
     for row_type, n in zip(ROW_TYPES, counts, strict=True):
@@ -48,7 +49,7 @@ def decode_rows(data: np.ndarray, counts: Sequence[int], d: int) -> np.ndarray:
             parts.append((hadamard(rows) if row_type.quantized else rows).reshape(len(flat), n, d))
             offset += width
     rows = np.concatenate(parts, 1) if parts else np.zeros((len(flat), 0, d), np.float32)
-    return rows.reshape(*lead, -1, d)
+    return rows.reshape(*lead, *rows.shape[1:])
 
 
 def round_trip(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:

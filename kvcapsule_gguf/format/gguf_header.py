@@ -126,7 +126,8 @@ class _Parser:
     def value(self, key: str, kept: bool) -> Value | None:
         kind = self.unpack("I")
         if kind != ARRAY:
-            return Value(TYPE_NAMES[kind], False, self.scalar(key, kind, kept)) if kept else self.scalar(key, kind, kept)
+            data = self.scalar(key, kind, kept)
+            return Value(TYPE_NAMES[kind], False, data) if kept else None
         item, n = self.unpack("I"), self.unpack("Q")
         if kept and n > MAX_ARRAY:
             raise GGUFError(f"key {key} is an array of {n} elements, more than {MAX_ARRAY}")

@@ -44,7 +44,7 @@ def _read(path: Path) -> Capsule:
             need(found is not None and found.data == wanted, f"not a capsule: key {key} is not '{wanted}'")
     need("kvcapsule.version" in header.values, "not a capsule: key kvcapsule.version is missing")
     version = _get(header, "kvcapsule.version")
-    need(version == VERSION, f"kvcapsule.version is {version}, this program reads {VERSION}: upgrade it")
+    need(version == VERSION, f"kvcapsule.version: format version {version}, this program reads version {VERSION}: update it")
     for key in header.values:
         known = key in KEYS or key.startswith("kvcapsule.train.") or not key.startswith("kvcapsule.")
         need(known, f"unknown key {key}")
@@ -94,6 +94,7 @@ def _metadata(h: Header) -> Capsule:
     kept, mlp = per_layer("kvcapsule.kept_count"), per_layer("kvcapsule.mlp_width")
     need(max(mlp) <= MAX_MLP, f"kvcapsule.mlp_width is {max(mlp)}, more than {MAX_MLP}")
     need(max(kept) < n, f"kvcapsule.kept_count is {max(kept)} in a block of {n}")
+    need(neighbours > 0 or max(kept) == 0, f"kvcapsule.neighbour_count is 0, but kvcapsule.kept_count is {max(kept)}")
     order = _array(h, "kvcapsule.token_order", n_layers * n).reshape(n_layers, n)
     none = np.empty(0, np.float32)
     sections = tuple(_array(h, "kvcapsule.base.rope.sections", 4).tolist())
