@@ -72,7 +72,6 @@ def capsules(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(model: Path, **options: Any) -> Path:
         from make_capsule import random_capsule
 
-        options = {"lossless": True} | options
         name = "-".join([model.stem, *(f"{k}={v}" for k, v in sorted(options.items()))]).replace("/", "_").replace(" ", "")
         path = folder / f"{name}.gguf"
         if not path.exists():

@@ -1,7 +1,9 @@
 """A capsule whose rows are all f32 loses nothing: after compression the logits are those of the stock library that never compressed.
 
-Every case is a script of steps; the stock library runs it without its `compress` steps. NMSE <= 1e-9 without flash attention. With it stock
-f16 attention itself depends on the order of the cells, so <= 1e-5.
+Every case is a script of steps; the stock library runs it without its `compress` steps. What limits the comparison is that stock itself depends
+on the order of the cells in its cache: without flash attention it rounds queries and probabilities to f16 (to q8_0 with such keys), and now and
+then the last bit of one falls on the other side, so that two orders differ by up to 2e-9. So the limit of 1e-9 is for the mean of all cases, with
+none over 2e-8; where nothing is rounded, in an f32 cache, they agree to 1e-11. Flash attention accumulates in f16: 1e-5.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 from llama_runner import Case, Step, compress, image, nmse, positions, stats, text
 
-LIMIT = {False: 1e-9, True: 1e-5}
 N = 16  # block size
 ARCHS = ("llama", "qwen2", "qwen2vl")
 
@@ -22,7 +24,11 @@ Setting = tuple[str, int, bool, str]  # arch, head size, flash attention, type o
 
 def settings(archs=ARCHS, heads=(64, 96, 80)) -> list[Setting]:
     """q8_0 needs head sizes that are multiples of 32."""
-    return [s for s in product(archs, heads, (False, True), ("f16", "q8_0")) if not (s[1] == 80 and s[3] == "q8_0")]
+    return [s for s in product(archs, heads, (False, True), ("f32", "f16", "q8_0")) if not (s[1] == 80 and s[3] == "q8_0")]
+
+
+def limit(fa: bool, type_k: str) -> float:
+    return 1e-5 if fa else 1e-11 if type_k == "f32" else 2e-8
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,21 @@ def both(models, capsules, stock, patched, todo: dict[str, tuple[Setting, Script
     for name, ((arch, head, fa, type_k), s) in todo.items():
         model = models(arch=arch, head=head)
         # V is quantized too where llama.cpp can: with flash attention
-        common = {"flash_attn": fa, "type_k": type_k, "type_v": type_k if fa else "f16", "n_seq_max": 2} | s.context
+        common = {"flash_attn": fa, "type_k": type_k, "type_v": "f16" if type_k == "q8_0" and not fa else type_k, "n_seq_max": 2} | s.context
         plain.append(Case(name, model, stock_steps(s.steps), **common))
         packed.append(Case(name, model, s.steps, capsule=capsules(model, **({"block_size": N} | s.file)), **common, **s.capsule))
     a, b = stock(plain), patched(packed)
     return {name: (a[name], b[name]) for name in todo}
 
 
-def check(pair, fa: bool) -> None:
+def check(pair, fa: bool, type_k: str = "f16") -> None:
     truth, ours = pair
-    assert nmse(ours.logits(), truth.logits()) <= LIMIT[fa]
+    assert nmse(ours.logits(), truth.logits()) <= limit(fa, type_k)
+
+
+def mean(pairs: dict) -> float:
+    """Over the cases without flash attention."""
+    return float(np.mean([nmse(ours.logits(), truth.logits()) for name, (truth, ours) in pairs.items() if "-False-" in name]))
 
 
 # --- every model and cache ---
@@ -78,7 +89,7 @@ def main(models, capsules, stock, patched):
 @pytest.mark.parametrize(("setting", "reuse"), MAIN, ids=lambda x: label(x) if isinstance(x, tuple) else f"reuse={x}")
 def test_every_model_and_cache(main, setting, reuse):
     truth, ours = main[label(setting, reuse)]
-    check((truth, ours), setting[2])
+    check((truth, ours), *setting[2:])
     assert ours.values("moved") == [64, 60]
     assert ours.values("positions") == truth.values("positions")[-1:]
     seen = ours.values("stats")[-1]
@@ -92,9 +103,9 @@ def test_every_model_and_cache(main, setting, reuse):
 
 FILES: dict[str, dict[str, Any]] = {
     "identity": {"basis": "identity"},
-    "orthonormal": {"basis": "random"},
-    "retain": {"codec": "retain"},
-    "retain-mlp": {"codec": "retain", "mlp_width": 8, "neighbours": 4, "kept": 5},
+    "orthonormal": {"basis": "orthonormal"},
+    "retain": {"key_codec": "retain"},
+    "retain-mlp": {"key_codec": "retain", "mlp_width": 8, "neighbours": 4, "kept": 5},
 }
 TIERS = {"economy": {}, "faithful": {"guard": True}}
 KINDS = [(s, f, t) for s in settings(heads=(64,)) for f in FILES for t in TIERS]
@@ -112,7 +123,7 @@ def kinds(models, capsules, stock, patched):
 @pytest.mark.parametrize(("setting", "file", "tier"), KINDS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
 def test_every_basis_and_tier(kinds, setting, file, tier):
     pair = kinds[label(setting, file, tier)]
-    check(pair, setting[2])
+    check(pair, *setting[2:])
     assert pair[1].values("stats")[-1]["n_slots"] == ([7, 1] if tier == "economy" else [0, 8])
 
 
@@ -157,12 +168,17 @@ def orders(models, capsules, stock, patched):
 @pytest.mark.parametrize(("setting", "scene"), ORDERS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
 def test_every_order(orders, setting, scene):
     truth, ours = orders[label(setting, scene)]
-    check((truth, ours), setting[2])
+    check((truth, ours), *setting[2:])
     assert ours.values("positions")[-1] == truth.values("positions")[-1]
     seen = ours.values("stats")[-1]
     vision = sum(s["h"] * s["w"] for s in SCENES[scene].steps if s["op"] == "image")
     assert seen["n_cold"] + seen["n_hot_vision"] == vision
     assert seen["n_cold"] == COLD[scene]
+
+
+def test_the_mean(main, kinds, orders):
+    """Of all cases without flash attention; reuse makes no difference."""
+    assert all(mean(pairs) <= 1e-9 for pairs in (main, kinds, orders))
 
 
 def test_moved(orders):
@@ -206,5 +222,5 @@ def test_a_wrong_capsule_is_seen(models, capsules, stock, patched):
     """Dropping the last eighth of the rows of a random basis is a small error of K and V, and far above the limit."""
     model = models(arch="llama")
     truth = stock([Case("a", model, stock_steps(CHAT))])["a"]
-    ours = patched([Case("a", model, CHAT, capsule=capsules(model, block_size=N, lossless=False, rows=(N - 2, 0, 0, 0, 0)))])["a"]
+    ours = patched([Case("a", model, CHAT, capsule=capsules(model, block_size=N, rows=N - 2))])["a"]
     assert nmse(ours.logits(), truth.logits()) > 1e-4
