@@ -21,8 +21,8 @@ TEMPLATE = (
 )
 
 
-def write_model(path: Path, *, template: str | None = TEMPLATE, seed: int = 1) -> Path:
-    model = TinyModel(n_vocab=len(PIECES), n_ctx_train=4096, seed=seed)
+def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPLATE, seed: int = 1) -> Path:
+    model = TinyModel(arch=arch, n_vocab=len(PIECES), n_ctx_train=4096, seed=seed)
     w = gguf.GGUFWriter(path, model.arch)
     w.add_name(path.stem)
     w.add_block_count(model.n_layer)
@@ -35,6 +35,8 @@ def write_model(path: Path, *, template: str | None = TEMPLATE, seed: int = 1) -
     w.add_value_length(model.head)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_dimension_count(model.head)
+    if model.mrope:
+        w.add_rope_dimension_sections(model.sections)
     w.add_vocab_size(model.n_vocab)
     w.add_tokenizer_model("llama")
     w.add_token_list(PIECES)
@@ -57,15 +59,16 @@ def write_model(path: Path, *, template: str | None = TEMPLATE, seed: int = 1) -
     return path
 
 
-def write_mmproj(path: Path, n_embd: int = 256, seed: int = 2) -> Path:
-    """A CLIP tower of one layer with LLaVA's projector."""
+def write_mmproj(path: Path, *, arch: str = "llama", n_embd: int = 256, seed: int = 2) -> Path:
+    """A CLIP tower of one layer with LLaVA's projector (fixed size) or, for qwen2vl, Qwen2-VL's (any size, 2 x 2 patches to a token)."""
+    qwen = arch == "qwen2vl"
     rng = np.random.default_rng(seed)
     width, ff, heads = 32, 64, 2
     w = gguf.GGUFWriter(path, "clip")
     w.add_type("mmproj")
     w.add_name(path.stem)
     w.add_clip_has_vision_encoder(True)
-    w.add_clip_projector_type("mlp")
+    w.add_clip_projector_type("qwen2vl_merger" if qwen else "mlp")
     w.add_vision_projection_dim(n_embd)
     w.add_vision_image_size(IMAGE)
     w.add_vision_patch_size(PATCH)
@@ -77,7 +80,8 @@ def write_mmproj(path: Path, n_embd: int = 256, seed: int = 2) -> Path:
     w.add_vision_image_mean([0.5] * 3)
     w.add_vision_image_std([0.5] * 3)
     w.add_vision_use_gelu(True)
-    w.add_array("clip.vision.feature_layer", [1])
+    if not qwen:
+        w.add_array("clip.vision.feature_layer", [1])
 
     def matrix(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
@@ -91,14 +95,18 @@ def write_mmproj(path: Path, n_embd: int = 256, seed: int = 2) -> Path:
         w.add_tensor(f"{name}.bias", np.zeros(n_out, np.float32))
 
     w.add_tensor("v.patch_embd.weight", matrix(width, 3, PATCH, PATCH))
-    w.add_tensor("v.position_embd.weight", matrix(TOKENS, width))
-    for name in ("v.pre_ln", "v.post_ln", "v.blk.0.ln1", "v.blk.0.ln2"):
+    if qwen:
+        w.add_tensor("v.patch_embd.weight.1", matrix(width, 3, PATCH, PATCH))
+    else:
+        w.add_tensor("v.position_embd.weight", matrix(TOKENS, width))
+    for name in ("v.post_ln", "v.blk.0.ln1", "v.blk.0.ln2", *(() if qwen else ("v.pre_ln",))):
         norm(name)
     for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
         linear(f"v.blk.0.{name}", width, width)
     linear("v.blk.0.ffn_up", ff, width)
     linear("v.blk.0.ffn_down", width, ff)
-    linear("mm.0", n_embd, width)
+    merged = 4 * width if qwen else width
+    linear("mm.0", n_embd, merged)
     linear("mm.2", n_embd, n_embd)
     _close(w)
     return path

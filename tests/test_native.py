@@ -135,10 +135,10 @@ def test_layer_shapes(models) -> None:
 
 
 def test_fingerprint_is_that_of_the_format(models) -> None:
-    from kvcapsule_gguf.format.base_model import read_base_model
+    from kvcapsule_gguf.format.fingerprint import fingerprint
 
     result = with_model("print(native.fingerprint(model))", models())
-    assert result.stdout.strip() == read_base_model(models()).fingerprint, result.stderr
+    assert result.stdout.strip() == fingerprint(models()), result.stderr
 
 
 def test_a_capsule_of_another_model_is_one_line(models, capsules) -> None:

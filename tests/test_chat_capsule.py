@@ -1,0 +1,143 @@
+"""kvcapsule-chat with capsules: random ones on tiny models for the plumbing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chat_model import TOKENS, write_mmproj, write_model, write_picture
+from conftest import library
+from make_capsule import random_capsule
+from test_chat import F16_TOKEN, Run, chat, environment, refused  # noqa: F401  (chat is a fixture)
+
+N = 8  # block size; a picture is two blocks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_library() -> None:
+    library("patched")
+    code = "from kvcapsule_gguf import native; print(native.load().has_capsule)"
+    if subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout.strip() != "True":
+        pytest.skip("the library is not patched")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("capsules")
+    for arch in ("llama", "qwen2vl"):
+        (root / arch).mkdir()
+        model = write_model(root / arch / "tiny.gguf", arch=arch)
+        write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=N)
+        random_capsule(model, root / arch / "lossless.gguf", block_size=N, lossless=True)
+    write_picture(root / "a.png", size=(112, 112))
+    write_picture(root / "b.png", size=(112, 112), seed=4)
+    return root
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
+def test_the_capsule_beside_the_model_is_used(chat: Run, folder: Path, arch: str) -> None:
+    result = chat(folder / arch / "tiny.gguf", "--image", folder / "a.png", "-p", "what?", "-n", "6", "--json")
+    assert result.returncode == 0 and result.stderr == ""
+    report = json.loads(result.stdout)
+    assert report["capsule"] and report["vision_tokens"] == TOKENS
+    assert sum(report["slots"].values()) == TOKENS // N
+    assert report["kv_bytes_f16_equivalent"] == TOKENS * F16_TOKEN
+    assert 0 < report["kv_bytes"] < report["kv_bytes_f16_equivalent"] <= report["kv_bytes_allocated"]
+    assert report["kv_ratio"] == round(1 - report["kv_bytes"] / report["kv_bytes_f16_equivalent"], 4)
+    (image,) = report["images"]
+    assert image["tokens"] == image["tokens_compressed"] == TOKENS
+    assert image["kv_bytes"] == report["kv_bytes"] and image["slots"] == report["slots"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
+def test_a_lossless_capsule_gives_the_uncompressed_answers(chat: Run, folder: Path, arch: str) -> None:
+    lines = f"/image {folder / 'a.png'}\nwhat?\nand?\n/image {folder / 'b.png'}\nthis?\nboth?\n"
+    model = folder / arch / "tiny.gguf"
+    plain = chat(model, "-n", "8", "--capsule", "off", "-fa", "off", stdin=lines)
+    ours = chat(model, "-n", "8", "--capsule", folder / arch / "lossless.gguf", "-fa", "off", stdin=lines)
+    assert ours.returncode == 0 and ours.stdout == plain.stdout and len(plain.stdout.split()) == 4, ours.stderr
+
+
+def test_capsule_off_is_what_it_says(chat: Run, folder: Path) -> None:
+    env = {"LLAMA_KVCAPSULE": str(folder / "llama" / "kvcapsule-tiny.gguf")}
+    result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--capsule", "off", "--json", env=env)
+    assert not json.loads(result.stdout)["capsule"]
+
+
+def test_a_capsule_inside_the_mmproj(chat: Run, folder: Path, tmp_path: Path) -> None:
+    import gguf
+    from tiny_gguf import rewrite
+
+    capsule = gguf.GGUFReader(folder / "llama" / "kvcapsule-tiny.gguf")
+    model = shutil.copy(folder / "llama" / "tiny.gguf", tmp_path)
+    kv = {}
+    for key, field in capsule.fields.items():
+        if key.startswith("kvcapsule."):
+            kv[key] = (field.contents(), field.types[-1])
+    rewrite(folder / "llama" / "mmproj-tiny.gguf", tmp_path / "mmproj-tiny.gguf", kv=kv, add=[(t.name, t.data) for t in capsule.tensors])
+    report = json.loads(chat(model, "--image", folder / "a.png", "-p", "x", "-n", "2", "--json").stdout)
+    assert report["capsule"] and sum(report["slots"].values()) == TOKENS // N
+
+
+def test_stats_of_a_session(chat: Run, folder: Path) -> None:
+    lines = f"/image {folder / 'a.png'}\nwhat?\n/image {folder / 'b.png'}\nthis?\n/stats\n/clear\n/stats\n"
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "3", stdin=lines)
+    first, second = result.stderr.split("picture ")[1:]
+    rows = {line.split()[0]: line.split()[1:] for line in first.splitlines()[1:4]}
+    assert rows["total"][0] == str(2 * TOKENS)
+    assert sum(map(int, rows["total"][1:3])) == 2 * TOKENS // N
+    assert "paid back after" in first and "paid back" not in second
+
+
+def test_many_pictures_go_through_a_hot_cache_that_holds_one(chat: Run, folder: Path) -> None:
+    """24 pictures are 384 tokens, the hot cache has 256 cells."""
+    lines = "".join(f"/image {folder / 'a.png'}\n?\n" for _ in range(24))
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "1", "-c", "2048", "--hot", "256", "--json", stdin=lines)
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 0
+    if len(reports) < 24:
+        assert "hot" in result.stderr  # text takes hot cells too, and is never compressed
+    assert reports[-1]["slots"]["economy"] + reports[-1]["slots"]["faithful"] == 2 * len(reports[-1]["images"])
+    assert len(reports) > 8
+
+
+def test_wrong_truncated_and_unfitting_capsules(chat: Run, folder: Path, tmp_path: Path) -> None:
+    model, picture = folder / "llama" / "tiny.gguf", folder / "a.png"
+    ask = ("--image", picture, "-p", "x")
+    other = random_capsule(write_model(tmp_path / "other.gguf", seed=9), tmp_path / "kvcapsule-other.gguf", block_size=N)
+    refused(chat(model, "--capsule", other, *ask), "kvcapsule-other.gguf")
+    whole = (folder / "llama" / "kvcapsule-tiny.gguf").read_bytes()
+    for size in (3, 100, 2000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        refused(chat(model, "--capsule", tmp_path / "cut.gguf", *ask), "cut.gguf")
+    refused(chat(model, "--capsule", model, *ask), "tiny.gguf")
+
+
+def test_a_damaged_sibling_is_not_passed_over(chat: Run, folder: Path, tmp_path: Path) -> None:
+    for name in ("tiny.gguf", "mmproj-tiny.gguf"):
+        shutil.copy(folder / "llama" / name, tmp_path)
+    (tmp_path / "kvcapsule-tiny.gguf").write_bytes((folder / "llama" / "kvcapsule-tiny.gguf").read_bytes()[:300])
+    refused(chat(tmp_path / "tiny.gguf", "--image", folder / "a.png", "-p", "x"), "kvcapsule-tiny.gguf")
+
+
+def test_a_sibling_for_another_model_is_passed_over(chat: Run, folder: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny.gguf", seed=9)
+    for name in ("mmproj-tiny.gguf", "kvcapsule-tiny.gguf"):
+        shutil.copy(folder / "llama" / name, tmp_path)
+    result = chat(model, "--image", folder / "a.png", "-p", "x", "-n", "2", "--json")
+    assert not json.loads(result.stdout)["capsule"] and "no capsule for this model" in result.stderr and "kvcapsule-train" in result.stderr
+
+
+def test_a_picture_larger_than_the_hot_cache_is_refused_before_it_is_encoded(chat: Run, folder: Path, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "large.png", size=(20 * 28, 20 * 28))
+    refused(chat(folder / "qwen2vl" / "tiny.gguf", "--image", picture, "-p", "x", "-c", "2048", "--hot", "256"), "large.png needs 400 cells", "--hot")
+
+
+def test_ratio_picks_a_preset(chat: Run, folder: Path, tmp_path: Path) -> None:
+    result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--json", "--ratio", "0.6")
+    assert result.returncode == 0 and json.loads(result.stdout)["slots"]["economy"] == TOKENS // N
