@@ -70,6 +70,23 @@ class Decoder(nn.Module):
             for linear in (block.o, block.down):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5 * 0.3)
         nn.init.normal_(self.output.weight, std=0.02)
+        for block in self.blocks:
+            self._attend_to_alike(block)
+
+    @torch.no_grad()
+    def _attend_to_alike(self, block: DecoderBlock, span: int = 700) -> None:
+        """Queries begin equal to keys where RoPE hardly turns within `span`, outputs as copies of what is attended:
+        a word begins by looking at tokens like it, and vision tokens begin near the words for what they show."""
+        cfg = self.cfg
+        first = next(i for i in range(cfg.head_size // 2) if span * cfg.rope_base ** (-2 * i / cfg.head_size) < 1)
+        slow = slice(2 * first, cfg.head_size)
+        q, k, v = (w.weight.view(-1, cfg.head_size, cfg.width) for w in (block.q, block.k, block.v))
+        o = block.o.weight.view(cfg.width, cfg.heads, cfg.head_size)
+        k[:, slow] *= 1.6
+        for head in range(cfg.heads):
+            kv = head * cfg.kv_heads // cfg.heads
+            q[head, slow] = k[kv, slow]
+            o[:, head] += 0.5 * v[kv].T
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, tail: int) -> Tensor:
         """x [B, T, width] embeddings, positions [B, T], mask [B or 1, 1, T, T] -> logits [B, tail, vocab]."""

@@ -22,13 +22,13 @@ def training_scene(seed: int):
     return make_scene(seed, random_words=RANDOM_WORDS)
 
 
-def load_eye(path: Path) -> Vision:
-    """Vision tower of a checkpoint of phase 1."""
+def load_eye(path: Path) -> EyeTrainer:
+    """Vision tower and heads of a checkpoint of phase 1."""
     model = EyeTrainer()
     tensors = load_file(path)
     tensors.pop("samples", None)
     model.load_state_dict(tensors)
-    return model.vision.eval()
+    return model.eval()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = 4) -> Tensor:
     """Nearest semi-orthogonal matrix of g [m, n] by Newton-Schulz, in float32 (bfloat16 is slow on many CPUs)."""
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x / (x.norm() + 1e-7)

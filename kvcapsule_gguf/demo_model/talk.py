@@ -32,7 +32,7 @@ class DemoModel(nn.Module):
 class Batch:
     """Arrays of one training or evaluation step."""
 
-    features: Tensor  # [B, image, width] of the image tokens shown
+    features: Tensor  # [B, image, width] of the image tokens shown, or pictures [B, 3, 336, 336]
     labels: Tensor  # [B, len(LABELS), image]
     ids: Tensor  # [B, budget]
     targets: Tensor  # [B, budget]
@@ -45,7 +45,7 @@ def choose_tokens(shown: np.ndarray, count: int, rng: np.random.Generator) -> np
     """`count` of the image's tokens in order, those on items (`shown`) more likely: early training sees fewer tokens."""
     if count >= len(shown):
         return np.arange(len(shown))
-    lot = np.log(rng.random(len(shown))) / np.where(shown, 5.0, 1.0)
+    lot = np.log(rng.random(len(shown))) / np.where(shown, 10.0, 1.0)
     return np.sort(np.argpartition(-lot, count)[:count])
 
 
@@ -72,9 +72,11 @@ def make_batch(prompts: Prompts, scenes: list[Scene], features: list[np.ndarray]
 def forward(model: DemoModel, prompts: Prompts, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Answer loss, auxiliary loss and whether each target is met, bool [B, budget]."""
     count, budget = batch.ids.shape
-    tokens = model.vision.project(batch.features)
+    seen = model.vision.features(batch.features) if batch.features.ndim == 4 else batch.features
+    tokens = model.vision.project(seen)
     start = model.decoder.embed(torch.tensor(prompts.before_image(), device=tokens.device)).expand(count, -1, -1)
     x = torch.cat([start, tokens.to(start.dtype), model.decoder.embed(batch.ids)], 1)
     logits = model.decoder(x, batch.positions, batch.mask, budget).float()
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
-    return loss, model.heads.loss(tokens, batch.labels)[0], logits.argmax(-1) == batch.targets
+    eye = model.heads.loss(tokens, batch.labels)[0] if tokens.requires_grad else loss.new_zeros(())
+    return loss, eye, logits.argmax(-1) == batch.targets

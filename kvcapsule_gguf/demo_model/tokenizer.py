@@ -13,7 +13,7 @@ from ..scenes.questions import NUMBERS
 
 SPACE = "\u2581"
 UNKNOWN, BOS, EOS = 0, 1, 2
-_STARTERS = "USER ASSISTANT What Where How Which Read List".split()
+_STARTERS = "USER: ASSISTANT: What Where How Which Read List".split()
 _WORDS = """a and are at colour digit digits does do first has image images in is left center right top middle bottom
 many more nothing object objects of or same say scene second see the there where word words you crosses Answer""".split()
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'\"-()"

@@ -60,7 +60,7 @@ def train_eye(state: Path, minutes: float, batch: int = 8, lr: float = 2e-3, wor
         start = int(tensors.pop("samples"))
         model.load_state_dict(tensors)
     data = iter(torch.utils.data.DataLoader(DrawnPatches(start), batch, num_workers=workers, prefetch_factor=8))
-    optimiser = Optimisers(model.named_parameters(), lr)
+    optimiser = Optimisers(model.named_parameters(), lr, matrix_lr=1.5 * lr)
     run = torch.compile(model) if compile else model
     began, step, seen = time.time(), 0, start
     while (progress := (time.time() - began) / (minutes * 60)) < 1:

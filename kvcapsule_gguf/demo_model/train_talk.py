@@ -1,4 +1,4 @@
-"""Phase 2: the decoder (and the projector) on cached ViT features: few image tokens first, then all 576."""
+"""Phase 2: the decoder on cached ViT features, few image tokens first, then all 576; phase 3: everything together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..scenes import HELD_OUT, TASKS, Question, make_questions, make_scene
+from ..scenes import HELD_OUT, TASKS, TRAIN, Question, make_questions, make_scene
 from .features import FeatureStore, training_scene
 from .optim import Optimisers, schedule
 from .talk import Batch, DemoModel, forward, make_batch
 from .tokenizer import Prompts
+from .train_eye import to_input
 
 # (share of the time, image tokens shown, pictures per step)
-STAGES = ((0.55, 96, 8), (0.2, 192, 8), (0.25, 576, 6))
+STAGES = ((0.35, 32, 8), (0.2, 96, 8), (0.15, 256, 7), (0.3, 576, 5))
+LIVE_SEEDS = 7_000_000  # pictures drawn while training everything; apart from those of the other phases
 
 
 def stage(progress: float) -> tuple[int, int]:
@@ -58,33 +60,41 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Path, save_to: Path, minutes: float,
                lr: float = 2e-3, matrix_lr: float = 5e-3, budget: int = 256, seed: int = 0, on_save=None,
-               begin: float = 0.0, stages=None) -> None:
-    """Train for so many minutes; `begin` skips ahead in the schedule (0.75: full resolution only)."""
+               begin: float = 0.0, live: bool = False) -> None:
+    """Train for so many minutes; `begin` skips ahead in the schedule (0.75: full resolution only).
+
+    `live` trains the ViT too, on pictures drawn on the way, instead of cached features.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
     store, test = FeatureStore(features), FeatureStore(held_out)
-    trained = [(n, p) for n, p in model.named_parameters() if n.startswith(("decoder", "vision.mm", "heads"))]
+    trained = [(n, p) for n, p in model.named_parameters() if live or n.startswith("decoder")]
+    for name, p in model.named_parameters():
+        p.requires_grad_(live or name.startswith("decoder"))
     parameters = [p for _, p in trained]
     optimiser = Optimisers(trained, lr, matrix_lr)
     began, step, pictures = time.time(), 0, 0
     while (progress := begin + (1 - begin) * (time.time() - began) / (minutes * 60)) < 1:
-        if step % 20 == 0:
+        if step % 20 == 0 and not live:
             store.refresh()
             seeds = store.seeds()
-        image, count = stage(progress)
-        chosen = rng.choice(seeds, count, replace=False).tolist()
-        batch = make_batch(prompts, [training_scene(s) for s in chosen], [store[s] for s in chosen], image, budget, rng)
+        image, count = (576, STAGES[-1][2]) if live else stage(progress)
+        chosen = rng.integers(LIVE_SEEDS, TRAIN.stop, count).tolist() if live else rng.choice(seeds, count, replace=False).tolist()
+        scenes = [training_scene(s) for s in chosen]
+        batch = make_batch(prompts, scenes, [np.zeros((576, 1))] * count if live else [store[s] for s in chosen], image, budget, rng)
+        if live:
+            batch.features = to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             loss, eye, right = forward(model, prompts, to_device(batch, device))
-        (loss + 0.05 * eye).backward()
+        (loss + 0.1 * eye if live else loss).backward()
         optimiser.step(schedule(progress), parameters)
         step, pictures = step + 1, pictures + count
-        if step % 20 == 0:
+        if step % 10 == 0:
             met = right.cpu()[batch.targets >= 0].float().mean()
-            print(f"{step} {time.time() - began:.0f}s {pictures} of {len(seeds)} image {image} loss {loss.item():.3f} "
+            print(f"{step} {time.time() - began:.0f}s {pictures} of {0 if live else len(seeds)} image {image} loss {loss.item():.3f} "
                   f"eye {eye.item():.2f} tokens {met:.3f}", flush=True)
-        if step % 150 == 0 or step == 40:
+        if step % 100 == 0:
             scores = held_out_score(model, prompts, test)
             print("held out:", " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
             save_model(model, save_to)

@@ -111,7 +111,8 @@ class PatchHeads(nn.Module):
         """tokens [B, N, width], labels [B, len(LABELS), N] -> mean loss and per-label accuracy where labelled."""
         total, accuracy = tokens.new_zeros(()), {}
         seen = labels[:, 1] > 0
-        weight = torch.where(seen, 1.0, 0.25).flatten()
+        weight = torch.where(seen, 1.0, 0.25)
+        weight = torch.where(labels[:, 2] > 0, 2.0, weight).flatten()  # letters are hardest
         for i, (name, logits) in enumerate(zip(LABELS, self.out(tokens).float().split(list(LABELS.values()), -1))):
             target = labels[:, i]
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")

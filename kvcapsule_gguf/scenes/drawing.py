@@ -66,8 +66,8 @@ def _shape_mask(draw: ImageDraw.ImageDraw, kind: str, c: float, r: float) -> Non
 
 
 def word_font_size(text: str, radius: float) -> float:
-    """Font size, in pixels of a 336 picture, at which a word is 2 * radius wide (never taller than 46)."""
-    return min(46.0, 100.0 * 2 * radius / max(1.0, _font(100).getlength(text)))
+    """Font size, in pixels of a 336 picture, at which a word is 2 * radius wide (at most 58)."""
+    return min(58.0, 100.0 * 2 * radius / max(1.0, _font(100).getlength(text)))
 
 
 def letter_spans(item: Item) -> list[tuple[float, float]]:

@@ -73,26 +73,27 @@ class Scene:
 
 
 def make_scene(seed: int, dense: bool = False, random_words: float = 0.0) -> Scene:
-    """Scene of a seed: 2 to 6 items, at most one word (dense: 7 to 9 items, up to three words; for training the eye).
+    """Scene of a seed: 2 to 6 items, at most one word (dense: 7 to 9 items, half of them words; for training the eye).
 
     `random_words` is the share of words made of random letters instead of the list.
     """
     rng = np.random.default_rng([seed, 1])
     count = int(rng.integers(7, 10) if dense else rng.integers(2, 7))
-    words_left = 3 if dense else 1
+    words_left = 9 if dense else 1
+    word_share = 0.5 if dense else 0.22
     items = []
     for cell in sorted(rng.permutation(9)[:count].tolist()):
         row, column = divmod(cell, 3)
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         draw = rng.random()
         x, y = (column + 0.5) * SIDE / 3, (row + 0.5) * SIDE / 3
-        if draw < 0.22 and words_left:
+        if draw < word_share and words_left:
             words_left -= 1
             text = WORDS[rng.integers(len(WORDS))]
             if rng.random() < random_words:
                 text = "".join(chr(65 + c) for c in rng.integers(0, 26, int(rng.integers(3, 5))))
             kind, radius, jitter = "word", rng.uniform(46, 52), 3
-        elif draw < 0.45:
+        elif draw < word_share + 0.23:
             kind, text, radius, jitter = "digit", str(rng.integers(10)), rng.uniform(28, 44), 8
         else:
             kind, text, radius, jitter = SHAPES[rng.integers(len(SHAPES))], "", rng.uniform(26, 44), 8
