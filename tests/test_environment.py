@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from llama_runner import Case, image, nmse, stats, text
+from llama_runner import Case, image, lossless_limit, nmse, stats, text
 from test_loader_refuses import K, key, put, tensor
 
 N, HOT, GRID = 16, 256, (10, 16)
 STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
-LIMIT = {False: 1e-9, True: 1e-5}
 ARCHS = ("llama", "qwen2vl")
 
 
@@ -24,7 +23,7 @@ def test_images_are_compressed(models, capsules, stock, patched, arch):
     cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
     truth, ours = stock(cases), patched(cases, env=env)
     for fa in (False, True):
-        assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= LIMIT[fa]
+        assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= lossless_limit(fa)
         assert all(ours[str(fa)].values("attached"))
         seen = ours[str(fa)].values("stats")
         assert [s["n_cold"] for s in seen] == [0, 0, 160, 320]  # an image goes when text follows it

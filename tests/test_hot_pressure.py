@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import Case, clear, compress, image, nmse, rss, seq_rm, stats, text
+from llama_runner import Case, clear, compress, image, lossless_limit, nmse, rss, seq_rm, stats, text
 
 HOT, N = 256, 16
 GRID = (10, 16)  # 160 tokens: one image fits in the hot cells, two do not
 TOKENS = GRID[0] * GRID[1]
-LIMIT = {False: 1e-9, True: 1e-5}
 ARCHS = ("llama", "qwen2vl")
 BOTH = [(arch, fa) for arch in ARCHS for fa in (False, True)]
 
@@ -48,7 +47,7 @@ def albums(models, capsules, stock, patched):
 @pytest.mark.parametrize("script", ["album", "batches", "burst"])
 def test_many_images_in_a_small_hot_cache(albums, script, arch, fa):
     truth, ours = (r[f"{script}-{arch}-{fa}"] for r in albums)
-    assert nmse(ours.logits(), truth.logits()) <= LIMIT[fa]
+    assert nmse(ours.logits(), truth.logits()) <= lossless_limit(fa)
     seen = ours.values("stats")[-1]
     images = sum(s["op"] == "image" for s in (BURST if script == "burst" else ALBUM))
     assert (seen["n_hot"], seen["n_cold"], seen["n_hot_vision"]) == (HOT, images * TOKENS, 0)
@@ -80,7 +79,7 @@ def test_full_of_text(models, capsules, stock, patched, arch, fa):
     (line,) = said(result.steps[1].log)
     assert "text" in line and "200" in line and str(HOT) in line
     truth = stock([Case("a", models(arch=arch), [s for i, s in enumerate(script) if i != 1], flash_attn=fa)])["a"]
-    assert nmse(result.logits(0, 2, 4, 6), truth.logits()) <= LIMIT[fa]
+    assert nmse(result.logits(0, 2, 4, 6), truth.logits()) <= lossless_limit(fa)
 
 
 def test_full_of_an_image(models, capsules, patched):
@@ -124,7 +123,7 @@ def loops(models, capsules, stock, patched):
 @pytest.mark.parametrize(("arch", "fa"), BOTH)
 def test_forty_images(loops, arch, fa):
     truth, ours = (r[f"{arch}-{fa}"] for r in loops)
-    assert nmse(ours.logits(), truth.logits()) <= LIMIT[fa]
+    assert nmse(ours.logits(), truth.logits()) <= lossless_limit(fa)
     seen = ours.values("stats")
     assert [s["n_cold"] for s in seen] == [min(i + 1, KEEP) * TOKENS for i in range(LOOP)]
     assert all(sum(s["n_slots"]) * N == s["n_cold"] for s in seen)
