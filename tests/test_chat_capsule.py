@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from chat_model import TOKENS, write_mmproj, write_model, write_picture
-from conftest import library
 from make_capsule import random_capsule
-from test_chat import F16_TOKEN, Run, chat, environment, refused  # noqa: F401  (chat is a fixture)
+from test_chat import F16_TOKEN, Run, chat, refused  # noqa: F401  (chat is a fixture)
+from test_native import require_capsules
 
 N = 8  # block size; a picture is two blocks
 
 
 @pytest.fixture(scope="session", autouse=True)
 def patched_library() -> None:
-    library("patched")
-    code = "from kvcapsule_gguf import native; print(native.load().has_capsule)"
-    if subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout.strip() != "True":
-        pytest.skip("the library is not patched")
+    require_capsules()
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / arch).mkdir()
         model = write_model(root / arch / "tiny.gguf", arch=arch)
         write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=N)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=N, lossless=False)
         random_capsule(model, root / arch / "lossless.gguf", block_size=N, lossless=True)
     write_picture(root / "a.png", size=(112, 112))
     write_picture(root / "b.png", size=(112, 112), seed=4)
@@ -87,8 +82,8 @@ def test_a_capsule_inside_the_mmproj(chat: Run, folder: Path, tmp_path: Path) ->
 def test_stats_of_a_session(chat: Run, folder: Path) -> None:
     lines = f"/image {folder / 'a.png'}\nwhat?\n/image {folder / 'b.png'}\nthis?\n/stats\n/clear\n/stats\n"
     result = chat(folder / "llama" / "tiny.gguf", "-n", "3", stdin=lines)
-    first, second = result.stderr.split("picture ")[1:]
-    rows = {line.split()[0]: line.split()[1:] for line in first.splitlines()[1:4]}
+    first, second = result.stderr.split("MiB now\n")[1:]
+    rows = {line.split()[0]: line.split()[1:] for line in first.splitlines()[:3]}
     assert rows["total"][0] == str(2 * TOKENS)
     assert sum(map(int, rows["total"][1:3])) == 2 * TOKENS // N
     assert "paid back after" in first and "paid back" not in second
