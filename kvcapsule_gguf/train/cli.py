@@ -1,0 +1,97 @@
+"""kvcapsule-train MODEL --mmproj F [--images DIR] -o OUT.gguf"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..format.capsule import CapsuleError
+from ..format.writer import write_capsule
+from .images import drawn, from_folder
+from .schedule import LAYER_SCHEDULES
+from .source import TrainError
+from .trainer import TrainOptions, train
+
+DEFAULT_IMAGES = 96
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="kvcapsule-train",
+        description="Fits a capsule to a vision language model: it looks at pictures, and its keys and values show what can be left out.",
+        epilog="Without --images it draws pictures itself: enough for a usable capsule, pictures like those you will use are better.",
+    )
+    p.add_argument("model", type=Path, metavar="MODEL", help="GGUF of the language model, in any quantization")
+    p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
+    p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
+    p.add_argument("--codec", choices=("pca", "retain"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor (default: %(default)s)")
+    p.add_argument("--layers", choices=LAYER_SCHEDULES, default="uniform", help="how bytes are shared between layers (default: %(default)s)")
+    p.add_argument("--block-size", type=int, default=0, metavar="N", help="tokens of a block, 8..256 (default: chosen from the tokens of a picture)")
+    p.add_argument("--n-images", type=int, default=DEFAULT_IMAGES, metavar="N", help="pictures to look at, a quarter of them only calibrates (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="S")
+    p.add_argument("-c", "--ctx-size", type=int, default=8192, metavar="N", help="context while collecting, one picture and a question (default: %(default)s)")
+    p.add_argument("-t", "--threads", type=int, default=0, metavar="N")
+    return p
+
+
+def find_mmproj(model: Path) -> Path:
+    found = sorted(model.parent.glob("mmproj*.gguf"))
+    if len(found) != 1:
+        raise TrainError(f"{'several' if found else 'no'} mmproj*.gguf beside {model}: name it with --mmproj")
+    return found[0]
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Raises TrainError, CapsuleError, NativeError."""
+    if args.block_size and not 8 <= args.block_size <= 256:
+        raise TrainError(f"--block-size {args.block_size} is not in 8..256")
+    if args.n_images < 4:
+        raise TrainError(f"--n-images {args.n_images} is too few: at least 4")
+    for path in (args.model, args.mmproj):
+        if path is not None and not path.is_file():
+            raise TrainError(f"{path} is not a file")
+    mmproj = args.mmproj or find_mmproj(args.model)
+    output = args.output or args.model.with_name(f"kvcapsule-{args.model.stem}.gguf")
+    if not output.parent.is_dir():
+        raise TrainError(f"{output.parent} is not a folder")
+    images = from_folder(args.images, args.n_images, args.seed) if args.images else drawn(args.n_images, args.seed)
+    first = next(images)  # a folder without pictures shows before the model is loaded
+
+    from .collect import LlamaSource
+
+    start = time.monotonic()
+    options = TrainOptions(codec=args.codec, layers=args.layers, block_size=args.block_size, seed=args.seed)
+    with LlamaSource(args.model, mmproj, itertools.chain([first], images), n_ctx=args.ctx_size, threads=args.threads) as source:
+        capsule = train(source, options, say)
+    capsule.provenance["images_from"] = "folder" if args.images else "drawn"
+    write_capsule(output, capsule)
+    say(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - start:.0f} s")
+    return output
+
+
+def say(line: str) -> None:
+    print(f"kvcapsule-train: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from ..native import NativeError
+
+    args = parser().parse_args(argv)
+    try:
+        run(args)
+    except (TrainError, CapsuleError, NativeError) as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

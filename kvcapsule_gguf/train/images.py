@@ -1,0 +1,95 @@
+"""Pictures to train on: a folder of one's own, or a varied set drawn here (scenes, text pages, textures, noise, gradients)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..scenes import CALIBRATION, WORDS, make_scene
+from .source import TrainError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# width : height of the drawn pictures; fixed-grid models make them all square
+SHAPES = ((336, 336), (336, 336), (448, 336), (336, 448))
+
+
+def from_folder(folder: Path, count: int, seed: int) -> Iterator[Image.Image]:
+    """`count` pictures of a folder and its sub-folders in an order given by the seed, again from the start if there are fewer. Raises TrainError."""
+    if not folder.is_dir():
+        raise TrainError(f"{folder} is not a folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise TrainError(f"{folder} has no pictures ({', '.join(sorted(SUFFIXES))})")
+    order = np.random.default_rng(seed).permutation(len(files))
+    for i in range(min(count, len(files))):
+        path = files[order[i]]
+        try:
+            with Image.open(path) as image:
+                yield ImageOps.exif_transpose(image).convert("RGB")
+        # Pillow raises many kinds for damaged files
+        except Exception as error:
+            raise TrainError(f"{path}: not a picture that can be read ({' '.join(str(error).split())})") from error
+
+
+def drawn(count: int, seed: int) -> Iterator[Image.Image]:
+    """`count` drawn pictures; half are scenes, the other half are unlike them."""
+    kinds: tuple[Callable[[np.random.Generator, tuple[int, int]], Image.Image], ...] = (_scene, _page, _scene, _texture, _scene, _collage)
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        yield kinds[i % len(kinds)](rng, SHAPES[rng.integers(len(SHAPES))])
+
+
+def _scene(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    scene = make_scene(CALIBRATION[int(rng.integers(len(CALIBRATION)))], dense=bool(rng.random() < 0.2))
+    return scene.draw().resize(size, Image.BICUBIC)
+
+
+def _page(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """A page of words, dark on light or the other way round."""
+    paper = int(rng.integers(200, 256))
+    ink = int(rng.integers(0, 80))
+    if rng.random() < 0.25:
+        paper, ink = ink, paper
+    image = Image.new("RGB", size, (paper,) * 3)
+    draw = ImageDraw.Draw(image)
+    height = int(rng.integers(9, 26))
+    font = ImageFont.load_default(size=height)
+    y = int(rng.integers(4, 24))
+    while y < size[1] - height:
+        words = [WORDS[i] for i in rng.integers(0, len(WORDS), 14)]
+        text = " ".join(w if rng.random() < 0.5 else w.lower() for w in words)
+        if rng.random() < 0.85:
+            draw.text((8, y), text, fill=(ink,) * 3, font=font)
+        y += round(height * 1.4)
+    return image
+
+
+def _noise(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.ndarray:
+    small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+    return np.asarray(small.resize(size, Image.BICUBIC if rng.random() < 0.6 else Image.NEAREST), dtype=np.float32)
+
+
+def _texture(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """Noise of several scales, as in clouds, plus stripes or a gradient."""
+    field = sum(_noise(rng, size, int(cells)) * weight for cells, weight in zip(2 ** rng.integers(1, 8, 3), rng.dirichlet(np.ones(3))))
+    y, x = np.mgrid[0 : size[1], 0 : size[0]].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 120)
+    stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)[..., None] * rng.uniform(0, 90)
+    gradient = (x / size[0])[..., None] * rng.uniform(-100, 100, 3)
+    return Image.fromarray(np.clip(field + stripes + gradient, 0, 255).astype(np.uint8))
+
+
+def _collage(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """Rectangles and ellipses of other pictures on a plain colour."""
+    image = Image.new("RGB", size, tuple(int(c) for c in rng.integers(0, 256, 3)))
+    for _ in range(int(rng.integers(1, 7))):
+        part = (_scene, _page, _texture)[rng.integers(3)](rng, size)
+        w, h = (int(rng.integers(s // 6, s)) for s in size)
+        x, y = int(rng.integers(0, size[0] - w + 1)), int(rng.integers(0, size[1] - h + 1))
+        mask = Image.new("L", (w, h), 255 if rng.random() < 0.6 else 0)
+        ImageDraw.Draw(mask).ellipse([0, 0, w - 1, h - 1], fill=255)
+        image.paste(part.resize((w, h)), (x, y), mask)
+    return image

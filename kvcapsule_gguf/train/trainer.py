@@ -1,0 +1,150 @@
+"""Samples in, capsule out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+
+from ..codec.block import BlockCodec
+from ..codec.types import Q4_0, row_counts
+from ..format.base_model import BaseModel, base_of
+from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
+from .fit_pca import fit_basis
+from .fit_retain import RetainOptions, fit_retain
+from .guard import calibrate
+from .schedule import PRESETS, Part, faithful_rows, retain_rows, schedule
+from .source import KVSource, TrainError
+from .store import BlockStore
+
+DEFAULT_BLOCK = 64  # docs/format-v1.md, "Why these choices"
+MIN_BLOCK, MAX_BLOCK = 32, 128
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    codec: str = "pca"  # pca or retain, of the keys of the economy tiers
+    layers: str = "uniform"  # uniform, pyramid or auto
+    block_size: int = 0  # 0: chosen from the number of tokens of an image
+    seed: int = 0
+    kept: float = 0.4  # retain: share of the tokens that are kept
+    neighbours: int = 4
+    mlp_width: int = 16
+    ratios: dict[str, float] = field(default_factory=lambda: dict(PRESETS))
+
+
+def choose_block_size(image_tokens: int, wanted: int = DEFAULT_BLOCK) -> int:
+    """The divisor of image_tokens in 32..128 nearest to `wanted` (so that no image has a remainder); `wanted` if there is none."""
+    fits = [n for n in range(MIN_BLOCK, MAX_BLOCK + 1) if image_tokens % n == 0]
+    return min(fits, key=lambda n: (abs(n - wanted), n), default=wanted)
+
+
+def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Capsule:
+    """Raises TrainError."""
+    samples = iter(source)
+    first = next(samples, None)
+    if first is None:
+        raise TrainError("no pictures to train on")
+    model = source.model
+    tokens = len(first.keys[0])
+    n = options.block_size or choose_block_size(tokens)
+    if tokens < n:
+        raise TrainError(f"a picture has {tokens} tokens, less than a block of {n}: choose a smaller --block-size")
+    with BlockStore(model, n) as store:
+        widths = set()
+        for sample in chain([first], samples):
+            store.add(sample)
+            widths.add(sample.width)
+            say(f"picture {store.images}: {len(sample.keys[0])} tokens, {len(store.held)} blocks so far")
+        if not any(store.held) or all(store.held):
+            raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 64 or more are better")
+        width = widths.pop() if len(widths) == 1 else 0
+        return _fit(model, store, n, width, options, say)
+
+
+def _fit(model: BaseModel, store: BlockStore, n: int, width: int, options: TrainOptions, say: Callable[[str], None]) -> Capsule:
+    layers, key_parts, value_parts = [], [], []
+    for i, index in enumerate(model.kv_layers):
+        layer, key_energy, value_energy = _layer(model, store, i, n, width, options)
+        layers.append(layer)
+        key_parts.append(Part(_relative(key_energy), layer.key_length, layer.head_count_kv))
+        value_parts.append(Part(_relative(value_energy), layer.value_length, layer.head_count_kv))
+        half = n // 2
+        say(f"layer {index}: half of the rows hold {100 * key_parts[-1].energy[:half].sum():.1f} % of the keys, {100 * value_parts[-1].energy[:half].sum():.1f} % of the values")
+    fixed = store.image_tokens == {next(iter(store.image_tokens))} and next(iter(store.image_tokens)) % n == 0
+    capsule = Capsule(
+        base=base_of(model),
+        block_size=n,
+        layers=layers,
+        tiers=[_faithful(layers, n), *(_economy(name, r, layers, key_parts, value_parts, n, options) for name, r in sorted(options.ratios.items(), key=lambda x: x[1]))],
+        name=f"KVCapsule for {model.name}",
+        block_width=width,
+        image_tokens=next(iter(store.image_tokens)) if fixed else 0,
+        neighbour_count=options.neighbours if options.codec == "retain" else 0,
+        default_ratio=options.ratios.get("default", 0.8),
+        provenance={
+            "tool": "kvcapsule-train", "images": store.images, "blocks": len(store.held), "seed": options.seed, "codec": options.codec,
+            "layers": options.layers,
+        },
+    )  # fmt: skip
+    capsule.set_ratios()
+    calibrate(capsule, store, say)
+    return capsule
+
+
+def _relative(energy: np.ndarray) -> np.ndarray:
+    total = energy.sum()
+    return energy / total if total > 0 else np.full(len(energy), 1 / len(energy))
+
+
+def _layer(model: BaseModel, store: BlockStore, i: int, n: int, width: int, options: TrainOptions) -> tuple[Layer, np.ndarray, np.ndarray]:
+    index = model.kv_layers[i]
+    weight = store.query_weight(i)
+    keys = store.blocks(i, "k", held=False)
+    k, v = fit_basis(keys, weight), fit_basis(store.blocks(i, "v", held=False))
+    layer = Layer(
+        index=index,
+        head_count_kv=model.head_count_kv[index],
+        key_length=model.key_length[index],
+        value_length=model.value_length[index],
+        k_mean=k.mean,
+        v_mean=v.mean,
+        k_basis=k.rows,
+        v_basis=v.rows,
+        k_query_weight=weight,
+        rope=model.rope_type not in ("", "none"),
+        freq_base=model.freq_base[index],
+    )
+    if options.codec == "retain":
+        m = max(1, min(n - 1, round(options.kept * n)))
+        kept_rows = row_counts(q4_0=m) if Q4_0.fits(layer.key_length) else row_counts(f16=m)
+        shape = RetainOptions(m, options.neighbours, options.mlp_width, width, seed=options.seed)
+        fitted = fit_retain(keys, weight, model.rope_type, model.rope_dimensions, shape, kept_rows)
+        layer.token_order = fitted.order.astype(np.uint16)
+        layer.kept_count, layer.mlp_width = m, options.mlp_width
+        layer.k_gate, layer.k_neighbours = fitted.gate, fitted.neighbours.astype(np.int32)
+        if options.mlp_width:
+            layer.k_mlp_up, layer.k_mlp_up_bias, layer.k_mlp_down = fitted.mlp_up, fitted.mlp_up_bias, fitted.mlp_down
+    return layer, k.energy, v.energy
+
+
+def _faithful(layers: list[Layer], n: int) -> Tier:
+    rows = [(faithful_rows(n, x.key_length), faithful_rows(n, x.value_length)) for x in layers]
+    return Tier("faithful", [PCA] * len(layers), [k for k, _ in rows], [v for _, v in rows], [0.0] * len(layers))
+
+
+def _economy(name: str, ratio: float, layers: list[Layer], keys: list[Part], values: list[Part], n: int, options: TrainOptions) -> Tier:
+    key_rows, value_rows = schedule(keys, values, n, ratio, options.layers)
+    codec = [PCA] * len(layers)
+    if options.codec == "retain":
+        codec = [RETAIN] * len(layers)
+        per_layer = [1 - (k.bytes(rows) / (2 * n * k.heads * k.d)) for k, rows in zip(keys, key_rows)]
+        key_rows = [retain_rows(n, x.kept_count, x.key_length, r) for x, r in zip(layers, per_layer)]
+    return Tier(name, codec, key_rows, value_rows, [0.0] * len(layers))
+
+
+def codecs(capsule: Capsule, tier: int) -> list[BlockCodec]:
+    return [BlockCodec.of(capsule, i, tier) for i in range(len(capsule.layers))]
