@@ -213,13 +213,14 @@ def test_ctrl_c_is_130(folder: Path, prompt: bool) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_models_and_projectors(chat: Run, folder: Path, tmp_path: Path) -> None:
+def test_bad_models_and_projectors(chat: Run, folder: Path, tmp_path: Path, models) -> None:
     model, picture = folder / "llama" / "tiny.gguf", folder / "a.png"
     refused(chat(tmp_path / "no.gguf", "-p", "x"), "no.gguf does not exist")
     (tmp_path / "text.gguf").write_text("hello")
     refused(chat(tmp_path / "text.gguf", "-p", "x"), "not a GGUF file")
     (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:200_000])
     refused(chat(tmp_path / "cut.gguf", "-p", "x"), "cut.gguf cannot be loaded")
+    refused(chat(models(), "-p", "x"), "no vocabulary")
     refused(chat(tmp_path / "cut.gguf", "--image", picture, "-p", "x"), "vision projector")
     refused(chat(model, "--mmproj", tmp_path / "text.gguf", "-p", "x"), "text.gguf cannot be used with tiny.gguf")
     other = write_mmproj(tmp_path / "mmproj-wide.gguf", n_embd=128)

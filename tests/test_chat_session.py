@@ -98,10 +98,16 @@ def test_later_turns_are_only_what_is_new() -> None:
     assert turn(s, f"{MARKER}this?", "green", raw=" green", n_pictures=1) == f"</s>\nUSER: {MARKER}this?\nASSISTANT:"
 
 
-@pytest.mark.parametrize("answer, raw", [("red", " red\n\n"), ("red\n", " red\n"), ("a red ball", "<think>hm</think> a red ball")])
+@pytest.mark.parametrize("answer, raw", [("red", " red\n\n"), ("red\n", " red\n"), ("one\ntwo", " one\ntwo ")])
 def test_templates_that_trim_answers(answer: str, raw: str) -> None:
     s = session(TRIMMING)
     turn(s, "what?", answer, raw=raw)
+    assert turn(s, "and?", "blue") == "</s>\nUSER: and?\nASSISTANT:"
+
+
+def test_templates_that_leave_out_thoughts() -> None:
+    s = session(VICUNA.replace("ASSISTANT: {{ m['content'] }}", "ASSISTANT: {{ m['content'].split('</think>')[-1] | trim }}"))
+    turn(s, "what?", "<think>\nhm\n</think>\n\na red ball")
     assert turn(s, "and?", "blue") == "</s>\nUSER: and?\nASSISTANT:"
 
 

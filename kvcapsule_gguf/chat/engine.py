@@ -73,6 +73,8 @@ class Engine:
         if not self.llama.llama_model_has_decoder(self.model) or self.llama.llama_model_has_encoder(self.model):
             raise ChatError(f"{self.path} is not a decoder-only model, it cannot chat")
         self.vocab = self.llama.llama_model_get_vocab(self.model)
+        if self.llama.llama_vocab_type(self.vocab) == self.llama.LLAMA_VOCAB_TYPE_NONE:
+            raise ChatError(f"{self.path} has no vocabulary, it cannot chat")
         self.architecture = metadata(self.model, "general.architecture") or ""
 
     def _open_projector(self, stack: ExitStack) -> None:

@@ -20,14 +20,8 @@ HELP = """\
 
 def run(session: Session, answer: Callable[[str, list[Picture]], None], pending: list[Picture]) -> int:
     """Reads lines from stdin until /exit or its end; `answer` asks and prints. Returns the exit status."""
-    interactive = sys.stdin.isatty()
     note("type a question, or /help")
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return 0
+    while (line := _read_line()) is not None:
         try:
             if _command(session, line.strip(), pending):
                 return 0
@@ -36,6 +30,25 @@ def run(session: Session, answer: Callable[[str, list[Picture]], None], pending:
                 pending.clear()
         except ChatError as error:
             note(f"error: {error}")
+    return 0
+
+
+def _read_line() -> str | None:
+    """None at the end of the input."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
+    if sys.stdout.isatty():
+        try:
+            import readline  # noqa: F401  gives input() its history and editing
+        except ImportError:
+            pass
+    else:
+        # input() would write its prompt between the answers
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return input("> " if sys.stdout.isatty() else "")
+    except EOFError:
+        return None
 
 
 def _command(session: Session, line: str, pending: list[Picture]) -> bool:

@@ -101,17 +101,17 @@ class Session:
         """What has to be added to the cache so that it holds `prompt`; None if that cannot be done by adding."""
         if not self.state.text:
             return prompt
-        candidates = []
         if prompt.startswith(self.state.text):
-            candidates.append(prompt[len(self.state.text) :])
+            new = prompt[len(self.state.text) :]
         else:
-            # templates trim answers, or leave out their thoughts: continue after the last answer as it stands in the prompt
+            # templates trim answers, or leave out their thoughts: continue after the end of the last answer as it stands in the prompt
             past = self.template.render(self.messages, False)
-            answer = self.messages[-1]["content"].strip()
-            if prompt.startswith(past):
-                at = past.rfind(answer) if answer else -1
-                candidates.append(prompt[at + len(answer) if at >= 0 else len(past) :])
-        return next((text for text in candidates if text.count(self.marker) == n_pictures), None)
+            if not prompt.startswith(past):
+                return None
+            end = self.messages[-1]["content"].strip().rpartition("\n")[2]
+            at = past.rfind(end) if end else -1
+            new = prompt[at + len(end) if at >= 0 else len(past) :]
+        return new if new.count(self.marker) == n_pictures else None
 
     def _evaluate(self, text: str, pictures: list[Picture], turn: Turn) -> None:
         start = time.monotonic()

@@ -21,6 +21,7 @@ class ChatTemplate:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         self.bos = bos
+        self._typed = False
         try:
             self._with_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=True)
             self._without_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=False)
@@ -28,19 +29,22 @@ class ChatTemplate:
             raise ChatError(f"the model's chat template cannot be read: {_line(error)}") from error
 
     def render(self, messages: list[Message], generate: bool) -> str:
-        """The conversation as text; generate: followed by the start of an answer. Raises ChatError."""
-        plain = self._render(messages, generate)
-        last = messages[-1]["content"]
-        if last.strip() in plain:
-            return plain
-        # some templates only know content that is a list of parts
-        typed = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        text = self._render(typed, generate)
-        if last.strip() not in text:
+        """The conversation as text; generate: it ends with a question, and the start of an answer follows. Raises ChatError."""
+        if not generate:
+            return self._render(messages, False)
+        question = messages[-1]["content"].strip()
+        text = self._render(messages, True)
+        if question not in text:
+            # some templates only know content that is a list of parts
+            self._typed = not self._typed
+            text = self._render(messages, True)
+        if question not in text:
             raise ChatError("the model's chat template drops the message")
         return text
 
     def _render(self, messages: list[Any], generate: bool) -> str:
+        if self._typed:
+            messages = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         formatter = self._with_prompt if generate else self._without_prompt
         try:
             text = formatter(messages=messages).prompt
