@@ -129,7 +129,7 @@ def test_a_lossless_capsule_changes_nothing(tiny, tmp_path):
     folder = library("patched")
     assert folder
     good = random_capsule(tiny[0], tmp_path / "kvcapsule-good.gguf", block_size=16, lossless=True)
-    poor = random_capsule(tiny[0], tmp_path / "kvcapsule-poor.gguf", block_size=16)
+    poor = random_capsule(tiny[0], tmp_path / "kvcapsule-poor.gguf", block_size=16, lossless=False)
     out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q8_0",
               "--capsule", str(good), "--capsule", str(poor))
     f16, q8, lossless, lossy = json.loads(out)["settings"]
