@@ -31,8 +31,8 @@ def libraries() -> None:
     native.load(library("patched"))
 
 
-def template(source: str | None) -> ChatTemplate:
-    return ChatTemplate(source, "<s>", "</s>")
+def template(source: str | None, adds_bos: bool = True) -> ChatTemplate:
+    return ChatTemplate(source, "<s>", "</s>", adds_bos)
 
 
 def user(text: str) -> dict[str, str]:
@@ -52,6 +52,7 @@ def test_chatml_when_the_model_has_none() -> None:
 
 def test_the_first_token_is_left_to_the_tokenizer() -> None:
     assert template("{{ bos_token }}" + VICUNA).render([user("hi")], True) == "USER: hi\nASSISTANT:"
+    assert template("{{ bos_token }}" + VICUNA, adds_bos=False).render([user("hi")], True) == "<s>USER: hi\nASSISTANT:"
 
 
 def test_templates_that_only_know_lists_of_parts() -> None:

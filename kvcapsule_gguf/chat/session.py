@@ -51,9 +51,9 @@ class Session:
         self.engine = engine
         self.options = options
         source = llama.llama_model_chat_template(engine.model, None)
-        bos, eos = (engine.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else "" for token in (llama.llama_vocab_bos(engine.vocab), llama.llama_vocab_eos(engine.vocab)))
-        # where the tokenizer does not add it, the template's own stays
-        self.template = ChatTemplate(source.decode("utf-8", "replace") if source else None, bos if llama.llama_vocab_get_add_bos(engine.vocab) else "", eos)
+        bos, eos = (self._special(token(engine.vocab)) for token in (llama.llama_vocab_bos, llama.llama_vocab_eos))
+        adds_bos = llama.llama_vocab_get_add_bos(engine.vocab)
+        self.template = ChatTemplate(source.decode("utf-8", "replace") if source else None, bos, eos, adds_bos)
         self.marker = engine.native.mtmd.mtmd_default_marker().decode() if engine.mtmd_ctx else "<__media__>"
         self.clear()
 
@@ -92,6 +92,9 @@ class Session:
         finally:
             self.messages.append({"role": "assistant", "content": turn.answer})
         return turn
+
+    def _special(self, token: int) -> str:
+        return self.engine.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def _clean(self, text: str) -> str:
         """A marker in the user's own words must not stand for a picture."""

@@ -15,12 +15,12 @@ CHATML = (
 
 
 class ChatTemplate:
-    """source: Jinja, None = ChatML, as llama.cpp does for models without a template."""
+    """source: Jinja, None = ChatML, as llama.cpp does for models without a template; adds_bos: the tokenizer puts the first token itself."""
 
-    def __init__(self, source: str | None, bos: str, eos: str) -> None:
+    def __init__(self, source: str | None, bos: str, eos: str, adds_bos: bool) -> None:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        self.bos = bos
+        self._prefix = bos if adds_bos else ""
         self._typed = False
         try:
             self._with_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=True)
@@ -51,8 +51,7 @@ class ChatTemplate:
         # a template is a program of the model's maker
         except Exception as error:
             raise ChatError(f"the model's chat template refuses this conversation: {_line(error)}") from error
-        # the tokenizer adds the first token itself
-        return text.removeprefix(self.bos) if self.bos else text
+        return text.removeprefix(self._prefix)
 
 
 def _line(error: Exception) -> str:
