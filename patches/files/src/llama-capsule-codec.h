@@ -1,0 +1,55 @@
+#pragma once
+
+#include "llama-capsule-file.h"
+
+// where the rows of one layer lie inside a slot: [K: heads][V: heads], the rows of a head are contiguous, in the order of the types
+struct llama_capsule_layout {
+    struct part {
+        size_t offs;        // of the first head, in the slot
+        size_t head_stride;
+
+        std::array<size_t, LLAMA_CAPSULE_N_TYPES> type_offs; // in the head
+    };
+
+    part   k;
+    part   v;
+    size_t slot_stride;
+
+    llama_capsule_layout() = default;
+    llama_capsule_layout(const llama_capsule_data::layer & layer, const llama_capsule_data::tier_layer & tl);
+};
+
+// reference codec of one layer in one tier, plain floats on the host
+//   K and V of a block: [N][n_head_kv][d], K without RoPE
+struct llama_capsule_codec {
+    const llama_capsule_data & data;
+    const llama_capsule_data::layer & layer;
+    const llama_capsule_data::tier_layer & tl;
+
+    llama_capsule_layout layout;
+
+    llama_capsule_codec(const llama_capsule_data & data, uint32_t i_layer, uint32_t i_tier);
+
+    void encode(const float * k, const float * v, uint8_t * slot) const;
+    void decode(const uint8_t * slot, float * k, float * v) const;
+
+    // max over the first n tokens of the error over the error of rotated q4_0, keys weighted by the second moment of the queries
+    float score(const float * k, const float * v, const float * k_hat, const float * v_hat, uint32_t n) const;
+
+private:
+    void encode_rows(const float * rows, uint32_t i0, uint32_t n, uint32_t d, const llama_capsule_row_counts & counts,
+            const llama_capsule_layout::part & part, uint32_t i_head, uint8_t * slot) const;
+    void decode_rows(const uint8_t * slot, uint32_t i_head, uint32_t d, const llama_capsule_row_counts & counts,
+            const llama_capsule_layout::part & part, float * rows) const;
+
+    void encode_pca(const float * x, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
+            const llama_capsule_layout::part & part, uint8_t * slot) const;
+    void decode_pca(const uint8_t * slot, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
+            const llama_capsule_layout::part & part, float * x) const;
+
+    void encode_retain(const float * k, uint8_t * slot) const;
+    void decode_retain(const uint8_t * slot, float * k) const;
+
+    // prediction of dropped token j of a head from the decoded kept rows [n_kept][d]
+    void predict(const float * kept, uint32_t i_head, uint32_t j, float * out) const;
+};

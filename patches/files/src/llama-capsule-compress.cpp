@@ -1,0 +1,353 @@
+#include "llama-capsule-store.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+//
+// hot cells -> slots
+//
+
+// copies what the cells know about the tokens
+void llama_capsule_store::place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs) {
+    const auto & cells = kv.v_cells[0];
+
+    for (size_t j = 0; j < idxs.size(); ++j) {
+        const uint32_t src = idxs[j];
+        const uint32_t dst = i_slot*N() + j;
+
+        pool.cells.pos_set(dst, cells.pos_get(src));
+        pool.cells.ext_set(dst, cells.ext_get(src));
+
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            if (cells.seq_has(src, s)) {
+                pool.cells.seq_add(dst, s);
+            }
+        }
+    }
+}
+
+// idxs: the cells of one run of vision tokens, in their order
+uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
+    struct block {
+        std::vector<uint32_t> idxs;
+
+        int  i_pool;
+        int  i_slot;
+        bool failed = false; // the economy tier would distort it
+    };
+
+    std::vector<block> blocks;
+    for (size_t i = 0; i < idxs.size(); i += N()) {
+        const size_t n = std::min<size_t>(N(), idxs.size() - i);
+
+        // a remainder becomes a padded slot if that saves anything, or it stays hot
+        if (n < N()/2) {
+            break;
+        }
+        blocks.push_back({ { idxs.begin() + i, idxs.begin() + i + n }, n == N() ? 0 : 1, -1, false });
+    }
+
+    auto alloc = [&](block & b, uint32_t n_more) {
+        auto & pool = pools[b.i_pool];
+
+        b.i_slot = alloc_slot(pool);
+        if (b.i_slot < 0 && grow_pool(pool, pool.n_slots + n_more)) {
+            b.i_slot = alloc_slot(pool);
+        }
+        return b.i_slot >= 0;
+    };
+
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const uint32_t n_more = std::count_if(blocks.begin() + i, blocks.end(), [&](const block & b) { return b.i_pool == blocks[i].i_pool; });
+
+        if (!alloc(blocks[i], n_more)) {
+            if (!warned_alloc) {
+                LLAMA_LOG_WARN("%s: no room for more capsule slots, images stay in the hot KV cache\n", __func__);
+                warned_alloc = true;
+            }
+            blocks.resize(i);
+            break;
+        }
+    }
+
+    // write the slots of the blocks that fn selects, one layer after the other
+    auto encode = [&](auto fn) {
+        std::vector<block *> todo;
+        std::vector<uint32_t> cells;
+        for (auto & b : blocks) {
+            if (fn(b)) {
+                todo.push_back(&b);
+                cells.insert(cells.end(), b.idxs.begin(), b.idxs.end());
+            }
+        }
+
+        std::vector<float> k;
+        std::vector<float> v;
+        std::vector<float> k_hat;
+        std::vector<float> v_hat;
+
+        std::vector<uint8_t> slot;
+
+        for (size_t l = 0; l < data().layers.size() && !todo.empty(); ++l) {
+            const auto & layer = data().layers[l];
+
+            const size_t n_k = layer.n_head_kv*layer.n_embd_head_k;
+            const size_t n_v = layer.n_head_kv*layer.n_embd_head_v;
+
+            // the last block may be short
+            k.assign((cells.size() + N())*n_k, 0.0f);
+            v.assign((cells.size() + N())*n_v, 0.0f);
+            k_hat.resize(N()*n_k);
+            v_hat.resize(N()*n_v);
+
+            reader.read(layer.il, layer.rope, cells, k.data(), v.data());
+
+            size_t first = 0;
+            for (block * b : todo) {
+                const auto & pool  = pools[b->i_pool];
+                const auto & codec = pool.codecs[l];
+                const size_t n     = b->idxs.size();
+
+                float * kb = k.data() + first*n_k;
+                float * vb = v.data() + first*n_v;
+
+                first += n;
+
+                // padding: the mean costs nothing
+                for (size_t j = n; j < N(); ++j) {
+                    std::copy(layer.k_mean.begin(), layer.k_mean.end(), kb + j*n_k);
+                    std::copy(layer.v_mean.begin(), layer.v_mean.end(), vb + j*n_v);
+                }
+
+                if (b->failed && b->i_pool == 0) {
+                    continue;
+                }
+
+                slot.resize(codec.layout.slot_stride);
+                codec.encode(kb, vb, slot.data());
+
+                if (b->i_pool == 0 && p.guard && codec.tl.kappa > 0.0f) {
+                    codec.decode(slot.data(), k_hat.data(), v_hat.data());
+                    if (codec.score(kb, vb, k_hat.data(), v_hat.data(), n) > codec.tl.kappa) {
+                        b->failed = true;
+                        continue;
+                    }
+                }
+
+                ggml_backend_tensor_set(pool.layers[l].blob, slot.data(), b->i_slot*slot.size(), slot.size());
+            }
+        }
+    };
+
+    encode([](const block &) { return true; });
+
+    uint32_t n_failed = 0;
+    for (auto & b : blocks) {
+        if (b.failed) {
+            pools[b.i_pool].used[b.i_slot] = false;
+
+            b.i_pool = 1;
+            n_failed++;
+        }
+    }
+    for (auto & b : blocks) {
+        if (b.failed && alloc(b, n_failed)) {
+            n_failed--;
+        }
+    }
+
+    encode([](const block & b) { return b.failed && b.i_slot >= 0; });
+
+    // only now: nothing is lost on the way
+    uint32_t res = 0;
+    for (auto & b : blocks) {
+        if (b.i_slot >= 0) {
+            place(pools[b.i_pool], b.i_slot, b.idxs);
+            reader.free(b.idxs);
+            res += b.idxs.size();
+        }
+    }
+
+    update_used();
+
+    return res;
+}
+
+uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    lctx.synchronize();
+
+    // after seq_add() the keys of a cell are still rotated for the old position
+    lctx.memory_update(false);
+
+    const auto & cells = kv.v_cells[0];
+
+    uint32_t res = 0;
+
+    std::vector<uint32_t> run;
+    for (uint32_t i : reader.find(seq_id, p0, p1)) {
+        const bool vision = cells.ext_get(i).tok == LLAMA_TOKEN_NULL;
+
+        // M-RoPE: a new position is a new image
+        const bool next = !run.empty() && kv.hparams.n_pos_per_embd() > 1 && cells.pos_get(run.back()) != cells.pos_get(i);
+
+        if ((!vision || next) && !run.empty()) {
+            res += compress_run(run);
+            run.clear();
+        }
+        if (vision) {
+            run.push_back(i);
+        }
+    }
+    if (!run.empty()) {
+        res += compress_run(run);
+    }
+
+    return res;
+}
+
+//
+// automatic mode
+//
+
+// does an embedding at this position continue the image?
+bool llama_capsule_store::is_next(const span & sp, llama_pos pos) const {
+    return kv.hparams.n_pos_per_embd() > 1 ? pos == sp.p0 : pos == sp.p1;
+}
+
+void llama_capsule_store::close_spans(const llama_batch_ext & batch) {
+    for (auto & [seq_id, list] : spans) {
+        for (const auto & token : batch.tokens) {
+            if (token.seq_ids.count(seq_id) == 0) {
+                continue;
+            }
+
+            // only the first token of the sequence is of interest
+            const bool is_embd = token.has_embd && token.id == LLAMA_TOKEN_NULL;
+            for (auto & sp : list) {
+                sp.closed = sp.closed || &sp != &list.back() || !is_embd || !is_next(sp, token.pos[0]);
+            }
+            break;
+        }
+    }
+}
+
+uint32_t llama_capsule_store::compress_spans(bool only_closed) {
+    uint32_t res = 0;
+
+    for (auto & [seq_id, list] : spans) {
+        std::vector<span> todo;
+        for (auto it = list.begin(); it != list.end();) {
+            if (it->closed || !only_closed) {
+                todo.push_back(*it);
+                it = list.erase(it);
+            } else {
+                ++it;
+            }
+        }
+        for (const auto & sp : todo) {
+            res += compress(seq_id, sp.p0, sp.p1);
+        }
+    }
+
+    return res;
+}
+
+void llama_capsule_store::decode_begin(const llama_batch_ext & batch) {
+    if (!p.auto_compress || spans.empty()) {
+        return;
+    }
+
+    close_spans(batch);
+    compress_spans(true);
+}
+
+void llama_capsule_store::decode_end(const llama_batch_ext & batch) {
+    if (grown) {
+        grown = false;
+#ifdef __GLIBC__
+        // the pools and the compute buffer were replaced by larger ones: give the old ones back to the system
+        malloc_trim(0);
+#endif
+    }
+
+    if (!p.auto_compress) {
+        return;
+    }
+
+    for (const auto & token : batch.tokens) {
+        const bool is_embd = token.has_embd && token.id == LLAMA_TOKEN_NULL;
+
+        for (llama_seq_id seq_id : token.seq_ids) {
+            auto & list = spans[seq_id];
+
+            if (!is_embd) {
+                for (auto & sp : list) {
+                    sp.closed = true;
+                }
+                continue;
+            }
+
+            const llama_pos pos = token.pos[0];
+
+            if (!list.empty() && !list.back().closed && is_next(list.back(), pos)) {
+                list.back().p1 = pos + 1;
+            } else {
+                if (!list.empty()) {
+                    list.back().closed = true;
+                }
+                list.push_back({ pos, pos + 1, false });
+            }
+
+            // images of a known size may follow each other
+            auto & sp = list.back();
+            if (kv.hparams.n_pos_per_embd() == 1 && data().image_tokens > 0 && (uint32_t) (sp.p1 - sp.p0) == data().image_tokens) {
+                sp.closed = true;
+            }
+        }
+    }
+
+    for (auto it = spans.begin(); it != spans.end();) {
+        it = it->second.empty() ? spans.erase(it) : std::next(it);
+    }
+}
+
+bool llama_capsule_store::make_room(const llama_batch_ext & batch) {
+    close_spans(batch);
+
+    // images at the end of other sequences are complete: a client decodes an image in one go
+    for (auto & [seq_id, list] : spans) {
+        const llama_seq_id s = seq_id;
+        const bool in_batch = std::any_of(batch.tokens.begin(), batch.tokens.end(),
+                [&](const llama_batch_ext::token & token) { return token.seq_ids.count(s) > 0; });
+        for (auto & sp : list) {
+            // of an image of unknown size, what is there of it
+            const bool unknown = kv.hparams.n_pos_per_embd() == 1 && data().image_tokens == 0;
+
+            sp.closed = sp.closed || !in_batch || unknown;
+        }
+    }
+
+    if (p.auto_compress && compress_spans(true) > 0) {
+        return true;
+    }
+
+    llama_capsule_stats stats = {};
+    get_stats(stats);
+
+    const uint32_t n_text = stats.n_hot_used - stats.n_hot_vision;
+
+    LLAMA_LOG_WARN("%s: the hot KV cache is full: %u cells, of them %u text and %u vision (%u vision tokens are in slots), %zu more do not fit: "
+            "use more hot cells (--hot, LLAMA_KVCAPSULE_HOT) or a shorter conversation\n", __func__,
+            stats.n_hot, n_text, stats.n_hot_vision, stats.n_cold, batch.tokens.size());
+
+    return false;
+}

@@ -1,0 +1,603 @@
+#include "llama-capsule-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+static constexpr uint32_t CAPSULE_ROWS_PAD = 16; // the matrix products of the CPU backend are much faster with it
+
+//
+// llm_graph_input_capsule
+//
+
+llm_graph_input_capsule::llm_graph_input_capsule(std::shared_ptr<const llama_capsule_store> store, bool causal_attn) :
+    store(std::move(store)), version(this->store->version()), causal_attn(causal_attn) {
+}
+
+void llm_graph_input_capsule::set_input(const llama_ubatch * ubatch) {
+    if (pos && pos->buffer) {
+        store->set_input_pos(pos);
+    }
+    if (mask && mask->buffer) {
+        store->set_input_mask(mask, ubatch, causal_attn);
+    }
+}
+
+bool llm_graph_input_capsule::can_reuse(const llm_graph_params & params) {
+    return version == store->version() && (!mask || mask->ne[1] == params.ubatch.n_tokens);
+}
+
+//
+// constants
+//
+
+static std::vector<float> capsule_hadamard_matrix(uint32_t n) {
+    std::vector<float> res(n*n, 0.0f);
+    for (uint32_t i = 0; i < n; ++i) {
+        res[i*n + i] = 1.0f;
+    }
+    llama_capsule_hadamard(res.data(), n, res.size());
+    return res;
+}
+
+void llama_capsule_store::init_scratch_const() {
+    const auto & layers = data().layers;
+
+    for (uint32_t i = 0; i < layers.size(); ++i) {
+        const auto buft = layer_buft(i);
+        if (std::any_of(scratches.begin(), scratches.end(), [&](const scratch & s) { return s.buft == buft; })) {
+            continue;
+        }
+
+        scratch s;
+        s.buft = buft;
+
+        const ggml_init_params params = {
+            /*.mem_size   =*/ 3*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+        s.ctx_const.reset(ggml_init(params));
+
+        uint32_t n_head = 0;
+        for (const auto & layer : layers) {
+            n_head = std::max(n_head, layer.n_head_kv);
+        }
+
+        // heads of one size in all layers, see the check in llama_capsule_create_memory()
+        const uint32_t n_rot_k = llama_capsule_hadamard_size(layers[0].n_embd_head_k);
+        const uint32_t n_rot_v = llama_capsule_hadamard_size(layers[0].n_embd_head_v);
+
+        s.idx   = ggml_new_tensor_3d(s.ctx_const.get(), GGML_TYPE_I32, N(), n_head, n_chunk);
+        s.rot_k = ggml_new_tensor_2d(s.ctx_const.get(), GGML_TYPE_F32, n_rot_k, n_rot_k);
+        s.rot_v = ggml_new_tensor_2d(s.ctx_const.get(), GGML_TYPE_F32, n_rot_v, n_rot_v);
+
+        s.buf_const.reset(ggml_backend_alloc_ctx_tensors_from_buft(s.ctx_const.get(), buft));
+        if (!s.buf_const) {
+            throw std::runtime_error("no memory for the constants of the capsule");
+        }
+
+        std::vector<int32_t> idx(ggml_nelements(s.idx));
+        for (size_t j = 0; j < idx.size(); ++j) {
+            idx[j] = j % N();
+        }
+        ggml_backend_tensor_set(s.idx, idx.data(), 0, ggml_nbytes(s.idx));
+        ggml_backend_tensor_set(s.rot_k, capsule_hadamard_matrix(n_rot_k).data(), 0, ggml_nbytes(s.rot_k));
+        ggml_backend_tensor_set(s.rot_v, capsule_hadamard_matrix(n_rot_v).data(), 0, ggml_nbytes(s.rot_v));
+
+        scratches.push_back(std::move(s));
+    }
+}
+
+void llama_capsule_store::init_weights() {
+    const uint32_t K = data().n_neighbours;
+
+    weights.resize(data().layers.size());
+
+    for (uint32_t l = 0; l < data().layers.size(); ++l) {
+        const auto & layer = data().layers[l];
+        auto       & w     = weights[l];
+
+        const ggml_init_params params = {
+            /*.mem_size   =*/ (4*N_TIERS + 4 + 2*K)*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+        ggml_context_ptr ctx { ggml_init(params) };
+
+        std::vector<std::pair<ggml_tensor *, std::vector<float>>>   floats;
+        std::vector<std::pair<ggml_tensor *, std::vector<int32_t>>> ints;
+
+        auto pca = [&](weights_part & part, const llama_capsule_row_counts & counts, uint32_t d, const std::vector<float> & mean, const std::vector<float> & basis) {
+            const uint32_t n_rows = llama_capsule_rows_total(counts);
+            const uint32_t n_pad  = GGML_PAD(n_rows + 1, CAPSULE_ROWS_PAD) - n_rows;
+            const uint32_t n_all  = n_rows + n_pad;
+
+            part.n_rows = n_rows;
+            part.basis  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_all, N());
+            part.pad    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_pad, layer.n_head_kv);
+
+            // the mean is one more row, with weight 1 for every token
+            std::vector<float> b(n_all*N(), 0.0f);
+            for (uint32_t t = 0; t < N(); ++t) {
+                for (uint32_t r = 0; r < n_rows; ++r) {
+                    b[t*n_all + r] = basis[r*N() + t];
+                }
+                b[t*n_all + n_rows] = 1.0f;
+            }
+
+            std::vector<float> m(d*n_pad*layer.n_head_kv, 0.0f);
+            for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+                std::copy(mean.begin() + h*d, mean.begin() + (h + 1)*d, m.begin() + h*n_pad*d);
+            }
+
+            floats.emplace_back(part.basis, std::move(b));
+            floats.emplace_back(part.pad,   std::move(m));
+        };
+
+        bool retain = false;
+        for (int ip = 0; ip < N_TIERS; ++ip) {
+            const auto & tl = pools[ip].codecs[l].tl;
+
+            if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_PCA) {
+                pca(w.k[ip], tl.key_rows, layer.n_embd_head_k, layer.k_mean, layer.k_basis);
+            } else {
+                retain = true;
+            }
+            pca(w.v[ip], tl.value_rows, layer.n_embd_head_v, layer.v_mean, layer.v_basis);
+        }
+
+        if (retain) {
+            const uint32_t n_head = layer.n_head_kv;
+            const uint32_t n_drop = N() - layer.n_kept;
+            const uint32_t d      = layer.n_embd_head_k;
+
+            w.retain.idx_inv = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, N(), n_head, n_chunk);
+
+            std::vector<int32_t> inv(N());
+            for (uint32_t i = 0; i < N(); ++i) {
+                inv[layer.token_order[i]] = i;
+            }
+            std::vector<int32_t> inv_all;
+            for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
+                inv_all.insert(inv_all.end(), inv.begin(), inv.end());
+            }
+            ints.emplace_back(w.retain.idx_inv, std::move(inv_all));
+
+            for (uint32_t k = 0; k < K; ++k) {
+                w.retain.idx .push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, n_drop, n_head, n_chunk));
+                w.retain.gate.push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_drop, n_head));
+
+                std::vector<int32_t> idx;
+                for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
+                    for (uint32_t j = 0; j < n_drop; ++j) {
+                        idx.push_back(layer.k_neighbours[j*K + k]);
+                    }
+                }
+
+                std::vector<float> gate;
+                for (uint32_t i = 0; i < n_head*n_drop; ++i) {
+                    const auto first = layer.k_gate.begin() + (i*K + k)*d;
+                    gate.insert(gate.end(), first, first + d);
+                }
+
+                ints  .emplace_back(w.retain.idx [k], std::move(idx));
+                floats.emplace_back(w.retain.gate[k], std::move(gate));
+            }
+
+            if (layer.n_mlp > 0) {
+                w.retain.mlp_up      = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, K*d, layer.n_mlp, n_head);
+                w.retain.mlp_up_bias = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, 1, n_head);
+                w.retain.mlp_down    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, d, n_head);
+
+                floats.emplace_back(w.retain.mlp_up,      layer.k_mlp_up);
+                floats.emplace_back(w.retain.mlp_up_bias, layer.k_mlp_up_bias);
+                floats.emplace_back(w.retain.mlp_down,    layer.k_mlp_down);
+            }
+        }
+
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), layer_buft(l)) };
+        if (!buf) {
+            throw std::runtime_error("no memory for the constants of the capsule");
+        }
+
+        for (const auto & [t, x] : floats) {
+            GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
+            ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+        }
+        for (const auto & [t, x] : ints) {
+            GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
+            ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+        }
+
+        ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+}
+
+//
+// scratch
+//
+
+llama_capsule_store::scratch & llama_capsule_store::layer_scratch(uint32_t i_layer) {
+    const auto buft = layer_buft(i_layer);
+    for (auto & s : scratches) {
+        if (s.buft == buft) {
+            return s;
+        }
+    }
+    GGML_ABORT("no scratch for the layer");
+}
+
+// room for all hot cells and all slots
+bool llama_capsule_store::reserve_scratch() {
+    const uint32_t n_cols = GGML_PAD((pools[0].n_slots + pools[1].n_slots)*N(), 256) + kv.get_size();
+
+    uint32_t n_embd_k = 0;
+    uint32_t n_embd_v = 0;
+    for (const auto & layer : data().layers) {
+        n_embd_k = std::max(n_embd_k, layer.n_head_kv*layer.n_embd_head_k);
+        n_embd_v = std::max(n_embd_v, layer.n_head_kv*layer.n_embd_head_v);
+    }
+
+    for (auto & s : scratches) {
+        if (s.k && s.k->ne[1] >= n_cols) {
+            continue;
+        }
+
+        const ggml_init_params params = {
+            /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+        ggml_context_ptr ctx { ggml_init(params) };
+
+        ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), kv.type_k(), n_embd_k, n_cols);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), kv.type_v(), n_embd_v, n_cols);
+        ggml_set_name(k, "capsule_scratch_k");
+        ggml_set_name(v, "capsule_scratch_v");
+
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), s.buft) };
+        if (!buf) {
+            return false;
+        }
+
+        // the padding columns are masked, but must be finite
+        ggml_backend_buffer_clear(buf.get(), 0);
+
+        s.ctx = std::move(ctx);
+        s.buf = std::move(buf);
+        s.k   = k;
+        s.v   = v;
+
+        touch();
+    }
+
+    return true;
+}
+
+//
+// inputs
+//
+
+void llama_capsule_store::set_input_pos(ggml_tensor * dst) const {
+    const uint32_t n_pos = kv.hparams.n_pos_per_embd();
+
+    std::vector<int32_t> res(ggml_nelements(dst));
+
+    // section-major within a chunk
+    int32_t * data = res.data();
+    for (const auto & pool : pools) {
+        for (uint32_t s = 0; s < pool.n_used; s += n_chunk) {
+            const uint32_t n = std::min(n_chunk, pool.n_used - s)*N();
+
+            for (uint32_t j = 0; j < n; ++j) {
+                llama_capsule_rope_pos(pool.cells, s*N() + j, n_pos, data + j, n);
+            }
+            data += n*n_pos;
+        }
+    }
+
+    ggml_backend_tensor_set(dst, res.data(), 0, ggml_nbytes(dst));
+}
+
+template<typename T>
+static void capsule_set_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn, uint32_t N,
+        const std::vector<std::pair<const llama_kv_cells *, uint32_t>> & pools, T keep, T drop) {
+    const int64_t n_cols = dst->ne[0];
+
+    std::vector<T> res(ggml_nelements(dst), drop);
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch->seq_id[i][0];
+        const llama_pos    pos    = ubatch->pos[i];
+
+        T * row = res.data() + i*n_cols;
+
+        for (const auto & [cells, n_used] : pools) {
+            for (uint32_t j = 0; j < n_used*N; ++j) {
+                if (cells->is_empty(j) || !cells->seq_has(j, seq_id)) {
+                    continue;
+                }
+                if (causal_attn) {
+                    if (cells->pos_get(j) > pos) {
+                        continue;
+                    }
+                    if (ubatch->is_pos_2d() && cells->pos_get(j) == pos &&
+                        cells->ext_get(j).is_2d_gt(ubatch->pos[i + ubatch->n_tokens*2], ubatch->pos[i + ubatch->n_tokens])) {
+                        continue;
+                    }
+                }
+                row[j] = keep;
+            }
+            row += n_used*N;
+        }
+    }
+
+    ggml_backend_tensor_set(dst, res.data(), 0, ggml_nbytes(dst));
+}
+
+void llama_capsule_store::set_input_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
+    const std::vector<std::pair<const llama_kv_cells *, uint32_t>> all = {
+        { &pools[0].cells, pools[0].n_used },
+        { &pools[1].cells, pools[1].n_used },
+    };
+
+    if (dst->type == GGML_TYPE_F16) {
+        capsule_set_mask<ggml_fp16_t>(dst, ubatch, causal_attn, N(), all, ggml_fp32_to_fp16(0.0f), ggml_fp32_to_fp16(-INFINITY));
+    } else {
+        capsule_set_mask<float>(dst, ubatch, causal_attn, N(), all, 0.0f, -INFINITY);
+    }
+}
+
+llm_graph_input_capsule * llama_capsule_store::graph_input(const llm_graph_context & g, ggml_tensor * kq_mask) const {
+    for (const auto & it : g.res->inputs) {
+        if (auto * inp = dynamic_cast<llm_graph_input_capsule *>(it.get())) {
+            return inp;
+        }
+    }
+
+    auto inp = std::make_unique<llm_graph_input_capsule>(shared_from_this(), g.cparams.causal_attn);
+
+    if (n_cold() > 0) {
+        inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_cold()*kv.hparams.n_pos_per_embd());
+        ggml_set_input(inp->pos);
+        ggml_set_name(inp->pos, "capsule_inp_pos");
+
+        inp->mask = ggml_new_tensor_2d(g.ctx0, kq_mask->type, n_cold_pad(), kq_mask->ne[1]);
+        ggml_set_input(inp->mask);
+        ggml_set_name(inp->mask, "capsule_inp_mask");
+
+        inp->mask_kq = ggml_concat(g.ctx0, kq_mask, inp->mask, 0);
+    }
+
+    return (llm_graph_input_capsule *) g.res->add_input(std::move(inp));
+}
+
+//
+// reconstruction
+//
+
+uint32_t llama_capsule_store::graph_nodes() const {
+    uint32_t n_chunks = 0;
+    for (const auto & pool : pools) {
+        n_chunks += (pool.n_slots + n_chunk - 1)/n_chunk;
+    }
+    return data().layers.size()*(32 + n_chunks*(96 + 8*data().n_neighbours));
+}
+
+// the rows of n_slots slots -> F32 [d, n_rows, n_head_kv, n_slots], without the Hadamard rotation
+ggml_tensor * llama_capsule_store::build_rows(ggml_context * ctx, const scratch & s, ggml_tensor * const * typed, const llama_capsule_row_counts & counts,
+        uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const {
+    ggml_tensor * plain = nullptr;
+    ggml_tensor * quant = nullptr;
+
+    for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+        if (counts[t] == 0) {
+            continue;
+        }
+
+        const ggml_tensor * src = typed[t];
+
+        ggml_tensor * rows = ggml_view_4d(ctx, typed[t], src->ne[0], src->ne[1], src->ne[2], n_slots, src->nb[1], src->nb[2], src->nb[3], i_slot*src->nb[3]);
+        ggml_tensor * idx  = ggml_view_3d(ctx, s.idx, src->ne[1], src->ne[2], n_slots, s.idx->nb[1], s.idx->nb[2], 0);
+
+        // get_rows dequantizes on every backend
+        ggml_tensor * x = ggml_get_rows(ctx, rows, idx);
+
+        auto & list = ggml_is_quantized(src->type) ? quant : plain;
+        list = list ? ggml_concat(ctx, list, x, 1) : x;
+    }
+
+    if (quant) {
+        quant = llama_mul_mat_hadamard(ctx, quant, rot);
+    }
+
+    return plain && quant ? ggml_concat(ctx, plain, quant, 1) : plain ? plain : quant;
+}
+
+// rows -> [d*n_head_kv, N, n_slots], or transposed [N, d*n_head_kv, n_slots]
+ggml_tensor * llama_capsule_store::build_pca(ggml_context * ctx, ggml_tensor * rows, const weights_part & w, uint32_t n_slots, bool trans) const {
+    const int64_t d      = w.pad->ne[0];
+    const int64_t n_pad  = w.pad->ne[1];
+    const int64_t n_head = w.pad->ne[2];
+    const int64_t n_all  = w.basis->ne[0];
+
+    ggml_tensor * x = ggml_concat(ctx, rows, ggml_repeat_4d(ctx, w.pad, d, n_pad, n_head, n_slots), 1);
+
+    x = ggml_cont_3d(ctx, ggml_permute(ctx, x, 1, 0, 2, 3), n_all, d*n_head, n_slots);
+
+    if (trans) {
+        return ggml_mul_mat(ctx, w.basis, x);
+    }
+
+    return ggml_mul_mat(ctx, x, ggml_repeat_4d(ctx, w.basis, n_all, N(), n_slots, 1));
+}
+
+// rows -> [d*n_head_kv, N, n_slots]
+ggml_tensor * llama_capsule_store::build_retain(ggml_context * ctx, ggml_tensor * rows, uint32_t i_layer, uint32_t n_slots) const {
+    const auto & layer = data().layers[i_layer];
+    const auto & w     = weights[i_layer].retain;
+
+    const int64_t d      = layer.n_embd_head_k;
+    const int64_t n_head = layer.n_head_kv;
+    const int64_t n_kept = layer.n_kept;
+    const int64_t n_drop = N() - n_kept;
+    const int64_t n_res  = rows->ne[1] - n_kept;
+
+    auto chunk = [&](ggml_tensor * idx) {
+        return ggml_view_3d(ctx, idx, idx->ne[0], idx->ne[1], n_slots, idx->nb[1], idx->nb[2], 0);
+    };
+
+    ggml_tensor * kept = ggml_view_4d(ctx, rows, d, n_kept, n_head, n_slots, rows->nb[1], rows->nb[2], rows->nb[3], 0);
+
+    ggml_tensor * pred = nullptr;
+    ggml_tensor * z    = nullptr;
+
+    for (size_t k = 0; k < w.idx.size(); ++k) {
+        ggml_tensor * x = ggml_get_rows(ctx, kept, chunk(w.idx[k]));
+        ggml_tensor * y = ggml_mul(ctx, x, w.gate[k]);
+
+        pred = pred ? ggml_add(ctx, pred, y) : y;
+
+        if (w.mlp_up) {
+            z = z ? ggml_concat(ctx, z, x, 0) : x;
+        }
+    }
+
+    if (w.mlp_up) {
+        z = ggml_mul_mat(ctx, w.mlp_up, z);
+        z = ggml_add(ctx, z, w.mlp_up_bias);
+        z = ggml_gelu_erf(ctx, z);
+        z = ggml_mul_mat(ctx, w.mlp_down, z);
+
+        pred = ggml_add(ctx, pred, z);
+    }
+
+    if (n_res > 0) {
+        ggml_tensor * res = ggml_cont(ctx, ggml_view_4d(ctx, rows, d, n_res, n_head, n_slots, rows->nb[1], rows->nb[2], rows->nb[3], n_kept*rows->nb[1]));
+        if (n_res < n_drop) {
+            res = ggml_pad(ctx, res, 0, n_drop - n_res, 0, 0);
+        }
+        pred = ggml_add(ctx, pred, res);
+    }
+
+    ggml_tensor * x = ggml_concat(ctx, kept, pred, 1);
+
+    x = ggml_get_rows(ctx, x, chunk(w.idx_inv)); // [d, N, n_head, n_slots]
+
+    return ggml_cont_3d(ctx, ggml_permute(ctx, x, 0, 2, 1, 3), d*n_head, N(), n_slots);
+}
+
+ggml_tensor * llama_capsule_store::build_attn(
+        const llm_graph_context & g,
+                    ggml_tensor * q,
+                    ggml_tensor * k,
+                    ggml_tensor * v,
+                    ggml_tensor * kq_b,
+                    ggml_tensor * kq_mask,
+                    ggml_tensor * sinks,
+                    ggml_tensor * k_rot,
+                    ggml_tensor * v_rot,
+                          float   kq_scale,
+                            int   il) {
+    const auto * inp = graph_input(g, kq_mask);
+
+    const int i_layer = find_layer(il);
+
+    if (i_layer < 0 || n_cold() == 0) {
+        return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    }
+
+    const auto & layer = data().layers[i_layer];
+    const auto & s     = layer_scratch(i_layer);
+
+    ggml_context * ctx = g.ctx0;
+
+    const int64_t d_k      = layer.n_embd_head_k;
+    const int64_t d_v      = layer.n_embd_head_v;
+    const int64_t n_head   = layer.n_head_kv;
+    const int64_t n_embd_k = n_head*d_k;
+    const int64_t n_embd_v = n_head*d_v;
+    const int64_t n_pos    = kv.hparams.n_pos_per_embd();
+
+    const bool v_trans = kv.v_trans;
+
+    const int64_t n_kv   = k->ne[2];
+    const int64_t n_cols = n_kv + n_cold_pad();
+
+    const size_t k_row = ggml_row_size(s.k->type, n_embd_k);
+    const size_t v_row = v_trans ? ggml_row_size(s.v->type, n_cols) : ggml_row_size(s.v->type, n_embd_v);
+    const size_t v_es  = ggml_type_size(s.v->type); // only with v_trans
+
+    // note: as with the KV cache itself, the order of the writes and reads of the scratch is that of the calls here
+    auto write = [&](ggml_tensor * src, ggml_tensor * dst) {
+        ggml_build_forward_expand(g.gf, ggml_cpy(ctx, src, dst));
+    };
+
+    // hot cells
+    write(ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), ggml_view_2d(ctx, s.k, n_embd_k, n_kv, k_row, 0));
+    if (v_trans) {
+        write(ggml_view_2d(ctx, v, n_kv, n_embd_v, v->nb[2], 0), ggml_view_2d(ctx, s.v, n_kv, n_embd_v, v_row, 0));
+    } else {
+        write(ggml_view_2d(ctx, v, n_embd_v, n_kv, v->nb[2], 0), ggml_view_2d(ctx, s.v, n_embd_v, n_kv, v_row, 0));
+    }
+
+    ggml_tensor * factors = kv.model.get_rope_factors(g.cparams, il);
+
+    // slots
+    int64_t col = 0;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & pool  = pools[ip];
+        const auto & codec = pool.codecs[i_layer];
+        const auto & w     = weights[i_layer];
+
+        for (uint32_t i_slot = 0; i_slot < pool.n_used; i_slot += n_chunk) {
+            const uint32_t n_slots = std::min(n_chunk, pool.n_used - i_slot);
+
+            const int64_t n = n_slots*N();
+
+            ggml_tensor * x = build_rows(ctx, s, pool.layers[i_layer].k.data(), codec.tl.key_rows, i_slot, n_slots, s.rot_k);
+
+            x = codec.tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN ?
+                build_retain(ctx, x, i_layer, n_slots) :
+                build_pca   (ctx, x, w.k[ip], n_slots, false);
+
+            x = ggml_reshape_3d(ctx, x, d_k, n_head, n);
+            if (layer.rope) {
+                ggml_tensor * pos = ggml_view_1d(ctx, inp->pos, n*n_pos, col*n_pos*sizeof(int32_t));
+
+                x = llama_capsule_rope(ctx, kv.model, g.cparams, x, pos, factors, il, false);
+            }
+            if (k_rot) {
+                x = llama_mul_mat_hadamard(ctx, x, k_rot);
+            }
+            write(ggml_reshape_2d(ctx, x, n_embd_k, n), ggml_view_2d(ctx, s.k, n_embd_k, n, k_row, (n_kv + col)*k_row));
+
+            x = build_rows(ctx, s, pool.layers[i_layer].v.data(), codec.tl.value_rows, i_slot, n_slots, s.rot_v);
+            x = build_pca(ctx, x, w.v[ip], n_slots, v_trans);
+
+            if (v_trans) {
+                write(x, ggml_view_3d(ctx, s.v, N(), n_embd_v, n_slots, v_row, N()*v_es, (n_kv + col)*v_es));
+            } else {
+                if (v_rot) {
+                    x = llama_mul_mat_hadamard(ctx, x, v_rot);
+                }
+                write(ggml_reshape_2d(ctx, x, n_embd_v, n), ggml_view_2d(ctx, s.v, n_embd_v, n, v_row, (n_kv + col)*v_row));
+            }
+
+            col += n;
+        }
+    }
+
+    // the same shapes as llama_kv_cache::get_k() and get_v()
+    k = ggml_view_4d(ctx, s.k, d_k, n_head, n_cols, 1, ggml_row_size(s.k->type, d_k), k_row, k_row*n_cols, 0);
+    v = v_trans ?
+        ggml_view_4d(ctx, s.v, n_cols, n_head, d_v, 1, v_row*d_v, v_row, v_row*n_embd_v, 0) :
+        ggml_view_4d(ctx, s.v, d_v, n_head, n_cols, 1, ggml_row_size(s.v->type, d_v), v_row, v_row*n_cols, 0);
+
+    return g.build_attn_mha(q, k, v, kq_b, inp->mask_kq, sinks, nullptr, 0, kq_scale, il);
+}

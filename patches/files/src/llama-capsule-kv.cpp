@@ -1,0 +1,295 @@
+#include "llama-capsule-kv.h"
+
+#include "llama-capsule-rows.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, const char ** reason) {
+    const auto & model   = lctx.get_model();
+    const auto & hparams = model.hparams;
+
+    *reason = nullptr;
+
+    // where RoPE is applied right before build_attn and to every layer alike
+    switch (model.arch) {
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN2VL:
+        case LLM_ARCH_QWEN3:
+            break;
+        default:
+            *reason = "the architecture is not supported yet";
+            return nullptr;
+    }
+
+    if (dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        *reason = "sliding-window models are not supported yet";
+        return nullptr;
+    }
+    if (dynamic_cast<llama_memory_hybrid *>(memory) || dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        *reason = "hybrid models are not supported yet";
+        return nullptr;
+    }
+
+    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+
+    if (!kv) {
+        *reason = "the model has no KV cache of a supported kind";
+    } else if (hparams.is_mla()) {
+        *reason = "MLA is not supported";
+    } else if (hparams.use_alibi) {
+        *reason = "ALiBi is not supported";
+    } else if (kv->get_n_stream() > 1) {
+        *reason = "several streams are not supported yet, use a unified KV cache (--kv-unified)";
+    } else if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        *reason = "tensor split is not supported";
+    } else if (lctx.get_cparams().training) {
+        *reason = "training is not supported";
+    }
+
+    return *reason ? nullptr : kv;
+}
+
+ggml_tensor * llama_capsule_rope(
+        ggml_context * ctx,
+   const llama_model & model,
+ const llama_cparams & cparams,
+         ggml_tensor * x,
+         ggml_tensor * pos,
+         ggml_tensor * factors,
+             int32_t   il,
+                bool   inverse) {
+    const auto & hparams = model.hparams;
+
+    const int   n_rot      = hparams.n_rot(il);
+    const int   mode       = hparams.rope_type;
+    const float freq_base  = model.get_rope_freq_base (cparams, il);
+    const float freq_scale = model.get_rope_freq_scale(cparams, il);
+
+    if (hparams.n_pos_per_embd() > 1) {
+        int sections[4];
+        std::copy(hparams.rope_sections.begin(), hparams.rope_sections.begin() + 4, sections);
+
+        const auto fn = inverse ? ggml_rope_multi_back : ggml_rope_multi;
+
+        x = fn(ctx, x, pos, factors, n_rot, sections, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
+                cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    } else {
+        const auto fn = inverse ? ggml_rope_ext_back : ggml_rope_ext;
+
+        x = fn(ctx, x, pos, factors, n_rot, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
+                cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    }
+
+    if (inverse) {
+        // the magnitude of YaRN is applied in both directions, see rope_yarn()
+        float mscale = cparams.yarn_attn_factor;
+        if (cparams.yarn_ext_factor != 0.0f) {
+            mscale *= 1.0f + 0.1f*logf(1.0f/freq_scale);
+        }
+        if (mscale != 1.0f) {
+            // TODO: partial rotation with YaRN magnitude
+            GGML_ASSERT(n_rot == x->ne[0]);
+            x = ggml_scale(ctx, x, 1.0f/(mscale*mscale));
+        }
+    }
+
+    return x;
+}
+
+llama_capsule_kv::llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv) : lctx(lctx), kv(kv) {
+    backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    GGML_ASSERT(backend);
+
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set_n_threads) {
+        set_n_threads(backend.get(), lctx.n_threads_batch());
+    }
+}
+
+std::vector<uint32_t> llama_capsule_kv::find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto & cells = kv.v_cells[0];
+
+    std::vector<uint32_t> res;
+    for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
+        if (pos >= p0 && pos < p1) {
+            res.push_back(i);
+        }
+    }
+
+    // the tokens of an image share one position with M-RoPE
+    std::stable_sort(res.begin(), res.end(), [&](uint32_t a, uint32_t b) {
+        const auto & ea = cells.ext_get(a);
+        const auto & eb = cells.ext_get(b);
+        return std::make_tuple(cells.pos_get(a), ea.y, ea.x) < std::make_tuple(cells.pos_get(b), eb.y, eb.x);
+    });
+
+    return res;
+}
+
+// calls fn(first, cell, n) for each run of consecutive cells
+template<typename F>
+static void capsule_for_runs(const std::vector<uint32_t> & idxs, F fn) {
+    for (size_t i = 0; i < idxs.size();) {
+        size_t n = 1;
+        while (i + n < idxs.size() && idxs[i + n] == idxs[i] + n) {
+            ++n;
+        }
+        fn(i, idxs[i], n);
+        i += n;
+    }
+}
+
+static void capsule_to_f32(ggml_type type, const void * src, float * dst, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        std::copy((const float *) src, (const float *) src + n, dst);
+    } else {
+        ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+static void capsule_read_rows(const ggml_tensor * t, const std::vector<uint32_t> & idxs, float * dst) {
+    const size_t row_size = ggml_row_size(t->type, t->ne[0]);
+
+    std::vector<uint8_t> buf;
+    capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
+        buf.resize(n*row_size);
+        ggml_backend_tensor_get(t, buf.data(), cell*row_size, buf.size());
+        capsule_to_f32(t->type, buf.data(), dst + first*t->ne[0], n*t->ne[0]);
+    });
+}
+
+void llama_capsule_kv::read_k(int32_t il, const std::vector<uint32_t> & idxs, float * k) const {
+    const auto & layer = kv.layers[kv.map_layer_ids.at(il)];
+
+    capsule_read_rows(layer.k, idxs, k);
+
+    if (kv.attn_rot_k) {
+        // see llama_kv_cache::build_input_k_rot()
+        llama_capsule_hadamard(k, llama_capsule_hadamard_size(kv.n_embd_head_k_all), idxs.size()*layer.k->ne[0]);
+    }
+}
+
+void llama_capsule_kv::read_v(int32_t il, const std::vector<uint32_t> & idxs, float * v) const {
+    const auto & layer = kv.layers[kv.map_layer_ids.at(il)];
+
+    if (!kv.v_trans) {
+        capsule_read_rows(layer.v, idxs, v);
+
+        if (kv.attn_rot_v) {
+            // see llama_kv_cache::build_input_v_rot()
+            llama_capsule_hadamard(v, 64, idxs.size()*layer.v->ne[0]);
+        }
+        return;
+    }
+
+    const int64_t n_embd  = kv.hparams.n_embd_v_gqa(il);
+    const size_t  kv_size = kv.get_size();
+    const size_t  es      = ggml_type_size(layer.v->type);
+
+    std::vector<uint8_t> buf(idxs.size()*es);
+    std::vector<float>   col(idxs.size());
+
+    for (int64_t j = 0; j < n_embd; ++j) {
+        capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
+            ggml_backend_tensor_get(layer.v, buf.data() + first*es, (j*kv_size + cell)*es, n*es);
+        });
+        capsule_to_f32(layer.v->type, buf.data(), col.data(), col.size());
+        for (size_t i = 0; i < col.size(); ++i) {
+            v[i*n_embd + j] = col[i];
+        }
+    }
+}
+
+void llama_capsule_kv::unrope(int32_t il, const std::vector<uint32_t> & idxs, float * k) const {
+    const auto & cells   = kv.v_cells[0];
+    const auto & hparams = kv.hparams;
+
+    const int64_t n      = idxs.size();
+    const int64_t n_pos  = hparams.n_pos_per_embd();
+    const int64_t d      = hparams.n_embd_head_k(il);
+    const int64_t n_head = hparams.n_head_kv(il);
+
+    ggml_tensor * factors_model = kv.model.get_rope_factors(lctx.get_cparams(), il);
+
+    const ggml_init_params params = {
+        /* .mem_size   = */ (4*n*n_head*d + n*n_pos)*sizeof(float) + (factors_model ? ggml_nbytes(factors_model) : 0)
+                            + 16*ggml_tensor_overhead() + ggml_graph_overhead(),
+        /* .mem_buffer = */ nullptr,
+        /* .no_alloc   = */ false,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_tensor * x   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_head, n);
+    ggml_tensor * pos = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n*n_pos);
+
+    ggml_tensor * factors = nullptr;
+    if (factors_model) {
+        factors = ggml_dup_tensor(ctx.get(), factors_model);
+        ggml_backend_tensor_get(factors_model, factors->data, 0, ggml_nbytes(factors_model));
+    }
+
+    std::copy(k, k + n*n_head*d, (float *) x->data);
+    for (int64_t i = 0; i < n; ++i) {
+        llama_capsule_rope_pos(cells, idxs[i], n_pos, (int32_t *) pos->data + i, n);
+    }
+
+    ggml_tensor * res = llama_capsule_rope(ctx.get(), kv.model, lctx.get_cparams(), x, pos, factors, il, true);
+
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(gf, res);
+    ggml_backend_graph_compute(backend.get(), gf);
+
+    std::copy((const float *) res->data, (const float *) res->data + n*n_head*d, k);
+}
+
+void llama_capsule_kv::read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const {
+    if (k) {
+        read_k(il, idxs, k);
+        if (rope) {
+            unrope(il, idxs, k);
+        }
+    }
+    if (v) {
+        read_v(il, idxs, v);
+    }
+}
+
+void llama_capsule_kv::free(const std::vector<uint32_t> & idxs) {
+    auto & cells = kv.v_cells[0];
+    auto & head  = kv.v_heads[0];
+
+    for (uint32_t i : idxs) {
+        cells.rm(i);
+        head = std::min(head, i);
+    }
+}
+
+void llama_capsule_rope_pos(const llama_kv_cells & cells, uint32_t i, uint32_t n_pos, int32_t * dst, size_t stride) {
+    if (cells.is_empty(i)) {
+        for (uint32_t j = 0; j < n_pos; ++j) {
+            dst[j*stride] = 0;
+        }
+        return;
+    }
+
+    dst[0] = cells.pos_get(i);
+    if (n_pos > 1) {
+        // t, y, x, z as in llm_graph_input_pos
+        const auto & ext = cells.ext_get(i);
+
+        dst[1*stride] = ext.y;
+        dst[2*stride] = ext.x;
+        dst[3*stride] = 0;
+    }
+}

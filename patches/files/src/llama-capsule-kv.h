@@ -1,0 +1,59 @@
+#pragma once
+
+#include "llama.h"
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <vector>
+
+struct llama_context;
+struct llama_cparams;
+struct llama_model;
+
+class llama_kv_cache;
+class llama_kv_cells;
+
+// the KV cache that vision tokens live in, nullptr and a reason if it is of a kind that is not supported
+llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, const char ** reason);
+
+// RoPE as the model does it, or its inverse; x is [d, n_head, n] F32, pos [n*n_pos] I32
+ggml_tensor * llama_capsule_rope(
+        ggml_context * ctx,
+   const llama_model & model,
+ const llama_cparams & cparams,
+         ggml_tensor * x,
+         ggml_tensor * pos,
+         ggml_tensor * factors,
+             int32_t   il,
+                bool   inverse);
+
+// RoPE positions of a cell, component j at dst[j*stride]
+void llama_capsule_rope_pos(const llama_kv_cells & cells, uint32_t i, uint32_t n_pos, int32_t * dst, size_t stride);
+
+// access to the hot cells of a llama_kv_cache
+class llama_capsule_kv {
+public:
+    llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv);
+
+    // cells of a sequence with a position in [p0, p1), ordered by (pos, y, x)
+    std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // K without RoPE and V of the given cells, [n][n_head_kv][d]; either may be NULL
+    void read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const;
+
+    // free the given cells, whatever sequences they belong to
+    void free(const std::vector<uint32_t> & idxs);
+
+private:
+    llama_context  & lctx;
+    llama_kv_cache & kv;
+
+    ggml_backend_ptr backend; // CPU
+
+    void read_k(int32_t il, const std::vector<uint32_t> & idxs, float * k) const;
+    void read_v(int32_t il, const std::vector<uint32_t> & idxs, float * v) const;
+
+    // inverse of the RoPE of the model, in place
+    void unrope(int32_t il, const std::vector<uint32_t> & idxs, float * k) const;
+};

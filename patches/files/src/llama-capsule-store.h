@@ -1,0 +1,302 @@
+#pragma once
+
+#include "llama-capsule-codec.h"
+#include "llama-capsule-kv.h"
+
+#include "llama-graph.h"
+#include "llama-io.h"
+#include "llama-kv-cells.h"
+#include "llama-memory.h"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+struct llama_batch_ext;
+
+class llama_capsule_store;
+
+//
+// llm_graph_input_capsule
+//
+
+// registered in every graph of a context with a capsule, also when no slot is in use:
+//   a graph that was built for other slots must never be reused
+class llm_graph_input_capsule : public llm_graph_input_i {
+public:
+    llm_graph_input_capsule(std::shared_ptr<const llama_capsule_store> store, bool causal_attn);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    std::shared_ptr<const llama_capsule_store> store;
+
+    const uint64_t version;
+    const bool     causal_attn;
+
+    ggml_tensor * pos     = nullptr; // I32 [n_cold*n_pos], chunk by chunk
+    ggml_tensor * mask    = nullptr; // F32/F16 [n_cold_pad, n_tokens]
+    ggml_tensor * mask_kq = nullptr; // hot and cold
+};
+
+//
+// llama_capsule_store
+//
+
+// the slots of one llama_kv_cache: blocks of vision tokens, compressed for every layer
+class llama_capsule_store : public std::enable_shared_from_this<llama_capsule_store> {
+public:
+    struct params {
+        llama_capsule_data_ptr data;
+
+        uint32_t i_economy;     // tier
+        bool     auto_compress;
+        bool     guard;
+    };
+
+    llama_capsule_store(llama_context & lctx, llama_kv_cache & kv, const params & params);
+
+    //
+    // sequence operations, forwarded by llama_kv_cache
+    //
+
+    void clear();
+
+    void seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
+    void seq_keep(llama_seq_id seq_id);
+    void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift);
+    void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d);
+
+    // min/max with the position of the hot cells, which is -1 if there are none
+    llama_pos seq_pos_min(llama_seq_id seq_id, llama_pos pos_hot) const;
+    llama_pos seq_pos_max(llama_seq_id seq_id, llama_pos pos_hot) const;
+
+    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id);
+
+    //
+    // compression
+    //
+
+    // moves whole blocks of the vision tokens of a sequence into slots, returns the number of tokens
+    uint32_t compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // automatic mode: an image is compressed when something else follows it
+    void decode_begin(const llama_batch_ext & batch);
+    void decode_end  (const llama_batch_ext & batch);
+
+    // the hot cache is full: compress what may be compressed, return true if that freed cells
+    bool make_room(const llama_batch_ext & batch);
+
+    //
+    // graph
+    //
+
+    // build_attn_mha over the hot cells (k, v, kq_mask) and the slots
+    ggml_tensor * build_attn(
+            const llm_graph_context & g,
+                        ggml_tensor * q,
+                        ggml_tensor * k,
+                        ggml_tensor * v,
+                        ggml_tensor * kq_b,
+                        ggml_tensor * kq_mask,
+                        ggml_tensor * sinks,
+                        ggml_tensor * k_rot,
+                        ggml_tensor * v_rot,
+                              float   kq_scale,
+                                int   il);
+
+    // upper bound of the nodes that build_attn() adds to a graph
+    uint32_t graph_nodes() const;
+
+    uint64_t version() const;
+
+    void set_input_pos (ggml_tensor * dst) const;
+    void set_input_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
+
+    //
+    // info
+    //
+
+    const llama_capsule_data & data() const;
+
+    void get_stats(llama_capsule_stats & stats) const;
+
+    // K (without RoPE) and V of the cold cells of a sequence in [p0, p1), appended in the order of their positions
+    struct cold_token {
+        llama_pos pos;
+        llama_pos y;
+        llama_pos x;
+
+        std::vector<float> k;
+        std::vector<float> v;
+    };
+    std::vector<cold_token> read(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t i_layer) const;
+
+private:
+    static constexpr int N_TIERS = 2; // economy, faithful
+
+    struct pool_layer {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+
+        ggml_tensor * blob = nullptr; // I8 [slot_stride*n_slots]
+
+        // the rows of a type in place, [d, rows, n_head_kv, n_slots]
+        std::array<ggml_tensor *, LLAMA_CAPSULE_N_TYPES> k = {};
+        std::array<ggml_tensor *, LLAMA_CAPSULE_N_TYPES> v = {};
+    };
+
+    struct pool {
+        uint32_t i_tier;
+
+        uint32_t n_slots = 0; // allocated
+        uint32_t n_used  = 0; // index of the last slot in use + 1
+
+        llama_kv_cells cells; // of all slots that may ever exist
+
+        std::vector<llama_capsule_codec> codecs; // per layer
+        std::vector<pool_layer>          layers;
+
+        std::vector<bool> used;
+    };
+
+    // constants of the reconstruction of one layer in one tier
+    struct weights_part {
+        uint32_t n_rows = 0;
+
+        ggml_tensor * basis = nullptr; // F32 [n_rows + n_pad, N]
+        ggml_tensor * pad   = nullptr; // F32 [d, n_pad, n_head_kv], the mean, then zeros
+    };
+
+    struct weights_retain {
+        ggml_tensor * idx_inv = nullptr; // I32 [N, n_head_kv, n_chunk], to the order of the tokens
+
+        std::vector<ggml_tensor *> idx;  // per neighbour, I32 [N - n_kept, n_head_kv, n_chunk]
+        std::vector<ggml_tensor *> gate; // per neighbour, F32 [d, N - n_kept, n_head_kv]
+
+        ggml_tensor * mlp_up      = nullptr; // F32 [K*d, n_mlp, n_head_kv]
+        ggml_tensor * mlp_up_bias = nullptr; // F32 [n_mlp, 1, n_head_kv]
+        ggml_tensor * mlp_down    = nullptr; // F32 [n_mlp, d, n_head_kv]
+    };
+
+    struct weights_layer {
+        std::array<weights_part, N_TIERS> k;
+        std::array<weights_part, N_TIERS> v;
+
+        weights_retain retain;
+    };
+
+    // shared by all layers of a device: f16 (or whatever the type of the hot cache) K and V of hot and cold cells
+    struct scratch {
+        ggml_backend_buffer_type_t buft;
+
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+
+        ggml_tensor * idx   = nullptr; // I32 [N, n_head_kv, n_chunk], 0..N-1
+        ggml_tensor * rot_k = nullptr; // F32 Hadamard matrices of the rows
+        ggml_tensor * rot_v = nullptr;
+
+        // the constants that belong to no layer
+        ggml_context_ptr        ctx_const;
+        ggml_backend_buffer_ptr buf_const;
+    };
+
+    // an image in the hot cells, as seen by llama_context::decode()
+    struct span {
+        llama_pos p0;
+        llama_pos p1; // exclusive
+
+        bool closed;  // something else followed
+    };
+
+    llama_context  & lctx;
+    llama_kv_cache & kv;
+
+    const params p;
+
+    const uint32_t n_chunk; // slots that are reconstructed at once
+
+    llama_capsule_kv reader;
+
+    std::array<pool, N_TIERS> pools;
+
+    std::vector<weights_layer> weights;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    std::vector<scratch> scratches;
+
+    uint64_t n_version = 0;
+
+    bool warned_alloc = false;
+    bool grown        = false; // since the last decode
+
+    // images that may still grow
+    std::map<llama_seq_id, std::vector<span>> spans;
+
+    uint32_t N() const;
+
+    ggml_backend_buffer_type_t layer_buft(uint32_t i_layer) const;
+    scratch &                  layer_scratch(uint32_t i_layer);
+
+    int find_layer(int il) const; // index in the capsule, -1 if none
+
+    void init_weights();
+    void init_scratch_const();
+
+    // false if there is no memory for it
+    bool grow_pool(pool & pool, uint32_t n_slots);
+    bool grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots);
+    bool reserve_scratch();
+
+    // -1 if none is left
+    int alloc_slot(pool & pool);
+
+    void update_used();
+    void touch();
+
+    uint32_t n_cold()     const; // columns
+    uint32_t n_cold_pad() const;
+
+    void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id);
+
+    uint32_t compress_run(const std::vector<uint32_t> & idxs);
+    void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
+
+    bool is_next(const span & sp, llama_pos pos) const;
+    void close_spans(const llama_batch_ext & batch);
+    uint32_t compress_spans(bool only_closed);
+
+    llm_graph_input_capsule * graph_input(const llm_graph_context & g, ggml_tensor * kq_mask) const;
+
+    ggml_tensor * build_rows(ggml_context * ctx, const scratch & s, ggml_tensor * const * typed, const llama_capsule_row_counts & counts,
+            uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const;
+    ggml_tensor * build_pca(ggml_context * ctx, ggml_tensor * rows, const weights_part & w, uint32_t n_slots, bool trans) const;
+    ggml_tensor * build_retain(ggml_context * ctx, ggml_tensor * rows, uint32_t i_layer, uint32_t n_slots) const;
+
+    friend class llm_graph_input_capsule;
+};
+
+// the memory of a new context, with a store attached to it if the thread or the environment asks for one
+llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params);
+
+// state: the number of streams carries a flag if slots follow, which makes unpatched readers refuse it
+static constexpr uint32_t LLAMA_CAPSULE_STATE_FLAG = 0x80000000;
+
+// strips the flag; throws if there are slots, but no store for them
+bool llama_capsule_state_check(const llama_capsule_store * store, uint32_t & n_stream);
+
+// hooks of llama_context::decode(), nothing happens without a store
+void llama_capsule_decode_begin(llama_context & lctx, const llama_batch_ext & batch);
+void llama_capsule_decode_end  (llama_context & lctx, const llama_batch_ext & batch);
+bool llama_capsule_make_room   (llama_context & lctx, const llama_batch_ext & batch);
+
+uint32_t llama_capsule_graph_nodes(const llama_context & lctx);

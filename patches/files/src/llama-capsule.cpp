@@ -1,0 +1,367 @@
+#include "llama-capsule.h"
+
+#include "llama-capsule-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+struct llama_capsule {
+    llama_capsule_data_ptr data;
+};
+
+// what the next context of this thread gets
+struct capsule_request {
+    llama_capsule_data_ptr data;
+
+    uint32_t n_hot;
+    float    ratio;
+    bool     auto_compress;
+    bool     guard;
+};
+
+static thread_local std::optional<capsule_request> capsule_next;
+static thread_local std::string                    capsule_error;
+
+static void capsule_set_error(const std::string & what) {
+    capsule_error = what;
+    std::replace(capsule_error.begin(), capsule_error.end(), '\n', ' ');
+
+    LLAMA_LOG_ERROR("%s\n", capsule_error.c_str());
+}
+
+static llama_capsule_store * capsule_get_store(const llama_context & lctx) {
+    auto * kv = dynamic_cast<llama_kv_cache *>(lctx.get_memory());
+
+    return kv ? kv->capsule.get() : nullptr;
+}
+
+//
+// creation
+//
+
+// LLAMA_KVCAPSULE=FILE, LLAMA_KVCAPSULE_HOT=N, LLAMA_KVCAPSULE_RATIO=R: for programs that know nothing of capsules
+static std::optional<capsule_request> capsule_request_from_env(const llama_model & model) {
+    const char * path = getenv("LLAMA_KVCAPSULE");
+    if (!path || !*path) {
+        return {};
+    }
+
+    const char * hot   = getenv("LLAMA_KVCAPSULE_HOT");
+    const char * ratio = getenv("LLAMA_KVCAPSULE_RATIO");
+
+    try {
+        return capsule_request {
+            llama_capsule_data_load(model, path),
+            hot   ? (uint32_t) std::max(0, atoi(hot)) : 0,
+            ratio ? (float) atof(ratio) : 0.0f,
+            true, true,
+        };
+    } catch (const llama_capsule_mismatch & err) {
+        // draft and embedding models live in the same process
+        LLAMA_LOG_INFO("%s: %s, continuing without it\n", __func__, err.what());
+    }
+
+    return {};
+}
+
+// logical cells -> cells of the hot cache
+static uint32_t capsule_n_hot(const capsule_request & req, uint32_t n_ctx) {
+    const uint32_t n_image = req.data->image_tokens > 0 ? req.data->image_tokens : 4096;
+
+    const uint32_t n_hot = req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4);
+
+    return std::min(n_ctx, GGML_PAD(n_hot, 256));
+}
+
+static const char * capsule_check_layers(const llama_capsule_data & data, const llama_kv_cache & kv) {
+    const auto ids = kv.get_layer_ids();
+
+    if (ids.size() != data.layers.size()) {
+        return "the capsule does not cover all layers of the KV cache";
+    }
+    for (size_t i = 0; i < ids.size(); ++i) {
+        const auto & layer = data.layers[i];
+        if (ids[i] != layer.il) {
+            return "the capsule does not cover all layers of the KV cache";
+        }
+        if (layer.n_embd_head_k != data.layers[0].n_embd_head_k || layer.n_embd_head_v != data.layers[0].n_embd_head_v) {
+            return "head sizes that differ between layers are not supported yet";
+        }
+    }
+    return nullptr;
+}
+
+llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params) {
+    const auto & model   = lctx.get_model();
+    const auto & cparams = lctx.get_cparams();
+
+    const bool from_env = !capsule_next;
+
+    auto req = from_env ? capsule_request_from_env(model) : std::move(capsule_next);
+    capsule_next.reset();
+
+    if (!req || model.hparams.no_alloc) {
+        return model.create_memory(params, cparams);
+    }
+
+    // note: not cparams itself, the choice of the RoPE factors depends on it
+    auto cparams_hot = cparams;
+    cparams_hot.n_ctx_seq = capsule_n_hot(*req, cparams.n_ctx_seq);
+
+    std::unique_ptr<llama_memory_i> memory(model.create_memory(params, cparams_hot));
+
+    const char * reason = nullptr;
+
+    auto * kv = llama_capsule_resolve(lctx, memory.get(), &reason);
+    if (kv && params.mem_other) {
+        reason = "contexts that share a KV cache are not supported";
+    } else if (kv) {
+        reason = capsule_check_layers(*req->data, *kv);
+    }
+
+    if (reason) {
+        if (!from_env) {
+            capsule_error = format("can not attach the capsule: %s", reason);
+            throw std::runtime_error(capsule_error);
+        }
+        LLAMA_LOG_WARN("%s: can not attach the capsule: %s, continuing without it\n", __func__, reason);
+
+        memory.reset();
+        return model.create_memory(params, cparams);
+    }
+
+    const llama_capsule_store::params p = {
+        req->data,
+        req->data->tier_for_ratio(req->ratio),
+        req->auto_compress,
+        req->guard,
+    };
+    kv->capsule = std::make_shared<llama_capsule_store>(lctx, *kv, p);
+
+    LLAMA_LOG_INFO("%s: capsule '%s', %u hot cells of %u, tier '%s' (ratio %.3f)\n", __func__, req->data->path.c_str(),
+            kv->get_size(), cparams.n_ctx_seq, req->data->tiers[p.i_economy].name.c_str(), req->data->tiers[p.i_economy].ratio);
+
+    return memory.release();
+}
+
+//
+// hooks
+//
+
+bool llama_capsule_state_check(const llama_capsule_store * store, uint32_t & n_stream) {
+    const bool res = (n_stream & LLAMA_CAPSULE_STATE_FLAG) != 0;
+
+    n_stream &= ~LLAMA_CAPSULE_STATE_FLAG;
+
+    if (res && !store) {
+        throw std::runtime_error("the state holds images in capsule slots, but no capsule is attached");
+    }
+
+    return res;
+}
+
+void llama_capsule_decode_begin(llama_context & lctx, const llama_batch_ext & batch) {
+    if (auto * store = capsule_get_store(lctx)) {
+        store->decode_begin(batch);
+    }
+}
+
+void llama_capsule_decode_end(llama_context & lctx, const llama_batch_ext & batch) {
+    if (auto * store = capsule_get_store(lctx)) {
+        store->decode_end(batch);
+    }
+}
+
+bool llama_capsule_make_room(llama_context & lctx, const llama_batch_ext & batch) {
+    auto * store = capsule_get_store(lctx);
+
+    return store && store->make_room(batch);
+}
+
+uint32_t llama_capsule_graph_nodes(const llama_context & lctx) {
+    const auto * store = capsule_get_store(lctx);
+
+    return store ? store->graph_nodes() : 0;
+}
+
+//
+// C API
+//
+
+struct llama_capsule * llama_capsule_load_from_file(const struct llama_model * model, const char * path) {
+    capsule_error.clear();
+
+    try {
+        return new llama_capsule { llama_capsule_data_load(*model, path) };
+    } catch (const std::exception & err) {
+        capsule_set_error(err.what());
+    }
+
+    return nullptr;
+}
+
+void llama_capsule_free(struct llama_capsule * capsule) {
+    delete capsule;
+}
+
+struct llama_capsule_context_params llama_capsule_context_default_params(void) {
+    return {
+        /*.size          =*/ sizeof(llama_capsule_context_params),
+        /*.capsule       =*/ nullptr,
+        /*.n_hot         =*/ 0,
+        /*.ratio         =*/ 0.0f,
+        /*.auto_compress =*/ true,
+        /*.guard         =*/ true,
+    };
+}
+
+void llama_capsule_set_next_context(struct llama_capsule_context_params params) {
+    capsule_next.reset();
+    capsule_error.clear();
+
+    if (params.size == sizeof(params) && params.capsule) {
+        capsule_next = { params.capsule->data, params.n_hot, params.ratio, params.auto_compress, params.guard };
+    }
+}
+
+bool llama_capsule_is_attached(const struct llama_context * ctx) {
+    return capsule_get_store(*ctx) != nullptr;
+}
+
+int32_t llama_capsule_compress(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    capsule_error.clear();
+
+    auto * store = capsule_get_store(*ctx);
+    if (!store) {
+        capsule_set_error("no capsule is attached to this context");
+        return -1;
+    }
+    if (seq_id < 0 || seq_id >= LLAMA_MAX_SEQ || p0 < 0 || p1 < p0) {
+        capsule_set_error(format("bad range to compress: sequence %d, positions [%d, %d)", seq_id, p0, p1));
+        return -1;
+    }
+
+    return store->compress(seq_id, p0, p1);
+}
+
+int32_t llama_capsule_get_stats(const struct llama_context * ctx, struct llama_capsule_stats * stats) {
+    const auto * store = capsule_get_store(*ctx);
+
+    if (!store || stats->size != sizeof(*stats)) {
+        return -1;
+    }
+
+    *stats = {};
+    stats->size = sizeof(*stats);
+    store->get_stats(*stats);
+
+    return 0;
+}
+
+int32_t llama_capsule_read_kv(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                   llama_pos   p0,
+                   llama_pos   p1,
+                     int32_t   il,
+                     float   * k,
+                     float   * v,
+                    uint32_t   n_max) {
+    capsule_error.clear();
+
+    const auto & hparams = ctx->get_model().hparams;
+
+    const char * reason = nullptr;
+
+    auto * kv = llama_capsule_resolve(*ctx, ctx->get_memory(), &reason);
+    if (!kv) {
+        capsule_set_error(reason);
+        return -1;
+    }
+
+    const auto ids = kv->get_layer_ids();
+    if (seq_id < 0 || seq_id >= LLAMA_MAX_SEQ || std::find(ids.begin(), ids.end(), (uint32_t) il) == ids.end()) {
+        capsule_set_error(format("no sequence %d or no KV in layer %d", seq_id, il));
+        return -1;
+    }
+
+    ctx->synchronize();
+    ctx->memory_update(false);
+
+    llama_capsule_kv reader(*ctx, *kv);
+
+    const auto idxs = reader.find(seq_id, p0, p1);
+
+    // with a capsule: the slots, decoded
+    std::vector<llama_capsule_store::cold_token> cold;
+    if (kv->capsule) {
+        const auto & layers = kv->capsule->data().layers;
+        const auto it = std::find_if(layers.begin(), layers.end(), [&](const auto & layer) { return (int) layer.il == il; });
+        cold = kv->capsule->read(seq_id, p0, p1, it - layers.begin());
+    }
+
+    const size_t n = idxs.size() + cold.size();
+    if (n > n_max) {
+        capsule_set_error(format("%zu tokens in the range, room for %u", n, n_max));
+        return -1;
+    }
+
+    const size_t n_k = hparams.n_embd_k_gqa(il);
+    const size_t n_v = hparams.n_embd_v_gqa(il);
+
+    std::vector<float> kh(idxs.size()*n_k);
+    std::vector<float> vh(idxs.size()*n_v);
+    reader.read(il, hparams.rope_type != LLAMA_ROPE_TYPE_NONE, idxs, k ? kh.data() : nullptr, v ? vh.data() : nullptr);
+
+    const auto & cells = kv->get_cells(seq_id);
+    for (size_t i = 0; i < idxs.size(); ++i) {
+        const auto & ext = cells.ext_get(idxs[i]);
+
+        llama_capsule_store::cold_token token = { cells.pos_get(idxs[i]), ext.y, ext.x, {}, {} };
+        if (k) {
+            token.k.assign(kh.begin() + i*n_k, kh.begin() + (i + 1)*n_k);
+        }
+        if (v) {
+            token.v.assign(vh.begin() + i*n_v, vh.begin() + (i + 1)*n_v);
+        }
+        cold.push_back(std::move(token));
+    }
+
+    std::stable_sort(cold.begin(), cold.end(), [](const auto & a, const auto & b) {
+        return std::tie(a.pos, a.y, a.x) < std::tie(b.pos, b.y, b.x);
+    });
+
+    for (size_t i = 0; i < n; ++i) {
+        if (k) {
+            std::copy(cold[i].k.begin(), cold[i].k.end(), k + i*n_k);
+        }
+        if (v) {
+            std::copy(cold[i].v.begin(), cold[i].v.end(), v + i*n_v);
+        }
+    }
+
+    return n;
+}
+
+int32_t llama_capsule_fingerprint(const struct llama_model * model, char * buf, size_t buf_size) {
+    const std::string res = llama_capsule_model_fingerprint(*model);
+
+    if (buf_size < res.size() + 1) {
+        return -1;
+    }
+
+    memcpy(buf, res.c_str(), res.size() + 1);
+    return 0;
+}
+
+const char * llama_capsule_last_error(void) {
+    return capsule_error.c_str();
+}
