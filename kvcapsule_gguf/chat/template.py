@@ -17,7 +17,7 @@ CHATML = (
 class ChatTemplate:
     """source: Jinja, None = ChatML, as llama.cpp does for models without a template; adds_bos: the tokenizer puts the first token itself."""
 
-    def __init__(self, source: str | None, bos: str, eos: str, adds_bos: bool) -> None:
+    def __init__(self, source: str | None, bos: str, eos: str, adds_bos: bool = True) -> None:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         self._prefix = bos if adds_bos else ""
