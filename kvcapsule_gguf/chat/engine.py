@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -151,8 +152,8 @@ class Engine:
 
 
 def train_command(model: Path, mmproj: Path | None) -> str:
-    name = model.name.removesuffix(".gguf")
-    return f"kvcapsule-train {model} --mmproj {mmproj} -o {model.with_name(f'kvcapsule-{name}.gguf')}"
+    output = model.with_name(f"kvcapsule-{model.name.removesuffix('.gguf')}.gguf")
+    return shlex.join(["kvcapsule-train", str(model), "--mmproj", str(mmproj), "-o", str(output)])
 
 
 def say(text: str) -> None:
