@@ -174,7 +174,7 @@ class Context:
             setattr(p, name, case[name])
         p.type_k, p.type_v = TYPES[case["type_k"]], TYPES[case["type_v"]]
         p.flash_attn_type = 1 if case["flash_attn"] else 0
-        p.n_threads = p.n_threads_batch = 1
+        p.n_threads = p.n_threads_batch = case["threads"]
         p.no_perf = False
         self.tensors = Tensors(case["dump"]) if case["dump"] else None
         if self.tensors:

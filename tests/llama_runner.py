@@ -137,6 +137,7 @@ class Case:
     auto_compress: bool = False
     guard: bool = False
     reuse: bool = True
+    threads: int = 1
     dump: str = ""  # names of graph tensors to return, a regular expression
     env: dict[str, str] = field(default_factory=dict)  # set around the creation of the context
 

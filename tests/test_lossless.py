@@ -209,6 +209,21 @@ def test_scaled_rope(models, capsules, stock, patched, rope):
     check((truth, ours), False)
 
 
+THREADS = [(arch, fa, threads) for arch in ARCHS for fa in (False, True) for threads in (2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def threaded(models, capsules, stock, patched):
+    scripts = {label((arch, 64, fa, "f32"), t): ((arch, 64, fa, "f32"), Script(CHAT, {"threads": t})) for arch, fa, t in THREADS}
+    return both(models, capsules, stock, patched, scripts)
+
+
+@pytest.mark.parametrize(("arch", "fa", "threads"), THREADS)
+def test_threads(threaded, arch, fa, threads):
+    """Any number of them, also one that divides nothing evenly."""
+    check(threaded[label((arch, 64, fa, "f32"), threads)], fa, "f32")
+
+
 # --- the oracle can fail ---
 
 
