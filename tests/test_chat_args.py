@@ -39,6 +39,8 @@ def test_the_environment_gives_defaults_and_flags_win() -> None:
     options = parse(["-c", "1024"], environ)
     assert (options.model, options.n_ctx, options.n_hot, options.capsule, options.flash_attn, options.top_k) == (Path("e.gguf"), 1024, 256, "off", "on", 40)
     assert parse(["other.gguf"], environ).model == Path("other.gguf")
+    assert parse(["-hf", "u/r"], environ).model is None
+    assert parse(["-m", "other.gguf"], {"LLAMA_ARG_HF_REPO": "u/r"}).hf_repo is None
 
 
 def test_the_variables_for_unmodified_programs_mean_the_same() -> None:

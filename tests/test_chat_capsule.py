@@ -133,6 +133,20 @@ def test_a_picture_larger_than_the_hot_cache_is_refused_before_it_is_encoded(cha
     refused(chat(folder / "qwen2vl" / "tiny.gguf", "--image", picture, "-p", "x", "-c", "2048", "--hot", "256"), "large.png needs 400 cells", "--hot")
 
 
+def test_text_larger_than_the_hot_cache(chat: Run, folder: Path) -> None:
+    refused(chat(folder / "llama" / "tiny.gguf", "-p", "x" * 300, "-c", "2048", "--hot", "256"), "hot")
+
+
+def test_a_session_goes_on_after_a_picture_that_does_not_fit(chat: Run, folder: Path, tmp_path: Path) -> None:
+    """Before it a picture is in the cache, and stays there."""
+    large = write_picture(tmp_path / "large.png", size=(20 * 28, 20 * 28))
+    lines = f"/image {folder / 'a.png'}\nwhat?\n/image {large}\nthis?\nand?\n"
+    result = chat(folder / "qwen2vl" / "tiny.gguf", "-n", "3", "-c", "2048", "--hot", "256", "--json", stdin=lines)
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert "large.png needs 400 cells" in result.stderr and "is dropped" in result.stderr
+    assert second["vision_tokens"] == 0 and len(second["images"]) == 1 and second["slots"] == first["slots"]
+
+
 def test_ratio_picks_a_preset(chat: Run, folder: Path, tmp_path: Path) -> None:
     result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--json", "--ratio", "0.6")
     assert result.returncode == 0 and json.loads(result.stdout)["slots"]["economy"] == TOKENS // N

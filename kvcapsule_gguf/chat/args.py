@@ -56,6 +56,10 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
     """Exits with status 2 and one line when the command line is wrong."""
     parser, twins = _parser()
+    typed = vars(parser.parse_args(argv))
+    if typed.keys() & {"model", "model_positional", "hf_repo"}:
+        # another model than the environment's, wherever that comes from
+        twins = {name: flag for name, flag in twins.items() if name not in ("LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO")}
     from_environment = [part for name, flag in twins.items() if environ.get(name) for part in (flag, environ[name])]
     options = Options()
     parser.parse_args([*from_environment, *argv], namespace=options)  # type: ignore[arg-type]
@@ -87,7 +91,8 @@ def _number(kind: type, low: float, high: float = float("inf")):
 class _Images(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         # a comma separates files, but a data: URL holds one of its own
-        namespace.images.extend([values] if values.startswith("data:") else [name for name in values.split(",") if name])
+        images = namespace.images = getattr(namespace, "images", [])
+        images.extend([values] if values.startswith("data:") else [name for name in values.split(",") if name])
 
 
 def _parser() -> tuple[Parser, dict[str, str]]:

@@ -38,7 +38,7 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
             handles.append(mtmd.mtmd_bitmap_init(picture.width, picture.height, data))
             # the slices of a large picture come back as several chunks with this name
             mtmd.mtmd_bitmap_set_id(handles[-1], str(index).encode())
-        data = text.encode()
+        data = text.encode("utf-8", "replace")
         request = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
         bitmaps = (mtmd.mtmd_bitmap_p_ctypes * len(handles))(*handles)
         status = mtmd.mtmd_tokenize(engine.mtmd_ctx, found, ctypes.byref(request), bitmaps, len(handles))
@@ -65,7 +65,7 @@ def _chunk(mtmd, handle: int) -> Chunk:
 
 
 def _tokenize(engine: Engine, text: str, first: bool) -> list[int]:
-    data = text.encode()
+    data = text.encode("utf-8", "replace")
     room = len(data) + 8
     buffer = (engine.llama.llama_token * room)()
     n = engine.llama.llama_tokenize(engine.vocab, data, len(data), buffer, room, first, True)

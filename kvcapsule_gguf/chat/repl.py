@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from ..native import CapsuleError
 from . import images, stats
 from .errors import ChatError
 from .images import Picture
@@ -28,8 +29,11 @@ def run(session: Session, answer: Callable[[str, list[Picture]], None], pending:
             if (question := line.strip()) and not question.startswith("/"):
                 answer(question, pending)
                 pending.clear()
-        except ChatError as error:
-            note(f"error: {error}")
+        except (ChatError, CapsuleError) as error:
+            dropped = "" if line.startswith("/") or not pending else f"; its picture{'s are' if len(pending) > 1 else ' is'} dropped"
+            note(f"error: {error}{dropped}")
+            if dropped:
+                pending.clear()
     return 0
 
 

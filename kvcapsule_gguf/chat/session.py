@@ -103,7 +103,8 @@ class Session:
     def _new_part(self, prompt: str, n_pictures: int) -> str | None:
         """What has to be added to the cache so that it holds `prompt`; None if that cannot be done by adding."""
         if not self.state.text:
-            return prompt
+            # also after an error that emptied the cache: then the earlier pictures have to be read again
+            return None if self.pictures else prompt
         if prompt.startswith(self.state.text):
             new = prompt[len(self.state.text) :]
         else:
@@ -146,7 +147,7 @@ class Session:
         for part in parts:
             name = pictures[part.picture].name if part.tokens is None else ""
             if name and part.n_tokens > n_hot - used:
-                held = f", of which {used} hold text" if used else ""
+                held = f", {used} of them in use" if used else ""
                 raise ContextFull(f"{name} needs {part.n_tokens} cells of the hot cache, which has {n_hot}{held}: raise --hot, or use a smaller picture")
             mtmd, n_ubatch = self.engine.native.mtmd if name else None, self.engine.llama.llama_n_ubatch(self.engine.ctx)
             if mtmd and part.n_tokens > n_ubatch and mtmd.mtmd_decode_use_non_causal(self.engine.mtmd_ctx, part.handle):
