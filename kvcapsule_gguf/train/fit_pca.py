@@ -24,7 +24,7 @@ def fit_basis(blocks: np.ndarray, weight: np.ndarray | None = None, centre: bool
     moment = np.zeros((n, n))
     for i in range(0, n_blocks, _CHUNK):
         x = (blocks[i : i + _CHUNK] - mean[:, None]) * scale[:, None]
-        x = x.transpose(2, 0, 1, 3).reshape(n, -1).astype(np.float32)
+        x = x.transpose(2, 0, 1, 3).reshape(n, -1)
         moment += x @ x.T
     moment /= n_blocks
     energy, vectors = np.linalg.eigh(moment)

@@ -8,9 +8,13 @@ import numpy as np
 
 from ..codec.block import BlockCodec
 from ..codec.guard import block_score
+from ..codec.types import total_rows
 from ..format.capsule import Capsule
+from .schedule import DISTORTION
 from .store import BlockStore
 
+# a token whose error is that of 2 bits for all of it (in units of q4_0's), and of half of it lost: no economy tier may be worse, calibrated or not
+COARSE = {True: DISTORTION["q2_0"] / DISTORTION["q4_0"], False: 0.5 / DISTORTION["q4_0"]}  # all rows kept / some rows dropped
 PASS = 0.97  # share of the held-back blocks that keep the economy tier in all layers
 MARGIN = 1.1  # on top: other pictures vary a little more
 
@@ -40,10 +44,13 @@ def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None]) -
     """Sets kappa of every economy tier."""
     for i, tier in enumerate(capsule.tiers):
         score = scores(capsule, store, i)
+        passed = 1.0
         if i:
-            tier.kappa = [float(x) for x in thresholds(score)]
-        bytes_per = capsule.slot_bytes(i) / capsule.block_size
+            all_rows = min(map(total_rows, tier.key_rows + tier.value_rows)) == capsule.block_size
+            kappa = np.minimum(thresholds(score), COARSE[all_rows])
+            tier.kappa = [float(x) for x in kappa]
+            passed = float((score <= kappa[:, None]).all(0).mean())
         say(
-            f"tier {tier.name}: {1 / (1 - tier.ratio):.2f}x smaller than f16 ({bytes_per:.0f} bytes a token), worst token of a block: "
-            f"median {np.median(score.max(0)):.1f}, largest {score.max():.1f} times q4_0's error"
+            f"tier {tier.name}: {1 / (1 - tier.ratio):.2f}x smaller than f16 ({capsule.slot_bytes(i) / capsule.block_size:.0f} bytes a token); "
+            f"the worst token of a block has {np.median(score.max(0)):.1f} times q4_0's error (median), {100 * passed:.0f} % of the blocks pass"
         )

@@ -44,7 +44,7 @@ def faithful_rows(n: int, d: int) -> RowCounts:
 def allocate(parts: Sequence[Part], n: int, ratio: float) -> list[RowCounts]:
     """Rows of every part so that 1 - bytes / bytes(f16) is at least `ratio`, or as near to it as the types allow."""
     f16 = sum(2 * n * p.heads * p.d for p in parts)
-    budget = (1 - ratio) * f16
+    budget = (1 - ratio) * f16 + 0.5  # of a byte: 1 - ratio is not exact
     all_rows = 16 * (1 - ratio) >= ALL_ROWS_BITS and sum(p.bytes(_cheapest(n, p.d)) for p in parts) <= budget
     low, high = 1e-16, 1e3  # prices: everything too dear, everything dropped
     for _ in range(80):

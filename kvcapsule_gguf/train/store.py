@@ -58,7 +58,7 @@ class BlockStore:
 
     def _add_queries(self, i: int, q: np.ndarray) -> None:
         heads = self.model.head_count_kv[self.model.kv_layers[i]]
-        grouped = q.reshape(len(q), heads, -1, q.shape[-1]).astype(np.float64)
+        grouped = q.reshape(len(q), heads, q.shape[1] // heads, q.shape[2]).astype(np.float64)
         self._q2[i] += np.square(grouped).mean(2).sum(0)
 
     def blocks(self, i: int, kind: str, held: bool) -> np.ndarray:

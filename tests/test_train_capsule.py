@@ -1,0 +1,260 @@
+"""Training as a whole: from arrays to a file that compresses as promised, the guard, the pictures, and the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+from conftest import ROOT, library
+from PIL import Image
+from synthetic_kv import sample, source
+
+from kvcapsule_gguf.codec.block import BlockCodec
+from kvcapsule_gguf.codec.guard import block_score
+from kvcapsule_gguf.codec.rope import pair_index
+from kvcapsule_gguf.codec.types import total_rows
+from kvcapsule_gguf.format.reader import read_capsule
+from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.train.images import drawn, from_folder
+from kvcapsule_gguf.train.source import ArraySource, KVSample, TrainError
+from kvcapsule_gguf.train.store import BlockStore
+from kvcapsule_gguf.train.trainer import TrainOptions, choose_block_size, train
+
+QUIET = {"say": lambda line: None}
+
+
+def relative(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.square(y - x).sum() / np.square(x - x.mean((0, 2), keepdims=True)).sum())
+
+
+@pytest.fixture(scope="module")
+def trained(models):
+    done = {}
+
+    def get(codec: str = "pca", arch: str = "llama", head: int = 64, layers: str = "uniform"):
+        key = (codec, arch, head, layers)
+        if key not in done:
+            if codec == "retain":
+                pytest.importorskip("torch").set_num_threads(1)
+            done[key] = train(source(models(arch=arch, head=head), 16), TrainOptions(codec=codec, layers=layers, block_size=64), **QUIET)
+        return done[key]
+
+    return get
+
+
+def blocks(capsule, seed: int, model):
+    """K and V [B, H, N, d] of the first layer of a new image."""
+    s = sample(model, seed)
+    return [x.reshape(-1, capsule.block_size, *x.shape[1:]).swapaxes(1, 2) for x in (s.keys[0], s.values[0])]
+
+
+@pytest.mark.parametrize("codec", ["pca", "retain"])
+@pytest.mark.parametrize(("arch", "head"), [("llama", 64), ("qwen2", 96), ("qwen2vl", 80), ("qwen3vl", 128)])
+def test_a_trained_capsule_is_a_valid_file(trained, tmp_path, codec, arch, head):
+    capsule = trained(codec, arch, head)
+    again = read_capsule(write_capsule(tmp_path / "c.gguf", capsule))
+    assert again.tiers == capsule.tiers or [t.name for t in again.tiers] == ["faithful", "paper", "default", "small"]
+    assert (again.block_size, again.image_tokens, again.block_width) == (64, 256, 16)
+    assert again.base.rope_type == {"llama": "norm", "qwen2": "neox", "qwen2vl": "mrope", "qwen3vl": "imrope"}[arch]
+    if head % 32 == 0:
+        assert all(k > 0 for t in again.tiers[1:] for k in t.kappa)
+    if head % 64 == 0 and codec == "pca":
+        assert [round(t.ratio, 2) for t in again.tiers[1:]] == pytest.approx([0.6, 0.8, 0.875], abs=0.01)
+        assert again.tier_for_ratio() == 2
+
+
+@pytest.mark.parametrize("codec", ["pca", "retain"])
+def test_it_compresses_pictures_it_has_not_seen(trained, models, codec):
+    """Errors grow with the ratio and stay small; the faithful tier is better than q4_0 (.0078) on every picture."""
+    from kvcapsule_gguf.format.base_model import read_base_model
+
+    capsule, model = trained(codec), read_base_model(models(arch="llama"))
+    k, v = blocks(capsule, 999, model)
+    errors = []
+    for tier in range(4):
+        k_hat, v_hat = BlockCodec.of(capsule, 0, tier).round_trip(k, v)
+        errors.append((relative(k, k_hat), relative(v, v_hat)))
+    assert max(errors[0]) < 0.0078
+    assert errors[1] < errors[2] < errors[3]
+    assert max(errors[2]) < 0.03
+
+
+def test_gates_are_tied_in_the_file(trained):
+    for arch, rope in (("llama", "norm"), ("qwen2", "neox")):
+        gate = trained("retain", arch, 64 if arch == "llama" else 96).layers[0].k_gate
+        first, second = pair_index(rope, gate.shape[-1]).T
+        assert np.array_equal(gate[..., first], gate[..., second]) and np.ptp(gate) > 0
+
+
+@pytest.mark.parametrize("codec", ["pca", "retain"])
+def test_the_guard_sees_wild_tokens(trained, models, codec):
+    """New pictures pass in the default tier, most of them; a wild outlier token at any position sends its block away, and no other block."""
+    from kvcapsule_gguf.format.base_model import read_base_model
+
+    capsule, model = trained(codec), read_base_model(models(arch="llama"))
+    layer, codec_ = capsule.layers[0], BlockCodec.of(capsule, 0, 2)
+    kappa = capsule.tiers[2].kappa[0]
+
+    def score(k, v):
+        return block_score(k, v, *codec_.round_trip(k, v), layer.k_query_weight)
+
+    fine = np.concatenate([score(*blocks(capsule, seed, model)) for seed in range(500, 510)])
+    assert (fine <= kappa).mean() > (0.8 if codec == "pca" else 0.5)
+    rng = np.random.default_rng(0)
+    k, v = blocks(capsule, 600, model)
+    before = score(k, v)
+    for at in rng.integers(0, 64, 8):
+        wild = 30 * rng.standard_normal((2, 64))
+        for in_keys in (True, False):
+            k_wild, v_wild = k.copy(), v.copy()
+            (k_wild if in_keys else v_wild)[2, :, at] += wild
+            after = score(k_wild, v_wild)
+            assert np.array_equal(np.delete(after, 2), np.delete(before, 2))
+            if codec == "pca" or not in_keys:
+                assert after[2] > kappa
+            else:  # `retain` stores a wild key as a kept token, or in its own residual: it stays local, and is refused or within 2 bits of its energy
+                k_hat = codec_.decode_keys(codec_.encode_keys(k_wild))
+                assert after[2] > kappa or np.square(k_hat - k_wild)[2, :, at].sum() < 0.15 * np.square(k_wild)[2, :, at].sum()
+
+
+def test_the_same_seed_gives_the_same_file(models, tmp_path):
+    pytest.importorskip("torch").set_num_threads(1)
+    files = []
+    for i in range(2):
+        capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="retain", block_size=64, seed=4), **QUIET)
+        files.append(write_capsule(tmp_path / f"{i}.gguf", capsule).read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("layers", ["pyramid", "auto"])
+def test_layer_schedules(trained, layers):
+    capsule = trained("pca", layers=layers)
+    assert capsule.tiers[2].ratio == pytest.approx(0.8, abs=0.01)
+    if layers == "pyramid":
+        assert total_rows(capsule.tiers[2].key_rows[0]) and capsule.tiers[2].key_rows[0] != capsule.tiers[2].key_rows[1]
+
+
+def test_block_size():
+    assert choose_block_size(576) == 64
+    assert choose_block_size(729) == 81 and choose_block_size(256) == 64 and choose_block_size(196) == 49
+    assert choose_block_size(257) == 64  # a prime: the remainder of each picture goes elsewhere
+
+
+# --- store ---
+
+
+def test_store(models):
+    """Blocks are consecutive tokens, a remainder is left out, every fourth image is held back."""
+    model = source(models(arch="llama")).model
+    samples = [sample(model, i, side=10) for i in range(5)]
+    with BlockStore(model, 32) as store:
+        for s in samples:
+            assert store.add(s) == 3
+        folder = store.folder
+        assert store.blocks(0, "k", held=False).shape == (12, 2, 32, 64) and store.blocks(1, "v", held=True).shape == (3, 2, 32, 64)
+        assert np.allclose(store.blocks(0, "k", held=True)[1], samples[3].keys[0][32:64].swapaxes(0, 1), rtol=1e-3, atol=1e-3)
+        weight = store.query_weight(0)
+        assert weight.mean() == pytest.approx(1, rel=1e-5) and (weight[:, 0::2] == weight[:, 1::2]).all()
+        # synthetic queries have 9 times the energy in the first quarter
+        assert weight[:, :16].mean() / weight[:, 16:].mean() == pytest.approx(9, rel=0.25)
+    assert not folder.exists()
+
+
+def test_store_without_queries(models):
+    model = source(models(arch="llama")).model
+    s = sample(model, 0)
+    with BlockStore(model, 32) as store:
+        store.add(KVSample(s.keys, s.values, [q[:0] for q in s.queries], 16))
+        assert (store.query_weight(0) == 1).all()
+
+
+def test_one_line_when_it_can_not_train(models):
+    good = source(models(arch="llama"), 4)
+    bad = sample(good.model, 1)
+    bad.keys[1][5, 0, 0] = np.nan
+    for samples, options, reason in (
+        ([], TrainOptions(), "no pictures"), (good.samples[:3], TrainOptions(), "too few"), ([*good.samples, bad], TrainOptions(), "layer 1.*finite"),
+        (good.samples, TrainOptions(block_size=300), "less than a block"),
+    ):  # fmt: skip
+        with pytest.raises(TrainError, match=reason):
+            train(ArraySource(good.model, samples), options, **QUIET)
+
+
+# --- pictures ---
+
+
+def test_drawn_pictures():
+    """As many as asked for, the same for the same seed, different from each other."""
+    a, b, c = (list(drawn(6, seed)) for seed in (0, 0, 1))
+    assert len(a) == 6 and all(i.mode == "RGB" for i in a)
+    assert [i.tobytes() for i in a] == [i.tobytes() for i in b] != [i.tobytes() for i in c]
+    assert len({i.tobytes() for i in a}) == 6
+    assert all(np.asarray(i).std() > 3 for i in islice(drawn(24, 3), 24))
+
+
+def test_a_folder_of_pictures(tmp_path):
+    with pytest.raises(TrainError, match="not a folder"):
+        list(from_folder(tmp_path / "none", 4, 0))
+    with pytest.raises(TrainError, match="no pictures"):
+        list(from_folder(tmp_path, 4, 0))
+    (tmp_path / "sub").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "sub" / f"{i}.png")
+    assert sorted(i.getpixel((0, 0))[0] for i in from_folder(tmp_path, 9, 0)) == [0, 1, 2]
+    assert len(list(from_folder(tmp_path, 2, 0))) == 2
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(TrainError, match="broken.jpg"):
+        list(from_folder(tmp_path, 9, 0))
+
+
+# --- the command ---
+
+
+def command(*arguments, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "kvcapsule_gguf.train", *map(str, arguments)], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["none.gguf", "--mmproj", "none.gguf"], "none.gguf is not a file"),
+        ([__file__, "--mmproj", __file__], "not a GGUF file|No such file|not built"),
+        ([__file__], "no mmproj"),
+        ([__file__, "--mmproj", __file__, "--images", "none"], "not a folder"),
+        ([__file__, "--mmproj", __file__, "--block-size", "4"], "--block-size 4"),
+        ([__file__, "--mmproj", __file__, "--n-images", "2"], "--n-images 2"),
+        ([__file__, "--mmproj", __file__, "-o", "/none/out.gguf"], "/none is not a folder"),
+    ],
+)
+def test_the_command_refuses_with_one_line(arguments, reason):
+    import re
+
+    done = command(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("kvcapsule-train: ") and re.search(reason, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("codec", ["pca", "retain"])
+def test_the_command_on_the_demo_model(tmp_path, codec):
+    library("patched")
+    demo = ROOT / "kvcapsule_gguf" / "demo"
+    models = [p for p in sorted(demo.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule"))]
+    mmproj = sorted(demo.glob("mmproj*.gguf"))
+    if not models or not mmproj:
+        pytest.skip("no demo model")
+    if codec == "retain":
+        pytest.importorskip("torch")
+    out = tmp_path / "c.gguf"
+    done = command(models[0], "--mmproj", mmproj[0], "-o", out, "--n-images", 4, "--codec", codec, "-t", 1, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    capsule = read_capsule(out)
+    assert capsule.image_tokens == 576 and capsule.block_size == 64 and capsule.block_width == 24
+    weight = np.stack([x.k_query_weight for x in capsule.layers])
+    assert weight.std() > 0.05
+    assert all(x.k_basis[0].std() < 0.1 for x in capsule.layers)  # the first row is near the mean over the tokens
