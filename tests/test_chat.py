@@ -226,6 +226,7 @@ def test_bad_models_and_projectors(chat: Run, folder: Path, tmp_path: Path, mode
     other = write_mmproj(tmp_path / "mmproj-wide.gguf", n_embd=128)
     refused(chat(model, "--mmproj", other, "--image", picture, "-p", "x"), "mmproj-wide.gguf cannot be used with tiny.gguf")
     refused(chat("-hf", "no such repo", "-p", "x"), "expected user/repo")
+    refused(chat(model, "-p", "x", "-ctv", "q8_0", "-fa", "off", "--capsule", "off"), "the context cannot be created", "flash_attn")
 
 
 def test_bad_pictures(chat: Run, folder: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections import deque
 
 from ..native import Native
 
-ERROR, CONTINUED = 3, 5  # enum ggml_log_level
+WARNING, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class Log:
@@ -16,7 +17,7 @@ class Log:
 
     def __init__(self, native: Native, verbose: bool, with_mtmd: bool) -> None:
         self.verbose = verbose
-        self.errors: deque[str] = deque(maxlen=8)
+        self.lines: deque[tuple[int, str]] = deque(maxlen=16)  # warnings and errors, with their level
         self._level = 0
         self._callback = native.llama.llama_log_callback(self._write)
         nothing = ctypes.c_void_p(0)
@@ -31,11 +32,12 @@ class Log:
         if self.verbose:
             sys.stderr.write(line)
             sys.stderr.flush()
-        if self._level == ERROR and line.strip():
-            self.errors.append(" ".join(line.split()))
+        if self._level in (WARNING, ERROR) and line.strip():
+            # most lines begin with the name of their C++ function
+            self.lines.append((self._level, re.sub(r"^(?:\w+: )+", "", " ".join(line.split()))))
 
-    def take(self) -> str:
-        """The oldest error since the last call: the later ones only report that the first one happened."""
-        first = self.errors[0] if self.errors else ""
-        self.errors.clear()
-        return first
+    def take(self, about: str = "") -> str:
+        """A line about something, else the oldest error (the later ones only report that it happened), "" if there was none; forgets all."""
+        lines, self.lines = list(self.lines), deque(maxlen=self.lines.maxlen)
+        errors = [line for level, line in lines if level == ERROR]
+        return next((line for _, line in lines if about and about in line), errors[0] if errors else "")

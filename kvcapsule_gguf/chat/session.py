@@ -243,7 +243,8 @@ class Session:
         if status == 0:
             self.engine.log.take()
             return
-        reason = (native.last_error() if self.engine.capsule is not None else "") or self.engine.log.take()
+        # no room is a warning for the library, which then goes on without the batch
+        reason = self.engine.log.take(about="cache is full" if status == 1 else "")
         if status == 1:
             raise ContextFull(reason or f"the context is full ({self.state.n_cells} of {self.engine.n_ctx} tokens are used)")
         raise ChatError(f"the model could not be evaluated: {reason or f'status {status}'}")
