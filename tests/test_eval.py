@@ -123,6 +123,18 @@ def test_the_table(tiny, tmp_path):
     assert (tmp_path / "eval.md").read_text().count("| q4_0 |") == 1
 
 
+def test_pictures_of_ones_own(tiny, tmp_path):
+    """Without answers the model's own count: with the f16 cache it writes them again."""
+    from PIL import Image
+
+    for i in range(2):
+        Image.effect_noise((64, 48), 50 + 40 * i).convert("RGB").save(tmp_path / f"{i}.png")
+    out = run("stock", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "--json")
+    data = json.loads(out)
+    assert (data["questions"], data["pictures"]) == (4, 2)
+    assert data["settings"][0]["exact_match"] == 1
+
+
 def test_a_lossless_capsule_changes_nothing(tiny, tmp_path):
     from make_capsule import random_capsule
 

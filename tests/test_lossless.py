@@ -209,7 +209,7 @@ def test_scaled_rope(models, capsules, stock, patched, rope):
     check((truth, ours), False)
 
 
-THREADS = [(arch, fa, threads) for arch in ARCHS for fa in (False, True) for threads in (2, 3, 4)]
+THREADS = [(arch, fa, threads) for arch, threads in (("llama", 2), ("qwen2vl", 3)) for fa in (False, True)]
 
 
 @pytest.fixture(scope="module")

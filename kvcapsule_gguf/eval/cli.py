@@ -1,4 +1,4 @@
-"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes] [--against f16,q8_0,q4_0,drop0.6] [--json] [--report DIR]"""
+"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes|strange | --images DIR] [--against f16,q8_0,q4_0,drop0.6] [--json] [--report DIR]"""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 from .. import native
 from ..chat.errors import ChatError
 from ..chat.files import find_mmproj
-from . import settings
+from . import settings, suites
 from .report import as_json, markdown
 from .run import Evaluation, evaluate
-from .suites import SUITES
 from .vlm import EvalError, Vlm
 
 
@@ -28,7 +27,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--capsule", type=Path, action="append", default=[], help="may be given several times")
     p.add_argument("--ratio", default="0.6,0.8", help="presets of the capsules, default %(default)s")
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
-    p.add_argument("--suite", choices=sorted(SUITES), default="scenes")
+    p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes")
+    p.add_argument("--images", type=Path, metavar="DIR", help="pictures of your own instead; the answers with an f16 cache are the truth")
     p.add_argument("--against", default="f16,q8_0,q4_0,drop0.6", help="default %(default)s; f16 is the reference and always first")
     p.add_argument("-n", "--questions", type=int, default=1000)
     p.add_argument("--per-picture", type=int, default=8)
@@ -69,10 +69,11 @@ def run(args: argparse.Namespace) -> dict:
         todo += settings.capsules(capsule, [float(r) for r in args.ratio.split(",")], guards)
     if len({s.name for s in todo}) < len(todo):  # two files with the same codec
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
+    samples = suites.folder(args.images, args.questions) if args.images else suites.SUITES[args.suite](args.questions, args.per_picture)
     vlm = Vlm(args.model, mmproj, args.threads, args.verbose)
     try:
         result = evaluate(
-            vlm, SUITES[args.suite](args.questions, args.per_picture), todo, n_ctx=args.ctx_size, max_questions=args.per_picture,
+            vlm, samples, todo, n_ctx=args.ctx_size, max_questions=args.per_picture,
             flash_attn=args.flash_attn == "on", progress=Progress(args.questions))
         return as_json(result)
     finally:

@@ -27,6 +27,10 @@ class Prompts:
         """Up to the picture."""
         return self._split("x")[0]
 
+    def question(self, prompt: str) -> list[int]:
+        """The tokens after the picture, up to the answer."""
+        return self.vlm.tokenize(self._split(prompt)[1])
+
     def forced(self, prompt: str, answer: str) -> Forced:
         """The tokens after the picture, with the given answer."""
         after = self._split(prompt)[1]

@@ -10,8 +10,10 @@ import numpy as np
 
 from .prompts import Prompts
 from .settings import Setting
-from .suites import Sample
-from .vlm import Cache, Vlm
+from .suites import Asked, Sample
+from .vlm import Cache, Picture, Vlm
+
+MAX_WRITTEN = 48  # tokens of an answer that the model writes itself
 
 
 @dataclass
@@ -68,7 +70,7 @@ def evaluate(
         for number, sample in enumerate(samples):
             picture = vlm.read(prompts.before(), sample.picture)
             try:
-                _picture(result, caches, picture, [(q, prompts.forced(q.prompt, q.answer)) for q in sample.questions], number)
+                _picture(result, caches, picture, prompts, sample.questions, number)
             finally:
                 picture.free()
             progress(result)
@@ -78,12 +80,13 @@ def evaluate(
     return result
 
 
-def _picture(result: Evaluation, caches: list[Cache], picture, questions: list, number: int) -> None:
-    asked = [(forced.tokens, forced.n_answer) for _, forced in questions]
+def _picture(result: Evaluation, caches: list[Cache], picture: Picture, prompts: Prompts, questions: list[Asked], number: int) -> None:
+    asked: list[tuple[list[int], int]] = []
     reference: list[np.ndarray] = []
     for measured, cache in zip(result.settings, caches):
         start = time.monotonic()
         use = cache.show(picture)
+        asked = asked or [_forced(prompts, cache, q) for q in questions]
         logits = cache.ask(asked)
         measured.seconds += time.monotonic() - start
         reference = reference or logits
@@ -95,6 +98,15 @@ def _picture(result: Evaluation, caches: list[Cache], picture, questions: list, 
             measured.kld.append(kld)
             measured.exact.append(exact)
             measured.agree.append(agree)
-    result.task += [q.task for q, _ in questions]
+    result.task += [q.task for q in questions]
     result.picture += [number] * len(questions)
     result.n_vision = picture.n_vision
+
+
+def _forced(prompts: Prompts, reference: Cache, question: Asked) -> tuple[list[int], int]:
+    if question.answer is not None:
+        forced = prompts.forced(question.prompt, question.answer)
+        return forced.tokens, forced.n_answer
+    tokens = prompts.question(question.prompt)
+    answer = reference.write(tokens, MAX_WRITTEN)
+    return [*tokens, *answer], len(answer)

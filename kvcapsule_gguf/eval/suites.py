@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,9 +12,11 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Asked:
+    """answer None: whatever the model writes with its f16 cache."""
+
     task: str
     prompt: str
-    answer: str
+    answer: str | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ def _spoil(pixels: np.ndarray, i: int) -> np.ndarray:
     ][i % 4]()
     share = 1.0 if i % 4 == 2 else rng.uniform(0.3, 0.6)
     return ((1 - share) * pixels + share * other).clip(0, 255).astype(np.uint8)
+
+
+def folder(path: Path, limit: int, prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?")) -> Iterator[Sample]:
+    """Pictures of one's own; the model's answers with its f16 cache are the truth."""
+    from ..chat.images import load
+
+    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")]
+    if not files:
+        raise ValueError(f"no pictures in {path}")
+    for file in files[: max(1, limit // len(prompts))]:
+        found = load(str(file))
+        yield Sample(file.name, Image.frombytes("RGB", (found.width, found.height), found.rgb), [Asked("describe", p, None) for p in prompts])
 
 
 SUITES = {"scenes": scenes, "strange": strange}

@@ -250,6 +250,17 @@ class Cache:
         self._ask(questions, group, out)
         return [x for x in out if x is not None]
 
+    def write(self, question: list[int], n_max: int) -> list[int]:
+        """The greedy answer to a question, with the token that ends it if it comes within n_max."""
+        written: list[int] = []
+        self.llama.llama_memory_seq_cp(self.memory, 0, 1, -1, -1)
+        rows = [(t, self.n_past + i, 1, i == len(question) - 1) for i, t in enumerate(question)]
+        while len(written) < n_max and not (written and self.vlm.ends(written[-1])):
+            written.append(int(self._decode(rows)[-1].argmax()))
+            rows = [(written[-1], self.n_past + len(question) + len(written) - 1, 1, True)]
+        self.llama.llama_memory_seq_rm(self.memory, 1, -1, -1)
+        return written
+
     def _ask(self, questions: list[tuple[list[int], int]], group: list[int], out: list[np.ndarray | None]) -> None:
         rows = []
         for s, i in enumerate(group, 1):
