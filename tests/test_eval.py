@@ -129,7 +129,8 @@ def test_pictures_of_ones_own(tiny, tmp_path):
 
     for i in range(2):
         Image.effect_noise((64, 48), 50 + 40 * i).convert("RGB").save(tmp_path / f"{i}.png")
-    out = run("stock", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "--json")
+    out = run("stock", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "-fa", "off",
+              "--against", "f16", "--json")
     data = json.loads(out)
     assert (data["questions"], data["pictures"]) == (4, 2)
     assert data["settings"][0]["exact_match"] == 1
