@@ -45,93 +45,84 @@ llama_capsule_codec::llama_capsule_codec(const llama_capsule_data & data, uint32
     data(data), layer(data.layers[i_layer]), tl(data.tiers[i_tier].layers[i_layer]), layout(layer, tl) {
 }
 
+llama_capsule_codec::side llama_capsule_codec::side_k() const {
+    return { layer.n_embd_head_k, tl.key_rows, layout.k, layer.k_mean, layer.k_basis };
+}
+
+llama_capsule_codec::side llama_capsule_codec::side_v() const {
+    return { layer.n_embd_head_v, tl.value_rows, layout.v, layer.v_mean, layer.v_basis };
+}
+
 // rows [i0, i0 + n) of the list
-void llama_capsule_codec::encode_rows(const float * rows, uint32_t i0, uint32_t n, uint32_t d, const llama_capsule_row_counts & counts,
-        const llama_capsule_layout::part & part, uint32_t i_head, uint8_t * slot) const {
-    std::vector<float> row(d);
+void llama_capsule_codec::encode_rows(const side & s, const float * rows, uint32_t i0, uint32_t n, uint32_t i_head, uint8_t * slot) const {
+    std::vector<float> row(s.d);
 
     uint32_t first = 0;
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
         const ggml_type type = LLAMA_CAPSULE_TYPES[t];
 
-        for (uint32_t i = std::max(first, i0); i < std::min(first + counts[t], i0 + n); ++i) {
-            std::copy(rows + (i - i0)*d, rows + (i - i0 + 1)*d, row.begin());
-            uint8_t * dst = slot + part.offs + i_head*part.head_stride + part.type_offs[t] + (i - first)*ggml_row_size(type, d);
-            llama_capsule_row_encode(type, row.data(), dst, d);
+        uint8_t * dst = slot + s.part.offs + i_head*s.part.head_stride + s.part.type_offs[t];
+
+        for (uint32_t i = std::max(first, i0); i < std::min(first + s.counts[t], i0 + n); ++i) {
+            std::copy(rows + (i - i0)*s.d, rows + (i - i0 + 1)*s.d, row.begin());
+            llama_capsule_row_encode(type, row.data(), dst + (i - first)*ggml_row_size(type, s.d), s.d);
         }
-        first += counts[t];
+        first += s.counts[t];
     }
 }
 
-void llama_capsule_codec::decode_rows(const uint8_t * slot, uint32_t i_head, uint32_t d, const llama_capsule_row_counts & counts,
-        const llama_capsule_layout::part & part, float * rows) const {
+void llama_capsule_codec::decode_rows(const side & s, const uint8_t * slot, uint32_t i_head, float * rows) const {
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
         const ggml_type type = LLAMA_CAPSULE_TYPES[t];
 
-        const uint8_t * src = slot + part.offs + i_head*part.head_stride + part.type_offs[t];
-        for (uint32_t i = 0; i < counts[t]; ++i) {
-            llama_capsule_row_decode(type, src + i*ggml_row_size(type, d), rows, d);
-            rows += d;
+        const uint8_t * src = slot + s.part.offs + i_head*s.part.head_stride + s.part.type_offs[t];
+
+        for (uint32_t i = 0; i < s.counts[t]; ++i) {
+            llama_capsule_row_decode(type, src + i*ggml_row_size(type, s.d), rows, s.d);
+            rows += s.d;
         }
     }
 }
 
-void llama_capsule_codec::encode_pca(const float * x, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
-        const llama_capsule_layout::part & part, uint8_t * slot) const {
+// x [N][n_head_kv][d]
+void llama_capsule_codec::encode_pca(const side & s, const float * x, uint8_t * slot) const {
     const uint32_t N      = data.block_size;
     const uint32_t n_head = layer.n_head_kv;
-    const uint32_t n_rows = llama_capsule_rows_total(counts);
+    const uint32_t n_rows = llama_capsule_rows_total(s.counts);
 
-    std::vector<float> centred(N*d);
-    std::vector<float> rows(n_rows*d);
+    std::vector<float> basis_t(N*n_rows);
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        for (uint32_t t = 0; t < N; ++t) {
+            basis_t[t*n_rows + r] = s.basis[r*N + t];
+        }
+    }
+
+    std::vector<float> centred(N*s.d);
+    std::vector<float> rows(n_rows*s.d);
 
     for (uint32_t h = 0; h < n_head; ++h) {
+        const float * mean = s.mean.data() + h*s.d;
+
         for (uint32_t t = 0; t < N; ++t) {
-            for (uint32_t i = 0; i < d; ++i) {
-                centred[t*d + i] = x[(t*n_head + h)*d + i] - mean[h*d + i];
+            for (uint32_t i = 0; i < s.d; ++i) {
+                centred[t*s.d + i] = x[(t*n_head + h)*s.d + i] - mean[i];
             }
         }
 
-        std::fill(rows.begin(), rows.end(), 0.0f);
-        for (uint32_t r = 0; r < n_rows; ++r) {
-            float * row = rows.data() + r*d;
-            for (uint32_t t = 0; t < N; ++t) {
-                const float   b = basis[r*N + t];
-                const float * c = centred.data() + t*d;
-                for (uint32_t i = 0; i < d; ++i) {
-                    row[i] += b*c[i];
-                }
-            }
-        }
+        llama_capsule_mul_rows(basis_t.data(), centred.data(), nullptr, rows.data(), n_rows, N, s.d);
 
-        encode_rows(rows.data(), 0, n_rows, d, counts, part, h, slot);
+        encode_rows(s, rows.data(), 0, n_rows, h, slot);
     }
 }
 
-void llama_capsule_codec::decode_pca(const uint8_t * slot, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
-        const llama_capsule_layout::part & part, float * x) const {
-    const uint32_t N      = data.block_size;
-    const uint32_t n_head = layer.n_head_kv;
-    const uint32_t n_rows = llama_capsule_rows_total(counts);
+// x [N][d]
+void llama_capsule_codec::decode_pca(const side & s, const uint8_t * slot, uint32_t i_head, float * x) const {
+    const uint32_t n_rows = llama_capsule_rows_total(s.counts);
 
-    std::vector<float> rows(n_rows*d);
+    std::vector<float> rows(n_rows*s.d);
+    decode_rows(s, slot, i_head, rows.data());
 
-    for (uint32_t h = 0; h < n_head; ++h) {
-        decode_rows(slot, h, d, counts, part, rows.data());
-
-        for (uint32_t t = 0; t < N; ++t) {
-            float * y = x + (t*n_head + h)*d;
-
-            std::copy(mean + h*d, mean + (h + 1)*d, y);
-            for (uint32_t r = 0; r < n_rows; ++r) {
-                const float   b = basis[r*N + t];
-                const float * c = rows.data() + r*d;
-                for (uint32_t i = 0; i < d; ++i) {
-                    y[i] += b*c[i];
-                }
-            }
-        }
-    }
+    llama_capsule_mul_rows(s.basis.data(), rows.data(), s.mean.data() + i_head*s.d, x, data.block_size, n_rows, s.d);
 }
 
 void llama_capsule_codec::predict(const float * kept, uint32_t i_head, uint32_t j, float * out) const {
@@ -169,60 +160,58 @@ void llama_capsule_codec::predict(const float * kept, uint32_t i_head, uint32_t 
 }
 
 void llama_capsule_codec::encode_retain(const float * k, uint8_t * slot) const {
-    const uint32_t d      = layer.n_embd_head_k;
+    const side s = side_k();
+
     const uint32_t n_head = layer.n_head_kv;
     const uint32_t n_kept = layer.n_kept;
-    const uint32_t n_rows = llama_capsule_rows_total(tl.key_rows);
+    const uint32_t n_rows = llama_capsule_rows_total(s.counts);
 
-    std::vector<float> rows(n_rows*d);
-    std::vector<float> pred(d);
+    std::vector<float> rows(n_rows*s.d);
+    std::vector<float> pred(s.d);
 
     for (uint32_t h = 0; h < n_head; ++h) {
         for (uint32_t i = 0; i < n_kept; ++i) {
-            const float * src = k + (layer.token_order[i]*n_head + h)*d;
-            std::copy(src, src + d, rows.begin() + i*d);
+            const float * src = k + (layer.token_order[i]*n_head + h)*s.d;
+            std::copy(src, src + s.d, rows.begin() + i*s.d);
         }
-        encode_rows(rows.data(), 0, n_kept, d, tl.key_rows, layout.k, h, slot);
+        encode_rows(s, rows.data(), 0, n_kept, h, slot);
 
         // the residuals are those of the rows as they will be read
-        decode_rows(slot, h, d, tl.key_rows, layout.k, rows.data());
+        decode_rows(s, slot, h, rows.data());
 
         for (uint32_t i = n_kept; i < n_rows; ++i) {
-            const float * src = k + (layer.token_order[i]*n_head + h)*d;
+            const float * src = k + (layer.token_order[i]*n_head + h)*s.d;
 
             predict(rows.data(), h, i - n_kept, pred.data());
-            for (uint32_t c = 0; c < d; ++c) {
-                rows[i*d + c] = src[c] - pred[c];
+            for (uint32_t c = 0; c < s.d; ++c) {
+                rows[i*s.d + c] = src[c] - pred[c];
             }
         }
-        encode_rows(rows.data() + n_kept*d, n_kept, n_rows - n_kept, d, tl.key_rows, layout.k, h, slot);
+        encode_rows(s, rows.data() + n_kept*s.d, n_kept, n_rows - n_kept, h, slot);
     }
 }
 
-void llama_capsule_codec::decode_retain(const uint8_t * slot, float * k) const {
-    const uint32_t N      = data.block_size;
-    const uint32_t d      = layer.n_embd_head_k;
-    const uint32_t n_head = layer.n_head_kv;
+// k [N][d]
+void llama_capsule_codec::decode_retain(const uint8_t * slot, uint32_t i_head, float * k) const {
+    const side s = side_k();
+
     const uint32_t n_kept = layer.n_kept;
-    const uint32_t n_rows = llama_capsule_rows_total(tl.key_rows);
+    const uint32_t n_rows = llama_capsule_rows_total(s.counts);
 
-    std::vector<float> rows(n_rows*d);
+    std::vector<float> rows(n_rows*s.d);
+    decode_rows(s, slot, i_head, rows.data());
 
-    for (uint32_t h = 0; h < n_head; ++h) {
-        decode_rows(slot, h, d, tl.key_rows, layout.k, rows.data());
+    for (uint32_t i = 0; i < data.block_size; ++i) {
+        float * dst = k + layer.token_order[i]*s.d;
 
-        for (uint32_t i = 0; i < N; ++i) {
-            float * dst = k + (layer.token_order[i]*n_head + h)*d;
+        if (i < n_kept) {
+            std::copy(rows.begin() + i*s.d, rows.begin() + (i + 1)*s.d, dst);
+            continue;
+        }
 
-            if (i < n_kept) {
-                std::copy(rows.begin() + i*d, rows.begin() + (i + 1)*d, dst);
-                continue;
-            }
-
-            predict(rows.data(), h, i - n_kept, dst);
-            for (uint32_t c = 0; c < d && i < n_rows; ++c) {
-                dst[c] += rows[i*d + c];
-            }
+        predict(rows.data(), i_head, i - n_kept, dst);
+        for (uint32_t c = 0; c < s.d && i < n_rows; ++c) {
+            dst[c] += rows[i*s.d + c];
         }
     }
 }
@@ -233,18 +222,41 @@ void llama_capsule_codec::encode(const float * k, const float * v, uint8_t * slo
     if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN) {
         encode_retain(k, slot);
     } else {
-        encode_pca(k, layer.n_embd_head_k, layer.k_mean.data(), layer.k_basis.data(), tl.key_rows, layout.k, slot);
+        encode_pca(side_k(), k, slot);
     }
-    encode_pca(v, layer.n_embd_head_v, layer.v_mean.data(), layer.v_basis.data(), tl.value_rows, layout.v, slot);
+    encode_pca(side_v(), v, slot);
+}
+
+void llama_capsule_codec::decode_k_head(const uint8_t * slot, uint32_t i_head, float * k) const {
+    if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN) {
+        decode_retain(slot, i_head, k);
+    } else {
+        decode_pca(side_k(), slot, i_head, k);
+    }
+}
+
+void llama_capsule_codec::decode_v_head(const uint8_t * slot, uint32_t i_head, float * v) const {
+    decode_pca(side_v(), slot, i_head, v);
 }
 
 void llama_capsule_codec::decode(const uint8_t * slot, float * k, float * v) const {
-    if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN) {
-        decode_retain(slot, k);
-    } else {
-        decode_pca(slot, layer.n_embd_head_k, layer.k_mean.data(), layer.k_basis.data(), tl.key_rows, layout.k, k);
+    const uint32_t N      = data.block_size;
+    const uint32_t n_head = layer.n_head_kv;
+    const uint32_t d_k    = layer.n_embd_head_k;
+    const uint32_t d_v    = layer.n_embd_head_v;
+
+    std::vector<float> x(N*std::max(d_k, d_v));
+
+    for (uint32_t h = 0; h < n_head; ++h) {
+        decode_k_head(slot, h, x.data());
+        for (uint32_t t = 0; t < N; ++t) {
+            std::copy(x.begin() + t*d_k, x.begin() + (t + 1)*d_k, k + (t*n_head + h)*d_k);
+        }
+        decode_v_head(slot, h, x.data());
+        for (uint32_t t = 0; t < N; ++t) {
+            std::copy(x.begin() + t*d_v, x.begin() + (t + 1)*d_v, v + (t*n_head + h)*d_v);
+        }
     }
-    decode_pca(slot, layer.n_embd_head_v, layer.v_mean.data(), layer.v_basis.data(), tl.value_rows, layout.v, v);
 }
 
 // max over tokens of err(x_hat)/err(q4_0(x))

@@ -33,22 +33,35 @@ struct llama_capsule_codec {
     void encode(const float * k, const float * v, uint8_t * slot) const;
     void decode(const uint8_t * slot, float * k, float * v) const;
 
+    // one head, [N][d]
+    void decode_k_head(const uint8_t * slot, uint32_t i_head, float * k) const;
+    void decode_v_head(const uint8_t * slot, uint32_t i_head, float * v) const;
+
     // max over the first n tokens of the error over the error of rotated q4_0, keys weighted by the second moment of the queries
     float score(const float * k, const float * v, const float * k_hat, const float * v_hat, uint32_t n) const;
 
 private:
-    void encode_rows(const float * rows, uint32_t i0, uint32_t n, uint32_t d, const llama_capsule_row_counts & counts,
-            const llama_capsule_layout::part & part, uint32_t i_head, uint8_t * slot) const;
-    void decode_rows(const uint8_t * slot, uint32_t i_head, uint32_t d, const llama_capsule_row_counts & counts,
-            const llama_capsule_layout::part & part, float * rows) const;
+    // what is different for K and V
+    struct side {
+        uint32_t d;
 
-    void encode_pca(const float * x, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
-            const llama_capsule_layout::part & part, uint8_t * slot) const;
-    void decode_pca(const uint8_t * slot, uint32_t d, const float * mean, const float * basis, const llama_capsule_row_counts & counts,
-            const llama_capsule_layout::part & part, float * x) const;
+        const llama_capsule_row_counts & counts;
+        const llama_capsule_layout::part & part;
+        const std::vector<float> & mean;
+        const std::vector<float> & basis;
+    };
+
+    side side_k() const;
+    side side_v() const;
+
+    void encode_rows(const side & s, const float * rows, uint32_t i0, uint32_t n, uint32_t i_head, uint8_t * slot) const;
+    void decode_rows(const side & s, const uint8_t * slot, uint32_t i_head, float * rows) const;
+
+    void encode_pca(const side & s, const float * x, uint8_t * slot) const;
+    void decode_pca(const side & s, const uint8_t * slot, uint32_t i_head, float * x) const;
 
     void encode_retain(const float * k, uint8_t * slot) const;
-    void decode_retain(const uint8_t * slot, float * k) const;
+    void decode_retain(const uint8_t * slot, uint32_t i_head, float * k) const;
 
     // prediction of dropped token j of a head from the decoded kept rows [n_kept][d]
     void predict(const float * kept, uint32_t i_head, uint32_t j, float * out) const;

@@ -386,7 +386,12 @@ uint32_t llama_capsule_store::graph_nodes() const {
     for (const auto & pool : pools) {
         n_chunks += (pool.n_slots + n_chunk - 1)/n_chunk;
     }
-    return data().layers.size()*(32 + n_chunks*(96 + 8*data().n_neighbours));
+
+    uint32_t res = 0;
+    for (uint32_t i = 0; i < data().layers.size(); ++i) {
+        res += 32 + (can_unpack(i) ? 0 : n_chunks*(96 + 8*data().n_neighbours));
+    }
+    return res;
 }
 
 // the rows of n_slots slots -> F32 [d, n_rows, n_head_kv, n_slots], without the Hadamard rotation
@@ -492,6 +497,69 @@ ggml_tensor * llama_capsule_store::build_retain(ggml_context * ctx, ggml_tensor 
     return ggml_cont_3d(ctx, ggml_permute(ctx, x, 0, 2, 1, 3), d*n_head, N(), n_slots);
 }
 
+// k_cold and v_cold: the columns of the slots in the scratch
+void llama_capsule_store::build_reconstruct(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold, ggml_tensor * pos,
+        ggml_tensor * k_rot, ggml_tensor * v_rot) {
+    const auto & layer = data().layers[i_layer];
+    const auto & s     = layer_scratch(i_layer);
+    const auto & w     = weights[i_layer];
+
+    ggml_context * ctx = g.ctx0;
+
+    const int64_t n_embd_k = k_cold->ne[0];
+    const int64_t n_embd_v = layer.n_head_kv*layer.n_embd_head_v;
+    const int64_t n_pos    = kv.hparams.n_pos_per_embd();
+
+    const size_t v_es = ggml_type_size(v_cold->type); // only if V is transposed
+
+    ggml_tensor * factors = kv.model.get_rope_factors(g.cparams, layer.il);
+
+    auto write = [&](ggml_tensor * src, ggml_tensor * dst) {
+        ggml_build_forward_expand(g.gf, ggml_cpy(ctx, src, dst));
+    };
+
+    int64_t col = 0;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & pool  = pools[ip];
+        const auto & codec = pool.codecs[i_layer];
+
+        for (uint32_t i_slot = 0; i_slot < pool.n_used; i_slot += n_chunk) {
+            const uint32_t n_slots = std::min(n_chunk, pool.n_used - i_slot);
+
+            const int64_t n = n_slots*N();
+
+            ggml_tensor * x = build_rows(ctx, s, pool.layers[i_layer].k.data(), codec.tl.key_rows, i_slot, n_slots, s.rot_k);
+
+            x = codec.tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN ?
+                build_retain(ctx, x, i_layer, n_slots) :
+                build_pca   (ctx, x, w.k[ip], n_slots, false);
+
+            x = ggml_reshape_3d(ctx, x, layer.n_embd_head_k, layer.n_head_kv, n);
+            if (layer.rope) {
+                x = llama_capsule_rope(ctx, kv.model, g.cparams, x, ggml_view_1d(ctx, pos, n*n_pos, col*n_pos*sizeof(int32_t)), factors, layer.il, false);
+            }
+            if (k_rot) {
+                x = llama_mul_mat_hadamard(ctx, x, k_rot);
+            }
+            write(ggml_reshape_2d(ctx, x, n_embd_k, n), ggml_view_2d(ctx, k_cold, n_embd_k, n, k_cold->nb[1], col*k_cold->nb[1]));
+
+            x = build_rows(ctx, s, pool.layers[i_layer].v.data(), codec.tl.value_rows, i_slot, n_slots, s.rot_v);
+            x = build_pca(ctx, x, w.v[ip], n_slots, kv.v_trans);
+
+            if (kv.v_trans) {
+                write(x, ggml_view_3d(ctx, v_cold, N(), n_embd_v, n_slots, v_cold->nb[1], N()*v_es, col*v_es));
+            } else {
+                if (v_rot) {
+                    x = llama_mul_mat_hadamard(ctx, x, v_rot);
+                }
+                write(ggml_reshape_2d(ctx, x, n_embd_v, n), ggml_view_2d(ctx, v_cold, n_embd_v, n, v_cold->nb[1], col*v_cold->nb[1]));
+            }
+
+            col += n;
+        }
+    }
+}
+
 ggml_tensor * llama_capsule_store::build_attn(
         const llm_graph_context & g,
                     ggml_tensor * q,
@@ -522,7 +590,6 @@ ggml_tensor * llama_capsule_store::build_attn(
     const int64_t n_head   = layer.n_head_kv;
     const int64_t n_embd_k = n_head*d_k;
     const int64_t n_embd_v = n_head*d_v;
-    const int64_t n_pos    = kv.hparams.n_pos_per_embd();
 
     const bool v_trans = kv.v_trans;
 
@@ -531,66 +598,30 @@ ggml_tensor * llama_capsule_store::build_attn(
 
     const size_t k_row = ggml_row_size(s.k->type, n_embd_k);
     const size_t v_row = v_trans ? ggml_row_size(s.v->type, n_cols) : ggml_row_size(s.v->type, n_embd_v);
-    const size_t v_es  = ggml_type_size(s.v->type); // only with v_trans
 
-    // note: as with the KV cache itself, the order of the writes and reads of the scratch is that of the calls here
-    auto write = [&](ggml_tensor * src, ggml_tensor * dst) {
-        ggml_build_forward_expand(g.gf, ggml_cpy(ctx, src, dst));
+    // columns [col, col + n) of the scratch
+    auto k_cols = [&](int64_t col, int64_t n) {
+        return ggml_view_2d(ctx, s.k, n_embd_k, n, k_row, col*k_row);
+    };
+    auto v_cols = [&](int64_t col, int64_t n) {
+        return v_trans ?
+            ggml_view_2d(ctx, s.v, n, n_embd_v, v_row, col*ggml_type_size(s.v->type)) :
+            ggml_view_2d(ctx, s.v, n_embd_v, n, v_row, col*v_row);
     };
 
-    // hot cells
-    write(ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), ggml_view_2d(ctx, s.k, n_embd_k, n_kv, k_row, 0));
-    if (v_trans) {
-        write(ggml_view_2d(ctx, v, n_kv, n_embd_v, v->nb[2], 0), ggml_view_2d(ctx, s.v, n_kv, n_embd_v, v_row, 0));
-    } else {
-        write(ggml_view_2d(ctx, v, n_embd_v, n_kv, v->nb[2], 0), ggml_view_2d(ctx, s.v, n_embd_v, n_kv, v_row, 0));
-    }
+    // note: as with the KV cache itself, the scratch is written and read in the order of the calls here
 
-    ggml_tensor * factors = kv.model.get_rope_factors(g.cparams, il);
+    // hot cells
+    ggml_tensor * v_hot = v_trans ? ggml_view_2d(ctx, v, n_kv, n_embd_v, v->nb[2], 0) : ggml_view_2d(ctx, v, n_embd_v, n_kv, v->nb[2], 0);
+
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), k_cols(0, n_kv)));
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, v_hot, v_cols(0, n_kv)));
 
     // slots
-    int64_t col = 0;
-    for (int ip = 0; ip < N_TIERS; ++ip) {
-        const auto & pool  = pools[ip];
-        const auto & codec = pool.codecs[i_layer];
-        const auto & w     = weights[i_layer];
-
-        for (uint32_t i_slot = 0; i_slot < pool.n_used; i_slot += n_chunk) {
-            const uint32_t n_slots = std::min(n_chunk, pool.n_used - i_slot);
-
-            const int64_t n = n_slots*N();
-
-            ggml_tensor * x = build_rows(ctx, s, pool.layers[i_layer].k.data(), codec.tl.key_rows, i_slot, n_slots, s.rot_k);
-
-            x = codec.tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN ?
-                build_retain(ctx, x, i_layer, n_slots) :
-                build_pca   (ctx, x, w.k[ip], n_slots, false);
-
-            x = ggml_reshape_3d(ctx, x, d_k, n_head, n);
-            if (layer.rope) {
-                ggml_tensor * pos = ggml_view_1d(ctx, inp->pos, n*n_pos, col*n_pos*sizeof(int32_t));
-
-                x = llama_capsule_rope(ctx, kv.model, g.cparams, x, pos, factors, il, false);
-            }
-            if (k_rot) {
-                x = llama_mul_mat_hadamard(ctx, x, k_rot);
-            }
-            write(ggml_reshape_2d(ctx, x, n_embd_k, n), ggml_view_2d(ctx, s.k, n_embd_k, n, k_row, (n_kv + col)*k_row));
-
-            x = build_rows(ctx, s, pool.layers[i_layer].v.data(), codec.tl.value_rows, i_slot, n_slots, s.rot_v);
-            x = build_pca(ctx, x, w.v[ip], n_slots, v_trans);
-
-            if (v_trans) {
-                write(x, ggml_view_3d(ctx, s.v, N(), n_embd_v, n_slots, v_row, N()*v_es, (n_kv + col)*v_es));
-            } else {
-                if (v_rot) {
-                    x = llama_mul_mat_hadamard(ctx, x, v_rot);
-                }
-                write(ggml_reshape_2d(ctx, x, n_embd_v, n), ggml_view_2d(ctx, s.v, n_embd_v, n, v_row, (n_kv + col)*v_row));
-            }
-
-            col += n;
-        }
+    if (can_unpack(i_layer)) {
+        build_unpack(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()));
+    } else {
+        build_reconstruct(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), inp->pos, k_rot, v_rot);
     }
 
     // the same shapes as llama_kv_cache::get_k() and get_v()

@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 // layout of block_q2_0 in ggml-common.h
 static constexpr int QK2_0 = 64;
 
@@ -35,6 +39,72 @@ uint32_t llama_capsule_hadamard_size(uint32_t d) {
     return d & -d;
 }
 
+LLAMA_CAPSULE_SIMD
+void llama_capsule_mul_rows(const float * w, const float * x, const float * mean, float * out, uint32_t n_out, uint32_t n_rows, uint32_t d) {
+    constexpr uint32_t T = 4;
+    constexpr uint32_t C = 16;
+
+    for (uint32_t t0 = 0; t0 < n_out; t0 += T) {
+        for (uint32_t i0 = 0; i0 < d; i0 += C) {
+            if (t0 + T <= n_out && i0 + C <= d) {
+                // a tile in registers
+                float acc[T][C];
+                for (uint32_t t = 0; t < T; ++t) {
+                    for (uint32_t i = 0; i < C; ++i) {
+                        acc[t][i] = mean ? mean[i0 + i] : 0.0f;
+                    }
+                }
+                for (uint32_t r = 0; r < n_rows; ++r) {
+                    const float * xr = x + r*d + i0;
+                    const float * wr = w + r*n_out + t0;
+                    for (uint32_t t = 0; t < T; ++t) {
+                        for (uint32_t i = 0; i < C; ++i) {
+                            acc[t][i] += wr[t]*xr[i];
+                        }
+                    }
+                }
+                for (uint32_t t = 0; t < T; ++t) {
+                    std::copy(acc[t], acc[t] + C, out + (t0 + t)*d + i0);
+                }
+                continue;
+            }
+
+            for (uint32_t t = t0; t < std::min(t0 + T, n_out); ++t) {
+                for (uint32_t i = i0; i < std::min(i0 + C, d); ++i) {
+                    float acc = mean ? mean[i] : 0.0f;
+                    for (uint32_t r = 0; r < n_rows; ++r) {
+                        acc += w[r*n_out + t]*x[r*d + i];
+                    }
+                    out[t*d + i] = acc;
+                }
+            }
+        }
+    }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx,f16c")))
+static int64_t capsule_to_f16_f16c(const float * x, ggml_fp16_t * y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        _mm_storeu_si128((__m128i *) (y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    return i;
+}
+#endif
+
+void llama_capsule_to_f16(const float * x, ggml_fp16_t * y, int64_t n) {
+    int64_t i = 0;
+#if defined(__x86_64__) && defined(__GNUC__)
+    static const bool has_f16c = __builtin_cpu_supports("f16c");
+    if (has_f16c) {
+        i = capsule_to_f16_f16c(x, y, n);
+    }
+#endif
+    ggml_fp32_to_fp16_row(x + i, y + i, n - i);
+}
+
+LLAMA_CAPSULE_SIMD
 void llama_capsule_hadamard(float * x, uint32_t n, size_t n_values) {
     const float scale = 1.0f/sqrtf((float) n);
 
@@ -59,66 +129,97 @@ void llama_capsule_hadamard(float * x, uint32_t n, size_t n_values) {
     }
 }
 
-void llama_capsule_quantize_row_q2_0(const float * x, void * dst, uint32_t d) {
-    static constexpr float factors[] = { 0.30f, 0.36f, 0.42f, 0.48f, 0.54f, 0.60f, 0.70f, 0.80f, 1.00f };
+// codes of z for the scale num/den, their products with z and with themselves
+static void capsule_q2_0_assign(const int32_t * z, int32_t num, int32_t den, int8_t * c, int32_t & xc, int32_t & cc) {
+    xc = 0;
+    cc = 0;
 
-    auto * y = (capsule_block_q2_0 *) dst;
+    for (int j = 0; j < QK2_0; ++j) {
+        const int32_t twice = 2*den*z[j];
 
-    for (uint32_t ib = 0; ib < d/QK2_0; ++ib) {
-        const float * xb = x + ib*QK2_0;
+        const int32_t code = (twice >= num) + (twice >= 3*num) - (twice < -num);
 
-        float amax = 0.0f;
+        c[j] = (int8_t) code;
+        xc  += z[j]*code;
+        cc  += code*code;
+    }
+}
+
+// in integers, so that every implementation gives the same bytes, see kvcapsule_gguf/codec/q2_0.py
+static void capsule_quantize_block_q2_0(const float * x, capsule_block_q2_0 & y) {
+    static constexpr int32_t factors[] = { 10, 12, 15, 18, 23, 32 };
+
+    float amax = 0.0f;
+    for (int j = 0; j < QK2_0; ++j) {
+        amax = std::max(amax, fabsf(x[j]));
+    }
+
+    int8_t  best_c[QK2_0] = { 0 };
+    int64_t best_xc       = 0;
+    int64_t best_cc       = 1;
+    int     best_sign     = 1;
+
+    if (amax >= 0x1p-20f) {
+        const float s = 32768.0f/amax;
+
+        int32_t q[QK2_0];
         for (int j = 0; j < QK2_0; ++j) {
-            amax = std::max(amax, fabsf(xb[j]));
+            q[j] = (int32_t) rintf(x[j]*s);
         }
 
-        float best_gain = 0.0f; // (x.c)^2 / (c.c), the squared error that is removed
-        float best_d    = 0.0f;
+        for (int32_t factor : factors) {
+            for (int sign : { 1, -1 }) {
+                int32_t z[QK2_0];
+                for (int j = 0; j < QK2_0; ++j) {
+                    z[j] = sign*q[j];
+                }
 
-        int8_t best_c[QK2_0] = { 0 };
+                int32_t num = 1024*factor;
+                int32_t den = 1;
 
-        for (float f : factors) {
-            for (float sign : { 1.0f, -1.0f }) {
-                float scale = sign*f*amax;
+                // the second round: the codes for the best scale of the first
+                for (int round = 0; round < 2; ++round) {
+                    int8_t  c[QK2_0];
+                    int32_t xc;
+                    int32_t cc;
 
-                // the second round re-assigns the codes with the optimal scale of the first
-                for (int round = 0; round < 2 && scale != 0.0f; ++round) {
-                    int8_t c[QK2_0];
-
-                    float xc = 0.0f;
-                    float cc = 0.0f;
-
-                    for (int j = 0; j < QK2_0; ++j) {
-                        const float v = floorf(xb[j]/scale + 0.5f);
-
-                        c[j] = (int8_t) std::min(2.0f, std::max(-1.0f, v));
-
-                        xc += xb[j]*c[j];
-                        cc += (float) (c[j]*c[j]);
-                    }
-
-                    if (cc == 0.0f) {
+                    capsule_q2_0_assign(z, num, den, c, xc, cc);
+                    if (cc == 0) {
                         break;
                     }
 
-                    const float gain = xc*xc/cc;
-
-                    if (gain > best_gain) {
-                        best_gain = gain;
-                        best_d    = xc/cc;
+                    // xc^2/cc is the squared error that is removed
+                    if ((int64_t) xc*xc*best_cc > best_xc*best_xc*cc) {
                         memcpy(best_c, c, sizeof(c));
+                        best_xc   = xc;
+                        best_cc   = cc;
+                        best_sign = sign;
                     }
 
-                    scale = xc/cc;
+                    num = xc;
+                    den = cc;
                 }
             }
         }
+    } else {
+        amax = 1.0f;
+    }
 
-        y[ib].d = ggml_fp32_to_fp16(best_d);
-        memset(y[ib].qs, 0, sizeof(y[ib].qs));
-        for (int j = 0; j < QK2_0; ++j) {
-            y[ib].qs[j/4] |= (uint8_t) ((best_c[j] + 1) << (2*(j % 4)));
-        }
+    const float scale = (float) best_xc/(float) best_cc*(amax*0x1p-15f);
+
+    y.d = ggml_fp32_to_fp16(best_sign*std::min(scale, 65504.0f));
+
+    memset(y.qs, 0, sizeof(y.qs));
+    for (int j = 0; j < QK2_0; ++j) {
+        y.qs[j/4] |= (uint8_t) ((best_c[j] + 1) << (2*(j % 4)));
+    }
+}
+
+void llama_capsule_quantize_row_q2_0(const float * x, void * dst, uint32_t d) {
+    auto * y = (capsule_block_q2_0 *) dst;
+
+    for (uint32_t ib = 0; ib < d/QK2_0; ++ib) {
+        capsule_quantize_block_q2_0(x + ib*QK2_0, y[ib]);
     }
 }
 

@@ -24,6 +24,18 @@ uint32_t llama_capsule_rows_total(const llama_capsule_row_counts & counts);
 // bytes of a list of rows of length d
 size_t llama_capsule_rows_size(const llama_capsule_row_counts & counts, uint32_t d);
 
+// functions with loops worth the vector units of the machine: libllama itself is built for the baseline
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define LLAMA_CAPSULE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LLAMA_CAPSULE_SIMD
+#endif
+
+// out[t][i] = mean[i] + sum_r w[r][t] x[r][i], with w [n_rows][n_out], x [n_rows][d], out [n_out][d]; mean may be NULL
+void llama_capsule_mul_rows(const float * w, const float * x, const float * mean, float * out, uint32_t n_out, uint32_t n_rows, uint32_t d);
+
+void llama_capsule_to_f16(const float * x, ggml_fp16_t * y, int64_t n);
+
 // largest power of two that divides d: quantized rows are rotated by the Hadamard matrix of this size
 uint32_t llama_capsule_hadamard_size(uint32_t d);
 

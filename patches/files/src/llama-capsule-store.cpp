@@ -44,6 +44,10 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
         }
     }
 
+    for (uint32_t i = 0; i < data().layers.size(); ++i) {
+        unpack_args.push_back({ this, i });
+    }
+
     init_weights();
     init_scratch_const();
 }

@@ -115,6 +115,9 @@ public:
 
     uint64_t version() const;
 
+    // the op of the CPU path: slots -> dst, the columns of the slots in the scratch
+    void unpack(ggml_tensor * dst, uint32_t i_layer, bool is_v, int ith, int nth) const;
+
     void set_input_pos (ggml_tensor * dst) const;
     void set_input_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
 
@@ -229,6 +232,13 @@ private:
 
     std::array<pool, N_TIERS> pools;
 
+    // arguments of the unpack op
+    struct unpack_arg {
+        const llama_capsule_store * store;
+        uint32_t                    i_layer;
+    };
+    std::vector<unpack_arg> unpack_args;
+
     std::vector<weights_layer> weights;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
@@ -276,6 +286,12 @@ private:
     uint32_t compress_spans(bool only_closed);
 
     llm_graph_input_capsule * graph_input(const llm_graph_context & g, ggml_tensor * kq_mask) const;
+
+    bool can_unpack(uint32_t i_layer) const;
+
+    void build_unpack     (const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
+    void build_reconstruct(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold, ggml_tensor * pos,
+            ggml_tensor * k_rot, ggml_tensor * v_rot);
 
     ggml_tensor * build_rows(ggml_context * ctx, const scratch & s, ggml_tensor * const * typed, const llama_capsule_row_counts & counts,
             uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const;
