@@ -145,12 +145,16 @@ class Session:
             stats = native.stats(self.engine.ctx)
             n_hot, used = stats.n_hot, stats.n_hot_used
         for part in parts:
-            name = pictures[part.picture].name if part.tokens is None else ""
-            if name and part.n_tokens > n_hot - used:
-                held = f", {used} of them in use" if used else ""
-                raise ContextFull(f"{name} needs {part.n_tokens} cells of the hot cache, which has {n_hot}{held}: raise --hot, or use a smaller picture")
-            mtmd, n_ubatch = self.engine.native.mtmd if name else None, self.engine.llama.llama_n_ubatch(self.engine.ctx)
-            if mtmd and part.n_tokens > n_ubatch and mtmd.mtmd_decode_use_non_causal(self.engine.mtmd_ctx, part.handle):
+            name = "the text" if part.tokens is not None else pictures[part.picture].name
+            if part.n_tokens > n_hot - used:
+                held = f", {used} of them taken by text" if used else ""
+                hint = ", or use a smaller picture" if part.tokens is None else ""
+                raise ContextFull(f"{name} needs {part.n_tokens} cells of the hot cache, which has {n_hot}{held}: raise --hot{hint}")
+            if part.tokens is not None:
+                used += part.n_tokens
+                continue
+            mtmd, n_ubatch = self.engine.native.mtmd, self.engine.llama.llama_n_ubatch(self.engine.ctx)
+            if part.n_tokens > n_ubatch and mtmd.mtmd_decode_use_non_causal(self.engine.mtmd_ctx, part.handle):
                 raise ChatError(f"{name} has {part.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: raise -ub (and -b)")
 
     def _decode_text(self, tokens: list[int], last: bool) -> None:
