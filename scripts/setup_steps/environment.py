@@ -20,8 +20,9 @@ def python() -> Path:
 
 
 def make() -> None:
-    """Creates .venv; a broken one (its Python was removed or upgraded away) is made again."""
-    if python().exists() and subprocess.run([python(), "-c", "import pip"], capture_output=True).returncode == 0:
+    """Creates .venv; one that is broken (its Python was removed or upgraded away) or came along with a moved folder is made again."""
+    moved = _read_stamp().get("root", str(ROOT)) != str(ROOT)
+    if not moved and python().exists() and subprocess.run([python(), "-c", "import pip"], capture_output=True).returncode == 0:
         return
     say("creating .venv")
     run("python -m venv", [sys.executable, "-m", "venv", "--clear", VENV], CACHE / "log" / "venv.log")
@@ -37,6 +38,7 @@ def install(sdist: Path, train: bool) -> None:
     done = _read_stamp()
     project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     wanted = {
+        "root": str(ROOT),
         "requirements": pins.REQUIREMENTS,
         "llama_cpp_python": pins.SDIST_SHA256,
         "project": project,

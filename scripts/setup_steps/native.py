@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import pins
-from .common import LIB, LLAMA, SetupError, run, say, write_if_changed
+from .common import LIB, LLAMA, ROOT, SetupError, run, say, write_if_changed
 
 ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 
@@ -38,7 +38,9 @@ def build(kind: str, *, defines: dict[str, str], tools: bool, jobs: int, digest:
     if kind == "patched":
         defines = {**state.get("defines", {}), **defines}
     tools = tools or state.get("tools", False)  # tools once built are kept in step with the libraries
-    wanted = {"defines": defines, "tools": tools, "options": OPTIONS}
+    wanted = {"root": str(ROOT), "defines": defines, "tools": tools, "options": OPTIONS}
+    if state.get("root", str(ROOT)) != str(ROOT):
+        shutil.rmtree(folder / "build", ignore_errors=True)  # CMake's cache holds the old place of the folder
     if state != wanted or not any((folder / "build" / name).is_file() for name in ("build.ninja", "Makefile", "ALL_BUILD.vcxproj")):
         (folder / "configured.json").unlink(missing_ok=True)
         _configure(folder, kind, defines, tools)
@@ -67,7 +69,7 @@ def _configure(folder: Path, kind: str, defines: dict[str, str], tools: bool) ->
     if shutil.which("ccache"):
         options |= {"CMAKE_C_COMPILER_LAUNCHER": "ccache", "CMAKE_CXX_COMPILER_LAUNCHER": "ccache"}
     command: list[str | Path] = ["cmake", "-S", folder / "source", "-B", folder / "build"]
-    if shutil.which("ninja"):
+    if shutil.which("ninja") and not (folder / "build" / "CMakeCache.txt").is_file():
         command += ["-G", "Ninja"]
     command += [f"-D{name}={value}" for name, value in {**options, **defines}.items()]
     run(f"configuring llama.cpp ({kind})", command, folder / "configure.log", _environment(folder))
