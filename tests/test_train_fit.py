@@ -113,7 +113,8 @@ def test_the_mlp_helps_and_the_order_is_worst_first():
     weight = np.ones((2, 32), np.float32)
 
     def errors(h: int) -> np.ndarray:
-        layer = fit_retain(blocks[:320], weight, "norm", 32, RetainOptions(10, 2, h, seed=3), kept)
+        layer, energy = fit_retain(blocks[:320], weight, "norm", 32, RetainOptions(10, 2, h, seed=3), kept)
+        assert (np.diff(energy[10:]) <= 0).all() and energy[:10].min() > energy[10]
         assert sorted(layer.order) == list(range(24)) and (np.diff(layer.order[:10]) > 0).all()
         test = blocks[320:]
         return np.square(layer.predict(test[:, :, layer.order[:10]]) - test[:, :, layer.order[10:]]).mean((0, 1, 3))
@@ -209,10 +210,19 @@ def test_presets_are_what_they_say():
 
 @pytest.mark.parametrize("ratio", [0.6, 0.7, 0.8, 0.85])
 @pytest.mark.parametrize("d", [64, 96, 128])
-def test_retain_rows(ratio, d):
-    rows = retain_rows(64, 26, d, ratio)
+@pytest.mark.parametrize("residual", [1.0, 0.1, 0.001])
+def test_retain_rows(ratio, d, residual):
+    energy = np.concatenate([np.ones(26), residual * falling(38, 3) * 38])
+    rows = retain_rows(energy, 26, d, ratio)
     assert 26 <= total_rows(rows) <= 64 and legal(rows, d) == rows
-    assert rows_bytes(rows, d) <= max((1 - ratio) * 128 * d, rows_bytes(legal(row_counts(q4_0=26), d), d))
+    assert rows_bytes(rows, d) <= max((1 - ratio) * 128 * d + 1, rows_bytes(legal(row_counts(q4_0=26), d), d))
+
+
+def test_residuals_get_what_they_are_worth():
+    """At 3.3x: where the prediction is poor, 4-bit residuals; where it is good, kept tokens in q8_0."""
+    poor, good = (retain_rows(np.concatenate([np.ones(26), np.full(38, r)]), 26, 64, 0.7) for r in (0.8, 0.01))
+    assert poor[3] > 35 and poor[2] < 6
+    assert good[2] > 20
 
 
 def test_pyramid():

@@ -66,9 +66,7 @@ def read_base_model(path: str | Path) -> BaseModel:
 class BaseModelError(CapsuleError):
     """The base model can not be used; one line."""
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.args = (str(self).replace("capsule '", "model '", 1),)
+    what = "model"
 
 
 def base_of(model: BaseModel) -> Base:
@@ -109,7 +107,7 @@ def _parse(path: Path, h: Header) -> BaseModel:
     d_v = int(get(f"{arch}.attention.value_length", default_d))
     if f"{arch}.attention.key_length_swa" in h.values and int(get(f"{arch}.attention.key_length_swa")) != d_k:
         raise GGUFError("layers with different head sizes are not supported yet")
-    sections = [int(x) for x in layers_or_empty(get(f"{arch}.rope.dimension_sections", [0, 0, 0, 0]))]
+    sections = [int(x) for x in _as_list(get(f"{arch}.rope.dimension_sections", [0, 0, 0, 0]))]
     return BaseModel(
         path=path,
         architecture=arch,
@@ -129,5 +127,5 @@ def _parse(path: Path, h: Header) -> BaseModel:
     )
 
 
-def layers_or_empty(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value.tolist() if isinstance(value, np.ndarray) else list(value)

@@ -20,8 +20,10 @@ BLOCK_SHAPES = ("raster", "tile")
 class CapsuleError(ValueError):
     """A capsule that can not be used: one line naming the file, the key or tensor, and the reason."""
 
+    what = "capsule"
+
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"capsule '{_printable(str(path))}': {_printable(reason)}")
+        super().__init__(f"{self.what} '{_printable(str(path))}': {_printable(reason)}")
 
 
 def _printable(text: str) -> str:
@@ -110,6 +112,6 @@ class Capsule:
             tier.ratio = self.ratio(i)
 
     def tier_for_ratio(self, ratio: float | None = None) -> int:
-        """The economy tier with the nearest ratio; None: the default of the file."""
-        ratio = self.default_ratio if ratio is None else ratio
+        """The economy tier with the nearest ratio; None or <= 0: the default of the file."""
+        ratio = self.default_ratio if ratio is None or ratio <= 0 else ratio
         return min(range(1, len(self.tiers)), key=lambda i: abs(self.tiers[i].ratio - ratio))

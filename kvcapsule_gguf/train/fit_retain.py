@@ -13,6 +13,9 @@ from .pattern import kept_tokens, neighbours
 from .source import TrainError
 
 
+MLP_BLOCKS = 512  # at most so many blocks train the MLP
+
+
 @dataclass(frozen=True)
 class RetainOptions:
     kept: int  # m
@@ -53,8 +56,13 @@ def fit_gates(x: np.ndarray, y: np.ndarray, groups: np.ndarray, ridge: float) ->
     return np.moveaxis(gates, -1, 2)[..., groups].astype(np.float32)
 
 
-def fit_retain(blocks: np.ndarray, weight: np.ndarray, rope_type: str, n_rot: int, options: RetainOptions, kept_rows: tuple[int, ...]) -> Retain:
-    """blocks f32 [B, H, N, d] un-centred keys without RoPE, weight [H, d]; kept_rows: the types of the kept rows, whose loss the fit sees."""
+def fit_retain(
+    blocks: np.ndarray, weight: np.ndarray, rope_type: str, n_rot: int, options: RetainOptions, kept_rows: tuple[int, ...]
+) -> tuple[Retain, np.ndarray]:
+    """blocks f32 [B, H, N, d] un-centred keys without RoPE, weight [H, d]; kept_rows: the types of the kept rows, whose loss the fit sees.
+
+    -> what a layer stores, and the mean weighted energy f64 [N] of its rows: of kept keys, and of the residuals of dropped ones.
+    """
     n, d = blocks.shape[2:]
     heads = blocks.shape[1]
     kept = kept_tokens(n, options.kept, options.width)
@@ -66,14 +74,18 @@ def fit_retain(blocks: np.ndarray, weight: np.ndarray, rope_type: str, n_rot: in
     h = options.mlp_width
     up, bias, down = np.zeros((heads, 0, options.neighbours * d)), np.zeros((heads, 0)), np.zeros((heads, d, 0))
     if h:
-        up, bias, down = fit_mlp(x.reshape(*x.shape[:3], -1), rest, weight, h, options.steps, options.seed)
+        some = slice(None, None, -(-len(x) // MLP_BLOCKS))
+        up, bias, down = fit_mlp(x[some].reshape(-1, *x.shape[1:3], x.shape[3] * d), rest[some], weight, h, options.steps, options.seed)
     retain = Retain(kept, len(kept), near, gate, up.astype(np.float16), bias.astype(np.float32), down.astype(np.float16))
-    error = np.square(retain.predict(decoded) - y) * weight[:, None]
-    worst_first = np.argsort(-error.sum((0, 1, 3)), kind="stable")
-    return Retain(
+    scale = np.sqrt(weight)[:, None]
+    left = np.square((retain.predict(decoded) - y) * scale).sum((1, 3)).mean(0)
+    worst_first = np.argsort(-left, kind="stable")
+    stored = Retain(
         np.concatenate([kept, dropped[worst_first]]), len(kept), near[worst_first], gate[:, worst_first],
         retain.mlp_up, retain.mlp_up_bias, retain.mlp_down,
     )  # fmt: skip
+    energy = np.square(blocks[:, :, kept] * scale).sum((1, 3)).mean(0)
+    return stored, np.concatenate([energy, left[worst_first]]).astype(np.float64)
 
 
 def fit_mlp(x: np.ndarray, y: np.ndarray, weight: np.ndarray, h: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -104,21 +104,27 @@ def _fill(parts: Sequence[Part], chosen: list[RowCounts], budget: float) -> list
         left -= cost
 
 
-def retain_rows(n: int, kept: int, d: int, ratio: float) -> RowCounts:
-    """Rows of a `retain` key list: kept tokens in q4_0, then 2-bit residuals, then better kept tokens, then better residuals, while bytes last."""
-    budget = (1 - ratio) * 2 * n * d
-    q8, q4, q2 = 0, kept, 0
+def retain_rows(energy: np.ndarray, kept: int, d: int, ratio: float) -> RowCounts:
+    """Rows of a `retain` key list with the least error for its bytes; energy f64 [N] of kept keys, then of residuals, falling.
 
-    def fits(*counts: int) -> bool:
-        return rows_bytes(legal(row_counts(q8_0=counts[0], q4_0=counts[1], q2_0=counts[2]), d), d) <= budget
-
-    while kept + q2 < n and fits(q8, q4, q2 + 1):
-        q2 += 1
-    while q8 < kept and fits(q8 + 1, q4 - 1, q2):
-        q8, q4 = q8 + 1, q4 - 1
-    while q2 and q8 == kept and fits(q8, q4 + 1, q2 - 1):
-        q4, q2 = q4 + 1, q2 - 1
-    return legal(row_counts(q8_0=q8, q4_0=q4, q2_0=q2), d)
+    Tries every number of kept keys in q8_0 (the others in q4_0) with every number of residuals in q4_0, and 2-bit residuals as long as bytes last.
+    """
+    n = len(energy)
+    budget = (1 - ratio) * 2 * n * d + 0.5
+    kept_mean, residual = float(energy[:kept].mean()), energy[kept:]
+    below = np.append(np.cumsum(residual[::-1])[::-1], 0.0)  # energy of the residuals from one on
+    best, least = legal(row_counts(q4_0=kept), d), np.inf
+    for q8 in range(kept + 1):
+        for q4 in range(n - kept + 1):
+            used = rows_bytes(legal(row_counts(q8_0=q8, q4_0=kept - q8 + q4), d), d)
+            if used > budget:
+                break
+            q2 = min(n - kept - q4, int((budget - used) // rows_bytes(legal(row_counts(q2_0=1), d), d)))
+            cost = kept_mean * (q8 * DISTORTION["q8_0"] + (kept - q8) * DISTORTION["q4_0"]) + (below[0] - below[q4]) * DISTORTION["q4_0"]
+            cost += (below[q4] - below[q4 + q2]) * DISTORTION["q2_0"] + below[q4 + q2] * DROPPED
+            if cost < least:
+                best, least = legal(row_counts(q8_0=q8, q4_0=kept - q8 + q4, q2_0=q2), d), cost
+    return best
 
 
 def layer_ratios(n_layers: int, ratio: float, slope: float = 0.3) -> list[float]:

@@ -9,7 +9,6 @@ from itertools import chain
 
 import numpy as np
 
-from ..codec.block import BlockCodec
 from ..codec.types import Q4_0, row_counts
 from ..format.base_model import BaseModel, base_of
 from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
@@ -58,31 +57,39 @@ def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = 
         for sample in chain([first], samples):
             store.add(sample)
             widths.add(sample.width)
-            say(f"picture {store.images}: {len(sample.keys[0])} tokens, {len(store.held)} blocks so far")
+            if store.images % 16 == 1:
+                say(f"picture {store.images}: {len(sample.keys[0])} tokens, {len(store.held)} blocks so far")
         if not any(store.held) or all(store.held):
             raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 64 or more are better")
         width = widths.pop() if len(widths) == 1 else 0
         return _fit(model, store, n, width, options, say)
 
 
+@dataclass(frozen=True)
+class FittedLayer:
+    layer: Layer
+    keys: Part
+    values: Part
+    retain_energy: np.ndarray | None  # f64 [N] of the rows of a `retain` list
+
+
 def _fit(model: BaseModel, store: BlockStore, n: int, width: int, options: TrainOptions, say: Callable[[str], None]) -> Capsule:
-    layers, key_parts, value_parts = [], [], []
+    fitted = []
     for i, index in enumerate(model.kv_layers):
-        layer, key_energy, value_energy = _layer(model, store, i, n, width, options)
-        layers.append(layer)
-        key_parts.append(Part(_relative(key_energy), layer.key_length, layer.head_count_kv))
-        value_parts.append(Part(_relative(value_energy), layer.value_length, layer.head_count_kv))
-        half = n // 2
-        say(f"layer {index}: half of the rows hold {100 * key_parts[-1].energy[:half].sum():.1f} % of the keys, {100 * value_parts[-1].energy[:half].sum():.1f} % of the values")
-    fixed = store.image_tokens == {next(iter(store.image_tokens))} and next(iter(store.image_tokens)) % n == 0
+        f = fit_layer(model, store, i, width, options)
+        fitted.append(f)
+        share = [100 * p.energy[: n // 2].sum() for p in (f.keys, f.values)]
+        say(f"layer {index}: half of the rows hold {share[0]:.1f} % of the keys, {share[1]:.1f} % of the values")
+    # one number of tokens for pictures of several shapes: the projector's grid is fixed
+    tokens = next(iter(store.image_tokens)) if len(store.image_tokens) == 1 else 0
     capsule = Capsule(
         base=base_of(model),
         block_size=n,
-        layers=layers,
-        tiers=[_faithful(layers, n), *(_economy(name, r, layers, key_parts, value_parts, n, options) for name, r in sorted(options.ratios.items(), key=lambda x: x[1]))],
+        layers=[f.layer for f in fitted],
+        tiers=[_faithful(fitted, n), *(_economy(name, ratio, fitted, n, options) for name, ratio in sorted(options.ratios.items(), key=lambda x: x[1]))],
         name=f"KVCapsule for {model.name}",
         block_width=width,
-        image_tokens=next(iter(store.image_tokens)) if fixed else 0,
+        image_tokens=tokens if tokens % n == 0 else 0,
         neighbour_count=options.neighbours if options.codec == "retain" else 0,
         default_ratio=options.ratios.get("default", 0.8),
         provenance={
@@ -95,13 +102,9 @@ def _fit(model: BaseModel, store: BlockStore, n: int, width: int, options: Train
     return capsule
 
 
-def _relative(energy: np.ndarray) -> np.ndarray:
-    total = energy.sum()
-    return energy / total if total > 0 else np.full(len(energy), 1 / len(energy))
-
-
-def _layer(model: BaseModel, store: BlockStore, i: int, n: int, width: int, options: TrainOptions) -> tuple[Layer, np.ndarray, np.ndarray]:
-    index = model.kv_layers[i]
+def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: TrainOptions) -> FittedLayer:
+    """KV layer number i, on the images that are not held back."""
+    index, n = model.kv_layers[i], store.block_size
     weight = store.query_weight(i)
     keys = store.blocks(i, "k", held=False)
     k, v = fit_basis(keys, weight), fit_basis(store.blocks(i, "v", held=False))
@@ -118,33 +121,40 @@ def _layer(model: BaseModel, store: BlockStore, i: int, n: int, width: int, opti
         rope=model.rope_type not in ("", "none"),
         freq_base=model.freq_base[index],
     )
+    retain_energy = None
     if options.codec == "retain":
         m = max(1, min(n - 1, round(options.kept * n)))
         kept_rows = row_counts(q4_0=m) if Q4_0.fits(layer.key_length) else row_counts(f16=m)
         shape = RetainOptions(m, options.neighbours, options.mlp_width, width, seed=options.seed)
-        fitted = fit_retain(keys, weight, model.rope_type, model.rope_dimensions, shape, kept_rows)
-        layer.token_order = fitted.order.astype(np.uint16)
+        retain, retain_energy = fit_retain(keys, weight, model.rope_type, model.rope_dimensions, shape, kept_rows)
+        layer.token_order = retain.order.astype(np.uint16)
         layer.kept_count, layer.mlp_width = m, options.mlp_width
-        layer.k_gate, layer.k_neighbours = fitted.gate, fitted.neighbours.astype(np.int32)
+        layer.k_gate, layer.k_neighbours = retain.gate, retain.neighbours.astype(np.int32)
         if options.mlp_width:
-            layer.k_mlp_up, layer.k_mlp_up_bias, layer.k_mlp_down = fitted.mlp_up, fitted.mlp_up_bias, fitted.mlp_down
-    return layer, k.energy, v.energy
+            layer.k_mlp_up, layer.k_mlp_up_bias, layer.k_mlp_down = retain.mlp_up, retain.mlp_up_bias, retain.mlp_down
+    heads = layer.head_count_kv
+    return FittedLayer(layer, Part(_relative(k.energy), layer.key_length, heads), Part(_relative(v.energy), layer.value_length, heads), retain_energy)
 
 
-def _faithful(layers: list[Layer], n: int) -> Tier:
-    rows = [(faithful_rows(n, x.key_length), faithful_rows(n, x.value_length)) for x in layers]
-    return Tier("faithful", [PCA] * len(layers), [k for k, _ in rows], [v for _, v in rows], [0.0] * len(layers))
+def _relative(energy: np.ndarray) -> np.ndarray:
+    total = energy.sum()
+    return energy / total if total > 0 else np.full(len(energy), 1 / len(energy))
 
 
-def _economy(name: str, ratio: float, layers: list[Layer], keys: list[Part], values: list[Part], n: int, options: TrainOptions) -> Tier:
-    key_rows, value_rows = schedule(keys, values, n, ratio, options.layers)
-    codec = [PCA] * len(layers)
+def _faithful(fitted: list[FittedLayer], n: int) -> Tier:
+    rows = [(faithful_rows(n, f.keys.d), faithful_rows(n, f.values.d)) for f in fitted]
+    return Tier("faithful", [PCA] * len(rows), [k for k, _ in rows], [v for _, v in rows], [0.0] * len(rows))
+
+
+def _economy(name: str, ratio: float, fitted: list[FittedLayer], n: int, options: TrainOptions) -> Tier:
+    key_rows, value_rows = schedule([f.keys for f in fitted], [f.values for f in fitted], n, ratio, options.layers)
+    codec = [PCA] * len(fitted)
     if options.codec == "retain":
-        codec = [RETAIN] * len(layers)
-        per_layer = [1 - (k.bytes(rows) / (2 * n * k.heads * k.d)) for k, rows in zip(keys, key_rows)]
-        key_rows = [retain_rows(n, x.kept_count, x.key_length, r) for x, r in zip(layers, per_layer)]
-    return Tier(name, codec, key_rows, value_rows, [0.0] * len(layers))
-
-
-def codecs(capsule: Capsule, tier: int) -> list[BlockCodec]:
-    return [BlockCodec.of(capsule, i, tier) for i in range(len(capsule.layers))]
+        codec = [RETAIN] * len(fitted)
+        # the bytes that pca would take; layers that share their rows there share them here
+        energies = {rows: [f.retain_energy for f, r in zip(fitted, key_rows) if r == rows] for rows in key_rows}
+        key_rows = [
+            retain_rows(np.mean(energies[rows], 0), f.layer.kept_count, f.keys.d, 1 - f.keys.bytes(rows) / (2 * n * f.keys.heads * f.keys.d))
+            for f, rows in zip(fitted, key_rows)
+        ]
+    return Tier(name, codec, key_rows, value_rows, [0.0] * len(fitted))
