@@ -179,3 +179,17 @@ L.llama_free(plain); L.llama_free(ctx); capsule.close(); L.llama_model_free(mode
 """
     result = with_model(code, models(), capsules(models()))
     assert result.stdout.splitlines() == ["(5, 2, 64) (5, 2, 64) True 256 5 0 1024", "False"], result.stderr
+
+
+def test_a_context_that_only_measures_leaves_the_capsule_of_the_environment_alone(models, capsules) -> None:
+    """llama-server and llama-mtmd-cli first make a context on a model without data (no_alloc) to see what fits into memory."""
+    require_capsules()
+    code = """
+del model
+params = L.llama_model_default_params(); params.no_alloc = True; params.load_mode = L.LLAMA_LOAD_MODE_NONE
+model = L.llama_model_load_from_file(sys.argv[1].encode(), params)
+print(bool(L.llama_init_from_model(model, L.llama_context_default_params())))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(library("patched")), "LLAMA_KVCAPSULE": str(capsules(models()))}
+    result = subprocess.run([sys.executable, "-c", WITH_MODEL + code, str(models())], env=env, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "True", result.stderr
