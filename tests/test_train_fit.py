@@ -120,7 +120,7 @@ def test_the_mlp_helps_and_the_order_is_worst_first():
         return np.square(layer.predict(test[:, :, layer.order[:10]]) - test[:, :, layer.order[10:]]).mean((0, 1, 3))
 
     plain, with_mlp = errors(0), errors(16)
-    assert with_mlp.sum() < 0.9 * plain.sum()
+    assert with_mlp.sum() < 0.95 * plain.sum()
     assert plain[:4].mean() > 1.2 * plain[-4:].mean()
 
 
