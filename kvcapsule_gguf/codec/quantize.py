@@ -32,8 +32,9 @@ def encode_q8_0(x: np.ndarray) -> np.ndarray:
     """Blocks of 32: f16 d = max|x| / 127, then int8 round(x / d), halves away from zero."""
     blocks = np.ascontiguousarray(x, dtype=np.float32).reshape(-1, 32)
     d = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    q = blocks * _inverse(d)
-    q = np.trunc(q + np.copysign(np.float32(0.49999997), q)).astype(np.int8)
+    with np.errstate(invalid="ignore"):  # a subnormal d: its inverse is infinite, here as in ggml
+        q = blocks * _inverse(d)
+        q = np.trunc(q + np.copysign(np.float32(0.49999997), q)).astype(np.int8)
     return _pack(d, q.view(np.uint8), len(x))
 
 
@@ -47,7 +48,8 @@ def encode_q4_0(x: np.ndarray) -> np.ndarray:
     blocks = np.ascontiguousarray(x, dtype=np.float32).reshape(-1, 32)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
     d = largest / np.float32(-8)
-    q = np.minimum(15, (blocks * _inverse(d) + np.float32(8.5)).astype(np.int8)).astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        q = np.minimum(15, (blocks * _inverse(d) + np.float32(8.5)).astype(np.int8)).astype(np.uint8)
     return _pack(d, q[:, :16] | q[:, 16:] << 4, len(x))
 
 
