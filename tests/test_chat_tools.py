@@ -1,0 +1,34 @@
+"""llama-mtmd-cli knows nothing of capsules: with LLAMA_KVCAPSULE it answers as kvcapsule-chat does (scripts/setup --tools builds it)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import library
+from test_chat import Run, chat, environment  # noqa: F401  (chat is a fixture)
+from test_chat_capsule import folder  # noqa: F401  (a fixture)
+from test_native import require_capsules
+
+
+@pytest.fixture
+def mtmd_cli() -> Path:
+    require_capsules()
+    path = library("patched") / "bin" / "llama-mtmd-cli"
+    if not path.is_file():
+        pytest.skip("llama-mtmd-cli is not built: scripts/setup --tools")
+    return path
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
+def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, arch: str) -> None:  # noqa: F811
+    common = ["-m", folder / arch / "tiny.gguf", "--mmproj", folder / arch / "mmproj-tiny.gguf", "--image", folder / "a.png", "-p", "hello", "-n", "8", "-c", "1024"]
+    answers = []
+    for capsule in (None, folder / arch / "kvcapsule-tiny.gguf"):
+        env = environment(**({"LLAMA_KVCAPSULE": str(capsule), "LLAMA_KVCAPSULE_HOT": "256"} if capsule else {}))
+        result = subprocess.run([mtmd_cli, *map(str, common), "--temp", "0", "-t", "2"], env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        answers.append(result.stdout.strip().splitlines()[-1])
+        assert answers[-1] == chat(*common, "--hot", "256", "--capsule", capsule or "off").stdout.strip()
+    assert answers[0] != answers[1]
