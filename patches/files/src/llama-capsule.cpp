@@ -103,12 +103,17 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
     const auto & model   = lctx.get_model();
     const auto & cparams = lctx.get_cparams();
 
+    // a dry run that measures memory has no tensors to compare with the capsule
+    if (model.hparams.no_alloc) {
+        return model.create_memory(params, cparams);
+    }
+
     const bool from_env = !capsule_next;
 
     auto req = from_env ? capsule_request_from_env(model) : std::move(capsule_next);
     capsule_next.reset();
 
-    if (!req || model.hparams.no_alloc) {
+    if (!req) {
         return model.create_memory(params, cparams);
     }
 
