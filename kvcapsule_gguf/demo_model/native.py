@@ -63,7 +63,7 @@ class NativeModel:
         return out
 
     def feed(self, text: str, images: Sequence[np.ndarray] = (), bos: bool = False) -> np.ndarray:
-        """Decode text with markers after what was fed before; returns the last logits [vocab]."""
+        """Decode text with markers after what was fed before; returns the last logits [vocab] (none after an image)."""
         chunks = self._chunks(text, images, bos)
         past = llama_cpp.llama_pos(0)
         if mtmd_cpp.mtmd_helper_eval_chunks(self.media, self.ctx, chunks, self.past, 0, 1024, True, ctypes.byref(past)):
@@ -94,11 +94,13 @@ class NativeModel:
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(64)
-        return buffer.raw[: llama_cpp.llama_token_to_piece(self.vocab, token, buffer, 64, 0, False)]
+        size = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, 64, 0, False)
+        return buffer.raw[:size]
 
     def _logits(self) -> np.ndarray:
         size = llama_cpp.llama_vocab_n_tokens(self.vocab)
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, -1), (size,)).copy()
+        pointer = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        return np.ctypeslib.as_array(pointer, (size,)).copy() if pointer else np.empty(0, np.float32)
 
     def _chunks(self, text: str, images: Sequence[np.ndarray], bos: bool):
         bitmaps = []

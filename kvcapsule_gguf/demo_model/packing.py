@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..scenes import Question, Scene, make_questions
+from ..scenes import TASKS, Question, Scene, make_questions
 from .tokenizer import Prompts
 
 IGNORE = -100
@@ -59,8 +59,9 @@ def pack(prompts: Prompts, questions: list[Question], budget: int, rng: np.rando
 
 
 def questions_for(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """Questions of all tasks, in random order."""
-    questions = make_questions(scene, count, seed=int(rng.integers(1 << 30)))
+    """Questions of all tasks, those that are learned last more often, in random order."""
+    tasks = (*TASKS[:7], "locate", "count", "locate", "count")
+    questions = make_questions(scene, count, int(rng.integers(1 << 30)), tasks)
     return [questions[i] for i in rng.permutation(len(questions))]
 
 

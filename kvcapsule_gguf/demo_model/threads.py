@@ -20,4 +20,4 @@ def spare_threads() -> int:
     if before is None or now[0] - before[0] < 1:
         return 1
     others = ((now[1] - before[1]) - (now[2] - before[2])) / (now[0] - before[0])
-    return max(1, round(os.cpu_count() - others - 0.1))
+    return max(1, int(os.cpu_count() + 0.2 - others))

@@ -14,11 +14,12 @@ from ..scenes import HELD_OUT, TASKS, TRAIN, Question, make_questions, make_scen
 from .features import FeatureStore, training_scene
 from .optim import Optimisers, schedule
 from .talk import Batch, DemoModel, forward, make_batch
+from .threads import spare_threads
 from .tokenizer import Prompts
 from .train_eye import to_input
 
 # (share of the time, image tokens shown, pictures per step)
-STAGES = ((0.35, 32, 8), (0.2, 96, 8), (0.15, 256, 7), (0.3, 576, 5))
+STAGES = ((0.3, 32, 6), (0.15, 96, 6), (0.27, 192, 6), (0.28, 576, 4))
 LIVE_SEEDS = 7_000_000  # pictures drawn while training everything; apart from those of the other phases
 
 
@@ -59,7 +60,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Path, save_to: Path, minutes: float,
-               lr: float = 2e-3, matrix_lr: float = 5e-3, budget: int = 256, seed: int = 0, on_save=None,
+               lr: float = 1.5e-3, matrix_lr: float = 5e-3, budget: int = 256, seed: int = 0, on_save=None,
                begin: float = 0.0, live: bool = False) -> None:
     """Train for so many minutes; `begin` skips ahead in the schedule (0.75: full resolution only).
 
@@ -76,6 +77,8 @@ def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Pat
     optimiser = Optimisers(trained, lr, matrix_lr)
     began, step, pictures = time.time(), 0, 0
     while (progress := begin + (1 - begin) * (time.time() - began) / (minutes * 60)) < 1:
+        if step % 5 == 0 and device.type == "cpu":
+            torch.set_num_threads(spare_threads())
         if step % 20 == 0 and not live:
             store.refresh()
             seeds = store.seeds()
@@ -88,14 +91,14 @@ def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Pat
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             loss, eye, right = forward(model, prompts, to_device(batch, device))
         (loss + 0.1 * eye if live else loss).backward()
-        optimiser.step(schedule(progress), parameters)
+        optimiser.step(schedule(progress) * min(1.0, (step + 1) / 20), parameters)
         step, pictures = step + 1, pictures + count
         if step % 10 == 0:
             met = right.cpu()[batch.targets >= 0].float().mean()
             print(f"{step} {time.time() - began:.0f}s {pictures} of {0 if live else len(seeds)} image {image} loss {loss.item():.3f} "
-                  f"eye {eye.item():.2f} tokens {met:.3f}", flush=True)
+                  f"eye {eye.item():.2f} tokens {met:.3f} threads {torch.get_num_threads()}", flush=True)
         if step % 100 == 0:
-            scores = held_out_score(model, prompts, test)
+            scores = held_out_score(model, prompts, test, image=image)
             print("held out:", " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
             save_model(model, save_to)
             if on_save:
