@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import library
+from make_capsule import random_capsule
 from test_chat import Run, chat, environment  # noqa: F401  (chat is a fixture)
 from test_chat_capsule import folder  # noqa: F401  (a fixture)
 from test_native import require_capsules
@@ -22,10 +23,12 @@ def mtmd_cli() -> Path:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
-def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, arch: str) -> None:  # noqa: F811
+def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, tmp_path: Path, arch: str) -> None:  # noqa: F811
+    # one row of a block's eight: lossy enough to change the answer
+    lossy = random_capsule(folder / arch / "tiny.gguf", tmp_path / "lossy.gguf", block_size=8, lossless=False, rows=(0, 0, 0, 1, 0))
     common = ["-m", folder / arch / "tiny.gguf", "--mmproj", folder / arch / "mmproj-tiny.gguf", "--image", folder / "a.png", "-p", "hello", "-n", "8", "-c", "1024"]
     answers = []
-    for capsule in (None, folder / arch / "kvcapsule-tiny.gguf"):
+    for capsule in (None, lossy):
         env = environment(**({"LLAMA_KVCAPSULE": str(capsule), "LLAMA_KVCAPSULE_HOT": "256"} if capsule else {}))
         result = subprocess.run([mtmd_cli, *map(str, common), "--temp", "0", "-t", "2"], env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
