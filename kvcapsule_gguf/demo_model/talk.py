@@ -41,11 +41,15 @@ class Batch:
     segments: np.ndarray  # [B, budget]
 
 
-def choose_tokens(shown: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the image's tokens in order, those on items (`shown`) more likely: early training sees fewer tokens."""
-    if count >= len(shown):
-        return np.arange(len(shown))
-    lot = np.log(rng.random(len(shown))) / np.where(shown, 10.0, 1.0)
+def choose_tokens(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the image's tokens in order: centres of items, then likely ones on items; early training sees fewer.
+
+    labels [len(LABELS), 576] as patch_labels gives them.
+    """
+    if count >= labels.shape[1]:
+        return np.arange(labels.shape[1])
+    weight = np.where(labels[1] > 0, 10.0, 1.0) + labels[5] * 1e6  # all centres, so that counting can be learned
+    lot = np.log(rng.random(len(weight))) / weight
     return np.sort(np.argpartition(-lot, count)[:count])
 
 
@@ -56,7 +60,7 @@ def make_batch(prompts: Prompts, scenes: list[Scene], features: list[np.ndarray]
     rows = []
     for i, (scene, feature) in enumerate(zip(scenes, features)):
         labels = patch_labels(scene)
-        chosen = choose_tokens(labels[1] > 0, image, rng)
+        chosen = choose_tokens(labels, image, rng)
         asked = questions[i] if questions else questions_for(scene, 26, rng)
         packed = pack(prompts, asked, budget, rng, multi_turn=questions is None)
         positions = np.concatenate([np.arange(prefix), prefix + chosen, prefix + labels.shape[1] + packed.positions])
