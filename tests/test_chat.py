@@ -49,7 +49,7 @@ def environment(**changes: str) -> dict[str, str]:
 def chat() -> Run:
     def run(*arguments: str | Path, stdin: str | bytes = b"", env: dict[str, str] = {}) -> subprocess.CompletedProcess:
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        result = subprocess.run(command(*arguments, "--temp", "0", "-t", "2"), input=data, env=environment(**env), capture_output=True, timeout=120)
+        result = subprocess.run(command(*arguments, "--temp", "0", "-t", "1"), input=data, env=environment(**env), capture_output=True, timeout=120)
         result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
         return result
 
@@ -116,7 +116,7 @@ def test_the_picture_from_stdin_and_the_model_from_the_environment(chat: Run, fo
 
 def test_sampling_follows_the_seed(folder: Path) -> None:
     def run(seed: int) -> str:
-        arguments = (folder / "llama" / "tiny.gguf", "-p", "x", "-n", "16", "--temp", "2", "--seed", str(seed), "-t", "2", "--capsule", "off")
+        arguments = (folder / "llama" / "tiny.gguf", "-p", "x", "-n", "16", "--temp", "2", "--seed", str(seed), "-t", "1", "--capsule", "off")
         return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
 
     assert run(1) == run(1) != run(2)
@@ -171,7 +171,7 @@ with Engine(options, say) as engine:
     session._generate(turn, lambda text: None)
     print(turn.answer, turn.prompt_tokens)
 """
-    arguments = [str(folder / arch / "tiny.gguf"), "-n", "6", "--capsule", "off", "--temp", "0", "-t", "2"]
+    arguments = [str(folder / arch / "tiny.gguf"), "-n", "6", "--capsule", "off", "--temp", "0", "-t", "1"]
     whole = subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
     answer, n_tokens = whole.stdout.split()
     assert answer == second["answer"], whole.stderr

@@ -30,7 +30,7 @@ def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path,
     answers = []
     for capsule in (None, lossy):
         env = environment(**({"LLAMA_KVCAPSULE": str(capsule), "LLAMA_KVCAPSULE_HOT": "256"} if capsule else {}))
-        result = subprocess.run([mtmd_cli, *map(str, common), "--temp", "0", "-t", "2"], env=env, capture_output=True, text=True, timeout=300)
+        result = subprocess.run([mtmd_cli, *map(str, common), "--temp", "0", "-t", "1"], env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         answers.append(result.stdout.strip().splitlines()[-1])
         assert answers[-1] == chat(*common, "--hot", "256", "--capsule", capsule or "off").stdout.strip()
