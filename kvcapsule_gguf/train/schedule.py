@@ -17,6 +17,7 @@ from ..codec.types import F16, Q2_0, Q4_0, Q8_0, ROW_TYPES, RowCounts, RowType, 
 # relative squared error on rows of Gaussian numbers, which Hadamard-rotated rows resemble (tests/test_codec_quantize.py)
 DISTORTION = {"f16": 5e-8, "q8_0": 2.9e-5, "q4_0": 7.8e-3, "q2_0": 0.1233}
 DROPPED = 1.0
+KEY_WEIGHT = 2.0  # an error of keys costs more attention than the same relative error of values (docs/format-v1.md)
 ALL_ROWS_BITS = 2.75  # bits per value from which on every row is kept
 
 PRESETS = {"paper": 0.6, "default": 0.8, "small": 0.875}
@@ -135,6 +136,7 @@ def layer_ratios(n_layers: int, ratio: float, slope: float = 0.3) -> list[float]
 
 def schedule(keys: Sequence[Part], values: Sequence[Part], n: int, ratio: float, layers: str = "uniform") -> tuple[list[RowCounts], list[RowCounts]]:
     """Rows of the keys and of the values of every layer (`keys[l]` and `values[l]` are layer l's)."""
+    keys = [Part(KEY_WEIGHT * k.energy, k.d, k.heads) for k in keys]
     if layers == "auto":
         chosen = allocate([*keys, *values], n, ratio)
         return chosen[: len(keys)], chosen[len(keys) :]
