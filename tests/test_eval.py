@@ -107,11 +107,11 @@ def run(kind: str, *arguments: str) -> str:
 
 def test_questions_do_not_disturb_each_other(tiny):
     script = SEQUENTIAL.format(root=str(ROOT), model=str(tiny[0]), mmproj=str(tiny[1]))
-    assert run("stock", "-c", script).strip() == "fine"
+    assert run("patched", "-c", script).strip() == "fine"
 
 
 def test_the_table(tiny, tmp_path):
-    out = run("stock", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--report", str(tmp_path), "--json")
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--report", str(tmp_path), "--json")
     data = json.loads(out)
     rows = {r["setting"]: r for r in data["settings"]}
     assert list(rows) == ["f16", "q8_0", "q4_0", "drop0.6"] and data["questions"] == 20
@@ -129,7 +129,7 @@ def test_pictures_of_ones_own(tiny, tmp_path):
 
     for i in range(2):
         Image.effect_noise((64, 48), 50 + 40 * i).convert("RGB").save(tmp_path / f"{i}.png")
-    out = run("stock", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "-fa", "off",
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "-fa", "off",
               "--against", "f16", "--json")
     data = json.loads(out)
     assert (data["questions"], data["pictures"]) == (4, 2)
