@@ -153,4 +153,4 @@ def test_shipped_model_answers():
     assert np.mean([h for v in hits.values() for h in v]) >= SHIPPED_AT_LEAST
 
 
-SHIPPED_AT_LEAST = 0.0  # raised once the shipped model has earned it
+SHIPPED_AT_LEAST = 0.7  # on 32 questions; docs/demo-model.md has the figures of 440

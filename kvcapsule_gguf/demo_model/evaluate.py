@@ -41,6 +41,7 @@ def main() -> None:
     demo = Path(__file__).parents[1] / "demo"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=demo, help="folder that holds both GGUF files")
+    parser.add_argument("--first", type=int, default=HELD_OUT.start, help="seed of the first scene")
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--questions", type=int, default=10, help="per scene")
     parser.add_argument("--threads", type=int, default=1)
@@ -49,7 +50,7 @@ def main() -> None:
     mmproj = next(args.folder.glob("mmproj-*.gguf"))
     model = next(p for p in args.folder.glob("*.gguf") if not p.name.startswith("mmproj") and "kvcapsule" not in p.name)
     native = NativeModel(model, mmproj, threads=args.threads)
-    print(table(evaluate(native, args.scenes, args.questions, verbose=args.verbose)))
+    print(table(evaluate(native, args.scenes, args.questions, args.first, args.verbose)))
 
 
 if __name__ == "__main__":
