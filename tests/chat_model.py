@@ -59,7 +59,7 @@ def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPL
     return path
 
 
-def write_mmproj(path: Path, *, arch: str = "llama", n_embd: int = 256, seed: int = 2) -> Path:
+def write_mmproj(path: Path, *, arch: str = "llama", n_embd: int = 256, image: int = IMAGE, seed: int = 2) -> Path:
     """A CLIP tower of one layer with LLaVA's projector (fixed size) or, for qwen2vl, Qwen2-VL's (any size, 2 x 2 patches to a token)."""
     qwen = arch == "qwen2vl"
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def write_mmproj(path: Path, *, arch: str = "llama", n_embd: int = 256, seed: in
     w.add_clip_has_vision_encoder(True)
     w.add_clip_projector_type("qwen2vl_merger" if qwen else "mlp")
     w.add_vision_projection_dim(n_embd)
-    w.add_vision_image_size(IMAGE)
+    w.add_vision_image_size(image)
     w.add_vision_patch_size(PATCH)
     w.add_vision_embedding_length(width)
     w.add_vision_feed_forward_length(ff)
@@ -98,7 +98,7 @@ def write_mmproj(path: Path, *, arch: str = "llama", n_embd: int = 256, seed: in
     if qwen:
         w.add_tensor("v.patch_embd.weight.1", matrix(width, 3, PATCH, PATCH))
     else:
-        w.add_tensor("v.position_embd.weight", matrix(TOKENS, width))
+        w.add_tensor("v.position_embd.weight", matrix((image // PATCH) ** 2, width))
     for name in ("v.post_ln", "v.blk.0.ln1", "v.blk.0.ln2", *(() if qwen else ("v.pre_ln",))):
         norm(name)
     for name in ("attn_q", "attn_k", "attn_v", "attn_out"):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from setup_steps import cli, common, native, patching, pins, source  # noqa: E402
+from setup_steps import cli, common, environment, native, patching, pins, source  # noqa: E402
 from setup_steps.common import SetupError  # noqa: E402
 from setup_steps.patching import Series  # noqa: E402
 
@@ -253,3 +253,26 @@ def test_scripts_explain_themselves() -> None:
     text = subprocess.run([sys.executable, ROOT / "scripts" / "setup", "--help"], capture_output=True, text=True, check=True).stdout
     for flag in ("--train", "--tools", "--stock", "--source", "--jobs", "-D"):
         assert flag in text
+
+
+def test_packages_of_the_server_are_for_tests_and_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    ran, broken = [], ["server"]
+
+    def pip(what: str, *arguments: object, **_: object) -> None:
+        ran.append(what)
+        if what in broken:
+            raise SetupError(f"pip {what} failed")
+
+    monkeypatch.setattr(environment, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(environment, "pip", pip)
+
+    def installed(**flags: bool) -> list[str]:
+        ran.clear()
+        environment.install(tmp_path, flags.get("train", False), flags.get("stock", False))
+        return list(ran)
+
+    assert installed() == ["install", "llama-cpp-python", "project"]
+    assert installed(stock=True) == ["server"] and "will be skipped" in capsys.readouterr().err
+    broken.clear()
+    assert installed(stock=True) == ["server"]
+    assert installed(stock=True) == installed() == []

@@ -1,0 +1,147 @@
+"""python -m llama_cpp.server, llama-cpp-python's own and unmodified, takes the library and the capsule from the environment."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from chat_model import PATCH, write_mmproj, write_model, write_picture
+from conftest import library
+from make_capsule import random_capsule
+from test_native import require_capsules
+
+CONTEXT, HOT = 2048, 768
+IMAGE = 24 * PATCH
+TOKENS = 24 * 24  # one picture fits into the hot cells, two do not
+BLOCK = 48
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "yaml")
+START_TIMEOUT = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_capsules()
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        why = f"llama_cpp.server needs {', '.join(missing)}: scripts/setup --stock"
+        pytest.fail(why) if os.environ.get("CI", "").lower() in ("1", "true") else pytest.skip(why)
+    root = tmp_path_factory.mktemp("server")
+    model = write_model(root / "tiny.gguf")
+    write_mmproj(root / "mmproj-tiny.gguf", image=IMAGE)
+    lossless = random_capsule(model, root / "lossless.gguf", block_size=BLOCK)
+    (root / "damaged.gguf").write_bytes(lossless.read_bytes()[: lossless.stat().st_size // 2])
+    write_picture(root / "a.png")
+    write_picture(root / "b.png", seed=4)
+    return root
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen, log: Path) -> None:
+        self.process, self.log_path, self.port = process, log, 0
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def wait(self) -> None:
+        """Until it listens, or has ended (then `port` stays 0)."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.port and time.monotonic() < deadline:
+            ended = self.process.poll() is not None  # before the log is read: nothing comes after
+            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log):
+                self.port = int(found[1])
+            elif ended:
+                return
+            else:
+                time.sleep(0.05)
+        assert self.port, f"does not listen after {START_TIMEOUT} s\n{self.log[-2000:]}"
+
+    def chat(self, *said: str | Path) -> dict:
+        """The answer to text and pictures, greedily."""
+        parts = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part.read_bytes()).decode()}}
+            if isinstance(part, Path)
+            else {"type": "text", "text": part}
+            for part in said
+        ]
+        body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
+            return json.load(reply)
+
+
+def content(reply: dict) -> str:
+    return reply["choices"][0]["message"]["content"]
+
+
+@contextmanager
+def serve(folder: Path, capsule: str | None) -> Iterator[Server]:
+    lib = str(library("patched"))
+    # the server itself reads HOST, PORT, ... from the environment
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "MTMD_", "KVCAPSULE_")) and k not in ("HOST", "PORT", "CONFIG_FILE", "API_KEY")}
+    env |= {"LLAMA_CPP_LIB_PATH": lib, "MTMD_CPP_LIB": lib}
+    if capsule:
+        env |= {"LLAMA_KVCAPSULE": str(folder / capsule), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    options = {
+        "model": folder / "tiny.gguf", "clip_model_path": folder / "mmproj-tiny.gguf", "chat_format": "mtmd", "n_ctx": CONTEXT,
+        "n_threads": 1, "n_threads_batch": 1, "verbose": "true", "host": "127.0.0.1", "port": 0,
+    }  # fmt: skip
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    log = folder / f"{capsule}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", *arguments], env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        yield Server(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[dict[str | None, Server]]:
+    """All of them at once: most of their time goes into starting."""
+    with ExitStack() as stack:
+        yield {capsule: stack.enter_context(serve(folder, capsule)) for capsule in (None, "lossless.gguf", "damaged.gguf")}
+
+
+def test_pictures_from_slots(folder: Path, servers: dict[str | None, Server]) -> None:
+    plain, ours = servers[None], servers["lossless.gguf"]
+    question = (folder / "a.png", folder / "b.png", "what?")
+    text = "x" * HOT  # which nothing compresses
+    for server in (plain, ours):
+        server.wait()
+        assert server.port, server.log[-2000:]
+    assert "capsule" not in plain.log
+    assert f"capsule '{folder / 'lossless.gguf'}', {HOT} hot cells of {CONTEXT}" in ours.log
+
+    expected, answer = plain.chat(*question), ours.chat(*question)
+    assert len(content(answer)) == 12 and content(answer) == content(expected)
+    assert answer["usage"]["prompt_tokens"] > 2 * TOKENS > HOT
+
+    # the hot cells are all there is: as much text does not fit, and the server goes on
+    assert len(content(plain.chat(text))) == 12
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        ours.chat(text)
+    assert "the hot KV cache is full" in ours.log
+    assert content(ours.chat(*question)) == content(expected)
+
+
+def test_a_damaged_capsule(folder: Path, servers: dict[str | None, Server]) -> None:
+    server = servers["damaged.gguf"]
+    server.wait()
+    assert not server.port and server.process.returncode != 0
+    (line,) = (x for x in server.log.splitlines() if "capsule" in x.replace(str(folder), ""))
+    assert "failed to initialize the context" in line and "damaged.gguf' is damaged: " in line
