@@ -111,7 +111,35 @@ void llama_capsule_hadamard(float * x, uint32_t n, size_t n_values) {
     for (size_t i = 0; i < n_values; i += n) {
         float * y = x + i;
 
-        for (uint32_t h = 1; h < n; h *= 2) {
+        uint32_t h0 = 1;
+#if defined(__GNUC__) && !defined(__clang__)
+        // the steps of 1, 2 and 4 inside vectors of 8, the others vectorize by themselves
+        if (n >= 8) {
+            typedef float   vec __attribute__((vector_size(32), aligned(4)));
+            typedef int32_t idx __attribute__((vector_size(32)));
+
+            const idx i1 = { 1, 0, 3, 2, 5, 4, 7, 6 };
+            const idx i2 = { 2, 3, 0, 1, 6, 7, 4, 5 };
+            const idx i4 = { 4, 5, 6, 7, 0, 1, 2, 3 };
+
+            const vec s1 = { 1, -1,  1, -1,  1, -1,  1, -1 };
+            const vec s2 = { 1,  1, -1, -1,  1,  1, -1, -1 };
+            const vec s4 = { 1,  1,  1,  1, -1, -1, -1, -1 };
+
+            for (uint32_t j = 0; j < n; j += 8) {
+                vec v = *(const vec *) (y + j);
+
+                v = __builtin_shuffle(v, i1) + v*s1;
+                v = __builtin_shuffle(v, i2) + v*s2;
+                v = __builtin_shuffle(v, i4) + v*s4;
+
+                *(vec *) (y + j) = v;
+            }
+            h0 = 8;
+        }
+#endif
+
+        for (uint32_t h = h0; h < n; h *= 2) {
             for (uint32_t j = 0; j < n; j += 2*h) {
                 for (uint32_t k = j; k < j + h; ++k) {
                     const float a = y[k];
