@@ -21,18 +21,18 @@ DEMO = Path(__file__).parents[1] / "kvcapsule_gguf" / "demo"
 PROMPTS = Prompts()
 
 
-def libraries() -> bool:
-    """Whether llama_cpp loads with the libraries named by the environment."""
-    if not all(Path(os.environ.get(v, "/nowhere")).is_dir() for v in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")):
-        return False
-    try:
-        import llama_cpp.mtmd_cpp  # noqa: F401
-    except Exception:
-        return False
-    return True
+@pytest.fixture(scope="module")
+def llama():
+    """llama_cpp on our libraries, in this process; the environment that names them is put back."""
+    from conftest import library
 
+    from kvcapsule_gguf import native
 
-needs_llama = pytest.mark.skipif(not libraries(), reason="needs llama_cpp with LLAMA_CPP_LIB_PATH and MTMD_CPP_LIB")
+    saved = dict(os.environ)
+    native.load(library("patched"))
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,7 @@ def test_weights_read_back(model, tmp_path):
         assert name.startswith("heads") or torch.equal(a, b), name
 
 
-@needs_llama
-def test_llama_cpp_agrees(model, tmp_path):
+def test_llama_cpp_agrees(llama, model, tmp_path):
     from kvcapsule_gguf.demo_model.native import MARKER, NativeModel
 
     native = NativeModel(*export(model, tmp_path, full=True))
@@ -139,9 +138,8 @@ def test_llama_cpp_agrees(model, tmp_path):
         native.close()
 
 
-@needs_llama
 @pytest.mark.skipif(not (DEMO / f"{NAME}-F16.gguf").exists(), reason="no shipped demo model")
-def test_shipped_model_answers():
+def test_shipped_model_answers(llama):
     from kvcapsule_gguf.demo_model.evaluate import evaluate
     from kvcapsule_gguf.demo_model.native import NativeModel
 
