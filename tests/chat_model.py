@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tiny_gguf import TinyModel, weights
+from tiny_gguf import TinyModel, add_hparams, weights
 
 IMAGE, PATCH = 56, 14  # 4 x 4 = 16 tokens
 TOKENS = (IMAGE // PATCH) ** 2
@@ -25,16 +25,7 @@ def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPL
     model = TinyModel(arch=arch, n_vocab=len(PIECES), n_ctx_train=4096, seed=seed)
     w = gguf.GGUFWriter(path, model.arch)
     w.add_name(path.stem)
-    w.add_block_count(model.n_layer)
-    w.add_context_length(model.n_ctx_train)
-    w.add_embedding_length(model.n_embd)
-    w.add_feed_forward_length(model.n_ff)
-    w.add_head_count(model.n_head)
-    w.add_head_count_kv(model.n_head_kv)
-    w.add_key_length(model.head)
-    w.add_value_length(model.head)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(model.head)
+    add_hparams(w, model)
     if model.mrope:
         w.add_rope_dimension_sections(model.sections)
     w.add_vocab_size(model.n_vocab)

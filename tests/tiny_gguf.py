@@ -95,13 +95,7 @@ def weights(model: TinyModel) -> dict[str, np.ndarray]:
     return out
 
 
-def write(model: TinyModel, path: Path, edit: Callable[[dict[str, np.ndarray]], None] | None = None) -> Path:
-    """Writes the model to `path`; `edit` may change its weights first."""
-    tensors = weights(model)
-    if edit is not None:
-        edit(tensors)
-    w = gguf.GGUFWriter(path, model.arch)
-    w.add_name(model.name)
+def add_hparams(w: gguf.GGUFWriter, model: TinyModel) -> None:
     w.add_block_count(model.n_layer)
     w.add_context_length(model.n_ctx_train)
     w.add_embedding_length(model.n_embd)
@@ -112,6 +106,16 @@ def write(model: TinyModel, path: Path, edit: Callable[[dict[str, np.ndarray]], 
     w.add_value_length(model.head)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_dimension_count(model.head)
+
+
+def write(model: TinyModel, path: Path, edit: Callable[[dict[str, np.ndarray]], None] | None = None) -> Path:
+    """Writes the model to `path`; `edit` may change its weights first."""
+    tensors = weights(model)
+    if edit is not None:
+        edit(tensors)
+    w = gguf.GGUFWriter(path, model.arch)
+    w.add_name(model.name)
+    add_hparams(w, model)
     w.add_rope_freq_base(10000.0)
     w.add_vocab_size(model.n_vocab)
     w.add_tokenizer_model("no_vocab")

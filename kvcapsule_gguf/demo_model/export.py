@@ -52,11 +52,8 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
-    """Write the decoder; matrices in F16, or F32 if `full`."""
-    cfg, tokenizer = model.decoder.cfg, Tokenizer()
-    w = gguf.GGUFWriter(path, "llama")
-    w.add_type("model")
+def _add_general(w: gguf.GGUFWriter, kind: str, full: bool) -> None:
+    w.add_type(kind)
     w.add_name(NAME)
     w.add_basename("kvdemo")
     w.add_size_label("8M")
@@ -64,6 +61,13 @@ def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
     w.add_description(DESCRIPTION)
     w.add_license("MIT")
     w.add_file_type(gguf.LlamaFileType.ALL_F32 if full else gguf.LlamaFileType.MOSTLY_F16)
+
+
+def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
+    """Write the decoder; matrices in F16, or F32 if `full`."""
+    cfg, tokenizer = model.decoder.cfg, Tokenizer()
+    w = gguf.GGUFWriter(path, "llama")
+    _add_general(w, "model", full)
     w.add_vocab_size(cfg.vocab)
     w.add_context_length(cfg.context)
     w.add_embedding_length(cfg.width)
@@ -96,14 +100,7 @@ def export_vision(model: DemoModel, path: Path, full: bool = False) -> None:
     """Write ViT and projector; matrices in F16, or F32 if `full`."""
     cfg = model.vision.cfg
     w = gguf.GGUFWriter(path, "clip")
-    w.add_type("mmproj")
-    w.add_name(NAME)
-    w.add_basename("kvdemo")
-    w.add_size_label("8M")
-    w.add_version("v1")
-    w.add_description(DESCRIPTION)
-    w.add_license("MIT")
-    w.add_file_type(gguf.LlamaFileType.ALL_F32 if full else gguf.LlamaFileType.MOSTLY_F16)
+    _add_general(w, "mmproj", full)
     w.add_clip_has_vision_encoder(True)
     w.add_clip_projector_type("mlp")
     w.add_vision_projection_dim(model.decoder.cfg.width)
