@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--init-from", type=Path, nargs="+", default=[], metavar="GGUF")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule talk begins (0.75: full resolution)")
+    parser.add_argument("--budget", type=int, default=256, help="text tokens packed on each picture in talk and joint")
     parser.add_argument("--scenes", type=int, default=8192, help="scenes to cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +72,7 @@ def main() -> None:
             write_shard(model.vision, features, start)
     elif args.phase in ("talk", "joint"):
         train_talk(model, prompts, features, held_out, args.state / "model.safetensors", args.minutes, seed=args.seed,
-                   begin=args.begin, live=args.phase == "joint")
+                   budget=args.budget, begin=args.begin, live=args.phase == "joint")
     else:
         print(*export(model, args.out, args.full), sep="\n")
 

@@ -61,7 +61,7 @@ def make_batch(prompts: Prompts, scenes: list[Scene], features: list[np.ndarray]
     for i, (scene, feature) in enumerate(zip(scenes, features)):
         labels = patch_labels(scene)
         chosen = choose_tokens(labels, image, rng)
-        asked = questions[i] if questions else questions_for(scene, 26, rng)
+        asked = questions[i] if questions else questions_for(scene, budget // 10, rng)
         packed = pack(prompts, asked, budget, rng, multi_turn=questions is None)
         positions = np.concatenate([np.arange(prefix), prefix + chosen, prefix + labels.shape[1] + packed.positions])
         rows.append((np.asarray(feature)[chosen], labels[:, chosen], packed, positions))
