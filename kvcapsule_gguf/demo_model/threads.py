@@ -20,4 +20,5 @@ def spare_threads() -> int:
     if before is None or now[0] - before[0] < 1:
         return 1
     others = ((now[1] - before[1]) - (now[2] - before[2])) / (now[0] - before[0])
-    return max(1, int(os.cpu_count() + 0.2 - others))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, int(cores + 0.2 - others))
