@@ -17,7 +17,7 @@ from conftest import ROOT, library
 
 FIELDS = {
     "answer", "finish_reason", "prompt_tokens", "vision_tokens", "generated_tokens", "kv_bytes_f16_equivalent", "kv_bytes", "kv_bytes_allocated", "kv_ratio",
-    "slots", "prefill_s", "compress_s", "decode_tokens_per_s", "capsule", "images",
+    "tokens_evaluated", "tokens_reused", "images_encoded", "images_from_disk", "slots", "prefill_s", "compress_s", "decode_tokens_per_s", "capsule", "images",
 }  # fmt: skip
 F16_TOKEN = 2 * 2 * 2 * 64 * 2  # K and V, layers, heads, head size, bytes
 Run = Callable[..., subprocess.CompletedProcess]
@@ -160,14 +160,13 @@ import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from kvcapsule_gguf.chat import args, images
 from kvcapsule_gguf.chat.engine import Engine, say
-from kvcapsule_gguf.chat.session import Session, Turn
+from kvcapsule_gguf.chat.session import Session
 options = args.parse(sys.argv[1:], {{}})
 with Engine(options, say) as engine:
     session = Session(engine, options)
     asked = session.marker + "what is this?"
     messages = [dict(role="user", content=asked), dict(role="assistant", content={first["answer"]!r}), dict(role="user", content="and?")]
-    turn = Turn()
-    session._evaluate(session.template.render(messages, True), [images.load({str(folder / "b.jpg")!r})], turn)
+    turn = session._fill(session.template.render(messages, True), [images.load({str(folder / "b.jpg")!r})])
     session._generate(turn, lambda text: None)
     print(turn.answer, turn.prompt_tokens)
 """

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from kvcapsule_gguf.chat.errors import ChatError
-from kvcapsule_gguf.chat.session import Session, State
+from kvcapsule_gguf.chat.contents import Contents
+from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.chat.stats import CacheUse, ImageUse, break_even
 from kvcapsule_gguf.chat.template import ChatTemplate
 
@@ -75,7 +76,7 @@ def test_a_template_is_rendered_in_a_sandbox() -> None:
 
 def session(source: str) -> Session:
     new = Session.__new__(Session)
-    new.template, new.marker, new.state, new.messages, new.pictures = template(source), MARKER, State(), [], []
+    new.template, new.marker, new.state, new.messages, new.pictures = template(source), MARKER, Contents(None), [], []
     return new
 
 

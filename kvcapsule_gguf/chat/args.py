@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from ..reuse.prefixes import DEFAULT_MIB
+
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}  # enum ggml_type
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 
@@ -43,6 +45,8 @@ class Options:
     top_p: float = 0.95
     seed: int = -1  # -1 = random
     ratio: float = 0.0
+    image_cache: Path | None = None
+    image_cache_mib: int = DEFAULT_MIB
     json: bool = False
     verbose: bool = False
 
@@ -139,6 +143,8 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("--top-k", type=_number(int, 0), metavar="N", env="LLAMA_ARG_TOP_K", help=f"sample from the N likeliest tokens, 0 = all (default: {defaults.top_k})")
     add("--top-p", type=_number(float, 0, 1), metavar="P", env="LLAMA_ARG_TOP_P", help=f"sample from the likeliest tokens that add up to P (default: {defaults.top_p})")
     add("-s", "--seed", type=_number(int, -1, 0xFFFFFFFF), metavar="N", help="random seed, -1 = a new one each time (default: -1)")
+    add("--image-cache", type=Path, metavar="DIR", env="LLAMA_ARG_IMAGE_CACHE", help="keep read pictures in this folder, for the next start (default: off)")
+    add("--image-cache-mib", type=_number(int, 1), metavar="N", env="LLAMA_ARG_IMAGE_CACHE_MIB", help=f"most MiB in that folder, the least recently used go first (default: {DEFAULT_MIB})")
     add("--json", action="store_true", help="one JSON object per answer instead of its text")
     add("-v", "--verbose", action="store_true", help="show llama.cpp's own log")
     return parser, twins

@@ -8,10 +8,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 from .. import native
 from ..native.shapes import metadata
+from ..reuse.binding import binding
+from ..reuse.prefixes import Prefixes
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
 from .errors import ChatError
@@ -26,7 +29,9 @@ class Engine:
         self.options = options
         self.say = say
         self.capsule: native.Capsule | None = None
+        self.capsule_path: Path | None = None
         self.mtmd_ctx: int | None = None
+        self.prefixes: Prefixes | None = None
         with ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
@@ -62,6 +67,11 @@ class Engine:
             self._open_projector(stack)
             self._open_capsule(stack)
         self._open_context(stack)
+        if options.image_cache is not None and self.mmproj is not None:
+            try:
+                self.prefixes = Prefixes(options.image_cache, options.image_cache_mib, self.binding, self.llama, self.say)
+            except OSError as error:
+                raise ChatError(f"--image-cache {options.image_cache}: {error.strerror or error}") from None
 
     def _open_model(self, stack: ExitStack) -> None:
         params = self.llama.llama_model_default_params()
@@ -109,7 +119,7 @@ class Engine:
         if path is None:
             self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.path, self.mmproj)}")
             return
-        self.capsule = native.Capsule.load(self.model, path)
+        self.capsule, self.capsule_path = native.Capsule.load(self.model, path), path
         stack.callback(self.capsule.close)
 
     def _open_context(self, stack: ExitStack) -> None:
@@ -133,6 +143,14 @@ class Engine:
         stack.callback(self.llama.llama_free, self.ctx)
         self.memory = self.llama.llama_get_memory(self.ctx)
         self.n_ctx = self.llama.llama_n_ctx(self.ctx)
+
+    @cached_property
+    def binding(self) -> str:
+        """What a state on disk must have been saved with to be used here."""
+        options = self.options
+        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "ratio")
+        settings = {"n_ctx": self.n_ctx, **{name: getattr(options, name) for name in names}}
+        return binding(self.path, self.mmproj, self.capsule_path, settings, self.native.directory)
 
     def threads(self) -> int:
         if self.options.threads:

@@ -10,10 +10,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ..reuse.digest import bytes_digest
 from .errors import ChatError
 
 MAX_BYTES = 64 << 20
@@ -26,18 +28,28 @@ class ImageError(ChatError):
 
 @dataclass(frozen=True)
 class Picture:
-    """rgb: height * width * 3 bytes; name: what the user called it."""
+    """rgb: height * width * 3 bytes; name: what the user called it; data: the file it came from."""
 
     name: str
     width: int
     height: int
     rgb: bytes
+    data: bytes = b""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the projector is given: equal for equal pixels, whatever file they came in."""
+        return bytes_digest(b"rgb %d %d" % (self.width, self.height), self.rgb)
 
 
 def load(source: str) -> Picture:
     """Raises ImageError."""
     name = source if len(source) <= 80 else source[:77] + "..."
-    data = _read(source, name)
+    return decode(_read(source, name), name)
+
+
+def decode(data: bytes, name: str) -> Picture:
+    """Raises ImageError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             # the orientation a camera noted; then the first frame, on white where it is transparent
@@ -47,7 +59,7 @@ def load(source: str) -> Picture:
     # Pillow raises many kinds for damaged files
     except Exception as error:
         raise ImageError(f"{name}: damaged picture ({' '.join(str(error).split()) or type(error).__name__})") from error
-    return Picture(name, rgb.width, rgb.height, rgb.tobytes())
+    return Picture(name, rgb.width, rgb.height, rgb.tobytes(), data)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

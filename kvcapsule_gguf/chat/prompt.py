@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..reuse.digest import bytes_digest
+from ..reuse.parts import ImagePart, Item
 from .engine import Engine
 from .errors import ChatError
 from .images import Picture
@@ -14,12 +16,18 @@ from .images import Picture
 
 @dataclass(frozen=True)
 class Chunk:
-    """tokens: text, else None; handle: of a picture (or of a slice of one), with the index of its picture; n_tokens are cells, not positions."""
+    """tokens: text, else None; handle: of a picture (or of a slice of one), with its identity and the index of its picture; n_tokens are cells, not
+    positions."""
 
     n_tokens: int
     tokens: list[int] | None = None
     handle: int | None = None
     picture: int = -1
+    image: ImagePart | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        return self.tokens if self.tokens is not None else [self.image]
 
 
 @contextmanager
@@ -45,23 +53,33 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
         if status != 0:
             names = ", ".join(picture.name for picture in pictures)
             raise ChatError(f"{names or 'the prompt'} cannot be prepared for the model: {engine.log.take() or f'status {status}'}")
-        yield [_chunk(mtmd, mtmd.mtmd_input_chunks_get(found, i)) for i in range(mtmd.mtmd_input_chunks_size(found))]
+        count = mtmd.mtmd_input_chunks_size(found)
+        yield read_chunks(mtmd, [mtmd.mtmd_input_chunks_get(found, i) for i in range(count)], [picture.digest for picture in pictures])
     finally:
         mtmd.mtmd_input_chunks_free(found)
         for handle in handles:
             mtmd.mtmd_bitmap_free(handle)
 
 
-def _chunk(mtmd, handle: int) -> Chunk:
-    kind = mtmd.mtmd_input_chunk_get_type(handle)
-    n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(handle)
-    if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-        n = ctypes.c_size_t()
-        tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(n))
-        return Chunk(n.value, tokens=list(tokens[: n.value]))
-    if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-        return Chunk(n_tokens, handle=handle, picture=int(mtmd.mtmd_input_chunk_get_id(handle) or b"0"))
-    raise ChatError("only text and pictures can be in a prompt")
+def read_chunks(mtmd, handles: list[int], digests: list[str]) -> list[Chunk]:
+    """mtmd's chunks; the bitmap of digests[i] has the id str(i). Raises ChatError for what is neither text nor a picture."""
+    found: list[Chunk] = []
+    for handle in handles:
+        kind = mtmd.mtmd_input_chunk_get_type(handle)
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(handle)
+        if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            n = ctypes.c_size_t()
+            tokens = mtmd.mtmd_input_chunk_get_tokens_text(handle, ctypes.byref(n))
+            found.append(Chunk(n.value, tokens=list(tokens[: n.value])))
+        elif kind == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+            picture = int(mtmd.mtmd_input_chunk_get_id(handle) or b"0")
+            piece = sum(chunk.picture == picture for chunk in found)
+            digest = bytes_digest(digests[picture].encode(), b"%d" % piece)
+            image = ImagePart(digest, mtmd.mtmd_input_chunk_get_n_pos(handle), n_tokens)
+            found.append(Chunk(n_tokens, handle=handle, picture=picture, image=image))
+        else:
+            raise ChatError("only text and pictures can be in a prompt")
+    return found
 
 
 def _tokenize(engine: Engine, text: str, first: bool) -> list[int]:

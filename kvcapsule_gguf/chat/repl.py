@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from collections.abc import Callable
 
 from ..native import CapsuleError
-from . import images, stats
+from . import images, saved, stats
 from .errors import ChatError
 from .images import Picture
 from .session import Session
 
 HELP = """\
 /image PATH   add a picture to the next question (path, http(s) or data URL)
+/undo         take back the last question and its answer
+/save FILE    keep the conversation, pictures and all
+/load FILE    go on with a kept one
 /clear        forget the conversation and its pictures
 /stats        what the cache holds: tokens, slots per tier, MiB before and after
 /help         this list
@@ -69,6 +73,16 @@ def _command(session: Session, line: str, pending: list[Picture]) -> bool:
         session.clear()
         pending.clear()
         note("forgotten")
+    elif name == "/undo":
+        question = session.undo()
+        note("nothing to take back" if question is None else f"taken back: {question}")
+    elif name in ("/save", "/load") and not rest:
+        note(f"error: {name} needs a file")
+    elif name == "/save":
+        note(saved.save(session, Path(rest).expanduser()))
+    elif name == "/load":
+        note(saved.load(session, Path(rest).expanduser()))
+        pending.clear()
     elif name == "/stats":
         print(stats.table(session.engine, session.state.images, session.state.n_cells), file=sys.stderr)
     elif name == "/image" and rest and rest != "-":

@@ -15,9 +15,11 @@ assert BITS.keys() == CACHE_TYPES.keys()
 
 @dataclass
 class ImageUse:
-    """One picture of the conversation. tokens: cells before compression; moved: those in slots now; slots: (economy, faithful)."""
+    """One picture of the conversation. first: its place among the items of the cache; tokens: cells before compression; moved: those in slots now;
+    slots: (economy, faithful)."""
 
     name: str
+    first: int = 0
     tokens: int = 0
     moved: int = 0
     slots: tuple[int, int] = (0, 0)
@@ -33,6 +35,12 @@ class ImageUse:
             "kv_bytes_f16_equivalent": self.bytes_f16,
             "kv_bytes": self.bytes_now,
         }
+
+    @classmethod
+    def from_json(cls, value: dict) -> ImageUse:
+        """The opposite of as_json() with `first` added. Raises KeyError, TypeError."""
+        slots = (value["slots"]["economy"], value["slots"]["faithful"])
+        return cls(value["name"], value["first"], value["tokens"], value["tokens_compressed"], slots, value["kv_bytes_f16_equivalent"], value["kv_bytes"])
 
 
 @dataclass(frozen=True)

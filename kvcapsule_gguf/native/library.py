@@ -52,8 +52,10 @@ def library_dir() -> Path:
 
 
 def load(directory: Path | None = None) -> Native:
-    """Loads the libraries once per process. Raises NativeError when that is impossible."""
+    """Loads the libraries once per process; without a folder, those that are loaded already, or library_dir(). Raises NativeError."""
     global _loaded
+    if _loaded is not None and directory is None:
+        return _loaded
     directory = Path(directory).resolve() if directory else library_dir()
     if _loaded is not None:
         if _loaded.directory != directory:

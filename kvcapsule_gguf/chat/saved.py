@@ -1,0 +1,81 @@
+"""/save and /load: a conversation in a file, with its pictures and the state of the cache.
+
+The state is used only where model, projector, capsule and settings are the same; otherwise the conversation is there and is evaluated again when it goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..reuse import container, memory
+from ..reuse.parts import from_json, to_json
+from . import images
+from .contents import SEQ
+from .errors import ChatError
+from .session import Session
+
+KIND = "conversation"
+
+
+def save(session: Session, path: Path) -> str:
+    """Returns a line for the user. Raises ChatError."""
+    engine, state = session.engine, session.state
+    data = memory.state(engine.llama, engine.ctx, SEQ) if state.items else None
+    header = {
+        "kind": KIND,
+        "binding": engine.binding,
+        "marker": session.marker,
+        "messages": session.messages,
+        "pictures": [picture.name for picture in session.pictures],
+        "text": state.text,
+        "items": to_json(state.items),
+        "images": state.to_note(),
+        "pos_max": engine.llama.llama_memory_seq_pos_max(engine.memory, SEQ),
+    }
+    blobs = [data or b"", *(picture.data for picture in session.pictures)]
+    try:
+        container.write(path, header, blobs)
+        return f"{path}: {path.stat().st_size / 2**20:.1f} MiB"
+    except OSError as error:
+        raise ChatError(f"{path}: {error.strerror or error}") from None
+
+
+def load(session: Session, path: Path) -> str:
+    """Returns a line for the user. Raises ChatError; the conversation is then as it was."""
+    try:
+        header, blobs = container.read(path)
+        if header.get("kind") != KIND:
+            raise container.Damaged(f"{path} is not a kept conversation")
+        messages = [{"role": str(m["role"]), "content": _marked(m["content"], header["marker"], session.marker)} for m in header["messages"]]
+        pictures = [images.decode(bytes(blob), str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
+        items = from_json(header["items"])
+        text, note, pos_max = _marked(header["text"], header["marker"], session.marker), header["images"], int(header["pos_max"])
+    except OSError as error:
+        raise ChatError(f"{path}: {error.strerror or error}") from None
+    except container.Damaged as error:
+        raise ChatError(str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ChatError(f"{path} is not a conversation that this version reads ({error!r})") from None
+    session.clear()
+    session.messages, session.pictures = messages, pictures
+    turns = sum(message["role"] == "user" for message in messages)
+    said = f"{turns} question{'s' * (turns != 1)} and {len(pictures)} picture{'s' * (len(pictures) != 1)}"
+    if _restore(session, header["binding"], items, note, blobs[0], pos_max):
+        session.state.text = text
+        return f"{said}, ready"
+    return f"{said}; saved with other files or settings, so they are read again with the next question"
+
+
+def _restore(session: Session, binding: str, items: list, note: Any, blob: memoryview, pos_max: int) -> bool:
+    engine = session.engine
+    if not items:
+        return True
+    if binding != engine.binding or not memory.restore(engine.llama, engine.ctx, SEQ, blob, pos_max):
+        return False
+    session.state.load(items, note)
+    return True
+
+
+def _marked(text: str, theirs: str, ours: str) -> str:
+    return str(text).replace(theirs, ours)

@@ -1,0 +1,262 @@
+"""A picture is paid for once: over turns, changed questions, restarts. In one process, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from chat_model import TOKENS, write_mmproj, write_model, write_picture
+from conftest import library
+from make_capsule import random_capsule
+from test_native import require_capsules
+
+from kvcapsule_gguf import native
+from kvcapsule_gguf.chat import args, images, saved
+from kvcapsule_gguf.chat.engine import Engine
+from kvcapsule_gguf.chat.errors import ChatError
+from kvcapsule_gguf.chat.session import Session, Turn
+from kvcapsule_gguf.reuse import container
+
+ARCHS = ("llama", "qwen2vl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_capsules()
+    native.load(library("patched"))
+    root = tmp_path_factory.mktemp("cache")
+    for arch in ARCHS:
+        (root / arch).mkdir()
+        model = write_model(root / arch / "tiny.gguf", arch=arch)
+        write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=8, lossless=False)
+        random_capsule(model, root / arch / "other.gguf", block_size=8, seed=2)
+    write_mmproj(root / "llama" / "other-mmproj.gguf", seed=9)
+    for name, seed in (("a.png", 3), ("b.png", 4), ("c.png", 5)):
+        write_picture(root / name, seed=seed, size=(112, 112))
+    return root
+
+
+class Chat:
+    def __init__(self, session: Session, folder: Path) -> None:
+        self.session, self.folder = session, folder
+
+    def ask(self, question: str, *pictures: str) -> Turn:
+        return self.session.ask(question, [images.load(str(self.folder / name)) for name in pictures], lambda text: None)
+
+    def vision(self) -> int:
+        return sum(image.tokens for image in self.session.state.images)
+
+
+@contextmanager
+def chat(folder: Path, arch: str = "llama", *arguments: str | Path) -> Iterator[Chat]:
+    told: list[str] = []
+    options = args.parse([str(folder / arch / "tiny.gguf"), "-n", "6", "--temp", "0", "-t", "1", "-c", "1024", *map(str, arguments)], {})
+    with Engine(options, told.append) as engine:
+        yield Chat(Session(engine, options), folder)
+
+
+def counts(turn: Turn) -> tuple[int, int]:
+    return turn.images_encoded, turn.images_loaded
+
+
+# --- turns -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("capsule", ["auto", "off"])
+def test_ten_questions_about_three_pictures_encode_three(folder: Path, arch: str, capsule: str) -> None:
+    with chat(folder, arch, "--capsule", capsule) as c:
+        turns = [c.ask("what?", name) for name in ("a.png", "b.png", "c.png")] + [c.ask(f"and {i}?") for i in range(7)]
+    assert sum(turn.images_encoded for turn in turns) == 3
+    assert all(turn.vision_tokens == 0 and turn.tokens_evaluated < 40 for turn in turns[3:])
+    assert turns[-1].tokens_reused == sum(turn.tokens_evaluated + turn.generated_tokens for turn in turns[:-1])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_changed_question_keeps_what_is_before_it(folder: Path, arch: str) -> None:
+    with chat(folder, arch) as c:
+        c.ask("what?", "a.png")
+        first = c.ask("this?", "b.png")
+        assert c.session.undo() == "this?"
+        again = c.ask("this?", "b.png")
+        # the second picture is where it was, and only the question after it is read
+        assert counts(again) == (0, 0) and again.vision_tokens == 0 and again.answer == first.answer
+        c.session.undo()
+        other = c.ask("that?", "c.png")
+        assert counts(other) == (1, 0) and other.tokens_reused > TOKENS
+        assert c.vision() == 2 * TOKENS and [image.name[-5:] for image in c.session.state.images] == ["a.png", "c.png"]
+        c.session.undo(), c.session.undo()
+        assert c.session.undo() is None and c.session.pictures == []
+        fresh = c.ask("what?", "b.png")
+    with chat(folder, arch) as c:
+        assert c.ask("what?", "b.png").answer == fresh.answer
+
+
+def test_a_change_of_an_earlier_message(folder: Path) -> None:
+    with chat(folder) as c:
+        for question, name in (("one?", "a.png"), ("two?", "b.png"), ("three?", "c.png")):
+            c.ask(question, name)
+        c.session.messages[2]["content"] += " (really)"
+        c.session.state.text = ""
+        turn = c.ask("four?")
+        # the first two pictures stand before the change
+        assert counts(turn) == (1, 0)
+
+
+# --- restarts ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("capsule", ["auto", "off"])
+def test_the_next_start_neither_encodes_nor_prefills(folder: Path, tmp_path: Path, arch: str, capsule: str) -> None:
+    arguments = ("--capsule", capsule, "--image-cache", tmp_path / "cache")
+    with chat(folder, arch, *arguments) as c:
+        first = [c.ask("what?", "a.png", "b.png"), c.ask("and?")]
+        slots = [image.slots for image in c.session.state.images]
+    with chat(folder, arch, *arguments) as c:
+        second = [c.ask("what?", "a.png", "b.png"), c.ask("and?")]
+        assert [image.slots for image in c.session.state.images] == slots
+        if capsule == "auto":
+            assert native.stats(c.session.engine.ctx).n_cold == 2 * TOKENS
+    with chat(folder, arch, "--capsule", capsule) as c:
+        without = [c.ask("what?", "a.png", "b.png"), c.ask("and?")]
+    assert [counts(turn) for turn in first + second] == [(2, 0), (0, 0), (0, 2), (0, 0)]
+    assert second[0].vision_tokens == 0 and second[0].tokens_evaluated == first[0].tokens_evaluated - second[0].tokens_reused
+    assert [turn.answer for turn in first] == [turn.answer for turn in second] == [turn.answer for turn in without]
+
+
+def test_another_question_and_a_longer_conversation_use_the_same_picture(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--image-cache", tmp_path / "cache")
+    with chat(folder, "llama", *arguments) as c:
+        c.ask("what?", "a.png")
+        c.ask("this?", "b.png")
+    with chat(folder, "llama", *arguments) as c:
+        assert counts(c.ask("something else?", "a.png")) == (0, 1)
+        # another question before it: its cache would be another one
+        assert counts(c.ask("this?", "b.png")) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [("--capsule", "off"), ("--capsule", "other.gguf"), ("--mmproj", "other-mmproj.gguf"), ("--image-max-tokens", "8"), ("-sys", "be kind"), ("-ctk", "q8_0", "-fa", "on")],
+)
+def test_anything_else_is_a_miss(folder: Path, tmp_path: Path, changed: tuple[str, ...]) -> None:
+    changed = tuple(str(folder / "llama" / part) if part.endswith(".gguf") else part for part in changed)
+    with chat(folder, "llama", "--image-cache", tmp_path / "cache") as c:
+        c.ask("what?", "a.png")
+    with chat(folder, "llama", "--image-cache", tmp_path / "cache", *changed) as c:
+        assert counts(c.ask("what?", "a.png")) == (1, 0)
+    with chat(folder, "llama", "--image-cache", tmp_path / "cache") as c:
+        assert counts(c.ask("what?", "b.png")) == (1, 0)
+        c.session.clear()
+        assert counts(c.ask("what?", "a.png")) == (0, 1)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def nonsense_inside(path: Path) -> None:
+    """A checksum that fits, around a state that the library must refuse."""
+    header, (blob,) = container.read(path)
+    container.write(path, header, [bytes(64) + bytes(blob[64:])])
+
+
+def cut_inside(path: Path) -> None:
+    header, (blob,) = container.read(path)
+    container.write(path, header, [blob[: len(blob) // 2]])
+
+
+def renamed(path: Path) -> None:
+    header, (blob,) = container.read(path)
+    container.write(path, {**header, "key": "0" * 64}, [blob])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, nonsense_inside, cut_inside, renamed])
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_damaged_entry_is_a_miss(folder: Path, tmp_path: Path, damage: Callable[[Path], None], in_use: bool) -> None:
+    """in_use: there is a conversation in the cache already, which the state would replace."""
+    arguments = ("--image-cache", tmp_path / "cache")
+    with chat(folder, "llama", *arguments) as c:
+        if in_use:
+            c.ask("hello")
+        expected = c.ask("what?", "a.png")
+    (entry,) = (tmp_path / "cache").iterdir()
+    damage(entry)
+    with chat(folder, "llama", *arguments) as c:
+        if in_use:
+            c.ask("hello")
+        turn = c.ask("what?", "a.png")
+        assert counts(turn) == (1, 0) and turn.answer == expected.answer
+        assert c.vision() == TOKENS
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ChatError, match="--image-cache"), chat(folder, "llama", "--image-cache", folder / "a.png"):
+        pass
+    with chat(folder, "llama", "--image-cache", tmp_path) as c:
+        monkeypatch.setattr(container, "write", full)
+        assert counts(c.ask("what?", "a.png")) == (1, 0)
+        assert counts(c.ask("this?", "b.png")) == (1, 0)
+
+
+# --- /save and /load ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_conversation_goes_on_after_a_restart(folder: Path, tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "talk"
+    with chat(folder, arch) as c:
+        c.ask("what?", "a.png")
+        saved.save(c.session, path)
+        expected = [c.ask("and?"), c.ask("this?", "b.png")]
+    with chat(folder, arch) as c:
+        c.ask("something else", "c.png")
+        assert saved.load(c.session, path) == "1 question and 1 picture, ready"
+        turns = [c.ask("and?"), c.ask("this?", "b.png")]
+        assert c.vision() == 2 * TOKENS
+        # the picture came along, so an earlier point can be gone back to
+        c.session.undo(), c.session.undo()
+        assert counts(c.ask("and?")) == (0, 0)
+    assert [turn.answer for turn in turns] == [turn.answer for turn in expected]
+    assert [counts(turn) for turn in turns] == [(0, 0), (1, 0)]
+    assert turns[0].tokens_evaluated == expected[0].tokens_evaluated
+
+
+def test_a_conversation_of_other_settings_is_read_again(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with chat(folder) as c:
+        c.ask("what?", "a.png")
+        saved.save(c.session, path)
+    with chat(folder, "llama", "--capsule", "off") as c:
+        assert "read again" in saved.load(c.session, path)
+        assert counts(c.ask("and?")) == (1, 0)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_a_damaged_file_is_refused_and_the_conversation_stays(folder: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = tmp_path / "talk"
+    with chat(folder) as c:
+        c.ask("what?", "a.png")
+        saved.save(c.session, path)
+        damage(path)
+        with pytest.raises(ChatError, match="damaged"):
+            saved.load(c.session, path)
+        with pytest.raises(ChatError, match="No such file"):
+            saved.load(c.session, tmp_path / "no")
+        with pytest.raises(ChatError, match="not a saved state|cut off"):
+            saved.load(c.session, folder / "a.png")
+        turn = c.ask("and?")
+        assert counts(turn) == (0, 0) and c.vision() == TOKENS
