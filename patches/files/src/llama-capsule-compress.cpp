@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <limits>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -70,10 +71,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         const uint32_t n_more = std::count_if(blocks.begin() + i, blocks.end(), [&](const block & b) { return b.i_pool == blocks[i].i_pool; });
 
         if (!alloc(blocks[i], n_more)) {
-            if (!warned_alloc) {
-                LLAMA_LOG_WARN("%s: no room for more capsule slots, images stay in the hot KV cache\n", __func__);
-                warned_alloc = true;
-            }
+            warn_alloc();
             blocks.resize(i);
             break;
         }
@@ -113,7 +111,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
 
             size_t first = 0;
             for (block * b : todo) {
-                const auto & pool  = pools[b->i_pool];
+                auto       & pool  = pools[b->i_pool];
                 const auto & codec = pool.codecs[l];
                 const size_t n     = b->idxs.size();
 
@@ -144,6 +142,9 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
                 }
 
                 ggml_backend_tensor_set(pool.layers[l].blob, slot.data(), b->i_slot*slot.size(), slot.size());
+
+                auto & hash = pool.hash[b->i_slot];
+                hash = llama_capsule_state_hash(slot.data(), slot.size(), l == 0 ? 0 : hash);
             }
         }
     };
@@ -160,8 +161,13 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         }
     }
     for (auto & b : blocks) {
-        if (b.failed && alloc(b, n_failed)) {
+        if (!b.failed) {
+            continue;
+        }
+        if (alloc(b, n_failed)) {
             n_failed--;
+        } else {
+            warn_alloc();
         }
     }
 
@@ -190,7 +196,7 @@ uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_
 
     const auto & cells = kv.v_cells[0];
 
-    uint32_t res = 0;
+    std::vector<std::vector<uint32_t>> runs;
 
     std::vector<uint32_t> run;
     for (uint32_t i : reader.find(seq_id, p0, p1)) {
@@ -200,7 +206,7 @@ uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_
         const bool next = !run.empty() && kv.hparams.n_pos_per_embd() > 1 && cells.pos_get(run.back()) != cells.pos_get(i);
 
         if ((!vision || next) && !run.empty()) {
-            res += compress_run(run);
+            runs.push_back(std::move(run));
             run.clear();
         }
         if (vision) {
@@ -208,7 +214,17 @@ uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_
         }
     }
     if (!run.empty()) {
-        res += compress_run(run);
+        runs.push_back(std::move(run));
+    }
+
+    uint32_t res = 0;
+    for (const auto & r : runs) {
+        try {
+            res += compress_run(r);
+        } catch (const std::bad_alloc &) {
+            warn_alloc();
+            update_used(); // gives back the slots without cells
+        }
     }
 
     return res;
@@ -240,22 +256,37 @@ void llama_capsule_store::close_spans(const llama_batch_ext & batch) {
     }
 }
 
-uint32_t llama_capsule_store::compress_spans(bool only_closed) {
+uint32_t llama_capsule_store::compress_closed() {
     uint32_t res = 0;
 
     for (auto & [seq_id, list] : spans) {
-        std::vector<span> todo;
-        for (auto it = list.begin(); it != list.end();) {
-            if (it->closed || !only_closed) {
-                todo.push_back(*it);
-                it = list.erase(it);
-            } else {
-                ++it;
-            }
-        }
+        const auto first = std::stable_partition(list.begin(), list.end(), [](const span & sp) { return !sp.closed; });
+        const std::vector<span> todo(first, list.end());
+
+        list.erase(first, list.end());
+
         for (const auto & sp : todo) {
             res += compress(seq_id, sp.p0, sp.p1);
         }
+    }
+
+    return res;
+}
+
+// what an earlier lack of memory, a cut or a restored state left in the hot cells, but no image in the making
+uint32_t llama_capsule_store::compress_rest() {
+    uint32_t res = 0;
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) kv.n_seq_max; ++s) {
+        llama_pos p1 = std::numeric_limits<llama_pos>::max();
+
+        const auto it = spans.find(s);
+        if (it != spans.end()) {
+            for (const auto & sp : it->second) {
+                p1 = std::min(p1, sp.p0);
+            }
+        }
+        res += compress(s, 0, p1);
     }
 
     return res;
@@ -267,7 +298,7 @@ void llama_capsule_store::decode_begin(const llama_batch_ext & batch) {
     }
 
     close_spans(batch);
-    compress_spans(true);
+    compress_closed();
 }
 
 void llama_capsule_store::decode_end(const llama_batch_ext & batch) {
@@ -336,7 +367,7 @@ bool llama_capsule_store::make_room(const llama_batch_ext & batch) {
         }
     }
 
-    if (p.auto_compress && compress_spans(true) > 0) {
+    if (p.auto_compress && (compress_closed() > 0 || compress_rest() > 0)) {
         return true;
     }
 

@@ -260,7 +260,7 @@ bool llama_capsule_store::reserve_scratch() {
         ggml_set_name(k, "capsule_scratch_k");
         ggml_set_name(v, "capsule_scratch_v");
 
-        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), s.buft) };
+        auto buf = alloc_buf(ctx.get(), s.buft);
         if (!buf) {
             return false;
         }

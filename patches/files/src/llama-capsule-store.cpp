@@ -2,12 +2,12 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <cstdlib>
 #include <limits>
 
 static constexpr uint32_t CAPSULE_COLS_PAD = 256; // FATTN_KQ_STRIDE
@@ -24,8 +24,15 @@ static uint32_t capsule_n_chunk(const llama_capsule_data & data) {
     return n_cols/data.block_size;
 }
 
+// LLAMA_KVCAPSULE_LIMIT=BYTES: images that need more stay in the hot cells
+static size_t capsule_bytes_limit() {
+    const char * limit = getenv("LLAMA_KVCAPSULE_LIMIT");
+
+    return limit ? strtoull(limit, nullptr, 10) : 0;
+}
+
 llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & kv, const params & params) :
-    lctx(lctx), kv(kv), p(params), n_chunk(capsule_n_chunk(*params.data)), reader(lctx, kv) {
+    lctx(lctx), kv(kv), p(params), n_chunk(capsule_n_chunk(*params.data)), reader(lctx, kv), n_bytes_limit(capsule_bytes_limit()) {
     const uint32_t n_cells_max = lctx.get_cparams().n_ctx_seq;
 
     for (int ip = 0; ip < N_TIERS; ++ip) {
@@ -37,6 +44,7 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
 
         pool.cells.resize(n_slots_max*N());
         pool.used.resize(n_slots_max, false);
+        pool.hash.resize(n_slots_max, 0);
         pool.layers.resize(data().layers.size());
 
         for (uint32_t i = 0; i < data().layers.size(); ++i) {
@@ -118,6 +126,33 @@ void llama_capsule_store::update_used() {
     }
 }
 
+size_t llama_capsule_store::n_bytes_grown() const {
+    size_t res = 0;
+    for (const auto & pool : pools) {
+        for (const auto & layer : pool.layers) {
+            res += layer.buf ? ggml_backend_buffer_get_size(layer.buf.get()) : 0;
+        }
+    }
+    for (const auto & s : scratches) {
+        res += s.buf ? ggml_backend_buffer_get_size(s.buf.get()) : 0;
+    }
+    return res;
+}
+
+ggml_backend_buffer_ptr llama_capsule_store::alloc_buf(ggml_context * ctx, ggml_backend_buffer_type_t buft) const {
+    if (n_bytes_limit > 0 && n_bytes_grown() + ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, buft) > n_bytes_limit) {
+        return nullptr;
+    }
+    return ggml_backend_buffer_ptr { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+}
+
+void llama_capsule_store::warn_alloc() {
+    if (!warned_alloc) {
+        LLAMA_LOG_WARN("%s: no room for more capsule slots (%.1f MiB in use): images stay in the hot KV cache\n", __func__, n_bytes_grown()/1024.0/1024.0);
+        warned_alloc = true;
+    }
+}
+
 bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots) {
     const auto & layer  = data().layers[i_layer];
     const auto & codec  = pool.codecs[i_layer];
@@ -135,7 +170,7 @@ bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_
     res.blob = ggml_new_tensor_1d(res.ctx.get(), GGML_TYPE_I8, layout.slot_stride*n_slots);
     ggml_format_name(res.blob, "capsule_%d_l%d", (int) pool.i_tier, layer.il);
 
-    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), layer_buft(i_layer)));
+    res.buf = alloc_buf(res.ctx.get(), layer_buft(i_layer));
     if (!res.buf) {
         return false;
     }
@@ -168,9 +203,12 @@ bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_
 
     auto & old = pool.layers[i_layer];
     if (old.blob) {
-        std::vector<uint8_t> buf(ggml_nbytes(old.blob));
-        ggml_backend_tensor_get(old.blob, buf.data(), 0, buf.size());
-        ggml_backend_tensor_set(res.blob, buf.data(), 0, std::min(buf.size(), ggml_nbytes(res.blob)));
+        // slot by slot: memory is scarce
+        std::vector<uint8_t> buf(layout.slot_stride);
+        for (uint32_t s = 0; s < pool.n_used; ++s) {
+            ggml_backend_tensor_get(old.blob, buf.data(), s*buf.size(), buf.size());
+            ggml_backend_tensor_set(res.blob, buf.data(), s*buf.size(), buf.size());
+        }
     }
 
     // layer by layer: only one layer exists twice
@@ -180,13 +218,18 @@ bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_
 }
 
 bool llama_capsule_store::grow_pool(pool & pool, uint32_t n_slots) {
-    n_slots = std::max(n_slots, pool.n_slots + pool.n_slots/2);
-    n_slots = std::min<uint32_t>(n_slots, pool.used.size());
+    const uint32_t n_max = pool.used.size();
 
+    return grow_pool_to(pool, std::min(n_max, std::max(n_slots, pool.n_slots + pool.n_slots/2))) ||
+           grow_pool_to(pool, std::min(n_max, n_slots));
+}
+
+bool llama_capsule_store::grow_pool_to(pool & pool, uint32_t n_slots) {
     if (n_slots <= pool.n_slots) {
         return false;
     }
 
+    // note: also when it fails half way, some tensors are new
     touch();
 
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
@@ -239,52 +282,61 @@ void llama_capsule_store::clear() {
     update_used();
 }
 
-void llama_capsule_store::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    bool removed = false;
-
+template<typename F>
+void llama_capsule_store::for_cold(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F fn) {
     for (auto & pool : pools) {
-        for (uint32_t i = 0; i < pool.cells.used_max_p1(); ++i) {
-            if (!pool.cells.pos_in(i, p0, p1)) {
-                continue;
-            }
-            if (seq_id < 0) {
-                pool.cells.rm(i);
-                removed = true;
-            } else if (pool.cells.seq_has(i, seq_id)) {
-                pool.cells.seq_rm(i, seq_id);
-                removed = true;
+        for (uint32_t i = 0; i < pool.n_used*N(); ++i) {
+            if (pool.cells.pos_in(i, p0, p1) && (seq_id < 0 || pool.cells.seq_has(i, seq_id))) {
+                fn(pool.cells, i);
             }
         }
-    }
-
-    // what is left of a pending image stays hot
-    for (auto & [s, list] : spans) {
-        if (seq_id < 0 || s == seq_id) {
-            list.erase(std::remove_if(list.begin(), list.end(), [&](const span & sp) { return sp.p0 < p1 && sp.p1 > p0; }), list.end());
-        }
-    }
-
-    if (removed) {
-        update_used();
     }
 }
 
+template<typename F>
+void llama_capsule_store::drop_spans(llama_seq_id seq_id, F fn) {
+    for (auto & [s, list] : spans) {
+        if (seq_id < 0 || s == seq_id) {
+            list.erase(std::remove_if(list.begin(), list.end(), fn), list.end());
+        }
+    }
+}
+
+void llama_capsule_store::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    for_cold(seq_id, p0, p1, [&](llama_kv_cells & cells, uint32_t i) {
+        if (seq_id < 0) {
+            cells.rm(i);
+        } else {
+            cells.seq_rm(i, seq_id);
+        }
+    });
+
+    drop_spans(seq_id, [&](const span & sp) { return sp.p0 < p1 && sp.p1 > p0; });
+
+    update_used();
+}
+
 void llama_capsule_store::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    for (auto & pool : pools) {
-        for (uint32_t i = 0; i < pool.n_used*N(); ++i) {
-            if (pool.cells.pos_in(i, p0, p1) && pool.cells.seq_has(i, seq_id_src) && !pool.cells.seq_has(i, seq_id_dst)) {
-                pool.cells.seq_add(i, seq_id_dst);
+    for_cold(seq_id_src, p0, p1, [&](llama_kv_cells & cells, uint32_t i) {
+        if (!cells.seq_has(i, seq_id_dst)) {
+            cells.seq_add(i, seq_id_dst);
+        }
+    });
+
+    // the copy may outlive the original
+    const auto it = spans.find(seq_id_src);
+    if (it != spans.end()) {
+        const auto list = it->second;
+        for (const auto & sp : list) {
+            if (sp.p0 >= p0 && sp.p1 <= p1) {
+                spans[seq_id_dst].push_back(sp);
             }
         }
     }
 }
 
 void llama_capsule_store::seq_keep(llama_seq_id seq_id) {
-    for (auto & pool : pools) {
-        for (uint32_t i = 0; i < pool.n_used*N(); ++i) {
-            pool.cells.seq_keep(i, seq_id);
-        }
-    }
+    for_cold(-1, 0, std::numeric_limits<llama_pos>::max(), [&](llama_kv_cells & cells, uint32_t i) { cells.seq_keep(i, seq_id); });
 
     for (auto it = spans.begin(); it != spans.end();) {
         it = it->first == seq_id ? std::next(it) : spans.erase(it);
@@ -294,31 +346,38 @@ void llama_capsule_store::seq_keep(llama_seq_id seq_id) {
 }
 
 void llama_capsule_store::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    for (auto & pool : pools) {
-        for (uint32_t i = 0; i < pool.n_used*N(); ++i) {
-            if (pool.cells.pos_in(i, p0, p1) && pool.cells.seq_has(i, seq_id)) {
-                pool.cells.pos_add(i, shift);
-            }
-        }
+    for_cold(seq_id, p0, p1, [&](llama_kv_cells & cells, uint32_t i) { cells.pos_add(i, shift); });
 
-        // RoPE is applied when the slot is read: there is no data to update
+    // RoPE is applied when the slot is read: there is no data to update
+    for (auto & pool : pools) {
         pool.cells.reset_shift();
     }
-    spans.erase(seq_id);
+
+    auto inside = [&](const span & sp) { return sp.p0 >= p0 && sp.p1 <= p1; };
+
+    drop_spans(seq_id, [&](const span & sp) { return sp.p0 < p1 && sp.p1 > p0 && !(inside(sp) && sp.p0 + shift >= 0); });
+
+    const auto it = spans.find(seq_id);
+    if (it != spans.end()) {
+        for (auto & sp : it->second) {
+            if (inside(sp)) {
+                sp.p0 += shift;
+                sp.p1 += shift;
+            }
+        }
+    }
 
     update_used();
 }
 
 void llama_capsule_store::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    for_cold(seq_id, p0, p1, [&](llama_kv_cells & cells, uint32_t i) { cells.pos_div(i, d); });
+
     for (auto & pool : pools) {
-        for (uint32_t i = 0; i < pool.n_used*N(); ++i) {
-            if (pool.cells.pos_in(i, p0, p1) && pool.cells.seq_has(i, seq_id)) {
-                pool.cells.pos_div(i, d);
-            }
-        }
         pool.cells.reset_shift();
     }
-    spans.erase(seq_id);
+
+    drop_spans(seq_id, [&](const span & sp) { return sp.p0 < p1 && sp.p1 > p0; });
 }
 
 llama_pos llama_capsule_store::seq_pos_min(llama_seq_id seq_id, llama_pos pos_hot) const {
@@ -366,98 +425,135 @@ void llama_capsule_store::memory_breakdown(std::map<ggml_backend_buffer_type_t, 
 //
 
 static constexpr uint32_t CAPSULE_STATE_MAGIC   = 0x5343564b; // "KVCS"
-static constexpr uint32_t CAPSULE_STATE_VERSION = 1;
+static constexpr uint32_t CAPSULE_STATE_VERSION = 2;
 
+// followed by the description of the slots (llama-capsule-state.h), then the data of each slot, layer by layer
 struct capsule_state_header {
     uint32_t magic;
     uint32_t version;
     uint64_t capsule; // id of the file
     uint32_t i_tier[2];
-    uint32_t n_slots[2];
+    uint64_t size; // of the description
+    uint64_t hash;
 };
 
-struct capsule_state_cell {
-    llama_pos pos; // -1: empty
-    llama_pos x;
-    llama_pos y;
+// the runs of vision tokens in the hot cells of a sequence
+static void capsule_state_vision(const llama_kv_cells & cells, llama_seq_id seq_id, llama_seq_id seq_id_out, std::vector<llama_capsule_state_span> & res) {
+    for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
+        if (cells.ext_get(i).tok != LLAMA_TOKEN_NULL) {
+            continue;
+        }
+        if (!res.empty() && res.back().seq_id == seq_id_out && res.back().p1 == pos) {
+            res.back().p1++;
+        } else {
+            res.push_back({ seq_id_out, pos, pos + 1, 0 });
+        }
+    }
+}
 
-    uint32_t n_seq; // followed by the ids of the sequences
-};
+// slots: the indices of the slots, per tier
+llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::array<std::vector<uint32_t>, N_TIERS> & slots) const {
+    llama_capsule_state res;
 
-void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
-    auto wanted = [&](const pool & pool, uint32_t i) {
-        return !pool.cells.is_empty(i) && (seq_id == -1 || pool.cells.seq_has(i, seq_id));
-    };
+    const bool one_seq = seq_id != -1;
 
-    std::array<std::vector<uint32_t>, N_TIERS> slots;
-    for (int ip = 0; ip < N_TIERS; ++ip) {
-        for (uint32_t s = 0; s < pools[ip].n_used; ++s) {
-            for (uint32_t j = 0; j < N(); ++j) {
-                if (wanted(pools[ip], s*N() + j)) {
-                    slots[ip].push_back(s);
-                    break;
-                }
+    for (llama_seq_id s = one_seq ? seq_id : 0; s < (one_seq ? seq_id + 1 : (llama_seq_id) kv.n_seq_max); ++s) {
+        if (!kv.has_cell_ext()) {
+            capsule_state_vision(kv.v_cells[0], s, one_seq ? 0 : s, res.vision);
+        }
+        const auto it = spans.find(s);
+        if (it != spans.end()) {
+            for (const auto & sp : it->second) {
+                res.pending.push_back({ one_seq ? 0 : s, sp.p0, sp.p1, sp.closed });
             }
         }
     }
+
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & cells = pools[ip].cells;
+
+        for (uint32_t s = 0; s < pools[ip].n_used; ++s) {
+            llama_capsule_state_slot slot;
+            slot.hash = pools[ip].hash[s];
+            slot.cells.resize(N());
+
+            bool wanted = false;
+            for (uint32_t j = 0; j < N(); ++j) {
+                const uint32_t i = s*N() + j;
+                if (cells.is_empty(i) || (one_seq && !cells.seq_has(i, seq_id))) {
+                    continue;
+                }
+                wanted = true;
+
+                const auto & ext = cells.ext_get(i);
+
+                slot.cells[j] = { cells.pos_get(i), ext.x, ext.y, {} };
+                if (!one_seq) {
+                    slot.cells[j].seqs = cells.seq_get_all(i);
+                }
+            }
+            if (wanted) {
+                slots[ip].push_back(s);
+                res.slots[ip].push_back(std::move(slot));
+            }
+        }
+    }
+
+    return res;
+}
+
+void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    std::array<std::vector<uint32_t>, N_TIERS> slots;
+
+    const auto meta = llama_capsule_state_format(state_get(seq_id, slots));
 
     const capsule_state_header header = {
         CAPSULE_STATE_MAGIC, CAPSULE_STATE_VERSION, data().id,
         { pools[0].i_tier, pools[1].i_tier },
-        { (uint32_t) slots[0].size(), (uint32_t) slots[1].size() },
+        meta.size(), llama_capsule_state_hash(meta.data(), meta.size(), 0),
     };
     io.write(&header, sizeof(header));
+    io.write(meta.data(), meta.size());
 
+    std::vector<uint8_t> buf;
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        const auto & pool = pools[ip];
-
         for (uint32_t s : slots[ip]) {
-            for (uint32_t j = 0; j < N(); ++j) {
-                const uint32_t i = s*N() + j;
+            for (size_t l = 0; l < pools[ip].layers.size(); ++l) {
+                const auto * blob   = pools[ip].layers[l].blob;
+                const size_t stride = pools[ip].codecs[l].layout.slot_stride;
 
-                capsule_state_cell cell = { -1, 0, 0, 0 };
-
-                std::vector<llama_seq_id> seqs;
-                if (wanted(pool, i)) {
-                    cell.pos = pool.cells.pos_get(i);
-                    cell.x   = pool.cells.ext_get(i).x;
-                    cell.y   = pool.cells.ext_get(i).y;
-
-                    for (llama_seq_id id = 0; id < LLAMA_MAX_SEQ && seq_id == -1; ++id) {
-                        if (pool.cells.seq_has(i, id)) {
-                            seqs.push_back(id);
-                        }
-                    }
-                    cell.n_seq = seqs.size();
+                if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
+                    // a copy on the device would be tied to tensors that are replaced when the pool grows
+                    buf.resize(stride);
+                    ggml_backend_tensor_get(blob, buf.data(), s*stride, stride);
+                    io.write(buf.data(), stride);
+                } else {
+                    io.write_tensor(pools[ip].layers[l].blob, s*stride, stride);
                 }
-
-                io.write(&cell, sizeof(cell));
-                io.write(seqs.data(), seqs.size()*sizeof(llama_seq_id));
-            }
-
-            for (size_t l = 0; l < pool.layers.size(); ++l) {
-                const size_t stride = pool.codecs[l].layout.slot_stride;
-                io.write_tensor(pool.layers[l].blob, s*stride, stride);
             }
         }
     }
 }
 
-void llama_capsule_store::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
-    seq_rm(seq_id, 0, std::numeric_limits<llama_pos>::max());
-
+void llama_capsule_store::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     try {
-        state_read_slots(io, seq_id);
+        // the KV cache itself forgets this if the state has no hot cells
+        if (seq_id != -1) {
+            kv.seq_rm(seq_id, -1, -1);
+        }
+        kv.state_read_sinfo(io, seq_id, flags, nullptr, nullptr);
     } catch (...) {
-        seq_rm(seq_id, 0, std::numeric_limits<llama_pos>::max());
-        update_used();
+        kv.state_clear(seq_id);
         throw;
     }
-
-    update_used();
 }
 
-void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id seq_id) {
+void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) {
+    if (!has_slots) {
+        state_set_hot({}, seq_id);
+        return;
+    }
+
     capsule_state_header header;
     io.read(&header, sizeof(header));
 
@@ -468,38 +564,77 @@ void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id se
         throw std::runtime_error("the state was saved with another capsule or ratio");
     }
 
-    // before the first read_tensor(), which may keep the tensor for later
-    for (int ip = 0; ip < N_TIERS; ++ip) {
-        auto & pool = pools[ip];
+    // piece by piece: the size may be wrong
+    std::vector<uint8_t> meta;
+    while (meta.size() < header.size) {
+        const size_t n = std::min<uint64_t>(header.size - meta.size(), 1 << 20);
+        meta.resize(meta.size() + n);
+        io.read(meta.data() + meta.size() - n, n);
+    }
+    if (llama_capsule_state_hash(meta.data(), meta.size(), 0) != header.hash) {
+        throw std::runtime_error("the slots in the state are damaged");
+    }
 
-        const uint32_t n_free = std::count(pool.used.begin(), pool.used.begin() + pool.n_slots, false);
-        if (header.n_slots[ip] > n_free && !grow_pool(pool, pool.n_slots + header.n_slots[ip] - n_free)) {
-            throw std::runtime_error("no memory for the slots in the state");
+    const llama_capsule_state_limits limits = {
+        N(), kv.n_seq_max, { (uint32_t) pools[0].used.size(), (uint32_t) pools[1].used.size() }, seq_id != -1,
+    };
+    const auto state = llama_capsule_state_parse(meta.data(), meta.size(), limits);
+
+    state_set_hot (state, seq_id);
+    state_set_cold(state, seq_id, io);
+}
+
+void llama_capsule_store::state_set_hot(const llama_capsule_state & state, llama_seq_id seq_id) {
+    const bool one_seq = seq_id != -1;
+
+    // the KV cache does not save if a cell holds text: the token itself does not matter
+    if (!kv.has_cell_ext()) {
+        auto & cells = kv.v_cells[0];
+
+        auto set_tok = [&](llama_seq_id s, llama_pos p0, llama_pos p1, llama_token tok) {
+            const auto & list = cells.seq_pos_get(s);
+            for (auto it = list.lower_bound({ p0, 0 }); it != list.end() && it->first < p1; ++it) {
+                auto ext = cells.ext_get(it->second);
+                ext.tok = tok;
+                cells.ext_set(it->second, ext);
+            }
+        };
+
+        for (llama_seq_id s = one_seq ? seq_id : 0; s < (one_seq ? seq_id + 1 : (llama_seq_id) kv.n_seq_max); ++s) {
+            set_tok(s, 0, std::numeric_limits<llama_pos>::max(), 0);
+        }
+        for (const auto & span : state.vision) {
+            set_tok(one_seq ? seq_id : span.seq_id, span.p0, span.p1, LLAMA_TOKEN_NULL);
         }
     }
 
+    for (const auto & span : state.pending) {
+        spans[one_seq ? seq_id : span.seq_id].push_back({ span.p0, span.p1, span.closed != 0 });
+    }
+}
+
+void llama_capsule_store::state_set_cold(const llama_capsule_state & state, llama_seq_id seq_id, llama_io_read_i & io) {
     for (int ip = 0; ip < N_TIERS; ++ip) {
         auto & pool = pools[ip];
 
-        for (uint32_t n = 0; n < header.n_slots[ip]; ++n) {
-            const int s = alloc_slot(pool);
-            if (s < 0) {
-                throw std::runtime_error("no memory for the slots in the state");
-            }
+        const uint32_t n_new  = state.slots[ip].size();
+        const uint32_t n_free = std::count(pool.used.begin(), pool.used.begin() + pool.n_slots, false);
+
+        if (n_new > n_free && (pool.n_slots + n_new - n_free > pool.used.size() || !grow_pool(pool, pool.n_slots + n_new - n_free))) {
+            throw std::runtime_error("no room for the slots in the state");
+        }
+    }
+
+    std::array<std::vector<uint32_t>, N_TIERS> slots;
+
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        auto & pool = pools[ip];
+
+        for (const auto & slot : state.slots[ip]) {
+            const uint32_t s = alloc_slot(pool);
 
             for (uint32_t j = 0; j < N(); ++j) {
-                const uint32_t i = s*N() + j;
-
-                capsule_state_cell cell;
-                io.read(&cell, sizeof(cell));
-
-                if (cell.pos < -1 || cell.n_seq > LLAMA_MAX_SEQ || (cell.pos == -1 && cell.n_seq > 0)) {
-                    throw std::runtime_error("the slots in the state are damaged");
-                }
-
-                std::vector<llama_seq_id> seqs(cell.n_seq);
-                io.read(seqs.data(), seqs.size()*sizeof(llama_seq_id));
-
+                const auto & cell = slot.cells[j];
                 if (cell.pos < 0) {
                     continue;
                 }
@@ -508,22 +643,37 @@ void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id se
                 ext.x = cell.x;
                 ext.y = cell.y;
 
-                pool.cells.pos_set(i, cell.pos);
-                pool.cells.ext_set(i, ext);
-                if (seq_id != -1) {
-                    pool.cells.seq_add(i, seq_id);
-                }
-                for (llama_seq_id id : seqs) {
-                    if (seq_id != -1 || id < 0 || id >= LLAMA_MAX_SEQ || pool.cells.seq_has(i, id)) {
-                        throw std::runtime_error("the slots in the state are damaged");
+                pool.cells.pos_set(s*N() + j, cell.pos);
+                pool.cells.ext_set(s*N() + j, ext);
+                for (llama_seq_id id = 0; id < LLAMA_MAX_SEQ; ++id) {
+                    if (seq_id == -1 ? cell.seqs.test(id) : id == seq_id) {
+                        pool.cells.seq_add(s*N() + j, id);
                     }
-                    pool.cells.seq_add(i, id);
                 }
             }
 
-            for (size_t l = 0; l < pool.layers.size(); ++l) {
-                const size_t stride = pool.codecs[l].layout.slot_stride;
-                io.read_tensor(pool.layers[l].blob, s*stride, stride);
+            pool.hash[s] = slot.hash;
+            slots[ip].push_back(s);
+        }
+    }
+
+    update_used();
+    touch();
+
+    // into free slots: if this fails, the cells are removed again
+    std::vector<uint8_t> buf;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        for (uint32_t s : slots[ip]) {
+            uint64_t hash = 0;
+            for (size_t l = 0; l < pools[ip].layers.size(); ++l) {
+                buf.resize(pools[ip].codecs[l].layout.slot_stride);
+                io.read(buf.data(), buf.size());
+                ggml_backend_tensor_set(pools[ip].layers[l].blob, buf.data(), s*buf.size(), buf.size());
+
+                hash = llama_capsule_state_hash(buf.data(), buf.size(), hash);
+            }
+            if (hash != pools[ip].hash[s]) {
+                throw std::runtime_error("the slots in the state are damaged");
             }
         }
     }

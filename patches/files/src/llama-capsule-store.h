@@ -2,6 +2,7 @@
 
 #include "llama-capsule-codec.h"
 #include "llama-capsule-kv.h"
+#include "llama-capsule-state.h"
 
 #include "llama-graph.h"
 #include "llama-io.h"
@@ -75,8 +76,14 @@ public:
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
-    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
-    void state_read (llama_io_read_i  & io, llama_seq_id seq_id);
+    // after the state of the KV cache: what the hot cells hold, and the slots
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
+
+    // replaces llama_kv_cache::state_read(): a state that is damaged leaves the sequence (or the cache) empty
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+    // the part that state_write() wrote; without one, all hot cells that were read hold text
+    void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots);
 
     //
     // compression
@@ -165,7 +172,8 @@ private:
         std::vector<llama_capsule_codec> codecs; // per layer
         std::vector<pool_layer>          layers;
 
-        std::vector<bool> used;
+        std::vector<bool>     used;
+        std::vector<uint64_t> hash; // of the data of a slot
     };
 
     // constants of the reconstruction of one layer in one tier
@@ -246,6 +254,8 @@ private:
 
     uint64_t n_version = 0;
 
+    const size_t n_bytes_limit; // of pools and scratch, 0 = none
+
     bool warned_alloc = false;
     bool grown        = false; // since the last decode
 
@@ -262,10 +272,18 @@ private:
     void init_weights();
     void init_scratch_const();
 
+    size_t n_bytes_grown() const; // of pools and scratch
+
+    // nullptr if there is no memory for it
+    ggml_backend_buffer_ptr alloc_buf(ggml_context * ctx, ggml_backend_buffer_type_t buft) const;
+
     // false if there is no memory for it
     bool grow_pool(pool & pool, uint32_t n_slots);
+    bool grow_pool_to(pool & pool, uint32_t n_slots);
     bool grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots);
     bool reserve_scratch();
+
+    void warn_alloc();
 
     // -1 if none is left
     int alloc_slot(pool & pool);
@@ -273,17 +291,29 @@ private:
     void update_used();
     void touch();
 
+    // calls fn(cells, i) for the cells of a sequence (< 0: of any) in slots, with a position in [p0, p1)
+    template<typename F>
+    void for_cold(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F fn);
+
+    // forgets the pending images that fn selects: what is left of them stays hot
+    template<typename F>
+    void drop_spans(llama_seq_id seq_id, F fn);
+
     uint32_t n_cold()     const; // columns
     uint32_t n_cold_pad() const;
 
-    void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id);
+    llama_capsule_state state_get(llama_seq_id seq_id, std::array<std::vector<uint32_t>, N_TIERS> & slots) const;
+
+    void state_set_hot (const llama_capsule_state & state, llama_seq_id seq_id);
+    void state_set_cold(const llama_capsule_state & state, llama_seq_id seq_id, llama_io_read_i & io);
 
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
 
     bool is_next(const span & sp, llama_pos pos) const;
     void close_spans(const llama_batch_ext & batch);
-    uint32_t compress_spans(bool only_closed);
+    uint32_t compress_closed();
+    uint32_t compress_rest();
 
     llm_graph_input_capsule * graph_input(const llm_graph_context & g, ggml_tensor * kq_mask) const;
 
