@@ -9,10 +9,10 @@ from dataclasses import fields
 import gguf
 import numpy as np
 import pytest
+from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_capsule import random_capsule
-from test_loader_refuses import DAMAGES, K, at, key, put, raw, tensor, without
 from tiny_gguf import TinyModel, rewrite, weights
 
 from kvcapsule_gguf.format.base_model import read_base_model
@@ -22,7 +22,6 @@ from kvcapsule_gguf.format.reader import has_capsule, read_capsule
 from kvcapsule_gguf.format.schema import KEYS
 from kvcapsule_gguf.format.writer import write_capsule
 
-U16, U32, F32, STR = (gguf.GGUFValueType[x] for x in ("UINT16", "UINT32", "FLOAT32", "STRING"))
 RETAIN = {"key_codec": "retain", "mlp_width": 8}
 
 
@@ -103,63 +102,6 @@ def test_has_capsule(good, model, tmp_path):
 
 # --- refused ---
 
-# what only shows against the base model, and is not damage of the file
-NEEDS_THE_MODEL = {"another fingerprint", "another number of heads", "another head size", "another number of layers", "another RoPE", "another architecture"}
-MORE = {
-    "fingerprint is not hex": (key("kvcapsule.base.fingerprint", "x" * 64, STR), "fingerprint"),
-    "heads do not fit the tensors": (key("kvcapsule.base.head_count_kv", [4, 4]), "k_mean|shape"),
-    "key length does not fit": (key("kvcapsule.base.key_length", [128, 128]), "k_mean|shape"),
-    "RoPE kind": (key("kvcapsule.base.rope.type", "spiral", STR), "rope.type"),
-    "NaN frequency": (key("kvcapsule.base.rope.freq_base", [float("nan"), 1e4], F32), "freq_base"),
-    "ratio does not fit the rows": (key("kvcapsule.tier.ratio", [-1.0, 0.9], F32), "tier.ratio"),
-    "a type that does not fit": (lambda g, b: rewrite(g, b, kv={
-        "kvcapsule.base.key_length": ([96, 96], U32), "kvcapsule.tier.key_rows": ([0, 0, 0, 0, 16] * 4, U32)},
-        tensors={f"blk.{i}.kvcapsule.{t}": lambda a: np.ones((2, 96), np.float32) for i in (0, 1) for t in ("k_mean", "k_query_weight")}), "q2_0"),
-    "unknown key": (lambda g, b: rewrite(g, b, kv={"kvcapsule.extra": (1, U32)}), "unknown key kvcapsule.extra"),
-    "u64 for u32": (key("kvcapsule.block_size", 16, gguf.GGUFValueType.UINT64), "block_size is u64, not u32"),
-    "array for a number": (key("kvcapsule.block_size", [16]), "block_size"),
-    "number for an array": (key("kvcapsule.mlp_width", 0), "mlp_width is u32, not an array"),
-    "one tier": (lambda g, b: rewrite(g, b, kv={"kvcapsule.tier.name": (["faithful"], STR)}), "tier"),
-    "negative weight": (tensor(K + "k_query_weight", put(-1, 0, 0)), "k_query_weight"),
-    "bytes behind the end": (raw(lambda b: b + bytes(10_000)), "belong to no tensor"),
-    "many keys": (lambda g, b: rewrite(g, b, kv={f"kvcapsule.train.{i}": (i, U32) for i in range(300)}), "more than 256"),
-    "a long string": (key("kvcapsule.block_shape", "a" * 70_000, STR), "string"),
-    "a long array": (key("kvcapsule.layers", list(range(70_000))), "array"),
-    "a false array length": (raw(lambda b: _length_of(b, b"kvcapsule.layers", 1 << 60)), "incomplete|array"),
-    "a false string length": (raw(lambda b: _length_of(b, b"kvcapsule.block_shape", 1 << 60)), "incomplete"),
-    "another key twice": (raw(lambda b: b.replace(b"kvcapsule.base.key_length", b"kvcapsule.tier.key_rows.\0")), "unknown key|twice"),
-    "a tensor twice": (raw(lambda b: b.replace(b"blk.1.kvcapsule.v_mean", b"blk.1.kvcapsule.k_mean")), "k_mean is there twice"),
-    "overlap": (raw(lambda b: _offset_of(b, b"blk.1.kvcapsule.v_mean", 0)), "overlaps|aligned"),
-    "a control character": (key("kvcapsule.block_shape", "\x1b[2Jraster\n", STR), "shape"),
-}  # fmt: skip
-RETAIN_DAMAGES = {
-    "neighbour outside": (tensor(K + "k_neighbours", lambda a: np.where(a == a.max(), 8, a).astype(np.int32)), "k_neighbours"),
-    "neighbour negative": (tensor(K + "k_neighbours", lambda a: a - 8), "k_neighbours"),
-    "NaN gate": (tensor(K + "k_gate", put(np.nan, 0, 0, 0, 0)), "k_gate"),
-    "gate in f32": (tensor(K + "k_gate", lambda a: a.astype(np.float32)), "k_gate has type F32, not F16"),
-    "infinite MLP": (tensor(K + "k_mlp_down", put(np.inf, 0, 0, 0)), "k_mlp_down"),
-    **{f"no {t}": (without(K + t), t) for t in ("k_gate", "k_neighbours", "k_mlp_up", "k_mlp_up_bias", "k_mlp_down")},
-    "fewer rows than kept": (key("kvcapsule.tier.key_rows", lambda v: [7, 0, 0, 0, 0] * 4), "fewer rows"),
-    "no neighbours": (key("kvcapsule.neighbour_count", 0), "neighbour"),
-    "MLP without kept": (lambda g, b: rewrite(g, b, kv={"kvcapsule.kept_count": ([0, 0], U32), "kvcapsule.tier.key_codec": ([0] * 4, U32)},
-                                              tensors={f"blk.{i}.kvcapsule.{t}": None for i in (0, 1) for t in ("k_gate", "k_neighbours")}), "mlp_width"),
-    "token out of range": (key("kvcapsule.token_order", at(3, 16), U16), "permutation"),
-}  # fmt: skip
-
-
-def _length_of(data: bytes, name: bytes, value: int) -> bytes:
-    """Sets the length of a string value, or of an array."""
-    i = data.index(name) + len(name) + 4
-    i += 4 if name == b"kvcapsule.layers" else 0
-    return data[:i] + value.to_bytes(8, "little") + data[i + 8 :]
-
-
-def _offset_of(data: bytes, name: bytes, value: int) -> bytes:
-    """Sets the offset of a 2-dimensional tensor."""
-    i = data.index(name) + len(name) + 4 + 16 + 4
-    return data[:i] + value.to_bytes(8, "little") + data[i + 8 :]
-
-
 def refusal(path) -> str:
     with pytest.raises(CapsuleError) as e:
         read_capsule(path)
@@ -168,12 +110,9 @@ def refusal(path) -> str:
     return line
 
 
-ALL = {n: d for n, d in DAMAGES.items() if n not in NEEDS_THE_MODEL} | MORE
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [n for n in DAMAGES if n not in NEEDS_THE_MODEL])
 def test_refused(good, tmp_path, name):
-    damage, reason = ALL[name]
+    damage, reason = DAMAGES[name]
     bad = tmp_path / "bad.gguf"
     damage(good, bad)
     assert re.search(reason, refusal(bad), re.IGNORECASE)
@@ -185,6 +124,14 @@ def test_retain_refused(retain, tmp_path, name):
     bad = tmp_path / "bad.gguf"
     damage(retain, bad)
     assert re.search(reason, refusal(bad))
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(good, tmp_path, name):
+    ACCEPTED[name](good, tmp_path / "strange.gguf")
+    first, again = read_capsule(good), read_capsule(tmp_path / "strange.gguf")
+    assert (first.base, first.tiers, first.block_size) == (again.base, again.tiers, again.block_size)
+    assert all(np.array_equal(x.k_basis, y.k_basis) and x.rope == y.rope for x, y in zip(first.layers, again.layers, strict=True))
 
 
 def test_truncated_anywhere(retain, tmp_path):

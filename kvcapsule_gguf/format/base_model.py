@@ -122,7 +122,7 @@ def _parse(path: Path, h: Header) -> BaseModel:
         rope_sections=tuple((sections + [0, 0, 0, 0])[:4]),  # type: ignore[arg-type]
         rope_dimensions=int(get(f"{arch}.rope.dimension_count", d_k)),
         freq_base=[float(get(f"{arch}.rope.freq_base", 10000.0))] * n_layer,
-        norms={name: h.read(t) for name, t in h.tensors.items() if name.endswith(NORM_SUFFIX) and t.type_name == "F32"},
+        norms={name: h.read(t) for name, t in h.tensors.items() if name.endswith(NORM_SUFFIX) and t.type_name == "f32"},
         freq_factors=h.read(h.tensors["rope_freqs.weight"]) if "rope_freqs.weight" in h.tensors else None,
     )
 

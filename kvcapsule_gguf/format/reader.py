@@ -9,9 +9,9 @@ import numpy as np
 
 from ..codec.types import ROW_TYPES
 from .capsule import VERSION, Base, Capsule, CapsuleError, Layer, Tier
-from .gguf_header import GGUFError, Header, read_header
-from .schema import INFIX, KEYS, MAX_BLOCK, MAX_FILE, MAX_KV, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK, tensor_name, tensor_shapes
-from .validate import Invalid, need, validate
+from .gguf_header import GGUFError, Header, padded, read_header
+from .schema import INFIX, KEYS, MAX_BLOCK, MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MIN_BLOCK, layer_shapes, tensor_name
+from .validate import Invalid, need, validate_metadata, validate_tensors
 
 
 def read_capsule(path: str | Path) -> Capsule:
@@ -34,39 +34,56 @@ def has_capsule(path: str | Path) -> bool:
 
 
 def _read(path: Path) -> Capsule:
-    header = read_header(path, lambda key: key.startswith(("kvcapsule.", "general.type", "general.architecture", "general.name", "adapter.type")))
+    header = read_header(path, lambda key: key.startswith(("kvcapsule.", "general.", "adapter.")))
     sidecar = "adapter.type" in header.values
     if sidecar:
         need(header.size <= MAX_FILE, f"the file has {header.size} bytes, more than 1 GiB")
         need(header.n_kv <= MAX_KV, f"{header.n_kv} keys, more than {MAX_KV}")
-        for key, wanted in (("general.type", "adapter"), ("adapter.type", "kvcapsule")):
-            found = header.values.get(key)
-            need(found is not None and found.data == wanted, f"not a capsule: key {key} is not '{wanted}'")
+        need(not header.skipped, f"unknown key {header.skipped}")
     need("kvcapsule.version" in header.values, "not a capsule: key kvcapsule.version is missing")
-    version = _get(header, "kvcapsule.version")
-    need(version == VERSION, f"kvcapsule.version: format version {version}, this program reads version {VERSION}: update it")
-    for key in header.values:
+    need(header.end <= MAX_HEADER, "a header of more than 64 MiB")
+    if sidecar:
+        for key, wanted in (("general.type", "adapter"), ("adapter.type", "kvcapsule")):
+            need(_is_string(header, key) and header.values[key].data == wanted, f"not a capsule: key {key} is not '{wanted}'")
+    for key in KEYS:
+        _check_type(header, key)
+        if key == "kvcapsule.version":
+            version = header.values[key].data
+            need(version == VERSION, f"kvcapsule.version: format version {version}, this program reads version {VERSION}: update it")
+    for key in sorted(header.values):
         known = key in KEYS or key.startswith("kvcapsule.train.") or not key.startswith("kvcapsule.")
         need(known, f"unknown key {key}")
-    capsule = _metadata(header)
     if sidecar:
-        arch = header.values.get("general.architecture")
-        need(arch is not None and arch.data == capsule.base.architecture, "general.architecture is not kvcapsule.base.architecture")
-        name = header.values.get("general.name")
-        capsule.name = name.data if name is not None and isinstance(name.data, str) else ""
+        arch = _get(header, "kvcapsule.base.architecture")
+        need(
+            _is_string(header, "general.architecture") and header.values["general.architecture"].data == arch,
+            "general.architecture is not kvcapsule.base.architecture",
+        )
+    capsule = _metadata(header)
+    if sidecar and _is_string(header, "general.name"):
+        capsule.name = header.values["general.name"].data
+    validate_metadata(capsule)
     _tensors(header, capsule, sidecar)
-    validate(capsule)
+    validate_tensors(capsule)
     return capsule
 
 
-def _get(header: Header, key: str) -> Any:
+def _is_string(header: Header, key: str) -> bool:
+    value = header.values.get(key)
+    return value is not None and (value.type, value.array) == ("str", False)
+
+
+def _check_type(header: Header, key: str) -> None:
     kind, array = KEYS[key]
     value = header.values.get(key)
     need(value is not None, f"key {key} is missing")
     wanted = f"an array of {kind}" if array else kind
     found = f"an array of {value.type}" if value.array else value.type
     need((value.type, value.array) == (kind, array), f"key {key} is {found}, not {wanted}")
-    return value.data
+
+
+def _get(header: Header, key: str) -> Any:
+    return header.values[key].data
 
 
 def _array(header: Header, key: str, n: int) -> Any:
@@ -76,15 +93,13 @@ def _array(header: Header, key: str, n: int) -> Any:
 
 
 def _metadata(h: Header) -> Capsule:
-    """Everything but the tensors, whose sizes it bounds."""
+    """Everything but the tensors."""
     layers = _get(h, "kvcapsule.layers").tolist()
     tiers = _get(h, "kvcapsule.tier.name")
-    n_layers, n_tiers = len(layers), len(tiers)
     n = _get(h, "kvcapsule.block_size")
     need(MIN_BLOCK <= n <= MAX_BLOCK, f"kvcapsule.block_size is {n}, not in {MIN_BLOCK}..{MAX_BLOCK}")
-    neighbours = _get(h, "kvcapsule.neighbour_count")
-    need(neighbours <= MAX_NEIGHBOURS, f"kvcapsule.neighbour_count is {neighbours}, more than {MAX_NEIGHBOURS}")
-    need(n_layers >= 1, "kvcapsule.layers is empty")
+    n_layers = len(layers)
+    sections = tuple(_array(h, "kvcapsule.base.rope.sections", 4).tolist())
 
     def per_layer(key: str) -> list[Any]:
         return _array(h, key, n_layers).tolist()
@@ -92,12 +107,8 @@ def _metadata(h: Header) -> Capsule:
     rope, freq = per_layer("kvcapsule.layer_rope"), per_layer("kvcapsule.base.rope.freq_base")
     heads, d_k, d_v = (per_layer(f"kvcapsule.base.{x}") for x in ("head_count_kv", "key_length", "value_length"))
     kept, mlp = per_layer("kvcapsule.kept_count"), per_layer("kvcapsule.mlp_width")
-    need(max(mlp) <= MAX_MLP, f"kvcapsule.mlp_width is {max(mlp)}, more than {MAX_MLP}")
-    need(max(kept) < n, f"kvcapsule.kept_count is {max(kept)} in a block of {n}")
-    need(neighbours > 0 or max(kept) == 0, f"kvcapsule.neighbour_count is 0, but kvcapsule.kept_count is {max(kept)}")
     order = _array(h, "kvcapsule.token_order", n_layers * n).reshape(n_layers, n)
     none = np.empty(0, np.float32)
-    sections = tuple(_array(h, "kvcapsule.base.rope.sections", 4).tolist())
     return Capsule(
         base=Base(
             architecture=_get(h, "kvcapsule.base.architecture"),
@@ -110,7 +121,7 @@ def _metadata(h: Header) -> Capsule:
         block_shape=_get(h, "kvcapsule.block_shape"),
         block_width=_get(h, "kvcapsule.block_width"),
         image_tokens=_get(h, "kvcapsule.image_tokens"),
-        neighbour_count=neighbours,
+        neighbour_count=_get(h, "kvcapsule.neighbour_count"),
         default_ratio=_get(h, "kvcapsule.default_ratio"),
         layers=[
             Layer(layers[i], heads[i], d_k[i], d_v[i], none, none, none, none, none, rope[i], freq[i], order[i], kept[i], mlp[i]) for i in range(n_layers)
@@ -122,6 +133,7 @@ def _metadata(h: Header) -> Capsule:
 
 def _tiers(h: Header, names: list[str], n_layers: int) -> list[Tier]:
     n = len(names)
+    need(2 <= n <= MAX_TIERS, f"kvcapsule.tier.name has {n} tiers, not 2..{MAX_TIERS}")
     types = len(ROW_TYPES)
     codec = _array(h, "kvcapsule.tier.key_codec", n * n_layers).reshape(n, n_layers).tolist()
     kappa = _array(h, "kvcapsule.tier.kappa", n * n_layers).reshape(n, n_layers).tolist()
@@ -133,37 +145,29 @@ def _tiers(h: Header, names: list[str], n_layers: int) -> list[Tier]:
 
 
 def _tensors(header: Header, capsule: Capsule, sidecar: bool) -> None:
-    """Fills in the layers' tensors; refuses any other tensor, overlaps, and (in a sidecar) bytes that belong to none."""
+    """Fills in the layers' tensors; refuses any other tensor, and (in a sidecar) bytes that belong to none."""
+    if sidecar:
+        _check_cover(header)
     expected = set()
     for layer in capsule.layers:
-        shapes = tensor_shapes(
-            capsule.block_size, capsule.neighbour_count, layer.head_count_kv, layer.key_length, layer.value_length, layer.kept_count, layer.mlp_width
-        )
-        for short, (kind, shape) in shapes.items():
+        for short, (kind, shape) in layer_shapes(capsule, layer).items():
             name = tensor_name(layer.index, short)
             expected.add(name)
             info = header.tensors.get(name)
             need(info is not None, f"tensor {name} is missing")
             need(info.type_name == kind, f"tensor {name} has type {info.type_name}, not {kind}")
-            ne = list(info.ne)
-            while len(ne) > 1 and ne[-1] == 1:
-                ne.pop()
-            wanted = list(shape[::-1])
-            while len(wanted) > 1 and wanted[-1] == 1:
-                wanted.pop()
-            need(ne == wanted, f"tensor {name} has shape {list(info.ne)}, not {list(shape[::-1])}")
+            ne = shape[::-1] + (1,) * (4 - len(shape))
+            need(info.ne4 == ne, f"tensor {name} has shape {list(info.ne4)}, not {list(ne)}")
             setattr(layer, short, header.read(info).reshape(shape))
     for name in header.tensors:
         need(name in expected or not (sidecar or INFIX in name), f"unexpected tensor {name}")
-    if sidecar:
-        _cover(header)
 
 
-def _cover(header: Header) -> None:
-    """The tensors lie one after the other, with nothing but alignment between them and behind the last."""
-    end = header.data_start
-    for info in sorted(header.tensors.values(), key=lambda t: t.offset):
-        need(end <= info.offset, f"tensor {info.name} overlaps another")
-        need(info.offset - end < 4096, f"{info.offset - end} bytes in front of tensor {info.name} belong to no tensor")
-        end = info.offset + info.nbytes
-    need(header.size - end < 4096, f"{header.size - end} bytes behind the last tensor belong to no tensor")
+def _check_cover(h: Header) -> None:
+    """The bytes of a sidecar are all accounted for: nothing but zeros between and behind the tensors."""
+    ends = [t.offset + t.nbytes for t in h.tensors.values()]
+    last = max(ends, default=h.end)
+    need(last <= h.size, "the tensors reach behind the end of the file, it is incomplete")
+    need(h.size <= padded(last, h.alignment), f"{h.size - last} bytes behind the last tensor belong to nothing")
+    for end in (h.end, *ends):
+        need(not any(h.bytes(end, padded(end, h.alignment) - end)), "the padding of the file is not zeros")

@@ -6,6 +6,8 @@ from .capsule import Capsule, Layer
 
 MAX_FILE = 1 << 30
 MAX_KV = 256
+MAX_HEADER = 64 << 20
+MAX_VALUE = 65504.0  # what the hot cache can hold
 MAX_TIERS = 16
 MAX_NEIGHBOURS = 8
 MAX_MLP = 1024
@@ -48,19 +50,19 @@ def tensor_shapes(block_size: int, neighbours: int, heads: int, d_k: int, d_v: i
     """Short name -> (ggml type, numpy shape) of the tensors of a layer."""
     n, k = block_size, neighbours
     out: dict[str, tuple[str, tuple[int, ...]]] = {
-        "k_mean": ("F32", (heads, d_k)),
-        "v_mean": ("F32", (heads, d_v)),
-        "k_basis": ("F32", (n, n)),
-        "v_basis": ("F32", (n, n)),
-        "k_query_weight": ("F32", (heads, d_k)),
+        "k_mean": ("f32", (heads, d_k)),
+        "v_mean": ("f32", (heads, d_v)),
+        "k_basis": ("f32", (n, n)),
+        "v_basis": ("f32", (n, n)),
+        "k_query_weight": ("f32", (heads, d_k)),
     }
     if kept:
-        out["k_gate"] = ("F16", (heads, n - kept, k, d_k))
-        out["k_neighbours"] = ("I32", (n - kept, k))
+        out["k_gate"] = ("f16", (heads, n - kept, k, d_k))
+        out["k_neighbours"] = ("i32", (n - kept, k))
     if mlp:
-        out["k_mlp_up"] = ("F16", (heads, mlp, k * d_k))
-        out["k_mlp_up_bias"] = ("F32", (heads, mlp))
-        out["k_mlp_down"] = ("F16", (heads, d_k, mlp))
+        out["k_mlp_up"] = ("f16", (heads, mlp, k * d_k))
+        out["k_mlp_up_bias"] = ("f32", (heads, mlp))
+        out["k_mlp_down"] = ("f16", (heads, d_k, mlp))
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..codec.types import ROW_TYPES, total_rows
 from .capsule import BLOCK_SHAPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
-from .schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MIN_BLOCK, layer_shapes, tensor_name
+from .schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
 
 
 class Invalid(ValueError):
@@ -24,27 +24,52 @@ def need(ok: bool, reason: str) -> None:
 
 def validate(c: Capsule) -> None:
     """Raises Invalid."""
-    need(MIN_BLOCK <= c.block_size <= MAX_BLOCK, f"kvcapsule.block_size is {c.block_size}, not in {MIN_BLOCK}..{MAX_BLOCK}")
-    need(c.block_shape in BLOCK_SHAPES, f"kvcapsule.block_shape is '{c.block_shape}', not raster or tile")
+    validate_metadata(c)
+    validate_tensors(c)
+
+
+def validate_metadata(c: Capsule) -> None:
+    """Everything but the tensors, whose sizes it bounds. Raises Invalid."""
+    n = c.block_size
+    need(MIN_BLOCK <= n <= MAX_BLOCK, f"kvcapsule.block_size is {n}, not in {MIN_BLOCK}..{MAX_BLOCK}")
+    need(c.block_shape in BLOCK_SHAPES, "kvcapsule.block_shape is not raster or tile")
     if c.block_shape == "tile":
-        need(c.block_width > 0 and c.block_size % c.block_width == 0, f"kvcapsule.block_width {c.block_width} does not divide block_size {c.block_size}")
-    need(c.image_tokens % c.block_size == 0, f"kvcapsule.image_tokens {c.image_tokens} is not a multiple of block_size {c.block_size}")
+        need(c.block_width > 0 and n % c.block_width == 0, f"kvcapsule.block_width {c.block_width} does not divide block_size {n}")
+    need(c.image_tokens % n == 0, f"kvcapsule.image_tokens {c.image_tokens} is not a multiple of block_size {n}")
     need(0 <= c.neighbour_count <= MAX_NEIGHBOURS, f"kvcapsule.neighbour_count is {c.neighbour_count}, more than {MAX_NEIGHBOURS}")
-    need(math.isfinite(c.default_ratio), "kvcapsule.default_ratio is not finite")
-    need(-8 <= c.default_ratio <= 1, f"kvcapsule.default_ratio is {c.default_ratio}, not in -8..1")
+    need(-8 <= c.default_ratio <= 1, "kvcapsule.default_ratio is not in -8..1")
     _base(c)
     for layer in c.layers:
         _layer(c, layer)
     need(2 <= len(c.tiers) <= MAX_TIERS, f"kvcapsule.tier.name has {len(c.tiers)} tiers, not 2..{MAX_TIERS}")
     for i, tier in enumerate(c.tiers):
         _tier(c, i, tier)
-    ratios = [t.ratio for t in c.tiers[1:]]
-    need(ratios == sorted(ratios), "kvcapsule.tier.ratio does not ascend")
+    for i, tier in enumerate(c.tiers):
+        ratio = c.ratio(i)
+        need(abs(ratio - tier.ratio) <= 1e-3, f"kvcapsule.tier.ratio of tier {i} is {tier.ratio:.4f}, its rows give {ratio:.4f}")
+        need(i < 2 or tier.ratio >= c.tiers[i - 1].ratio, "kvcapsule.tier.ratio does not ascend")
+
+
+def validate_tensors(c: Capsule) -> None:
+    """Shapes and contents of the tensors. Raises Invalid."""
+    for layer in c.layers:
+        for short, (kind, shape) in layer_shapes(c, layer).items():
+            array, name = getattr(layer, short), tensor_name(layer.index, short)
+            need(array is not None, f"tensor {name} is missing")
+            need(tuple(array.shape) == shape, f"tensor {name} has shape {list(array.shape[::-1])}, not {list(shape[::-1])}")
+            if kind == "i32":
+                need(bool(((array >= 0) & (array < layer.kept_count)).all()), f"tensor {name} points outside the {layer.kept_count} kept tokens")
+            else:
+                need(bool((np.abs(array) <= MAX_VALUE).all()), f"tensor {name} has values that are not finite or too large for f16")
+        for short in ("k_basis", "v_basis"):
+            off = np.abs((getattr(layer, short).astype(np.float64) ** 2).sum(1) - 1) > 0.01
+            need(not off.any(), f"tensor {tensor_name(layer.index, short)} has a row {off.argmax()} that is not a unit vector")
+        need(bool((layer.k_query_weight >= 0).all()), f"tensor {tensor_name(layer.index, 'k_query_weight')} has negative values")
 
 
 def _base(c: Capsule) -> None:
     b = c.base
-    need(b.rope_type in ROPE_TYPES, f"kvcapsule.base.rope.type is '{b.rope_type}', not one of {', '.join(ROPE_TYPES)}")
+    need(b.rope_type in ROPE_TYPES, f"kvcapsule.base.rope.type is not one of {', '.join(ROPE_TYPES)}")
     need(re.fullmatch("[0-9a-f]{64}", b.fingerprint) is not None, "kvcapsule.base.fingerprint is not 64 hex digits")
     need(1 <= len(c.layers) <= b.block_count, f"kvcapsule.layers has {len(c.layers)} layers of a model of {b.block_count}")
     indices = [layer.index for layer in c.layers]
@@ -56,7 +81,7 @@ def _layer(c: Capsule, layer: Layer) -> None:
     at, n = f"layer {layer.index}", c.block_size
     for key, value, most in (("head_count_kv", layer.head_count_kv, 4096), ("key_length", layer.key_length, 65536), ("value_length", layer.value_length, 65536)):
         need(1 <= value <= most, f"kvcapsule.base.{key} of {at} is {value}")
-    need(math.isfinite(layer.freq_base) and layer.freq_base >= 0, f"kvcapsule.base.rope.freq_base of {at} is {layer.freq_base}")
+    need(math.isfinite(layer.freq_base) and layer.freq_base >= 0, f"kvcapsule.base.rope.freq_base of {at} is negative or not finite")
     need(0 <= layer.kept_count < n, f"kvcapsule.kept_count of {at} is {layer.kept_count} in a block of {n}")
     need(layer.kept_count == 0 or c.neighbour_count > 0, f"kvcapsule.kept_count of {at} is {layer.kept_count} without neighbours")
     need(0 <= layer.mlp_width <= MAX_MLP, f"kvcapsule.mlp_width of {at} is {layer.mlp_width}, more than {MAX_MLP}")
@@ -64,20 +89,11 @@ def _layer(c: Capsule, layer: Layer) -> None:
     if layer.token_order is not None:
         order = np.asarray(layer.token_order)
         need(order.shape == (n,) and np.array_equal(np.sort(order), np.arange(n)), f"kvcapsule.token_order of {at} is not a permutation of 0..{n - 1}")
-    for short, (kind, shape) in layer_shapes(c, layer).items():
-        array, name = getattr(layer, short), tensor_name(layer.index, short)
-        need(array is not None, f"tensor {name} is missing")
-        need(tuple(array.shape) == shape, f"tensor {name} has shape {list(array.shape[::-1])}, not {list(shape[::-1])}")
-        if kind == "I32":
-            need(bool(((array >= 0) & (array < layer.kept_count)).all()), f"tensor {name} points outside the {layer.kept_count} kept tokens")
-        else:
-            need(bool(np.isfinite(array).all()), f"tensor {name} has values that are not finite")
-    need(bool((layer.k_query_weight >= 0).all()), f"tensor {tensor_name(layer.index, 'k_query_weight')} has negative values")
 
 
 def _tier(c: Capsule, i: int, tier: Tier) -> None:
     need((tier.name == "faithful") == (i == 0), f"kvcapsule.tier.name of tier {i} is '{tier.name}'; tier 0, and no other, is 'faithful'")
-    need(math.isfinite(tier.ratio) and -8 <= tier.ratio <= 1, f"kvcapsule.tier.ratio of tier {i} is {tier.ratio}")
+    need(-8 <= tier.ratio <= 1, f"kvcapsule.tier.ratio of tier {i} is not in -8..1")
     for short in ("key_codec", "key_rows", "value_rows", "kappa"):
         need(len(getattr(tier, short)) == len(c.layers), f"kvcapsule.tier.{short} of tier {i} is not for {len(c.layers)} layers")
     for j, layer in enumerate(c.layers):
@@ -89,8 +105,6 @@ def _tier(c: Capsule, i: int, tier: Tier) -> None:
         if tier.key_codec[j] == RETAIN:
             need(layer.kept_count > 0, f"kvcapsule.tier.key_codec {at} is retain, but the layer has no kept tokens")
             need(total_rows(tier.key_rows[j]) >= layer.kept_count, f"kvcapsule.tier.key_rows {at}: fewer rows than the {layer.kept_count} kept tokens")
-    ratio = c.ratio(i)
-    need(math.isclose(ratio, tier.ratio, abs_tol=1e-3), f"kvcapsule.tier.ratio of tier {i} is {tier.ratio:.4f}, its rows give {ratio:.4f}")
 
 
 def _rows(c: Capsule, what: str, counts: Sequence[int], d: int) -> None:

@@ -15,7 +15,7 @@ from .schema import layer_shapes, tensor_name
 from .validate import Invalid, validate
 
 _V = gguf.GGUFValueType
-_DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32}
 
 
 def write_capsule(path: str | Path, capsule: Capsule) -> Path:

@@ -1,9 +1,11 @@
 #pragma once
 
 #include "llama-capsule.h"
+#include "llama-capsule-header.h"
 #include "llama-capsule-rows.h"
 
 #include <array>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -21,9 +23,19 @@ enum llama_capsule_key_codec {
     LLAMA_CAPSULE_KEY_CODEC_RETAIN = 1,
 };
 
-// the contents of a capsule file, checked against a model
+// the contents of a capsule file, checked
 // format: docs/format-v1.md of KVCapsule
 struct llama_capsule_data {
+    // the model that it was made for
+    struct base {
+        std::string architecture;
+        uint32_t    block_count;
+        std::string rope_type;
+        std::string fingerprint;
+
+        std::array<uint32_t, 4> rope_sections;
+    };
+
     // schedule of a layer in a tier
     struct tier_layer {
         llama_capsule_key_codec key_codec;
@@ -49,6 +61,8 @@ struct llama_capsule_data {
         uint32_t n_embd_head_k;
         uint32_t n_embd_head_v;
 
+        float freq_base;
+
         std::vector<float> k_mean;         // [n_head_kv][d_k]
         std::vector<float> v_mean;         // [n_head_kv][d_v]
         std::vector<float> k_basis;        // [N][N], a row per basis vector
@@ -71,7 +85,12 @@ struct llama_capsule_data {
 
     uint64_t id = 0; // of the contents of the file
 
+    base model;
+
+    std::string block_shape; // "raster" or "tile"
+
     uint32_t block_size   = 0;
+    uint32_t block_width  = 0;
     uint32_t image_tokens = 0;
     uint32_t n_neighbours = 0;
 
@@ -89,7 +108,18 @@ struct llama_capsule_data {
 
 using llama_capsule_data_ptr = std::shared_ptr<const llama_capsule_data>;
 
+// name: of the file, for the messages. check_model sees everything but the tensors, which are not read if it throws
 // throws std::runtime_error with one line: what is wrong and where
+llama_capsule_data_ptr llama_capsule_data_read(
+        llama_capsule_source & source,
+        const std::string    & name,
+        const std::function<void(const llama_capsule_data &)> & check_model);
+
+//
+// llama-capsule-base.cpp
+//
+
+// the same from a file, for this model
 llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const char * path);
 
 // sha256 over what shapes the K and V of a model, as 64 hex digits
