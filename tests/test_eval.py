@@ -61,7 +61,8 @@ import numpy as np
 from kvcapsule_gguf.eval.prompts import Prompts
 from kvcapsule_gguf.eval.settings import Setting
 from kvcapsule_gguf.eval.suites import scenes
-from kvcapsule_gguf.eval.vlm import Cache, Vlm
+from kvcapsule_gguf.eval.cache import Cache
+from kvcapsule_gguf.eval.vlm import Vlm
 
 vlm = Vlm(Path({model!r}), Path({mmproj!r}), 1)
 prompts, (sample,) = Prompts(vlm), list(scenes(6, 6))

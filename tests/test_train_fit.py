@@ -12,6 +12,7 @@ from kvcapsule_gguf.train.fit_pca import fit_basis
 from kvcapsule_gguf.train.fit_retain import RetainOptions, fit_gates, fit_retain, frequency_groups
 from kvcapsule_gguf.train.guard import thresholds
 from kvcapsule_gguf.train.pattern import kept_tokens, neighbours
+from kvcapsule_gguf.train.sensitivity import groups, weights
 from kvcapsule_gguf.train.schedule import DISTORTION, Part, allocate, faithful_rows, layer_ratios, retain_rows, schedule
 
 rng = np.random.default_rng(0)
@@ -236,12 +237,32 @@ def test_pyramid():
     assert sum(sizes) / (8 * 4 * 64 * 64) == pytest.approx(0.2, rel=0.02)
 
 
-def test_uniform_and_auto():
-    hard, easy = Part(falling(64, 1), 64, 2), Part(falling(64, 9), 64, 2)
-    for layers in ("uniform", "auto"):
-        keys, values = schedule([hard, easy], [hard, easy], 64, 0.8, layers)
-        assert (keys[0] == keys[1]) == (layers == "uniform")
+def test_uniform_and_sensitivity():
+    """The bytes are the same; where an error costs more, more of them are spent, and the total cost falls."""
+    part = Part(falling(64, 3), 64, 2)
+    weights = (np.array([8.0, 0.5]), np.array([1.0, 0.1]))
+
+    def cost(rows) -> float:
+        spread = [np.repeat(list(DISTORTION.values()), r[1:]) for r in rows]
+        return sum(w * (part.energy[: len(d)] * d).sum() for w, d in zip(np.concatenate(weights), spread))
+
+    found = {layers: schedule([part] * 2, [part] * 2, 64, 0.8, layers, weights) for layers in ("uniform", "sensitivity")}
+    for keys, values in found.values():
         assert sum(rows_bytes(r, 64) for r in keys + values) / (2 * 4 * 64 * 64) == pytest.approx(0.2, rel=0.02)
+    assert found["uniform"][0][0] == found["uniform"][0][1]
+    keys, values = found["sensitivity"]
+    sizes = [rows_bytes(r, 64) for r in (keys[0], values[0], keys[1], values[1])]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.3 * sizes[-1]
+    assert cost(keys + values) < 0.8 * cost([*found["uniform"][0], *found["uniform"][1]])
+
+
+def test_groups_and_weights_of_layers():
+    assert [len(g) for g in groups(8)] == [1] * 8 and [list(g) for g in groups(5, 2)] == [[0, 1], [2, 3, 4]]
+    todo = [(kind, g) for g in groups(3, 3) for kind in "kv"]
+    kld = np.array([[4e-3, 2e-3], [1e-4, 1e-4], [1e-3, 1e-3], [1e-4, 1e-4], [1e-4, 1e-4], [1e-4, 1e-4]])
+    keys, values = weights(todo, kld, 3)
+    assert np.concatenate([keys, values]).mean() == pytest.approx(1)
+    assert keys[0] > keys[1] > keys[2] == pytest.approx(values[0]) and keys[0] / keys[2] < 30
 
 
 def test_row_types_have_a_distortion():

@@ -1,4 +1,4 @@
-"""Model and projector, loaded once, and one context for each setting."""
+"""Model and projector, loaded once; pictures encoded once for all contexts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 
 from .. import native
 from ..native.shapes import metadata
-from .settings import BITS, TYPES, Setting, dropped
 
 MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)
@@ -26,10 +25,11 @@ class EvalError(RuntimeError):
 class Vlm:
     """The loaded model. Everything it hands out dies with it."""
 
-    def __init__(self, model: Path, mmproj: Path, threads: int, verbose: bool = False) -> None:
+    def __init__(self, model: Path, mmproj: Path, threads: int, verbose: bool = False, device: str = "auto") -> None:
+        """device: "cpu", or whatever the library was built for. Raises EvalError."""
         for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT"):
             os.environ.pop(name, None)
-        self.threads = threads
+        self.threads, self.device = threads, device
         self.native = native.load()
         self.llama, self.mtmd = self.native.llama, self.native.mtmd
         self.path, self.mmproj = model, mmproj
@@ -47,17 +47,23 @@ class Vlm:
 
     def _open(self, stack: ExitStack) -> None:
         self.llama.llama_backend_init()
-        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), self.llama.llama_model_default_params())
+        options = self.llama.llama_model_default_params()
+        if self.device == "cpu":
+            options.n_gpu_layers = 0
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), options)
         if not self.model:
-            raise EvalError(f"{self.path} cannot be loaded")
+            raise EvalError(f"{self.path} cannot be loaded as a model")
         stack.callback(self.llama.llama_model_free, self.model)
         params = self.mtmd.mtmd_context_params_default()
         params.print_timings = params.warmup = False
         params.n_threads = self.threads
+        params.use_gpu = self.device != "cpu"
         self.projector = self.mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, params)
         if not self.projector:
-            raise EvalError(f"{self.mmproj} cannot be used with {self.path.name}")
+            raise EvalError(f"{self.mmproj} cannot be used as a vision projector of {self.path.name}")
         stack.callback(self.mtmd.mtmd_free, self.projector)
+        if not self.mtmd.mtmd_support_vision(self.projector):
+            raise EvalError(f"{self.mmproj} is not a vision projector")
         self.vocab = self.llama.llama_model_get_vocab(self.model)
         self.n_vocab = self.llama.llama_vocab_n_tokens(self.vocab)
         self.n_embd = self.llama.llama_model_n_embd_inp(self.model)
@@ -106,7 +112,7 @@ class Vlm:
             asked = self.mtmd.mtmd_input_text(text, len(text), True, True)
             bitmaps = (self.mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
             if self.mtmd.mtmd_tokenize(self.projector, chunks, c.byref(asked), bitmaps, 1) != 0:
-                raise EvalError("the picture cannot be prepared")
+                raise EvalError(f"a picture of {rgb.width} x {rgb.height} pixels cannot be prepared for the model")
             return self._encode(chunks)
         finally:
             self.mtmd.mtmd_input_chunks_free(chunks)
@@ -126,7 +132,10 @@ class Vlm:
                     raise EvalError("the picture cannot be encoded")
                 found = c.cast(self.mtmd.mtmd_get_output_embd(self.projector), FLOATS)
                 embd = np.array(np.ctypeslib.as_array(found, (n, self.n_embd)))
-                parts.append(Encoded(self.mtmd, self.mtmd.mtmd_input_chunk_copy(chunk), embd))
+                width = self.mtmd.mtmd_image_tokens_get_nx(self.mtmd.mtmd_input_chunk_get_tokens_image(chunk))
+                parts.append(Encoded(self.mtmd, self.mtmd.mtmd_input_chunk_copy(chunk), embd, width))
+        if not any(isinstance(part, Encoded) for part in parts):
+            raise EvalError("the projector made no tokens of a picture")
         return Picture(parts)
 
 
@@ -137,6 +146,16 @@ class Encoded:
     mtmd: object
     chunk: int
     embd: np.ndarray
+    nx: int  # width in tokens as libmtmd says it: of some projectors, the number of all tokens
+
+    @property
+    def width(self) -> int:
+        """Of the grid in tokens, 0 = unknown."""
+        n = len(self.embd)
+        if self.nx and n % self.nx == 0 and n > self.nx:
+            return self.nx
+        side = int(n**0.5 + 0.5)
+        return side if side * side == n else 0
 
     def free(self) -> None:
         self.mtmd.mtmd_input_chunk_free(self.chunk)
@@ -156,142 +175,3 @@ class Picture:
         for part in self.parts:
             if isinstance(part, Encoded):
                 part.free()
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """Of the vision tokens of one picture."""
-
-    bytes_f16: int
-    bytes_now: int
-    n_slots: tuple[int, int]  # economy, faithful
-
-
-class Cache:
-    """One context: holds a picture, then answers about it."""
-
-    def __init__(self, vlm: Vlm, setting: Setting, n_ctx: int, n_questions: int, flash_attn: bool = True) -> None:
-        self.vlm, self.setting = vlm, setting
-        self.llama = vlm.llama
-        p = self.llama.llama_context_default_params()
-        p.n_ctx, p.n_batch, p.n_ubatch = n_ctx, min(n_ctx, 2048), 512
-        p.n_seq_max, p.kv_unified = n_questions + 1, True
-        p.n_threads = p.n_threads_batch = vlm.threads
-        p.flash_attn_type = 1 if flash_attn else 0
-        p.type_k = p.type_v = TYPES[setting.cache]
-        self.n_batch = p.n_batch
-        if setting.capsule:
-            native.next_context(vlm.capsule(setting.capsule), n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
-        self.ctx = self.llama.llama_init_from_model(vlm.model, p)
-        if not self.ctx:
-            reason = native.last_error() if setting.capsule else "see the log (-v)"
-            raise EvalError(f"{setting.name}: the context cannot be created: {reason}")
-        self.memory = self.llama.llama_get_memory(self.ctx)
-        self.n_past = 0
-
-    def close(self) -> None:
-        self.llama.llama_free(self.ctx)
-
-    def show(self, picture: Picture) -> CacheUse:
-        """Forgets everything, decodes a picture and compresses it; says what that takes."""
-        self.llama.llama_memory_clear(self.memory, True)
-        self.n_past = 0
-        spans = []
-        for part in picture.parts:
-            if isinstance(part, Encoded):
-                start = self.n_past
-                past = self.llama.llama_pos(0)
-                none = self.vlm.mtmd.mtmd_helper_post_decode_callback(0)
-                rc = self.vlm.mtmd.mtmd_helper_decode_image_chunk(
-                    self.vlm.projector, self.ctx, part.chunk, part.embd.ctypes.data_as(FLOATS), self.n_past, 0, self.n_batch,
-                    c.byref(past), none, None)
-                if rc != 0:
-                    raise EvalError(f"{self.setting.name}: the picture cannot be decoded ({rc})")
-                self.n_past = past.value
-                spans.append((start, self.n_past, len(part.embd)))
-            else:
-                self._decode([(t, self.n_past + i, 0, False) for i, t in enumerate(part)])
-                self.n_past += len(part)
-        return self._shrink(spans)
-
-    def _shrink(self, spans: list[tuple[int, int, int]]) -> CacheUse:
-        shapes = native.layer_shapes(self.vlm.model)
-        per_token = sum(n * (d_k + d_v) for n, d_k, d_v in shapes)
-        n = sum(count for *_, count in spans)
-        f16 = 2 * per_token * n
-        if self.setting.capsule:
-            for p0, p1, _ in spans:
-                native.compress(self.ctx, 0, p0, p1)
-            s = native.stats(self.ctx)
-            return CacheUse(s.kv_bytes_f16, s.kv_bytes, s.n_slots)
-        kept = n
-        if self.setting.drop:
-            for p0, p1, count in spans:
-                if p1 - p0 != count:
-                    raise EvalError("dropping tokens by position needs a model with one position for each vision token")
-                for a, b in dropped(count, self.setting.drop):
-                    self.llama.llama_memory_seq_rm(self.memory, 0, p0 + a, p0 + b)
-                    kept -= b - a
-        return CacheUse(f16, int(per_token * kept * BITS[self.setting.cache] / 8), (0, 0))
-
-    def ask(self, questions: list[tuple[list[int], int]]) -> list[np.ndarray]:
-        """(tokens after the picture, how many of them are the answer), each -> logits [n_answer, n_vocab] that predict the answer.
-
-        Every question is a sequence of its own that shares the picture, all in as few batches as possible; they are forgotten afterwards."""
-        out: list[np.ndarray | None] = [None] * len(questions)
-        group: list[int] = []
-        size = 0
-        for i, (tokens, _) in enumerate(questions):
-            if size + len(tokens) > self.n_batch:
-                self._ask(questions, group, out)
-                group, size = [], 0
-            group.append(i)
-            size += len(tokens)
-        self._ask(questions, group, out)
-        return [x for x in out if x is not None]
-
-    def write(self, question: list[int], n_max: int) -> list[int]:
-        """The greedy answer to a question, with the token that ends it if it comes within n_max."""
-        written: list[int] = []
-        self.llama.llama_memory_seq_cp(self.memory, 0, 1, -1, -1)
-        rows = [(t, self.n_past + i, 1, i == len(question) - 1) for i, t in enumerate(question)]
-        while len(written) < n_max and not (written and self.vlm.ends(written[-1])):
-            written.append(int(self._decode(rows)[-1].argmax()))
-            rows = [(written[-1], self.n_past + len(question) + len(written) - 1, 1, True)]
-        self.llama.llama_memory_seq_rm(self.memory, 1, -1, -1)
-        return written
-
-    def _ask(self, questions: list[tuple[list[int], int]], group: list[int], out: list[np.ndarray | None]) -> None:
-        rows = []
-        for s, i in enumerate(group, 1):
-            tokens, n_answer = questions[i]
-            self.llama.llama_memory_seq_cp(self.memory, 0, s, -1, -1)
-            first = len(tokens) - n_answer - 1
-            rows += [(t, self.n_past + j, s, first <= j < len(tokens) - 1) for j, t in enumerate(tokens)]
-        logits = self._decode(rows)
-        at = 0
-        for s, i in enumerate(group, 1):
-            n = questions[i][1]
-            out[i] = logits[at:at + n]
-            at += n
-            self.llama.llama_memory_seq_rm(self.memory, s, -1, -1)
-
-    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> np.ndarray:
-        """(token, position, sequence, wants logits) -> the logits asked for."""
-        n = len(rows)
-        batch = self.llama.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens = n
-            for i, (token, pos, seq, wanted) in enumerate(rows):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, 1, wanted
-                batch.seq_id[i][0] = seq
-            rc = self.llama.llama_decode(self.ctx, batch)
-            if rc != 0:
-                raise EvalError(f"{self.setting.name}: llama_decode returned {rc}")
-            wanted = sum(row[3] for row in rows)
-            if not wanted:
-                return np.empty((0, self.vlm.n_vocab), np.float32)
-            found = c.cast(self.llama.llama_get_logits(self.ctx), FLOATS)
-            return np.array(np.ctypeslib.as_array(found, (wanted, self.vlm.n_vocab)))
-        finally:
-            self.llama.llama_batch_free(batch)

@@ -90,7 +90,7 @@ class Capsule:
     image_tokens: int = 0
     neighbour_count: int = 0
     default_ratio: float = 0.8
-    provenance: dict[str, Any] = field(default_factory=dict)  # kvcapsule.train.*: str, int, float, bool
+    provenance: dict[str, Any] = field(default_factory=dict)  # kvcapsule.train.*: str, int, float, bool, list of float
 
     def slot_bytes(self, tier: int) -> int:
         """Bytes of the rows of one slot, all layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ def write_capsule(path: str | Path, capsule: Capsule) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as e:
-        raise CapsuleError(path, f"can not be written: {e.strerror or e}") from None
+        part.unlink(missing_ok=True)
+        raise CapsuleError(path, f"can not be written: {e.strerror or 'the disk is full'}") from None  # numpy gives no reason
     finally:
-        writer.close()
+        with suppress(OSError):  # what is left in a buffer of a full disk
+            writer.close()
     os.replace(part, path)
     return path
 
@@ -88,6 +91,9 @@ def add_capsule_keys(w: gguf.GGUFWriter, c: Capsule) -> None:
     array("tier.kappa", (x for t in tiers for x in t.kappa), _V.FLOAT32)
     w.add_float32("kvcapsule.default_ratio", c.default_ratio)
     for key, value in c.provenance.items():
+        if isinstance(value, (list, np.ndarray)):
+            array(f"train.{key}", value, _V.FLOAT32)
+            continue
         kind = {bool: _V.BOOL, int: _V.UINT64 if isinstance(value, int) and value >= 0 else _V.INT64, float: _V.FLOAT64}.get(type(value), _V.STRING)
         w.add_key_value(f"kvcapsule.train.{key}", str(value) if kind is _V.STRING else value, kind)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..chat.errors import ChatError
+from ..eval.vlm import EvalError
 from ..format.capsule import CapsuleError
 from ..format.writer import write_capsule
-from .images import drawn, from_folder
-from .schedule import LAYER_SCHEDULES
+from ..native import NativeError
+from .images import Drawn, from_folder
+from .schedule import LAYER_SCHEDULES, PRESETS
 from .source import TrainError
+from .timing import duration
 from .trainer import TrainOptions, train
 
 DEFAULT_IMAGES = 96
@@ -30,12 +34,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
     p.add_argument("--codec", choices=("pca", "retain"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor (default: %(default)s)")
-    p.add_argument("--layers", choices=LAYER_SCHEDULES, default="uniform", help="how bytes are shared between layers (default: %(default)s)")
+    p.add_argument("--layers", choices=LAYER_SCHEDULES, default="sensitivity", help="how bytes are shared between layers (default: %(default)s, measured on the model)")
+    p.add_argument("--loss", choices=("queries", "mse"), default="queries", help="error of the keys as text queries see it, or the plain one, for comparison (default: %(default)s)")
+    p.add_argument("--ratios", type=ratios, default=dict(PRESETS), metavar="R,R,...", help="presets of the file, --ratio of the chat picks one (default: 0.6,0.8,0.875)")
     p.add_argument("--block-size", type=int, default=0, metavar="N", help="tokens of a block, 8..256 (default: chosen from the tokens of a picture)")
     p.add_argument("--n-images", type=int, default=DEFAULT_IMAGES, metavar="N", help="pictures to look at, a quarter of them only calibrates (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="S")
     p.add_argument("-c", "--ctx-size", type=int, default=8192, metavar="N", help="context while collecting, one picture and a question (default: %(default)s)")
     p.add_argument("-t", "--threads", type=int, default=0, metavar="N")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs and key MLPs are trained (default: a GPU if the library and torch have one)")
+    p.add_argument("--work", type=Path, metavar="DIR", help="state of an unfinished training: the same command goes on there (default: OUT.work, removed at the end)")
     return p
 
 
@@ -59,19 +67,41 @@ def run(args: argparse.Namespace) -> Path:
     output = args.output or args.model.with_name(f"kvcapsule-{args.model.stem}.gguf")
     if not output.parent.is_dir():
         raise TrainError(f"{output.parent} is not a folder")
-    images = from_folder(args.images, args.n_images, args.seed) if args.images else drawn(args.n_images, args.seed)
-    first = next(images)  # a folder without pictures shows before the model is loaded
+    pictures = from_folder(args.images, args.n_images, args.seed) if args.images else Drawn(args.n_images, args.seed)
 
     from .collect import LlamaSource
 
     start = time.monotonic()
-    options = TrainOptions(codec=args.codec, layers=args.layers, block_size=args.block_size, seed=args.seed)
-    with LlamaSource(args.model, mmproj, itertools.chain([first], images), n_ctx=args.ctx_size, threads=args.threads) as source:
-        capsule = train(source, options, say)
+    options = TrainOptions(
+        codec=args.codec, layers=args.layers, loss=args.loss, ratios=args.ratios, block_size=args.block_size, seed=args.seed, device=args.device
+    )
+    work = args.work or output.with_name(output.name + ".work")
+    try:
+        with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device, say=say) as source:
+            capsule = train(source, options, say, work)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: the same command goes on ({work})" if work.exists() else "interrupted") from None
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"
     write_capsule(output, capsule)
-    say(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - start:.0f} s")
+    shutil.rmtree(work, ignore_errors=True)
+    say(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
     return output
+
+
+class Interrupted(Exception):
+    """Ctrl-C; one line."""
+
+
+def ratios(text: str) -> dict[str, float]:
+    """"0.6,0.8" -> names and shares. Raises ArgumentTypeError."""
+    names = {value: name for name, value in PRESETS.items()}
+    try:
+        found = sorted({float(x) for x in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: numbers with commas between them, such as 0.6,0.8") from None
+    if not all(0.3 <= r <= 0.95 for r in found):
+        raise argparse.ArgumentTypeError(f"{text}: every ratio lies in 0.3..0.95")
+    return {names.get(r, f"ratio-{r:g}"): r for r in found}
 
 
 def say(line: str) -> None:
@@ -79,14 +109,15 @@ def say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from ..native import NativeError
-
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (TrainError, CapsuleError, NativeError) as error:
+    except (TrainError, EvalError, ChatError, CapsuleError, NativeError) as error:
         say(str(error))
         return 1
+    except Interrupted as error:
+        say(str(error))
+        return 130
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -26,6 +26,7 @@ class RetainOptions:
     ridge: float = 1e-3
     steps: int = 400
     seed: int = 0
+    device: str = "auto"
 
 
 def frequency_groups(rope_type: str, d: int, n_rot: int) -> np.ndarray:
@@ -76,7 +77,7 @@ def fit_retain(
     up, bias, down = np.zeros((heads, 0, options.neighbours * d)), np.zeros((heads, 0)), np.zeros((heads, d, 0))
     if h:
         some = slice(None, None, -(-len(x) // MLP_BLOCKS))
-        up, bias, down = fit_mlp(x[some].reshape(-1, *x.shape[1:3], x.shape[3] * d), rest[some], weight, h, options.steps, options.seed)
+        up, bias, down = fit_mlp(x[some].reshape(-1, *x.shape[1:3], x.shape[3] * d), rest[some], weight, h, options)
     retain = Retain(kept, len(kept), near, gate, up.astype(np.float16), bias.astype(np.float32), down.astype(np.float16))
     scale = np.sqrt(weight)[:, None]
     left = np.square((retain.predict(decoded) - y) * scale).sum((1, 3)).mean(0)
@@ -89,33 +90,37 @@ def fit_retain(
     return stored, np.concatenate([energy, left[worst_first]]).astype(np.float64)
 
 
-def fit_mlp(x: np.ndarray, y: np.ndarray, weight: np.ndarray, h: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit_mlp(x: np.ndarray, y: np.ndarray, weight: np.ndarray, h: int, options: RetainOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x f32 [B, H, J, K*d], y f32 [B, H, J, d]: y ~ down gelu(up x + bias), a network for each head -> (up [H, h, K*d], bias [H, h], down [H, d, h])."""
     try:
         import torch
     except ImportError:
         raise TrainError("the key MLP needs torch: pip install 'kvcapsule-gguf[train]', or use --codec pca") from None
-    generator = torch.Generator().manual_seed(seed)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise TrainError("--device cuda: torch has no CUDA device")
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(options.seed)  # always on the CPU: the same numbers for every device
+    steps = options.steps
     heads, inputs, d = x.shape[1], x.shape[-1], y.shape[-1]
     # inputs and outputs of unit size; folded into the weights at the end
     x_mean, x_scale = x.mean((0, 2)), x.std((0, 2)) + 1e-6
     y_scale = float(np.sqrt(np.square(y).mean())) + 1e-12
-    flat_x = torch.from_numpy(((x - x_mean[:, None]) / x_scale[:, None]).swapaxes(0, 1).reshape(heads, -1, inputs).astype(np.float32))
-    flat_y = torch.from_numpy((y / y_scale).swapaxes(0, 1).reshape(heads, -1, d).astype(np.float32))
-    w = torch.from_numpy(np.ascontiguousarray(weight, np.float32))[:, None]
-    up = (torch.randn(heads, inputs, h, generator=generator) / inputs**0.5).requires_grad_()
-    bias = torch.zeros(heads, 1, h, requires_grad=True)
-    down = torch.zeros(heads, h, d, requires_grad=True)
+    flat_x = torch.from_numpy(((x - x_mean[:, None]) / x_scale[:, None]).swapaxes(0, 1).reshape(heads, -1, inputs).astype(np.float32)).to(device)
+    flat_y = torch.from_numpy((y / y_scale).swapaxes(0, 1).reshape(heads, -1, d).astype(np.float32)).to(device)
+    w = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).to(device)[:, None]
+    up = (torch.randn(heads, inputs, h, generator=generator) / inputs**0.5).to(device).requires_grad_()
+    bias = torch.zeros(heads, 1, h, device=device, requires_grad=True)
+    down = torch.zeros(heads, h, d, device=device, requires_grad=True)
     adam = torch.optim.AdamW([up, bias, down], lr=4e-3, weight_decay=DECAY)
     batch = min(512, flat_x.shape[1])
     for step in range(steps):
         adam.param_groups[0]["lr"] = 4e-3 * (1 - step / steps) ** 0.5
-        at = torch.randint(0, flat_x.shape[1], (batch,), generator=generator)
+        at = torch.randint(0, flat_x.shape[1], (batch,), generator=generator).to(device)
         out = torch.nn.functional.gelu(flat_x[:, at] @ up + bias) @ down
         loss = ((out - flat_y[:, at]).square() * w).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
-    up_np = up.detach().numpy() / x_scale[:, :, None]
-    bias_np = bias.detach().numpy()[:, 0] - (x_mean[:, None] @ up_np)[:, 0]
-    return up_np.swapaxes(1, 2), bias_np, (down.detach().numpy() * y_scale).swapaxes(1, 2)
+    up_np = up.detach().cpu().numpy() / x_scale[:, :, None]
+    bias_np = bias.detach().cpu().numpy()[:, 0] - (x_mean[:, None] @ up_np)[:, 0]
+    return up_np.swapaxes(1, 2), bias_np, (down.detach().cpu().numpy() * y_scale).swapaxes(1, 2)

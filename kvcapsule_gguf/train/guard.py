@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,12 +20,33 @@ PASS = 0.97  # share of the held-back blocks that keep the economy tier in all l
 MARGIN = 1.1  # on top: other pictures vary a little more
 
 
-def scores(capsule: Capsule, store: BlockStore, tier: int) -> np.ndarray:
+@dataclass
+class Errors:
+    """Relative squared error of the held-back blocks, by tier and layer; keys as queries see them. 1 = everything but the mean is lost."""
+
+    capsule: Capsule
+    key: dict[tuple[int, int], float] = field(default_factory=dict)
+    value: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def add(self, tier: int, i: int, k: np.ndarray, v: np.ndarray, k_hat: np.ndarray, v_hat: np.ndarray) -> None:
+        layer = self.capsule.layers[i]
+        weight = layer.k_query_weight[:, None]
+        self.key[tier, i] = float((np.square(k_hat - k) * weight).sum() / max((np.square(k - layer.k_mean[:, None]) * weight).sum(), 1e-30))
+        self.value[tier, i] = float(np.square(v_hat - v).sum() / max(np.square(v - layer.v_mean[:, None]).sum(), 1e-30))
+
+    def as_provenance(self) -> dict[str, list[float]]:
+        """Lists [tier, layer], row-major."""
+        order = [(t, i) for t in range(len(self.capsule.tiers)) for i in range(len(self.capsule.layers))]
+        return {"key_error": [self.key[x] for x in order], "value_error": [self.value[x] for x in order]}
+
+
+def scores(capsule: Capsule, store: BlockStore, tier: int, errors: Errors) -> np.ndarray:
     """f32 [layers, B]: guard scores of the held-back blocks."""
     out = []
     for i, layer in enumerate(capsule.layers):
         k, v = store.blocks(i, "k", held=True), store.blocks(i, "v", held=True)
         k_hat, v_hat = BlockCodec.of(capsule, i, tier).round_trip(k, v)
+        errors.add(tier, i, k, v, k_hat, v_hat)
         out.append(block_score(k, v, k_hat, v_hat, layer.k_query_weight))
     return np.stack(out)
 
@@ -40,17 +62,23 @@ def thresholds(score: np.ndarray, share: float = PASS, margin: float = MARGIN) -
     return ranked[:, low] * margin
 
 
-def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None]) -> None:
-    """Sets kappa of every economy tier."""
+def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None], weights: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    """Sets kappa of every economy tier, and what the tiers cost in the provenance.
+
+    weights: sensitivities of the layers; one that costs little may be coarser in proportion.
+    """
+    errors = Errors(capsule)
     for i, tier in enumerate(capsule.tiers):
-        score = scores(capsule, store, i)
+        score = scores(capsule, store, i, errors)
         passed = 1.0
         if i:
             all_rows = min(map(total_rows, tier.key_rows + tier.value_rows)) == capsule.block_size
-            kappa = np.minimum(thresholds(score), COARSE[all_rows])
+            slack = np.ones(len(capsule.layers)) if weights is None else np.maximum(1, 1 / np.maximum(*weights))
+            kappa = np.minimum(thresholds(score), COARSE[all_rows] * slack)
             tier.kappa = [float(x) for x in kappa]
             passed = float((score <= kappa[:, None]).all(0).mean())
         say(
             f"tier {tier.name}: {1 / (1 - tier.ratio):.2f}x smaller than f16 ({capsule.slot_bytes(i) / capsule.block_size:.0f} bytes a token); "
             f"the worst token of a block has {np.median(score.max(0)):.1f} times q4_0's error (median), {100 * passed:.0f} % of the blocks pass"
         )
+    capsule.provenance |= errors.as_provenance()

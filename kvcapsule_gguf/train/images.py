@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from ..scenes import CALIBRATION, WORDS, make_scene
+from ..chat.errors import ChatError
+from ..chat.images import load
+from ..scenes import CALIBRATION, WORDS, Scene, make_questions, make_scene
 from .source import TrainError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -16,35 +19,85 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SHAPES = ((336, 336), (336, 336), (448, 336), (336, 448))
 
 
-def from_folder(folder: Path, count: int, seed: int) -> Iterator[Image.Image]:
-    """`count` pictures of a folder and its sub-folders in an order given by the seed, again from the start if there are fewer. Raises TrainError."""
+class UnreadablePicture(Exception):
+    """A file is not a picture; the text is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """questions: what to ask about this picture; none: the general ones of the source."""
+
+    image: Image.Image
+    questions: tuple[str, ...] = ()
+
+
+class Pictures(Protocol):
+    """A list that makes or reads a picture when it is asked for, always the same one at the same place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Picture: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`files` in their order. An item may raise UnreadablePicture."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Picture:
+        try:
+            found = load(str(self.files[i]))
+        except ChatError as error:
+            raise UnreadablePicture(str(error)) from error
+        return Picture(Image.frombytes("RGB", (found.width, found.height), found.rgb))
+
+
+def from_folder(folder: Path, count: int, seed: int) -> Folder:
+    """At most `count` pictures of a folder and its sub-folders, chosen and ordered by the seed. Raises TrainError."""
     if not folder.is_dir():
         raise TrainError(f"{folder} is not a folder")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise TrainError(f"{folder} has no pictures ({', '.join(sorted(SUFFIXES))})")
     order = np.random.default_rng(seed).permutation(len(files))
-    for i in range(min(count, len(files))):
-        path = files[order[i]]
-        try:
-            with Image.open(path) as image:
-                yield ImageOps.exif_transpose(image).convert("RGB")
-        # Pillow raises many kinds for damaged files
-        except Exception as error:
-            raise TrainError(f"{path}: not a picture that can be read ({' '.join(str(error).split())})") from error
+    return Folder(tuple(files[i] for i in order[:count]))
 
 
-def drawn(count: int, seed: int) -> Iterator[Image.Image]:
-    """`count` drawn pictures; half are scenes, the other half are unlike them."""
-    kinds: tuple[Callable[[np.random.Generator, tuple[int, int]], Image.Image], ...] = (_scene, _page, _scene, _texture, _scene, _collage)
-    for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        yield kinds[i % len(kinds)](rng, SHAPES[rng.integers(len(SHAPES))])
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn pictures; half are scenes, with questions about them, the other half are unlike scenes."""
+
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Picture:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        rng = np.random.default_rng([self.seed, i])
+        size = SHAPES[rng.integers(len(SHAPES))]
+        if i % 2 == 0:
+            return _asked_scene(rng, size)
+        return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size))
+
+
+def _asked_scene(rng: np.random.Generator, size: tuple[int, int]) -> Picture:
+    scene = _make_scene(rng)
+    return Picture(scene.draw().resize(size, Image.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)))
+
+
+def _make_scene(rng: np.random.Generator) -> Scene:
+    return make_scene(CALIBRATION[int(rng.integers(len(CALIBRATION)))], dense=bool(rng.random() < 0.2))
 
 
 def _scene(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    scene = make_scene(CALIBRATION[int(rng.integers(len(CALIBRATION)))], dense=bool(rng.random() < 0.2))
-    return scene.draw().resize(size, Image.BICUBIC)
+    return _make_scene(rng).draw().resize(size, Image.BICUBIC)
 
 
 def _page(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:

@@ -21,7 +21,7 @@ KEY_WEIGHT = 2.0  # an error of keys costs more attention than the same relative
 ALL_ROWS_BITS = 2.75  # bits per value from which on every row is kept
 
 PRESETS = {"paper": 0.6, "default": 0.8, "small": 0.875}
-LAYER_SCHEDULES = ("uniform", "pyramid", "auto")
+LAYER_SCHEDULES = ("sensitivity", "uniform", "pyramid")
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,19 @@ def layer_ratios(n_layers: int, ratio: float, slope: float = 0.3) -> list[float]
     return [1 - (1 - ratio) * (1 + slope * float(x)) for x in at]
 
 
-def schedule(keys: Sequence[Part], values: Sequence[Part], n: int, ratio: float, layers: str = "uniform") -> tuple[list[RowCounts], list[RowCounts]]:
-    """Rows of the keys and of the values of every layer (`keys[l]` and `values[l]` are layer l's)."""
-    keys = [Part(KEY_WEIGHT * k.energy, k.d, k.heads) for k in keys]
-    if layers == "auto":
-        chosen = allocate([*keys, *values], n, ratio)
+def schedule(
+    keys: Sequence[Part], values: Sequence[Part], n: int, ratio: float, layers: str = "uniform", weights: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[list[RowCounts], list[RowCounts]]:
+    """Rows of the keys and of the values of every layer (`keys[l]` and `values[l]` are layer l's).
+
+    `sensitivity`: one allocation over all layers; weights f64 [L] of keys and values say what a unit of relative error costs there.
+    """
+    if layers == "sensitivity":
+        assert weights is not None
+        parts = [Part(w * p.energy, p.d, p.heads) for w, p in zip(np.concatenate(weights), [*keys, *values])]
+        chosen = allocate(parts, n, ratio)
         return chosen[: len(keys)], chosen[len(keys) :]
+    keys = [Part(KEY_WEIGHT * k.energy, k.d, k.heads) for k in keys]
     if layers == "pyramid":
         pairs = [allocate([k, v], n, r) for k, v, r in zip(keys, values, layer_ratios(len(keys), ratio))]
         return [p[0] for p in pairs], [p[1] for p in pairs]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..format.base_model import BaseModel
+from ..format.capsule import Capsule
 
 
 class TrainError(RuntimeError):
@@ -27,9 +29,19 @@ class KVSample:
 
 
 class KVSource(Protocol):
+    """Gives the same samples, in the same order, every time: an interrupted training goes on in the middle."""
+
     model: BaseModel
 
-    def __iter__(self) -> Iterator[KVSample]: ...
+    def __len__(self) -> int: ...
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
+        """(number of the picture, sample), from picture `start` on; pictures that can not be read are left out."""
+        ...
+
+    def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+        """f64 [L] of the keys and of the values: what a unit of relative error costs in each layer. Raises TrainError."""
+        ...
 
 
 @dataclass
@@ -37,7 +49,14 @@ class ArraySource:
     """Samples that are there already."""
 
     model: BaseModel
-    samples: Iterable[KVSample]
+    samples: Sequence[KVSample]
 
-    def __iter__(self) -> Iterator[KVSample]:
-        return iter(self.samples)
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
+        for i in range(start, len(self.samples)):
+            yield i, self.samples[i]
+
+    def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+        raise TrainError("the sensitivity of the layers is measured on a running model; with arrays choose layers uniform or pyramid")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -17,22 +21,40 @@ from .fit_retain import RetainOptions, fit_retain
 from .guard import calibrate
 from .schedule import PRESETS, Part, faithful_rows, retain_rows, schedule
 from .source import KVSource, TrainError
-from .store import BlockStore
+from .store import MEMORY, STATE, BlockStore
+from .timing import duration, remaining
 
 DEFAULT_BLOCK = 64  # docs/format-v1.md, "Why these choices"
 MIN_BLOCK, MAX_BLOCK = 32, 128
+FEW = 16  # pictures
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     codec: str = "pca"  # pca or retain, of the keys of the economy tiers
-    layers: str = "uniform"  # uniform, pyramid or auto
+    layers: str = "uniform"  # one of schedule.LAYER_SCHEDULES
+    loss: str = "queries"  # the keys' error as text queries see it, or "mse": the plain one
     block_size: int = 0  # 0: chosen from the number of tokens of an image
     seed: int = 0
+    memory: int = MEMORY  # store.MEMORY
     kept: float = 0.4  # retain: share of the tokens that are kept
     neighbours: int = 4
     mlp_width: int = 16
+    device: str = "auto"  # of the key MLPs: cpu, cuda, or what torch finds
     ratios: dict[str, float] = field(default_factory=lambda: dict(PRESETS))
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def known_block_size(folder: Path) -> int:
+    """Of an interrupted training; 0 if there is none."""
+    try:
+        with np.load(folder / STATE, allow_pickle=False) as state:
+            return int(state["block_size"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def choose_block_size(image_tokens: int, wanted: int = DEFAULT_BLOCK) -> int:
@@ -41,28 +63,64 @@ def choose_block_size(image_tokens: int, wanted: int = DEFAULT_BLOCK) -> int:
     return min(fits, key=lambda n: (abs(n - wanted), n), default=wanted)
 
 
-def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Capsule:
-    """Raises TrainError."""
-    samples = iter(source)
-    first = next(samples, None)
-    if first is None:
+def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = to_stderr, work: Path | None = None) -> Capsule:
+    """work: folder of the state, an interrupted training goes on there; None: a temporary one.
+    Raises TrainError."""
+    with tempfile.TemporaryDirectory(prefix="kvcapsule-train-") if work is None else nullcontext(work) as folder:
+        with collect(source, options, say, Path(folder)) as store:
+            capsule = fit(source, store, options, say)
+    return capsule
+
+
+def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None], folder: Path) -> BlockStore:
+    """The blocks of all pictures. Raises TrainError."""
+    model, total = source.model, len(source)
+    start = time.monotonic()
+    if not total:
         raise TrainError("no pictures to train on")
-    model = source.model
-    tokens = len(first.keys[0])
-    n = options.block_size or choose_block_size(tokens)
-    if tokens < n:
-        raise TrainError(f"a picture has {tokens} tokens, less than a block of {n}: choose a smaller --block-size")
-    with BlockStore(model, n) as store:
-        widths = set()
-        for sample in chain([first], samples):
-            store.add(sample)
-            widths.add(sample.width)
-            if store.images % 16 == 1:
-                say(f"picture {store.images}: {len(sample.keys[0])} tokens, {len(store.held)} blocks so far")
+    n = options.block_size or known_block_size(folder)
+    first = next(iter(source.read()), None) if not n else None
+    if not n:
+        if first is None:
+            raise TrainError("no pictures to train on: none of them can be read")
+        n = choose_block_size(len(first[1].keys[0]))
+    store = BlockStore(model, n, folder, expected=total, seed=options.seed, memory=options.memory)
+    try:
+        if store.images:
+            say(f"going on after {store.next} of {total} pictures ({folder})")
+        begun, done = time.monotonic(), store.next
+        for number, sample in source.read(store.next):
+            tokens = len(sample.keys[0])
+            if tokens < n:
+                raise TrainError(f"a picture has {tokens} tokens, less than a block of {n}: choose a smaller --block-size")
+            store.add(number, sample)
+            if store.images == 1:
+                _announce(store, tokens, total, time.monotonic() - begun, say)
+            elif store.images % 16 == 0:
+                say(f"picture {number + 1} of {total}: {len(store.held)} blocks, {remaining(begun, number + 1 - done, total - done)} left to look")
+        if not store.images:
+            raise TrainError("no pictures to train on: none of them can be read")
         if not any(store.held) or all(store.held):
-            raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 64 or more are better")
-        width = widths.pop() if len(widths) == 1 else 0
-        return _fit(model, store, n, width, options, say)
+            raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 16 make a usable capsule, 64 or more a good one")
+        if store.images < FEW:
+            say(f"only {store.images} pictures: {FEW} make a usable capsule, 64 or more a good one")
+    except BaseException:
+        store.__exit__()
+        raise
+    say(f"looked at {store.images} pictures in {duration(time.monotonic() - start)}")
+    return store
+
+
+def _announce(store: BlockStore, tokens: int, total: int, seconds: float, say: Callable[[str], None]) -> None:
+    """What is to come, from the first picture. Raises TrainError when the disk can not hold it."""
+    blocks = len(store.held) * total
+    need, free = blocks * store.disk_bytes_block, shutil.disk_usage(store.folder).free
+    say(
+        f"a picture takes {tokens} tokens and {seconds:.1f} s: about {duration(seconds * total)} to look at {total} pictures, "
+        f"{need / 2**20:.0f} MiB of disk in {store.folder}"
+    )
+    if need > free:
+        raise TrainError(f"{store.folder} has {free / 2**20:.0f} MiB free, {need / 2**20:.0f} are needed: fewer --n-images, or another disk")
 
 
 @dataclass(frozen=True)
@@ -73,20 +131,27 @@ class FittedLayer:
     retain_energy: np.ndarray | None  # f64 [N] of the rows of a `retain` list
 
 
-def _fit(model: BaseModel, store: BlockStore, n: int, width: int, options: TrainOptions, say: Callable[[str], None]) -> Capsule:
-    fitted = []
+def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callable[[str], None]) -> Capsule:
+    """Raises TrainError."""
+    model, n = store.model, store.block_size
+    width = next(iter(store.widths)) if len(store.widths) == 1 else 0
+    fitted: list[FittedLayer] = []
+    start = time.monotonic()
     for i, index in enumerate(model.kv_layers):
         f = fit_layer(model, store, i, width, options)
         fitted.append(f)
         share = [100 * p.energy[: n // 2].sum() for p in (f.keys, f.values)]
-        say(f"layer {index}: half of the rows hold {share[0]:.1f} % of the keys, {share[1]:.1f} % of the values")
+        say(
+            f"layer {index}: half of the rows hold {share[0]:.1f} % of the keys, {share[1]:.1f} % of the values; "
+            f"{remaining(start, i + 1, len(model.kv_layers))} left to fit"
+        )
     # one number of tokens for pictures of several shapes: the projector's grid is fixed
     tokens = next(iter(store.image_tokens)) if len(store.image_tokens) == 1 else 0
     capsule = Capsule(
         base=base_of(model),
         block_size=n,
         layers=[f.layer for f in fitted],
-        tiers=[_faithful(fitted, n), *(_economy(name, ratio, fitted, n, options) for name, ratio in sorted(options.ratios.items(), key=lambda x: x[1]))],
+        tiers=[_faithful(fitted, n)],
         name=f"KVCapsule for {model.name}",
         block_width=width,
         image_tokens=tokens if tokens % n == 0 else 0,
@@ -94,18 +159,24 @@ def _fit(model: BaseModel, store: BlockStore, n: int, width: int, options: Train
         default_ratio=options.ratios.get("default", 0.8),
         provenance={
             "tool": "kvcapsule-train", "images": store.images, "blocks": len(store.held), "seed": options.seed, "codec": options.codec,
-            "layers": options.layers,
+            "layers": options.layers, "loss": options.loss,
         },
     )  # fmt: skip
+    weights = None
+    if options.layers == "sensitivity":
+        weights = source.sensitivity(capsule, store.folder, say)
+        capsule.provenance |= {"key_sensitivity": weights[0].tolist(), "value_sensitivity": weights[1].tolist()}
+    capsule.tiers += [_economy(name, ratio, fitted, n, options, weights) for name, ratio in sorted(options.ratios.items(), key=lambda x: x[1])]
     capsule.set_ratios()
-    calibrate(capsule, store, say)
+    calibrate(capsule, store, say, weights)
     return capsule
 
 
 def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: TrainOptions) -> FittedLayer:
     """KV layer number i, on the images that are not held back."""
     index, n = model.kv_layers[i], store.block_size
-    weight = store.query_weight(i)
+    queries = store.query_weight(i)
+    weight = queries if options.loss == "queries" else np.ones_like(queries)
     keys = store.blocks(i, "k", held=False)
     k, v = fit_basis(keys, weight), fit_basis(store.blocks(i, "v", held=False))
     layer = Layer(
@@ -117,7 +188,7 @@ def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: 
         v_mean=v.mean,
         k_basis=k.rows,
         v_basis=v.rows,
-        k_query_weight=weight,
+        k_query_weight=queries,
         rope=model.rope_type not in ("", "none"),
         freq_base=model.freq_base[index],
     )
@@ -125,7 +196,7 @@ def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: 
     if options.codec == "retain":
         m = max(1, min(n - 1, round(options.kept * n)))
         kept_rows = row_counts(q4_0=m) if Q4_0.fits(layer.key_length) else row_counts(f16=m)
-        shape = RetainOptions(m, options.neighbours, options.mlp_width, width, seed=options.seed)
+        shape = RetainOptions(m, options.neighbours, options.mlp_width, width, seed=options.seed, device=options.device)
         retain, retain_energy = fit_retain(keys, weight, model.rope_type, model.rope_dimensions, shape, kept_rows)
         layer.token_order = retain.order.astype(np.uint16)
         layer.kept_count, layer.mlp_width = m, options.mlp_width
@@ -146,8 +217,10 @@ def _faithful(fitted: list[FittedLayer], n: int) -> Tier:
     return Tier("faithful", [PCA] * len(rows), [k for k, _ in rows], [v for _, v in rows], [0.0] * len(rows))
 
 
-def _economy(name: str, ratio: float, fitted: list[FittedLayer], n: int, options: TrainOptions) -> Tier:
-    key_rows, value_rows = schedule([f.keys for f in fitted], [f.values for f in fitted], n, ratio, options.layers)
+def _economy(
+    name: str, ratio: float, fitted: list[FittedLayer], n: int, options: TrainOptions, weights: tuple[np.ndarray, np.ndarray] | None = None
+) -> Tier:
+    key_rows, value_rows = schedule([f.keys for f in fitted], [f.values for f in fitted], n, ratio, options.layers, weights)
     codec = [PCA] * len(fitted)
     if options.codec == "retain":
         codec = [RETAIN] * len(fitted)
