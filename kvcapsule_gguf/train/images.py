@@ -52,7 +52,8 @@ class Folder:
         try:
             found = load(str(self.files[i]))
         except ChatError as error:
-            raise UnreadablePicture(str(error)) from error
+            reason = str(error).rsplit(": ", 1)[-1]  # the chat shortens long paths
+            raise UnreadablePicture(f"{self.files[i]}: {reason}") from error
         return Picture(Image.frombytes("RGB", (found.width, found.height), found.rgb))
 
 
