@@ -25,7 +25,7 @@ from .timing import remaining
 
 PICTURES = 12
 MAX_GROUPS = 16  # layers of a deep model are probed together with their neighbours
-SHRINK = 0.5  # towards the mean of all, on a log scale: pictures are few and the tail of the KLD is long
+SHRINK = 0.25  # towards the mean of all, on a log scale: pictures are few and the tail of the KLD is long
 
 
 def groups(n_layers: int, most: int = MAX_GROUPS) -> list[range]:
