@@ -44,8 +44,8 @@ class Picture:
 
 def load(source: str) -> Picture:
     """Raises ImageError."""
-    name = source if len(source) <= 80 else source[:77] + "..."
-    return decode(_read(source, name), name)
+    name = _short(source)
+    return decode(read(source), name)
 
 
 def decode(data: bytes, name: str) -> Picture:
@@ -62,6 +62,10 @@ def decode(data: bytes, name: str) -> Picture:
     return Picture(name, rgb.width, rgb.height, rgb.tobytes(), data)
 
 
+def _short(source: str) -> str:
+    return source if len(source) <= 80 else source[:77] + "..."
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16 bits a channel: convert("RGB") would clip to white
@@ -72,7 +76,9 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(source: str, name: str) -> bytes:
+def read(source: str) -> bytes:
+    """The bytes of a path, an http(s) or data URL, or stdin (-). Raises ImageError."""
+    name = _short(source)
     if source == "-":
         data = sys.stdin.buffer.read(MAX_BYTES + 1)
     elif source.startswith("data:"):

@@ -1,6 +1,6 @@
 """The patched llama.cpp from Python: `load()` first, then the capsule API of include/llama-capsule.h."""
 
-from .capsule import Capsule, CapsuleError, CapsuleStats, compress, fingerprint, is_attached, last_error, next_context, read_kv, stats
+from .capsule import Capsule, CapsuleError, CapsuleStats, compress, environment_capsule, fingerprint, is_attached, last_error, next_context, read_kv, stats
 from .library import LLAMA_CPP_PYTHON, Native, NativeError, library_dir, load
 from .shapes import LayerShape, layer_shapes
 
@@ -13,6 +13,7 @@ __all__ = [
     "Native",
     "NativeError",
     "compress",
+    "environment_capsule",
     "fingerprint",
     "is_attached",
     "last_error",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -92,6 +93,12 @@ def next_context(capsule: Capsule | None, *, n_hot: int = 0, ratio: float = 0.0,
     params.auto_compress = auto_compress
     params.guard = guard
     lib.llama_capsule_set_next_context(params)
+
+
+def environment_capsule() -> Path | None:
+    """The file that LLAMA_KVCAPSULE names for every context."""
+    name = os.environ.get("LLAMA_KVCAPSULE")
+    return Path(name) if name else None
 
 
 def is_attached(ctx: int) -> bool:

@@ -1,0 +1,100 @@
+"""llama_cpp.Llama with a capsule: projector and capsule are found as in kvcapsule-chat."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import Llama
+
+from .. import native
+from ..chat import files
+from ..chat.args import DEFAULT_CTX
+from ..chat.errors import ChatError
+from ..chat.stats import ImageUse
+from ..native.shapes import metadata
+from ..reuse.prefixes import DEFAULT_MIB
+from . import pretrained
+from .handler import KVCapsuleChatHandler, PromptStats
+
+
+class KVCapsuleLlama(Llama):
+    """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
+
+    mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text and
+    one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit. The rest goes to Llama.
+
+    One thread at a time. Close it, or use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
+
+    def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, ratio: float = 0.0,
+                 image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int = DEFAULT_CTX, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
+        self._stack = ExitStack()  # for close(), should this end early
+        try:
+            path = files.check_model(Path(model_path))
+            self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)
+        except ChatError as error:
+            raise ValueError(str(error)) from None
+        if self.mmproj is None and str(capsule) not in ("auto", "off"):
+            raise ValueError("a capsule needs a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
+        self.capsule_path: Path | None = None
+        self.hot, self.ratio = hot, ratio
+        self._setting = str(capsule)
+        handler = kwargs.pop("chat_handler", None)
+        if handler is None and self.mmproj is not None:
+            handler = KVCapsuleChatHandler(str(self.mmproj), verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
+        try:
+            super().__init__(str(path), n_ctx=n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
+        except ValueError as error:
+            if self.capsule_path is not None and (reason := native.last_error()):
+                raise native.CapsuleError(reason) from error
+            raise
+        if isinstance(handler, KVCapsuleChatHandler):
+            handler._capsule_path = self.capsule_path
+
+    @property
+    def _model(self) -> Any:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        # Llama makes its model, then its context: the capsule belongs to the one and has to be there for the other
+        self.__dict__["_model"] = model
+        if self.mmproj is None or self._setting == "off":
+            return
+        architecture = metadata(model.model, "general.architecture") or ""
+        try:
+            path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))
+        except ChatError as error:
+            raise ValueError(str(error)) from None
+        if path is not None:
+            capsule = native.Capsule.load(model.model, path)
+            self._stack.callback(capsule.close)
+            native.next_context(capsule, n_hot=self.hot, ratio=self.ratio)
+            self.capsule_path = path
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,
+                        local_dir_use_symlinks: Any = "auto", cache_dir: str | Path | None = None, **kwargs: Any) -> KVCapsuleLlama:  # fmt: skip
+        """As Llama.from_pretrained; projector and capsules beside the model come along. repo_id: user/repo or a folder; filename: a name or pattern, None = as
+        llama.cpp chooses. local_dir_use_symlinks has no meaning any more. Raises ValueError."""
+        try:
+            model, mmproj = pretrained.fetch(repo_id, filename, additional_files or [], local_dir=local_dir, cache_dir=cache_dir)
+        except ChatError as error:
+            raise ValueError(str(error)) from None
+        kwargs.setdefault("mmproj", mmproj)
+        return cls(model, **kwargs)
+
+    def prompt_stats(self) -> PromptStats:
+        """What the last prompt took: tokens evaluated and reused, pictures encoded and loaded from disk."""
+        return self.chat_handler.stats if isinstance(self.chat_handler, KVCapsuleChatHandler) else PromptStats()
+
+    def image_stats(self) -> list[ImageUse]:
+        """Each picture of the conversation: its tokens, slots, bytes now and in f16."""
+        return self.prompt_stats().images
+
+    def __enter__(self) -> KVCapsuleLlama:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
