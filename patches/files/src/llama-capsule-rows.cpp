@@ -96,7 +96,8 @@ static int64_t capsule_to_f16_f16c(const float * x, ggml_fp16_t * y, int64_t n) 
 void llama_capsule_to_f16(const float * x, ggml_fp16_t * y, int64_t n) {
     int64_t i = 0;
 #if defined(__x86_64__) && defined(__GNUC__)
-    static const bool has_f16c = __builtin_cpu_supports("f16c");
+    // every CPU with AVX2 has F16C, a name that clang does not know here
+    static const bool has_f16c = __builtin_cpu_supports("avx2");
     if (has_f16c) {
         i = capsule_to_f16_f16c(x, y, n);
     }
