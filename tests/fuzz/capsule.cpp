@@ -1,0 +1,45 @@
+// the capsule loader without a model: any bytes are a capsule or one line, and what is accepted can be used
+
+#include "llama-capsule-file.h"
+#include "memory_source.h"
+
+#include "ggml.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+static void ignore_log(ggml_log_level, const char *, void *) {}
+
+static void require(bool ok, const char * what) {
+    if (!ok) {
+        fprintf(stderr, "fuzz: %s\n", what);
+        abort();
+    }
+}
+
+extern "C" int LLVMFuzzerInitialize(int *, char ***) {
+    ggml_log_set(ignore_log, nullptr);
+    return 0;
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    memory_source source(data, size);
+
+    try {
+        const auto capsule = llama_capsule_data_read(source, "fuzz", nullptr);
+
+        for (uint32_t i = 0; i < capsule->tiers.size(); ++i) {
+            require(capsule->bytes_slot(i) > 0, "a tier without bytes");
+        }
+        require(capsule->tier_for_ratio(0.5f) < capsule->tiers.size(), "a tier that does not exist");
+    } catch (const std::runtime_error & err) {
+        for (const char * c = err.what(); *c; ++c) {
+            require(*c >= 0x20 && *c < 0x7f, "a line with control characters");
+        }
+        // the header was checked before: ggml's parser and ours must agree
+        require(!strstr(err.what(), "ggml does not read"), err.what());
+    }
+
+    return 0;
+}
