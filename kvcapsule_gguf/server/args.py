@@ -1,0 +1,89 @@
+"""Command line of kvcapsule-server. What is not ours goes to llama-server as it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..chat.args import Parser
+
+DEFAULT_CTX = 16384
+
+
+@dataclass
+class Options:
+    model: Path | None = None
+    hf_repo: str | None = None
+    mmproj: Path | None = None
+    capsule: str = "auto"  # auto, off or a file
+    n_hot: int = 0
+    ratio: float = 0.0
+    n_ctx: int | None = None  # None = DEFAULT_CTX or the model's, if that is less
+    parallel: int = 4
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_keys: list[str] = field(default_factory=list)
+    max_body_mib: int = 64
+    max_image_mib: int = 16
+    max_megapixels: float = 50.0
+    remote_images: bool = False
+    drain_s: float = 30.0
+    verbose: bool = False
+    rest: list[str] = field(default_factory=list)  # for llama-server
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
+    """Exits with status 2 and one line when the command line is wrong."""
+    parser = Parser(prog="kvcapsule-server", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="An OpenAI-compatible server (llama-server) that keeps pictures compressed.",
+                    epilog="All other flags are llama-server's: kvcapsule_gguf/lib/bin/llama-server --help")  # fmt: skip
+    get = environ.get
+    add = parser.add_argument
+    add("positional", nargs="?", type=Path, metavar="MODEL", help="GGUF file of the model")
+    add("-m", "--model", type=Path, metavar="FILE", help="the same as MODEL (env: LLAMA_ARG_MODEL)")
+    add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", default=None, help="take model, mmproj and capsule from the Hugging Face Hub (env: LLAMA_ARG_HF_REPO)")
+    add("-mm", "--mmproj", type=Path, metavar="FILE", default=get("LLAMA_ARG_MMPROJ"), help="vision projector (default: mmproj*.gguf beside the model)")
+    add("--capsule", metavar="FILE|auto|off", default=get("LLAMA_ARG_CAPSULE") or get("LLAMA_KVCAPSULE") or "auto", help="as in kvcapsule-chat (env: LLAMA_ARG_CAPSULE)")
+    add("--hot", dest="n_hot", type=int, metavar="N", default=get("LLAMA_ARG_HOT", "0"), help="cells of the uncompressed cache, shared by all slots (default: a picture + max(2048, context/4))")
+    add("--ratio", type=float, metavar="R", default=get("LLAMA_ARG_RATIO", "0"), help="share of a picture's cache to save (default: the capsule's)")
+    add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", default=get("LLAMA_ARG_CTX_SIZE"), help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")
+    add("-np", "--parallel", type=int, metavar="N", default=get("LLAMA_ARG_N_PARALLEL", "4"), help="slots (default: 4)")
+    add("--host", default=get("LLAMA_ARG_HOST", "127.0.0.1"), help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, default=get("LLAMA_ARG_PORT", "8080"), help="port, 0 = any free one (default: 8080)")
+    add("--api-key", metavar="KEY[,KEY]", default=get("LLAMA_API_KEY", ""), help="keys that clients must show (env: LLAMA_API_KEY, which other users cannot see)")
+    add("--api-key-file", type=Path, metavar="FILE", default=get("LLAMA_ARG_API_KEY_FILE"), help="keys, one per line")
+    add("--max-body-mib", type=int, metavar="N", default=64, help="largest request (default: 64)")
+    add("--max-image-mib", type=int, metavar="N", default=16, help="largest picture, as a file (default: 16)")
+    add("--max-megapixels", type=float, metavar="N", default=50.0, help="largest picture, unpacked (default: 50)")
+    add("--remote-images", action="store_true", help="let llama-server fetch http(s) pictures: clients then make it talk to any address that it can reach")
+    add("--drain", dest="drain_s", type=float, metavar="SECONDS", default=30.0, help="how long running answers may take after a signal to stop (default: 30)")
+    add("-v", "--verbose", action="store_true", help="show llama-server's log")
+    given, rest = parser.parse_known_args(argv)
+    values = vars(given)
+    keys = [key for key in values.pop("api_key").split(",") if key]
+    key_file, positional = values.pop("api_key_file"), values.pop("positional")
+    options = Options(**values, rest=rest)
+    try:
+        if key_file:
+            lines = map(str.strip, Path(key_file).read_text().splitlines())
+            keys += [line for line in lines if line and not line.startswith("#")]
+            if not keys:
+                parser.error(f"{key_file} has no keys")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{key_file}: {getattr(error, 'strerror', None) or error}")
+    options.api_keys = keys
+    options.mmproj = Path(options.mmproj) if options.mmproj else None
+    if positional is not None and options.model is not None:
+        parser.error("give the model once")
+    options.model = positional or options.model
+    if options.model is None and options.hf_repo is None:
+        options.model = Path(get("LLAMA_ARG_MODEL", "")) if get("LLAMA_ARG_MODEL") else None
+        options.hf_repo = get("LLAMA_ARG_HF_REPO") if options.model is None else None
+    if (options.model is None) == (options.hf_repo is None):
+        parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
+    if options.parallel < 1 or min(options.n_hot, options.ratio, options.port, options.drain_s) < 0 or min(options.max_body_mib, options.max_image_mib, options.max_megapixels) <= 0:
+        parser.error("a limit or size is out of range")
+    return options

@@ -1,0 +1,61 @@
+"""kvcapsule-server: starts both parts, and ends them in the right order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from ..chat.errors import ChatError
+from . import args
+from .args import Options
+from .gateway import Gateway
+from .launch import Upstream
+from .media import Limits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after a signal to stop, 1 error (one line on stderr), 2 wrong command line."""
+    options = args.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(options)
+    except ChatError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 1
+
+
+def run(options: Options) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # a second signal is taken as it comes
+        signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+    upstream = Upstream(options, say)
+    try:
+        limits = Limits(options.max_body_mib << 20, options.max_image_mib << 20, options.max_megapixels * 1e6, options.remote_images)
+        try:
+            gateway = Gateway((options.host, options.port), upstream, limits, options.api_keys)
+        except OSError as error:
+            raise ChatError(f"{options.host}:{options.port} cannot be used: {error.strerror or error}") from None
+        threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        host, port = gateway.server_address[:2]
+        capsule = f"capsule {upstream.capsule.name}" if upstream.capsule else "no capsule"
+        shown = f"[{host}]" if ":" in str(host) else host
+        say(f"listening on http://{shown}:{port} ({capsule}, {options.parallel} slots{', API key' if options.api_keys else ''})")
+        while not stop.wait(0.2):
+            if upstream.process.poll() is not None:
+                raise ChatError(f"llama-server ended: {upstream.reason()}")
+        say("stopping: running answers are finished first")
+        if not gateway.drain(options.drain_s):
+            say(f"some answers were not finished after {options.drain_s:g} s")
+        return 0
+    finally:
+        upstream.stop()
+
+
+def say(text: str) -> None:
+    print(f"kvcapsule-server: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The llama-server process: which flags and capsule it gets, its start and its end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from ..chat import files, hub
+from ..chat.engine import train_command
+from ..chat.errors import ChatError
+from ..format.base_model import read_base_model
+from ..format.capsule import CapsuleError
+from ..format.fingerprint import fingerprint_of
+from ..format.gguf_header import GGUFError, read_header
+from ..native.library import library_dir
+from .args import DEFAULT_CTX, Options
+
+STOP_S = 10.0
+
+
+def find_binary() -> Path:
+    """Raises ChatError."""
+    name = "llama-server" + (".exe" if os.name == "nt" else "")
+    folder = library_dir()
+    for path in (folder / "bin" / name, folder / name):
+        if path.is_file():
+            return path
+    raise ChatError(f"there is no llama-server in {folder / 'bin'}: run scripts/setup --tools")
+
+
+class Upstream:
+    """llama-server on a socket of its own that nobody else can reach; `token` is the key it wants."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        """Raises ChatError; nothing is left running then."""
+        self.options = options
+        self.say = say
+        binary = find_binary()
+        if not hasattr(__import__("socket"), "AF_UNIX") or os.name == "nt":
+            raise ChatError(f"kvcapsule-server needs Unix sockets, which this system has not: start {binary} with LLAMA_KVCAPSULE in its environment")
+        model, mmproj = hub.fetch(options.hf_repo) if options.hf_repo else (options.model, options.mmproj)
+        assert model is not None
+        self.model = files.check_model(model)
+        self.mmproj = files.find_mmproj(self.model, options.mmproj or mmproj)
+        self.capsule = self._find_capsule()
+        self.token = secrets.token_urlsafe(32)
+        self.folder = Path(tempfile.mkdtemp(prefix="kvcapsule-"))
+        self.socket = self.folder / "llama.sock"
+        self.lines: deque[str] = deque(maxlen=200)
+        try:
+            self.process = subprocess.Popen(
+                [str(binary), *self._flags()],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def reason(self) -> str:
+        """Why it ended: its first line about an error, the capsule's first."""
+        self._reader.join(timeout=2)
+        lines = [line.split(" ", 2)[-1].strip() if line[:1].isdigit() else line.strip() for line in self.lines]
+        for words in ("capsule", "error", "failed"):
+            if found := [line for line in lines if words in line.lower()]:
+                return found[0]
+        return lines[-1] if lines else f"exit {self.process.poll()}"
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _find_capsule(self) -> Path | None:
+        setting = self.options.capsule
+        if setting == "off" or self.mmproj is None:
+            if setting not in ("off", "auto"):
+                raise ChatError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+            return None
+        try:
+            base = read_base_model(self.model)
+            architecture, fingerprint = base.architecture, fingerprint_of(base)
+        except CapsuleError as error:
+            if setting == "auto":
+                self.say(f"{error}; pictures stay uncompressed")
+                return None
+            architecture = fingerprint = ""
+        path = files.find_capsule(setting, self.model, self.mmproj, architecture, fingerprint)
+        if path is None:
+            self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.model, self.mmproj)}")
+        elif setting != "auto" and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
+            # llama-server would go on without it
+            raise ChatError(f"{path} is a capsule for another model")
+        return path
+
+    def _flags(self) -> list[str]:
+        options = self.options
+        flags = ["--host", str(self.socket), "-m", str(self.model), "-np", str(options.parallel), "--kv-unified", "-c", str(self._context())]
+        if self.mmproj is not None:
+            flags += ["--mmproj", str(self.mmproj)]
+        # /slots shows what others ask
+        return [*flags, "--metrics", "--no-slots", *options.rest]
+
+    def _context(self) -> int:
+        if self.options.n_ctx is not None:
+            return self.options.n_ctx
+        try:
+            values = read_header(self.model, lambda key: key == "general.architecture" or key.endswith(".context_length")).values
+            trained = int(values[f"{values['general.architecture'].data}.context_length"].data)  # type: ignore[call-overload]
+        except (GGUFError, OSError, KeyError, TypeError, ValueError):
+            return DEFAULT_CTX
+        return min(DEFAULT_CTX, trained)
+
+    def _environment(self) -> dict[str, str]:
+        # flags say everything; the keys of the clients are checked before they get here
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_")) or name == "LLAMA_KVCAPSULE_RECONSTRUCT"}
+        env["LLAMA_API_KEY"] = self.token
+        if self.capsule is not None:
+            env["LLAMA_KVCAPSULE"] = str(self.capsule)
+            if self.options.n_hot:
+                env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot)
+            if self.options.ratio:
+                env["LLAMA_KVCAPSULE_RATIO"] = str(self.options.ratio)
+        return env
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:
+            line = raw.decode("utf-8", "replace").rstrip()
+            self.lines.append(line)
+            if self.options.verbose:
+                print(line, file=sys.stderr, flush=True)
+
+
+def _end_with_parent() -> None:
+    """Even a front that was killed leaves no server behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
