@@ -1,0 +1,48 @@
+"""What the converters share: logging, output names, one line for an error."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kvcapsule_gguf.format.capsule import Capsule, CapsuleError  # noqa: E402
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dry-run", action="store_true", help="only check and say what would be written")
+    p.add_argument("--verbose", action="store_true", help="say more")
+
+
+def outfile(given: Path | None, default: Path, outtype: str) -> Path:
+    """--outfile may have {ftype} in it, as llama.cpp's converters allow."""
+    return Path(str(given).replace("{ftype}", outtype)) if given else default
+
+
+def describe(logger: logging.Logger, capsule: Capsule) -> None:
+    base = capsule.base
+    logger.info("%s: %d layers of %s, blocks of %d tokens", capsule.name or "capsule", len(capsule.layers), base.architecture, capsule.block_size)
+    for tier in capsule.tiers:
+        logger.info("preset %s: ratio %.3f", tier.name, tier.ratio)
+    for layer in capsule.layers:
+        logger.debug("layer %d: %d heads, keys %d, values %d, kept %d, MLP %d", layer.index, layer.head_count_kv, layer.key_length, layer.value_length, layer.kept_count, layer.mlp_width)
+
+
+def main(logger: logging.Logger, args: argparse.Namespace, work: Callable[[argparse.Namespace], Path]) -> int:
+    """work returns the path of what it wrote, or would have written."""
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    try:
+        path = work(args)
+    except ImportError as error:
+        logger.error("%s: pip install 'kvcapsule-gguf[train]'", error)
+        return 1
+    except (CapsuleError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    logger.info("dry run, nothing written: %s" if args.dry_run else "written to %s", path)
+    return 0

@@ -1,0 +1,1 @@
+"""kvcapsule-inspect: what is in a capsule file."""

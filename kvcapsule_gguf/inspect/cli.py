@@ -1,0 +1,59 @@
+"""kvcapsule-inspect FILE [--json] [--plot OUT.png]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..format.capsule import CapsuleError
+from ..format.reader import read_capsule
+from ..plot import Panel, Series, draw
+from .report import as_json, text
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
+    p.add_argument("file", type=Path, metavar="FILE", help="a capsule, or an mmproj with one inside")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits and errors by layer")
+    return p
+
+
+def panels(data: dict[str, Any]) -> list[Panel]:
+    out = [
+        Panel("keys (K) and values (V)", "layer", "bits per value", [
+            Series(f"{tier['name']} {kind[0].upper()}", [(x["layer"], x[f"{kind}_bits"]) for x in tier["layers"]])
+            for tier in data["presets"] for kind in ("key", "value")
+        ]),
+    ]  # fmt: skip
+    errors = [
+        Series(f"{tier['name']} {kind[0].upper()}", [(x["layer"], x[f"{kind}_error"]) for x in tier["layers"] if f"{kind}_error" in x])
+        for tier in data["presets"] for kind in ("key", "value")
+    ]  # fmt: skip
+    if any(s.points for s in errors):
+        out.append(Panel("held-back pictures", "layer", "relative squared error", errors, log_y=True))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        data = as_json(args.file, read_capsule(args.file))
+        if args.plot:
+            draw(args.plot, panels(data))
+    except (CapsuleError, ValueError) as error:
+        print(f"kvcapsule-inspect: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"kvcapsule-inspect: {args.plot} can not be written: {error.strerror or error}", file=sys.stderr)
+        return 1
+    print(json.dumps(data, indent=1) if args.json else text(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
