@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, library
+from PIL import Image
 
 from kvcapsule_gguf.eval.intervals import bootstrap, wilson
 from kvcapsule_gguf.eval.run import score
 from kvcapsule_gguf.eval.settings import dropped, rivals
+from kvcapsule_gguf.eval.suites import scenes, strange
 
 
 def test_wilson():
@@ -48,7 +50,9 @@ def test_score():
 
 
 def test_rivals():
-    assert [(s.cache, s.drop) for s in rivals(["f16", "q4_0", "drop0.6"])] == [("f16", 0), ("q4_0", 0), ("f16", 0.6)]
+    assert [(s.cache, s.drop, s.vision) for s in rivals(["f16", "q4_0", "drop0.6", "q4_0-vision"])] == [
+        ("f16", 0, ""), ("q4_0", 0, ""), ("f16", 0.6, ""), ("f16", 0, "q4_0")
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="q7_0"):
         rivals(["q7_0"])
 
@@ -121,13 +125,57 @@ def test_the_table(tiny, tmp_path):
     assert rows["q8_0"]["kv_ratio"] == pytest.approx(1 - 8.5 / 16, abs=1e-3)
     assert rows["drop0.6"]["kv_ratio"] == pytest.approx(0.6, abs=0.05)
     assert json.loads((tmp_path / "eval.json").read_text()) == data
-    assert (tmp_path / "eval.md").read_text().count("| q4_0 |") == 1
+    assert (tmp_path / "eval.md").read_text().count("| q4_0 |") == 2  # all questions, and by task
+    assert Image.open(tmp_path / "eval.png").size[0] > 500 and not (tmp_path / "eval.part.jsonl").exists()
+    assert sum(t["questions"] for t in rows["q4_0"]["tasks"].values()) == 20 and data["answer_tokens"] > 20
+
+
+def test_an_interrupted_run_goes_on(tiny, tmp_path):
+    """A journal with two of three pictures and half a line gives the numbers of a whole run; one of another run is refused."""
+    command = ["-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q4_0", "--report", str(tmp_path)]
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from kvcapsule_gguf.eval import cli
+def stop(self, result):
+    if len(set(result.picture)) == 2:
+        raise KeyboardInterrupt
+cli.Progress.__call__ = stop
+sys.exit(cli.main({command[2:]!r}) - 130)
+"""
+    assert run("patched", "-c", script) == ""
+    journal = tmp_path / "eval.part.jsonl"
+    assert len(journal.read_text().splitlines()) == 2
+    with journal.open("a") as f:
+        f.write('{"number": 2, "na')
+    resumed = json.loads(run("patched", *command))
+    whole = json.loads(run("patched", *command))
+    for a, b in zip(resumed["settings"], whole["settings"]):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    journal.write_text('{"settings": []}')
+    env = os.environ | {"KVCAPSULE_LIB": str(library("patched"))}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "other settings" in done.stderr
+
+
+def test_vision_cells_alone(tiny):
+    """Quantizing the vision cells alone costs less than quantizing all, and q8_0 less than q4_0; the bytes are those of the types."""
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q4_0,q4_0-vision,q8_0-vision")
+    rows = {r["setting"]: r for r in json.loads(out)["settings"]}
+    assert 0 < rows["q8_0-vision"]["kld"] < rows["q4_0-vision"]["kld"] < rows["q4_0"]["kld"]
+    assert rows["q4_0-vision"]["kv_ratio"] == pytest.approx(1 - 4.5 / 16, abs=1e-3)
+
+
+def test_the_strange_suite_asks_the_same_of_other_pictures():
+    pairs = list(zip(scenes(24, 4), strange(24, 4)))
+    for a, b in pairs:
+        assert a.questions == b.questions and b.picture.size == (336, 336)
+        assert np.abs(np.asarray(a.picture, float) - np.asarray(b.picture, float)).mean() > 15
+    assert np.array_equal(np.asarray(pairs[0][1].picture), np.asarray(next(strange(4, 4)).picture))
 
 
 def test_pictures_of_ones_own(tiny, tmp_path):
     """Without answers the model's own count: with the f16 cache it writes them again."""
-    from PIL import Image
-
     for i in range(2):
         Image.effect_noise((64, 48), 50 + 40 * i).convert("RGB").save(tmp_path / f"{i}.png")
     out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "-fa", "off",

@@ -10,14 +10,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .. import native
 from ..chat.errors import ChatError
 from ..chat.files import find_mmproj
+from ..format.base_model import read_base_model
+from ..format.writer import write_capsule
 from . import settings, suites
-from .report import as_json, markdown
+from .report import as_json, markdown, picture
 from .run import Evaluation, evaluate
 from .vlm import EvalError, Vlm
+
+JOURNAL = "eval.part.jsonl"
+PLAIN_BLOCK = 16  # tokens; a remainder of a picture stays f16
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,14 +35,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes")
     p.add_argument("--images", type=Path, metavar="DIR", help="pictures of your own instead; the answers with an f16 cache are the truth")
-    p.add_argument("--against", default="f16,q8_0,q4_0,drop0.6", help="default %(default)s; f16 is the reference and always first")
+    p.add_argument("--against", default="f16,q8_0,q4_0,drop0.6", help="default %(default)s; also q8_0-vision, q4_0-vision: of the vision cells alone; f16 is the reference and always first")
     p.add_argument("-n", "--questions", type=int, default=1000)
     p.add_argument("--per-picture", type=int, default=8)
     p.add_argument("-c", "--ctx-size", type=int, default=1024, help="default %(default)s: a picture and its questions")
     p.add_argument("-t", "--threads", type=int, default=min(4, os.cpu_count() or 1))
     p.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on", help="a quantized cache needs it")
     p.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
-    p.add_argument("--report", type=Path, help="a folder for eval.json and eval.md")
+    p.add_argument("--report", type=Path, help="a folder for eval.json, eval.md and eval.png; an interrupted run goes on there")
+    p.add_argument("--one-by-one", action="store_true", help="one context at a time, for models whose caches are large")
     p.add_argument("-v", "--verbose", action="store_true")
     return p.parse_args(argv)
 
@@ -45,15 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         data = run(args)
-    except (EvalError, ChatError, native.NativeError, native.CapsuleError, ValueError) as error:
+    except (EvalError, ChatError, native.NativeError, native.CapsuleError, ValueError, OSError) as error:
         print(f"kvcapsule-eval: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("kvcapsule-eval: interrupted" + (f": the same command goes on ({args.report / JOURNAL})" if args.report else ""), file=sys.stderr)
+        return 130
     text = json.dumps(data, indent=1)
     table = markdown(data)
     if args.report:
-        args.report.mkdir(parents=True, exist_ok=True)
         (args.report / "eval.json").write_text(text + "\n")
         (args.report / "eval.md").write_text(table)
+        picture(args.report / "eval.png", data)
+        (args.report / JOURNAL).unlink()
     print(text if args.json else table)
     return 0
 
@@ -69,28 +80,48 @@ def run(args: argparse.Namespace) -> dict:
         todo += settings.capsules(capsule, [float(r) for r in args.ratio.split(",")], guards)
     if len({s.name for s in todo}) < len(todo):  # two files with the same codec
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
     samples = suites.folder(args.images, args.questions) if args.images else suites.SUITES[args.suite](args.questions, args.per_picture)
-    vlm = Vlm(args.model, mmproj, args.threads, args.verbose)
-    try:
-        result = evaluate(
-            vlm, samples, todo, n_ctx=args.ctx_size, max_questions=args.per_picture,
-            flash_attn=args.flash_attn == "on", progress=Progress(args.questions))
-        return as_json(result)
-    finally:
-        vlm.close()
+    with TemporaryDirectory() as folder:
+        todo = [vision_only(s, args.model, Path(folder)) for s in todo]
+        vlm = Vlm(args.model, mmproj, args.threads, args.verbose)
+        try:
+            result = evaluate(
+                vlm, samples, todo, n_ctx=args.ctx_size, max_questions=args.per_picture, flash_attn=args.flash_attn == "on", keep=not args.one_by_one,
+                journal=args.report / JOURNAL if args.report else None, progress=Progress(args.questions),
+            )
+            return as_json(result)
+        finally:
+            vlm.close()
+
+
+def vision_only(setting: settings.Setting, model: Path, folder: Path) -> settings.Setting:
+    """With the capsule that quantizes the vision cells alone, where that is asked for."""
+    if not setting.vision:
+        return setting
+    capsule = settings.plain_capsule(read_base_model(model), setting.vision, PLAIN_BLOCK)
+    path = write_capsule(folder / f"{setting.vision}.gguf", capsule)
+    return replace(setting, capsule=path, ratio=capsule.tiers[1].ratio, guard=False)
 
 
 class Progress:
-    """A line on stderr now and then."""
+    """A line on stderr now and then, with the time left."""
 
     def __init__(self, total: int, every: float = 20.0) -> None:
         self.total, self.every = total, every
-        self.last = time.monotonic()
+        self.start = self.last = time.monotonic()
+        self.before: int | None = None  # questions of an interrupted run
 
     def __call__(self, result: Evaluation) -> None:
-        if time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic()
-            print(f"kvcapsule-eval: {len(result.task)} of {self.total} questions", file=sys.stderr, flush=True)
+        """After every picture that was measured now."""
+        done, now = len(result.task), time.monotonic()
+        if self.before is None:
+            self.before = result.picture.index(result.picture[-1])
+        if now - self.last >= self.every:
+            self.last = now
+            left = (now - self.start) / (done - self.before) * (self.total - done)
+            print(f"kvcapsule-eval: {done} of {self.total} questions, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..plot import Panel, Series, draw
 from .intervals import bootstrap, wilson
 from .run import Evaluation, Measured
 
@@ -15,6 +18,7 @@ def as_json(result: Evaluation) -> dict[str, Any]:
         "model": result.model,
         "pictures": len(set(result.picture)),
         "questions": len(result.task),
+        "answer_tokens": sum(result.tokens),
         "vision_tokens": result.n_vision,
         "settings": [_row(result, m) for m in result.settings],
     }
@@ -40,9 +44,18 @@ def _row(result: Evaluation, m: Measured) -> dict[str, Any]:
         "kld_95": bootstrap(kld, groups),
         "kld_p99": float(np.quantile(kld, 0.99)),
         "top_token_agreement": float(np.mean(m.agree)),
-        "tasks": {t: {"questions": int((tasks == t).sum()), "exact_match": float(exact[tasks == t].mean()), "kld": float(kld[tasks == t].mean())}
-                  for t in sorted(set(result.task))},
+        "tasks": {t: _task(exact[tasks == t], base[tasks == t], kld[tasks == t], groups[tasks == t]) for t in sorted(set(result.task))},
         "seconds": round(m.seconds, 1),
+    }
+
+
+def _task(exact: np.ndarray, base: np.ndarray, kld: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    return {
+        "questions": len(exact),
+        "exact_match": float(exact.mean()),
+        "exact_match_change": float((exact - base).mean()),
+        "exact_match_change_95": bootstrap(exact - base, groups),
+        "kld": float(kld.mean()),
     }
 
 
@@ -50,7 +63,7 @@ def markdown(data: dict[str, Any]) -> str:
     """Exact match in % with its Wilson interval, the change against the first row and KLD with bootstrap intervals over pictures."""
     lines = [
         f"{data['model']}: {data['questions']} questions on {data['pictures']} pictures of {data['vision_tokens']} tokens, "
-        f"answers forced, against the first row; 95 % intervals",
+        f"{data['answer_tokens']} answer tokens forced, against the first row; 95 % intervals",
         "",
         "| cache of the picture | kv_ratio | smaller | faithful slots | exact match, % | change, points | lost / won | KLD | KLD, worst 1 % | same first token, % |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -64,4 +77,28 @@ def markdown(data: dict[str, Any]) -> str:
             f"| {r['setting']} | {r['kv_ratio']:.3f} | {r['times_smaller']:.2f}x | {share} | {100 * r['exact_match']:.1f} ({low:.1f} to {high:.1f}) "
             f"| {100 * r['exact_match_change']:+.1f} ({dlow:+.1f} to {dhigh:+.1f}) | {r['lost']} / {r['won']} "
             f"| {r['kld']:.5f} ({r['kld_95'][0]:.5f} to {r['kld_95'][1]:.5f}) | {r['kld_p99']:.4f} | {100 * r['top_token_agreement']:.2f} |")
+    tasks = list(data["settings"][0]["tasks"])
+    if len(tasks) > 1:
+        lines += [
+            "", "Exact match by task, %, and the change in points with its interval:", "",
+            "| cache of the picture | " + " | ".join(f"{t} ({data['settings'][0]['tasks'][t]['questions']})" for t in tasks) + " |", "|---" * (len(tasks) + 1) + "|",
+        ]  # fmt: skip
+        for r in data["settings"]:
+            lines.append(f"| {r['setting']} | " + " | ".join(_cell(r["tasks"][t]) for t in tasks) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(task: dict[str, Any]) -> str:
+    low, high = (100 * x for x in task["exact_match_change_95"])
+    return f"{100 * task['exact_match']:.1f}, {100 * task['exact_match_change']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def picture(path: Path, data: dict[str, Any]) -> None:
+    """Error against bytes. Raises OSError, ValueError."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for r in data["settings"][1:]:
+        # presets of one capsule are a line: their names differ in the ratio
+        family = re.sub(r" -?[0-9.]+", "", r["setting"]) if r["slots"]["economy"] else r["setting"]
+        lines.setdefault(family, []).append((8 * r["kv_bytes"] * 2 / r["kv_bytes_f16_equivalent"], max(r["kld"], 1e-7)))
+    series = [Series(name, sorted(points)) for name, points in lines.items()]
+    draw(path, [Panel(f"{data['model']}: {data['questions']} questions", "bits per value of the picture's cache", "KLD against f16", series, log_y=True)])

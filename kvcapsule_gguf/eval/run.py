@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,14 +110,15 @@ def evaluate(
     result = Evaluation(vlm.path.stem, [Measured(s) for s in settings])
     with _Journal(journal, settings) as done, _caches(vlm, settings, n_ctx, max_questions, flash_attn, keep) as caches:
         for number, sample in enumerate(samples):
-            seen = done.get(number, sample)
-            if seen is None:
-                picture = vlm.read(prompts.before(), sample.picture)
-                try:
-                    seen = _picture(caches(), picture, prompts, sample.questions)
-                finally:
-                    picture.free()
-                done.put(number, sample, seen)
+            if (seen := done.get(number, sample)) is not None:
+                result.add(number, seen)
+                continue
+            picture = vlm.read(prompts.before(), sample.picture)
+            try:
+                seen = _picture(caches(), picture, prompts, sample.questions)
+            finally:
+                picture.free()
+            done.put(number, sample, seen)
             result.add(number, seen)
             progress(result)
     return result
@@ -215,5 +217,5 @@ class _Journal:
 
 def _identity(setting: Setting) -> list:
     """What distinguishes a setting, its capsule file included."""
-    stat = setting.capsule.stat() if setting.capsule else None
-    return [setting.name, setting.ratio, setting.guard, [stat.st_size, stat.st_mtime_ns] if stat else None]
+    content = hashlib.sha256(setting.capsule.read_bytes()).hexdigest() if setting.capsule else ""
+    return [setting.name, setting.ratio, setting.guard, content]

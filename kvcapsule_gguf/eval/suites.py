@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from ..scenes import Scene
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Sample:
     questions: list[Asked]
 
 
-def scenes(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
+def scenes(n_questions: int, per_picture: int = 8, draw: Callable[[Scene], Image.Image] | None = None) -> Iterator[Sample]:
     """Drawn scenes with seeds that no training ever saw, until there are n_questions."""
     from ..scenes import HELD_OUT, make_questions, make_scene
+    from ..scenes.drawing import draw_scene
 
     left = n_questions
     for seed in HELD_OUT:
@@ -39,28 +43,14 @@ def scenes(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
         scene = make_scene(seed)
         asked = [Asked(q.task, q.prompt, q.answer) for q in make_questions(scene, per_picture)][:left]
         left -= len(asked)
-        yield Sample(str(seed), scene.draw(), asked)
+        yield Sample(str(seed), (draw or draw_scene)(scene), asked)
 
 
 def strange(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
-    """The same under what no scene has: noise, checkers, inverted colours, a picture of stripes shining through."""
-    for i, sample in enumerate(scenes(n_questions, per_picture)):
-        yield Sample(sample.name, Image.fromarray(_spoil(np.asarray(sample.picture.convert("RGB")), i)), sample.questions)
+    """The same scenes in a hand that no training ever saw (strange.py)."""
+    from .strange import draw_strange
 
-
-def _spoil(pixels: np.ndarray, i: int) -> np.ndarray:
-    rng = np.random.default_rng([i, 4])
-    h, w, _ = pixels.shape
-    y, x = np.mgrid[0:h, 0:w]
-    size = int(rng.integers(6, 40))
-    other = [
-        lambda: rng.integers(0, 256, (h, w, 3)),
-        lambda: np.where(((y // size + x // size) % 2)[..., None], rng.integers(0, 256, 3), rng.integers(0, 256, 3)),
-        lambda: 255 - pixels.astype(int),
-        lambda: 127 + 127 * np.sin(2 * np.pi * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / size)[..., None] * rng.uniform(-1, 1, 3),
-    ][i % 4]()
-    share = 1.0 if i % 4 == 2 else rng.uniform(0.3, 0.6)
-    return ((1 - share) * pixels + share * other).clip(0, 255).astype(np.uint8)
+    return scenes(n_questions, per_picture, draw_strange)
 
 
 def folder(path: Path, limit: int, prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?")) -> Iterator[Sample]:
