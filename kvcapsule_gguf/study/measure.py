@@ -1,0 +1,76 @@
+"""The error of attention over an image whose keys and values went through a codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..codec.rope import apply_rope
+from ..codec.rows import round_trip
+from ..codec.types import row_counts
+from ..format.base_model import BaseModel
+from ..train.source import KVSample
+
+# number of the KV layer, K [n, H, d], V [n, H, d] -> K and V as they are read
+RoundTrip = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def attention(model: BaseModel, sample: KVSample, i: int, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Output [T, heads, d_v] of the sample's queries over the image's keys and values [n, H, d] of KV layer number i."""
+    layer = model.kv_layers[i]
+    at = sample.first_position + np.arange(len(k))
+    rope = {"rope_type": model.rope_type, "freq_base": model.freq_base[layer], "n": model.rope_dimensions, "factors": model.freq_factors}
+    k = apply_rope(k.swapaxes(0, 1), at, **rope)  # [H, n, d]
+    group = model.head_count[layer] // model.head_count_kv[layer]
+    q = sample.queries[i].swapaxes(0, 1)  # [heads, T, d]
+    score = np.matmul(q, np.repeat(k, group, 0).swapaxes(1, 2)) / np.sqrt(k.shape[-1])
+    p = np.exp(score - score.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return np.matmul(p, np.repeat(v.swapaxes(0, 1), group, 0))
+
+
+class Measure:
+    """Squared error of the attention output relative to the output, mean over layers, in units of that of rotated q4_0; f16 is taken as exact."""
+
+    def __init__(self, model: BaseModel, samples: Sequence[KVSample]) -> None:
+        self.model, self.samples = model, samples
+        self.layers = [i for i in range(len(model.kv_layers)) if len(samples[0].queries[i])]
+        self.exact = {(n, i): attention(model, s, i, s.keys[i], s.values[i]) for n, s in enumerate(samples) for i in self.layers}
+        self.unit = np.ones(3)
+        self.unit = self(rotated("q4_0"))
+
+    def __call__(self, way: RoundTrip) -> np.ndarray:
+        """f64 [3]: K and V, K only, V only stored this way."""
+        total = np.zeros((len(self.layers), 3))
+        norm = np.zeros(len(self.layers))
+        for n, s in enumerate(self.samples):
+            for j, i in enumerate(self.layers):
+                k, v = s.keys[i], s.values[i]
+                k_hat, v_hat = way(i, k, v)
+                exact = self.exact[n, i]
+                norm[j] += np.square(exact).sum()
+                for c, pair in enumerate(((k_hat, v_hat), (k_hat, v), (k, v_hat))):
+                    total[j, c] += np.square(attention(self.model, s, i, *pair) - exact).sum()
+        return (total / norm[:, None]).mean(0) / self.unit
+
+
+def rotated(name: str) -> RoundTrip:
+    return lambda i, k, v: tuple(round_trip(x.swapaxes(0, 1), row_counts(**{name: len(x)})).swapaxes(0, 1) for x in (k, v))
+
+
+def with_outliers(samples: Sequence[KVSample], seed: int = 0, tokens: int = 3, times: float = 4.0) -> list[KVSample]:
+    """The same with `tokens` tokens of each picture so many standard deviations away, at random places, in all layers."""
+    out = []
+    for number, s in enumerate(samples):
+        rng = np.random.default_rng([seed, number, 8])
+        at = rng.choice(len(s.keys[0]), tokens, replace=False)
+
+        def wild(x: np.ndarray) -> np.ndarray:
+            x = x.copy()
+            x[at] += times * x.std((0, 1)) * rng.standard_normal(x[at].shape).astype(np.float32)
+            return x
+
+        out.append(replace(s, keys=[wild(k) for k in s.keys], values=[wild(v) for v in s.values]))
+    return out
