@@ -26,8 +26,6 @@ def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPL
     w = gguf.GGUFWriter(path, model.arch)
     w.add_name(path.stem)
     add_hparams(w, model)
-    if model.mrope:
-        w.add_rope_dimension_sections(model.sections)
     w.add_vocab_size(model.n_vocab)
     w.add_tokenizer_model("llama")
     w.add_token_list(PIECES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 from typing import Any
@@ -164,9 +165,10 @@ class Context:
         self.path = case["model"]
         self.model = process.model(self.path)
         self.n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(self.model))
-        self.n_embd = L.llama_model_n_embd(self.model)
+        self.n_embd = L.llama_model_n_embd_inp(self.model)  # deepstack: wider than the model
         self.mrope = L.llama_model_rope_type(self.model) in (8, 40)
         self.n_batch = case["n_batch"]
+        self.image_causal = case["image_causal"]
         self.next: dict[int, int] = {}
         self.states: dict[str, bytes] = {}
         p = L.llama_context_default_params()
@@ -200,6 +202,21 @@ class Context:
         if not self.ctx:
             raise Failed("context creation failed" + (f": {last_error()}" if process.patched else ""))
         self.mem = L.llama_get_memory(self.ctx)
+        self.adapt(case["lora"], case["cvec"])
+
+    def adapt(self, lora: str | None, cvec: float) -> None:
+        if lora:
+            adapter = L.llama_adapter_lora_init(self.model, lora.encode())
+            if not adapter:
+                raise Failed(f"{lora}: not an adapter of this model")
+            adapters = (L.llama_adapter_lora_p_ctypes * 1)(adapter)
+            if L.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(1.0)):
+                raise Failed("llama_set_adapters_lora failed")
+        if cvec:
+            n_embd, n_layer = L.llama_model_n_embd(self.model), L.llama_model_n_layer(self.model)
+            data = (cvec * np.random.default_rng(5).standard_normal(n_embd * n_layer)).astype(np.float32)
+            if L.llama_set_adapter_cvec(self.ctx, data.ctypes.data_as(FLOAT_P), data.size, n_embd, 1, n_layer):
+                raise Failed("llama_set_adapter_cvec failed")
 
     def close(self) -> None:
         L.llama_free(self.ctx)
@@ -275,11 +292,13 @@ class Context:
             pos = np.stack([np.full(n, start), start + y, start + x, np.zeros(n, int)])
         else:
             pos = (start + np.arange(n))[None]
+        L.llama_set_causal_attn(self.ctx, self.image_causal)
         for i in range(0, n, self.n_batch):
             part = slice(i, min(i + self.n_batch, n))
             rc = self.decode(part.stop - part.start, pos[:, part], [seq] * (part.stop - part.start), embd=embd[part])
             if rc:
                 break
+        L.llama_set_causal_attn(self.ctx, True)
         if rc == 0:
             self.next[seq] = start + (max(h, w) if self.mrope else n)
         return self.check(rc, may_fail, values, found)
@@ -354,7 +373,8 @@ class Context:
         return rc
 
     def do_read_kv(self, values, found, il, seq, p0, p1, n_max):
-        heads = L.llama_model_n_head_kv(self.model)
+        heads = meta_str(self.model, ".attention.head_count_kv")  # of every layer or of each: [0, 2]
+        heads = json.loads(heads)[il] if heads.startswith("[") else int(heads or 1)
         d = int(meta_str(self.model, ".attention.key_length"))
         k, v = np.full((n_max, heads, d), np.nan, np.float32), np.full((n_max, heads, d), np.nan, np.float32)
         n = LIB.llama_capsule_read_kv(self.ctx, seq, p0, p1, il, k.ctypes.data_as(FLOAT_P), v.ctypes.data_as(FLOAT_P), n_max)

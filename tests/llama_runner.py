@@ -136,8 +136,11 @@ class Case:
     ratio: float = 0.0
     auto_compress: bool = False
     guard: bool = False
+    image_causal: bool = True  # False: the tokens of an image see each other, as gemma's do
     reuse: bool = True
     threads: int = 1
+    lora: Path | None = None
+    cvec: float = 0.0  # strength of a control vector, random, on all layers
     dump: str = ""  # names of graph tensors to return, a regular expression
     env: dict[str, str] = field(default_factory=dict)  # set around the creation of the context
 

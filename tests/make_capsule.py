@@ -102,7 +102,7 @@ def _layer(base, i: int, n: int, m: int, neighbours: int, h: int, basis: str, rn
         v_basis=orthonormal(n, basis, rng),
         k_query_weight=(weight / weight.mean()).astype(f32),
         freq_base=base.freq_base[i],
-        rope=base.rope_type != "none",
+        rope=base.layer_rope[i],
     )
     if m:
         layer.kept_count, layer.mlp_width = m, h

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from . import layer_kinds
 from .capsule import Base, CapsuleError
 from .gguf_header import GGUFError, Header, read_header
 
@@ -42,13 +43,10 @@ class BaseModel:
     rope_sections: tuple[int, int, int, int]
     rope_dimensions: int
     freq_base: list[float]
+    layer_rope: list[bool]  # whether the keys of a layer are rotated
+    kv_layers: list[int]  # layers that a capsule covers: with a KV cache of their own, of full attention
     norms: dict[str, np.ndarray]  # every F32 tensor named *norm.weight
     freq_factors: np.ndarray | None  # f32 [rope_dimensions / 2]
-
-    @property
-    def kv_layers(self) -> list[int]:
-        """Layers that have KV heads (a hybrid model has none in its recurrent layers)."""
-        return [i for i, n in enumerate(self.head_count_kv) if n]
 
 
 def read_base_model(path: str | Path) -> BaseModel:
@@ -105,8 +103,10 @@ def _parse(path: Path, h: Header) -> BaseModel:
     default_d = n_embd // heads[0] if heads[0] else 0
     d_k = int(get(f"{arch}.attention.key_length", default_d))
     d_v = int(get(f"{arch}.attention.value_length", default_d))
-    if f"{arch}.attention.key_length_swa" in h.values and int(get(f"{arch}.attention.key_length_swa")) != d_k:
-        raise GGUFError("layers with different head sizes are not supported yet")
+    swa = layer_kinds.swa_layers(h.values, arch, n_layer)
+    d_k_swa, d_v_swa = (int(get(f"{arch}.attention.{x}_length_swa", d)) for x, d in (("key", d_k), ("value", d_v)))
+    heads_kv = [int(n) for n in layers(f"{arch}.attention.head_count_kv", heads)]
+    rope_type = ROPE_TYPE.get(arch, "")
     sections = [int(x) for x in _as_list(get(f"{arch}.rope.dimension_sections", [0, 0, 0, 0]))]
     return BaseModel(
         path=path,
@@ -115,13 +115,15 @@ def _parse(path: Path, h: Header) -> BaseModel:
         block_count=n_layer,
         embedding_length=n_embd,
         head_count=heads,
-        head_count_kv=[int(n) for n in layers(f"{arch}.attention.head_count_kv", heads)],
-        key_length=[d_k] * n_layer,
-        value_length=[d_v] * n_layer,
-        rope_type=ROPE_TYPE.get(arch, ""),
+        head_count_kv=heads_kv,
+        key_length=[d_k_swa if s else d_k for s in swa],
+        value_length=[d_v_swa if s else d_v for s in swa],
+        rope_type=rope_type,
         rope_sections=tuple((sections + [0, 0, 0, 0])[:4]),  # type: ignore[arg-type]
         rope_dimensions=int(get(f"{arch}.rope.dimension_count", d_k)),
         freq_base=[float(get(f"{arch}.rope.freq_base", 10000.0))] * n_layer,
+        layer_rope=[rope_type not in ("", "none") and layer_kinds.is_rotated(h.values, arch, i) for i in range(n_layer)],
+        kv_layers=layer_kinds.full_attention_layers(h.values, arch, heads_kv, swa),
         norms={name: h.read(t) for name, t in h.tensors.items() if name.endswith(NORM_SUFFIX) and t.type_name == "f32"},
         freq_factors=h.read(h.tensors["rope_freqs.weight"]) if "rope_freqs.weight" in h.tensors else None,
     )

@@ -189,7 +189,7 @@ def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: 
         k_basis=k.rows,
         v_basis=v.rows,
         k_query_weight=queries,
-        rope=model.rope_type not in ("", "none"),
+        rope=model.layer_rope[index],
         freq_base=model.freq_base[index],
     )
     retain_energy = None

@@ -1,6 +1,7 @@
 #include "llama-capsule-file.h"
 
 #include "llama-arch.h"
+#include "llama-capsule-kv.h"
 #include "llama-capsule-sha256.h"
 #include "llama-impl.h"
 #include "llama-mmap.h"
@@ -94,6 +95,11 @@ static void capsule_check_model(const llama_capsule_data & data, const llama_mod
 
     if (base.rope_type != capsule_rope_name(hparams.rope_type)) {
         mismatch("RoPE type " + base.rope_type);
+    }
+    for (const auto & layer : data.layers) {
+        if (layer.rope != llama_capsule_layer_rope(model, layer.il)) {
+            mismatch(format("layer %u is %s RoPE", layer.il, layer.rope ? "without" : "with"));
+        }
     }
     if (hparams.rope_type == LLAMA_ROPE_TYPE_MROPE || hparams.rope_type == LLAMA_ROPE_TYPE_IMROPE) {
         for (int i = 0; i < 4; ++i) {

@@ -360,7 +360,10 @@ llm_graph_input_capsule * llama_capsule_store::graph_input(const llm_graph_conte
         }
     }
 
-    auto inp = std::make_unique<llm_graph_input_capsule>(shared_from_this(), g.cparams.causal_attn);
+    // see llama_kv_cache::set_input_kq_mask()
+    const bool causal = g.cparams.causal_attn || kv.hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY;
+
+    auto inp = std::make_unique<llm_graph_input_capsule>(shared_from_this(), causal);
 
     if (n_cold() > 0) {
         inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_cold()*kv.hparams.n_pos_per_embd());
@@ -574,9 +577,16 @@ ggml_tensor * llama_capsule_store::build_attn(
                             int   il) {
     const auto * inp = graph_input(g, kq_mask);
 
-    const int i_layer = find_layer(il);
+    const uint32_t i_layer = find_layer(il);
 
-    if (i_layer < 0 || n_cold() == 0) {
+    if (!rope_checked[i_layer]) {
+        if (!llama_capsule_check_rope(g.gf, k->view_src, k_rot, kv.model, g.cparams, il)) {
+            throw std::runtime_error(format("can not attach the capsule: the RoPE of layer %d is of an unknown kind", il));
+        }
+        rope_checked[i_layer] = true;
+    }
+
+    if (n_cold() == 0) {
         return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
     }
 

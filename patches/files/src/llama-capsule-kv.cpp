@@ -2,61 +2,180 @@
 
 #include "llama-capsule-rows.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 
-llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, const char ** reason) {
-    const auto & model   = lctx.get_model();
-    const auto & hparams = model.hparams;
+//
+// which models
+//
 
-    *reason = nullptr;
-
-    // where RoPE is applied right before build_attn and to every layer alike
-    switch (model.arch) {
+// what tests/test_architectures.py compares with the unpatched library
+static bool capsule_arch_is_tested(llm_arch arch) {
+    switch (arch) {
         case LLM_ARCH_LLAMA:
+        case LLM_ARCH_LLAMA4:
+        case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_DECI:
+        case LLM_ARCH_SMOLLM3:
         case LLM_ARCH_QWEN2:
         case LLM_ARCH_QWEN2VL:
         case LLM_ARCH_QWEN3:
-            break;
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_QWEN3VL:
+        case LLM_ARCH_QWEN3VLMOE:
+        case LLM_ARCH_QWEN35:
+        case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+        case LLM_ARCH_GEMMA4:
+        case LLM_ARCH_GRANITE:
+        case LLM_ARCH_GRANITE_HYBRID:
+        case LLM_ARCH_INTERNLM2:
+        case LLM_ARCH_LFM2:
+        case LLM_ARCH_PHI3:
+            return true;
         default:
-            *reason = "the architecture is not supported yet";
-            return nullptr;
+            return false;
     }
+}
 
-    if (dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        *reason = "sliding-window models are not supported yet";
+llama_kv_cache * llama_capsule_find_kv(llama_memory_t memory) {
+    // derives from llama_memory_hybrid, but its attention is its own
+    if (dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
         return nullptr;
     }
-    if (dynamic_cast<llama_memory_hybrid *>(memory) || dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        *reason = "hybrid models are not supported yet";
-        return nullptr;
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn();
     }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid->get_mem_attn()->get_base();
+    }
+    // layers with a sliding window forget by themselves
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return iswa->get_base();
+    }
+    return dynamic_cast<llama_kv_cache *>(memory);
+}
 
-    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, std::string & reason) {
+    const auto & model   = lctx.get_model();
+    const auto & hparams = model.hparams;
 
-    if (!kv) {
-        *reason = "the model has no KV cache of a supported kind";
+    auto * kv = llama_capsule_find_kv(memory);
+
+    reason.clear();
+
+    if (!memory) {
+        reason = "the model has no KV cache (an encoder)";
+    } else if (dynamic_cast<llama_memory_recurrent *>(memory)) {
+        reason = "a recurrent model has no KV cache";
     } else if (hparams.is_mla()) {
-        *reason = "MLA is not supported";
+        reason = "MLA is not supported";
+    } else if (!kv) {
+        reason = "attention with a cache of its own (sparse or compressed) is not supported";
+    } else if (kv->get_layer_ids().empty()) {
+        reason = "every layer has a sliding window, there is nothing to compress";
     } else if (hparams.use_alibi) {
-        *reason = "ALiBi is not supported";
+        reason = "ALiBi is not supported";
+    } else if (hparams.n_pos_per_embd() > 1 && hparams.rope_sections[3] > 0) {
+        reason = "M-RoPE with a fourth section is not supported, the KV cache does not keep its position";
+    } else if (lctx.get_cparams().ctx_other) {
+        reason = "contexts that share the cells of another one are not supported";
+    } else if (!capsule_arch_is_tested(model.arch)) {
+        reason = format("the architecture '%s' is not supported", llm_arch_name(model.arch));
     } else if (kv->get_n_stream() > 1) {
-        *reason = "several streams are not supported yet, use a unified KV cache (--kv-unified)";
+        reason = "several streams are not supported, use a unified KV cache (--kv-unified)";
     } else if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        *reason = "tensor split is not supported";
+        reason = "tensor split is not supported";
     } else if (lctx.get_cparams().training) {
-        *reason = "training is not supported";
+        reason = "training is not supported";
     }
 
-    return *reason ? nullptr : kv;
+    return reason.empty() ? kv : nullptr;
+}
+
+//
+// RoPE
+//
+
+bool llama_capsule_layer_rope(const llama_model & model, int32_t il) {
+    const auto & hparams = model.hparams;
+
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
+        return false;
+    }
+
+    // not in has_rope(), the graphs of these models decide it
+    switch (model.arch) {
+        case LLM_ARCH_LLAMA4:
+        case LLM_ARCH_SMOLLM3:
+            return hparams.n_no_rope_layer_step > 0 && (il + 1) % hparams.n_no_rope_layer_step != 0;
+        default:
+            return true;
+    }
+}
+
+bool llama_capsule_check_rope(
+        const ggml_cgraph * gf,
+        const ggml_tensor * k_cache,
+        const ggml_tensor * k_rot,
+        const llama_model & model,
+      const llama_cparams & cparams,
+                  int32_t   il) {
+    const ggml_tensor * x = nullptr;
+
+    for (int i = 0; i < ggml_graph_n_nodes(const_cast<ggml_cgraph *>(gf)) && !x; ++i) {
+        const ggml_tensor * t = ggml_graph_node(const_cast<ggml_cgraph *>(gf), i);
+        if (t->op == GGML_OP_SET_ROWS && t->view_src == k_cache) {
+            x = t->src[0];
+        }
+    }
+
+    // back over what changes no direction and over the rotation of a quantized cache
+    while (x) {
+        if (x->op == GGML_OP_RESHAPE || x->op == GGML_OP_VIEW || x->op == GGML_OP_PERMUTE || x->op == GGML_OP_CONT || x->op == GGML_OP_RMS_NORM) {
+            x = x->src[0];
+        } else if (x->op == GGML_OP_MUL_MAT && x->src[0] == k_rot) {
+            x = x->src[1];
+        } else {
+            break;
+        }
+    }
+
+    // a layer that reuses the cells of another one writes nothing
+    if (!x) {
+        return true;
+    }
+    if (x->op != GGML_OP_ROPE || !llama_capsule_layer_rope(model, il)) {
+        return (x->op == GGML_OP_ROPE) == llama_capsule_layer_rope(model, il);
+    }
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 4*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    auto * factors = model.get_rope_factors(cparams, il);
+
+    const ggml_tensor * y = llama_capsule_rope(ctx.get(), model, cparams,
+            ggml_dup_tensor(ctx.get(), x->src[0]), ggml_dup_tensor(ctx.get(), x->src[1]), factors, il, false);
+
+    return x->src[2] == factors && memcmp(x->op_params, y->op_params, sizeof(x->op_params)) == 0;
 }
 
 ggml_tensor * llama_capsule_rope(
@@ -88,19 +207,6 @@ ggml_tensor * llama_capsule_rope(
 
         x = fn(ctx, x, pos, factors, n_rot, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
                 cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-    }
-
-    if (inverse) {
-        // the magnitude of YaRN is applied in both directions, see rope_yarn()
-        float mscale = cparams.yarn_attn_factor;
-        if (cparams.yarn_ext_factor != 0.0f) {
-            mscale *= 1.0f + 0.1f*logf(1.0f/freq_scale);
-        }
-        if (mscale != 1.0f) {
-            // TODO: partial rotation with YaRN magnitude
-            GGML_ASSERT(n_rot == x->ne[0]);
-            x = ggml_scale(ctx, x, 1.0f/(mscale*mscale));
-        }
     }
 
     return x;
@@ -251,6 +357,21 @@ void llama_capsule_kv::unrope(int32_t il, const std::vector<uint32_t> & idxs, fl
     ggml_backend_graph_compute(backend.get(), gf);
 
     std::copy((const float *) res->data, (const float *) res->data + n*n_head*d, k);
+
+    // the magnitude of YaRN is applied in both directions, see rope_yarn()
+    const auto & cparams = lctx.get_cparams();
+
+    float mscale = cparams.yarn_attn_factor;
+    if (cparams.yarn_ext_factor != 0.0f) {
+        mscale *= 1.0f + 0.1f*logf(1.0f/kv.model.get_rope_freq_scale(cparams, il));
+    }
+    if (mscale != 1.0f) {
+        for (int64_t i = 0; i < n*n_head; ++i) {
+            for (uint32_t j = 0; j < hparams.n_rot(il); ++j) {
+                k[i*d + j] /= mscale*mscale;
+            }
+        }
+    }
 }
 
 void llama_capsule_kv::read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const {

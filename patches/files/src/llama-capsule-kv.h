@@ -5,6 +5,7 @@
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 struct llama_context;
@@ -14,8 +15,23 @@ struct llama_model;
 class llama_kv_cache;
 class llama_kv_cells;
 
-// the KV cache that vision tokens live in, nullptr and a reason if it is of a kind that is not supported
-llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, const char ** reason);
+// the KV cache of the layers with full attention, nullptr if there is none of a known kind
+llama_kv_cache * llama_capsule_find_kv(llama_memory_t memory);
+
+// the same, nullptr and a reason if the model or the context is not supported
+llama_kv_cache * llama_capsule_resolve(const llama_context & lctx, llama_memory_t memory, std::string & reason);
+
+// are the keys of a layer rotated?
+bool llama_capsule_layer_rope(const llama_model & model, int32_t il);
+
+// the rule above and llama_capsule_rope() against what the model's own graph does to the keys that it writes to this cache
+bool llama_capsule_check_rope(
+        const ggml_cgraph * gf,
+        const ggml_tensor * k_cache,
+        const ggml_tensor * k_rot,
+        const llama_model & model,
+      const llama_cparams & cparams,
+                  int32_t   il);
 
 // RoPE as the model does it, or its inverse; x is [d, n_head, n] F32, pos [n*n_pos] I32
 ggml_tensor * llama_capsule_rope(

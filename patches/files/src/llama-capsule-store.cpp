@@ -55,6 +55,7 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
         unpack_args.push_back({ this, i });
     }
+    rope_checked.resize(data().layers.size(), false);
 
     init_weights();
     init_scratch_const();
@@ -72,13 +73,19 @@ uint64_t llama_capsule_store::version() const {
     return n_version;
 }
 
-int llama_capsule_store::find_layer(int il) const {
+uint32_t llama_capsule_store::find_layer(int il) const {
+    // a layer may reuse the cells of another one
+    const auto it = kv.map_layer_ids.find(il);
+    if (it != kv.map_layer_ids.end()) {
+        il = kv.layers[it->second].il;
+    }
+
     for (size_t i = 0; i < data().layers.size(); ++i) {
         if ((int) data().layers[i].il == il) {
             return i;
         }
     }
-    return -1;
+    GGML_ABORT("layer %d is not in the capsule", il);
 }
 
 ggml_backend_buffer_type_t llama_capsule_store::layer_buft(uint32_t i_layer) const {

@@ -247,6 +247,8 @@ private:
     };
     std::vector<unpack_arg> unpack_args;
 
+    std::vector<bool> rope_checked; // per layer, see llama_capsule_check_rope()
+
     std::vector<weights_layer> weights;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
@@ -267,7 +269,7 @@ private:
     ggml_backend_buffer_type_t layer_buft(uint32_t i_layer) const;
     scratch &                  layer_scratch(uint32_t i_layer);
 
-    int find_layer(int il) const; // index in the capsule, -1 if none
+    uint32_t find_layer(int il) const; // index in the capsule of the layer that holds the cells of layer il
 
     void init_weights();
     void init_scratch_const();

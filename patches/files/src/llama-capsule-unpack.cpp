@@ -49,6 +49,20 @@ struct capsule_rope {
         ggml_rope_yarn_corr_dims(n_rot, cparams.n_ctx_orig_yarn, freq_base, cparams.yarn_beta_fast, cparams.yarn_beta_slow, corr_dims);
     }
 
+    // which of t, y, x, z rotates a pair
+    int axis(int sector) const {
+        if (mode == LLAMA_ROPE_TYPE_IMROPE) {
+            const int res = sector % 3;
+            return sector < 3*sections[res] ? res : 3;
+        }
+
+        int res = 0;
+        for (int first = sections[0]; res < 3 && sector >= first; first += sections[res]) {
+            res++;
+        }
+        return res;
+    }
+
     // pos: t, y, x, z
     void fill(const int32_t * pos, float * cos_sin) const {
         float theta[4] = { (float) pos[0], (float) pos[0], (float) pos[0], (float) pos[0] };
@@ -59,13 +73,7 @@ struct capsule_rope {
         const int n_sect = sections[0] + sections[1] + sections[2] + sections[3];
 
         for (int i = 0; i < n_rot/2; ++i) {
-            int which = 0;
-            if (multi) {
-                const int sector = i % n_sect;
-                for (int first = sections[0]; which < 3 && sector >= first; first += sections[which]) {
-                    which++;
-                }
-            }
+            const int which = multi ? axis(i % n_sect) : 0;
 
             const float extrap = factors ? theta[which]/factors[i] : theta[which];
 
@@ -105,7 +113,7 @@ struct capsule_rope {
 bool llama_capsule_store::can_unpack(uint32_t i_layer) const {
     static const char * env = getenv("LLAMA_KVCAPSULE_RECONSTRUCT"); // for tests
 
-    return !(env && atoi(env) > 0) && ggml_backend_buft_is_host(layer_buft(i_layer)) && kv.hparams.rope_type != LLAMA_ROPE_TYPE_IMROPE;
+    return !(env && atoi(env) > 0) && ggml_backend_buft_is_host(layer_buft(i_layer));
 }
 
 // dst: the columns of the slots in the scratch

@@ -38,7 +38,7 @@ static void capsule_set_error(const std::string & what) {
 }
 
 static llama_capsule_store * capsule_get_store(const llama_context & lctx) {
-    auto * kv = dynamic_cast<llama_kv_cache *>(lctx.get_memory());
+    auto * kv = llama_capsule_find_kv(lctx.get_memory());
 
     return kv ? kv->capsule.get() : nullptr;
 }
@@ -73,15 +73,22 @@ static std::optional<capsule_request> capsule_request_from_env(const llama_model
 }
 
 // logical cells -> cells of the hot cache
-static uint32_t capsule_n_hot(const capsule_request & req, uint32_t n_ctx) {
+static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams & hparams, const llama_cparams & cparams) {
+    const uint32_t n_ctx   = cparams.n_ctx_seq;
     const uint32_t n_image = req.data->image_tokens > 0 ? req.data->image_tokens : 4096;
 
-    const uint32_t n_hot = req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4);
+    uint32_t n_hot = req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4);
+
+    // the cache of the layers with a sliding window is never larger than the other, see llama_kv_cache_iswa
+    if (hparams.is_swa_any()) {
+        n_hot = std::max(n_hot, hparams.n_swa*cparams.n_seq_max + cparams.n_ubatch);
+    }
 
     return std::min(n_ctx, GGML_PAD(n_hot, 256));
 }
 
-static const char * capsule_check_layers(const llama_capsule_data & data, const llama_kv_cache & kv) {
+// "" if they fit
+static std::string capsule_check_layers(const llama_capsule_data & data, const llama_kv_cache & kv) {
     const auto ids = kv.get_layer_ids();
 
     if (ids.size() != data.layers.size()) {
@@ -93,10 +100,10 @@ static const char * capsule_check_layers(const llama_capsule_data & data, const 
             return "the capsule does not cover all layers of the KV cache";
         }
         if (layer.n_embd_head_k != data.layers[0].n_embd_head_k || layer.n_embd_head_v != data.layers[0].n_embd_head_v) {
-            return "head sizes that differ between layers are not supported yet";
+            return "head sizes that differ between the layers with full attention are not supported";
         }
     }
-    return nullptr;
+    return "";
 }
 
 llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params) {
@@ -119,25 +126,26 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     // note: not cparams itself, the choice of the RoPE factors depends on it
     auto cparams_hot = cparams;
-    cparams_hot.n_ctx_seq = capsule_n_hot(*req, cparams.n_ctx_seq);
+    cparams_hot.n_ctx_seq = capsule_n_hot(*req, model.hparams, cparams);
 
-    std::unique_ptr<llama_memory_i> memory(model.create_memory(params, cparams_hot));
+    auto params_hot = params;
+    params_hot.swa_full = false;
 
-    const char * reason = nullptr;
+    std::unique_ptr<llama_memory_i> memory(model.create_memory(params_hot, cparams_hot));
 
-    auto * kv = llama_capsule_resolve(lctx, memory.get(), &reason);
-    if (kv && params.mem_other) {
-        reason = "contexts that share a KV cache are not supported";
-    } else if (kv) {
+    std::string reason;
+
+    auto * kv = llama_capsule_resolve(lctx, memory.get(), reason);
+    if (kv) {
         reason = capsule_check_layers(*req->data, *kv);
     }
 
-    if (reason) {
+    if (!reason.empty()) {
         if (!from_env) {
-            capsule_error = format("can not attach the capsule: %s", reason);
+            capsule_error = format("can not attach the capsule: %s", reason.c_str());
             throw std::runtime_error(capsule_error);
         }
-        LLAMA_LOG_WARN("%s: can not attach the capsule: %s, continuing without it\n", __func__, reason);
+        LLAMA_LOG_WARN("%s: can not attach the capsule: %s, continuing without it\n", __func__, reason.c_str());
 
         memory.reset();
         return model.create_memory(params, cparams);
@@ -153,6 +161,9 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     LLAMA_LOG_INFO("%s: capsule '%s', %u hot cells of %u, tier '%s' (ratio %.3f)\n", __func__, req->data->path.c_str(),
             kv->get_size(), cparams.n_ctx_seq, req->data->tiers[p.i_economy].name.c_str(), req->data->tiers[p.i_economy].ratio);
+    if (params.swa_full && model.hparams.is_swa_any()) {
+        LLAMA_LOG_INFO("%s: swa_full is off with a capsule: layers with a sliding window keep the cells of their window only\n", __func__);
+    }
 
     return memory.release();
 }
@@ -284,9 +295,9 @@ int32_t llama_capsule_read_kv(
 
     const auto & hparams = ctx->get_model().hparams;
 
-    const char * reason = nullptr;
+    std::string reason;
 
-    auto * kv = llama_capsule_resolve(*ctx, ctx->get_memory(), &reason);
+    auto * kv = llama_capsule_resolve(*ctx, ctx->get_memory(), reason);
     if (!kv) {
         capsule_set_error(reason);
         return -1;
@@ -324,7 +335,7 @@ int32_t llama_capsule_read_kv(
 
     std::vector<float> kh(idxs.size()*n_k);
     std::vector<float> vh(idxs.size()*n_v);
-    reader.read(il, hparams.rope_type != LLAMA_ROPE_TYPE_NONE, idxs, k ? kh.data() : nullptr, v ? vh.data() : nullptr);
+    reader.read(il, llama_capsule_layer_rope(ctx->get_model(), il), idxs, k ? kh.data() : nullptr, v ? vh.data() : nullptr);
 
     const auto & cells = kv->get_cells(seq_id);
     for (size_t i = 0; i < idxs.size(); ++i) {

@@ -1,0 +1,142 @@
+"""Every architecture that a capsule attaches to: the logits after compression are those of the unpatched library (see test_lossless.py).
+
+llama-capsule-kv.cpp lists the architectures of ARCHS as supported, and no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_runner import Case, Step, compress, image, lossless_limit, nmse, positions, seq_cp, seq_rm, stats, text, together
+from tiny_archs import ARCHS
+from tiny_gguf import TinyModel
+
+N = 16  # block size
+# 64 tokens are 4 blocks, 28 are one and a padded slot; the single-token batches reuse their graph
+CHAT = [text(7), image((8, 8), seed=1), compress(), text(3, seed=1), text(4, seed=2, one_by_one=True), image((4, 7), seed=2), compress(),
+        text(3, seed=3, one_by_one=True), positions(), stats()]
+SETTINGS = [(fa, k) for fa in (False, True) for k in ("f16", "q8_0")]
+GRID = [(arch, fa, k, reuse) for arch in ARCHS for fa, k in SETTINGS for reuse in (True, False)]
+GELU = [arch for arch in ARCHS if arch.startswith("gemma")]
+
+
+def limit(arch: str, fa: bool, type_k: str) -> float:
+    """ggml's GELU is a table in f16, and every layer adds its rounding: stock itself differs by up to 2e-8 and, with q8_0 keys, 1e-6 from one order
+    of its cells to another (test_stock_itself)."""
+    if not fa and (arch in GELU or len(ARCHS[arch].layers) > 3):
+        return {"f16": 5e-8, "q8_0": 2e-6}[type_k]
+    return lossless_limit(fa, type_k)
+
+
+def without_capsule(steps: list[Step]) -> list[Step]:
+    return [positions() if s["op"] in ("compress", "stats") else s for s in steps]
+
+
+def case(models, name: str, arch: str, steps: list[Step], fa: bool = False, type_k: str = "f16", **more: Any) -> Case:
+    # V is quantized too where llama.cpp can: with flash attention
+    return Case(name, models(arch=arch), steps, flash_attn=fa, type_k=type_k, type_v=type_k if fa else "f16", n_ctx=512,
+                image_causal=ARCHS[arch].causal, **more)
+
+
+@pytest.fixture(scope="module")
+def truth(models, stock):
+    return stock([case(models, f"{arch}-{fa}-{k}", arch, without_capsule(CHAT), fa, k) for arch in ARCHS for fa, k in SETTINGS])
+
+
+@pytest.fixture(scope="module")
+def ours(models, capsules, patched):
+    return patched([case(models, f"{arch}-{fa}-{k}-{reuse}", arch, CHAT, fa, k, reuse=reuse, capsule=capsules(models(arch=arch), block_size=N))
+                    for arch, fa, k, reuse in GRID])
+
+
+@pytest.mark.parametrize(("arch", "fa", "type_k", "reuse"), GRID)
+def test_lossless(truth, ours, arch, fa, type_k, reuse):
+    expected, result = truth[f"{arch}-{fa}-{type_k}"], ours[f"{arch}-{fa}-{type_k}-{reuse}"]
+    assert nmse(result.logits(), expected.logits()) <= limit(arch, fa, type_k)
+    assert result.values("moved") == [64, 28]
+    assert result.values("positions") == expected.values("positions")[-2:-1]
+    seen = result.values("stats")[-1]
+    assert (seen["n_cold"], seen["n_hot_vision"], seen["n_slots"], seen["n_hot_used"]) == (92, 0, [5, 1], 17)
+    # some architectures never reuse a graph; a capsule costs one at each change of its slots
+    assert (result.n_reused >= min(4, expected.n_reused)) if reuse else (result.n_reused == 0)
+
+
+def test_the_mean(truth, ours):
+    """Without flash attention and with an f16 cache, of the architectures without GELU."""
+    errors = [nmse(ours[f"{arch}-False-f16-True"].logits(), truth[f"{arch}-False-f16"].logits()) for arch in ARCHS if arch not in GELU]
+    assert np.mean(errors) <= 1e-9
+
+
+@pytest.fixture(scope="module")
+def damaged(models, capsules, patched):
+    return patched([case(models, arch, arch, CHAT, capsule=capsules(models(arch=arch), block_size=N, rows=N - 2)) for arch in ARCHS])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_wrong_capsule_is_seen(truth, damaged, arch):
+    """An eighth of the rows of a random basis is missing: the covered layers matter in every one of these models."""
+    assert nmse(damaged[arch].logits(), truth[f"{arch}-False-f16"].logits()) > 1e-5
+
+
+def test_stock_itself(models, stock):
+    """The unpatched library depends on the order of its cells: another sequence holds the first ones for a while."""
+    steps = without_capsule(CHAT)
+    moved = [text(33, seed=9, seq=1), *steps[:2], seq_rm(1, 0), *steps[2:]]
+    settings = [(arch, k) for arch in ("gemma3", "gemma4") for k in ("f16", "q8_0")]
+    runs = stock([case(models, f"{arch}-{k}-{i}", arch, s, type_k=k, n_seq_max=2) for arch, k in settings for i, s in enumerate((steps, moved))])
+    for arch, k in settings:
+        first, second = runs[f"{arch}-{k}-0"], runs[f"{arch}-{k}-1"]
+        a, b = (np.concatenate([s.arrays["logits"] for s in steps if "logits" in s.arrays]) for steps in (first.steps, second.steps[1:]))
+        assert 1e-12 < nmse(b, a) <= limit(arch, False, k)
+
+
+# --- several sequences in one unified cache ---
+
+SEQUENCES = [
+    text(5, seq=0), image((4, 8), seed=1, seq=0), text(6, seed=1, seq=1), image((6, 8), seed=2, seq=1), compress(0), compress(1),
+    text(3, seed=2, seq=0), text(2, seed=3, seq=1), seq_cp(0, 2), together({0: 11, 1: 12, 2: 13}), together({0: 14, 2: 15}), image((2, 8), seed=3, seq=2),
+    compress(2), together({0: 16, 1: 17, 2: 18}), stats(),
+]
+IN_ONE_CACHE = ("llama", "qwen2vl", "gemma3", "qwen35", "lfm2")
+
+
+def test_several_sequences(models, capsules, stock, patched):
+    common = {"n_seq_max": 3, "kv_unified": True}
+    expected = stock([case(models, arch, arch, without_capsule(SEQUENCES), **common) for arch in IN_ONE_CACHE])
+    seen = patched([case(models, arch, arch, SEQUENCES, capsule=capsules(models(arch=arch), block_size=N), **common) for arch in IN_ONE_CACHE])
+    for arch in IN_ONE_CACHE:
+        assert nmse(seen[arch].logits(), expected[arch].logits()) <= limit(arch, False, "f16")
+        assert seen[arch].values("stats")[-1]["n_cold"] == 32 + 48 + 16
+
+
+# --- LoRA and control vectors ---
+
+
+@pytest.fixture(scope="module")
+def adapted(models, tmp_path_factory):
+    """Cases with a LoRA of the keys and values, and with a control vector, per architecture."""
+    from tiny_gguf import write_lora
+
+    folder = tmp_path_factory.mktemp("adapters")
+    out = {}
+    for arch in ("llama", "qwen2vl", "gemma3"):
+        lora = write_lora(TinyModel(arch), folder / f"{arch}.gguf")
+        out |= {f"{arch}-lora": {"lora": lora}, f"{arch}-cvec": {"cvec": 0.3}, f"{arch}-none": {}}
+    return out
+
+
+def test_adapters(models, capsules, stock, patched, adapted):
+    """They change K and V of the image; they are there before it."""
+
+    def arch(name: str) -> str:
+        return name.split("-")[0]
+
+    expected = stock([case(models, name, arch(name), without_capsule(CHAT), **extra) for name, extra in adapted.items()])
+    seen = patched([case(models, name, arch(name), CHAT, capsule=capsules(models(arch=arch(name)), block_size=N), **extra)
+                    for name, extra in adapted.items()])
+    for name in adapted:
+        assert nmse(seen[name].logits(), expected[name].logits()) <= limit(arch(name), False, "f16")
+        if not name.endswith("none"):
+            assert nmse(expected[name].logits(), expected[arch(name) + "-none"].logits()) > 1e-3
