@@ -111,6 +111,7 @@ class Process:
         self.patched = declare_capsule_api()
         self.models: dict[str, Any] = {}
         self.capsules: dict[tuple[str, str], int] = {}
+        self.states: dict[str, tuple[bytes, Any]] = {}  # the bytes, and the next position of each sequence, or of the one that was saved
 
     def model(self, path: str) -> Any:
         if path not in self.models:
@@ -170,7 +171,7 @@ class Context:
         self.n_batch = case["n_batch"]
         self.image_causal = case["image_causal"]
         self.next: dict[int, int] = {}
-        self.states: dict[str, bytes] = {}
+        self.states = process.states
         p = L.llama_context_default_params()
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "kv_unified"):
             setattr(p, name, case[name])
@@ -335,25 +336,43 @@ class Context:
     def do_positions(self, values, found, seq):
         values["positions"] = [L.llama_memory_seq_pos_min(self.mem, seq), L.llama_memory_seq_pos_max(self.mem, seq)]
 
-    def do_state_save(self, values, found, slot, seq):
-        n = L.llama_state_get_size(self.ctx) if seq < 0 else L.llama_state_seq_get_size(self.ctx, seq)
-        buf = (ctypes.c_uint8 * n)()
-        written = L.llama_state_get_data(self.ctx, buf, n) if seq < 0 else L.llama_state_seq_get_data(self.ctx, buf, n, seq)
-        if written == 0:
-            raise Failed("the state was not saved")
-        self.states[slot] = (bytes(buf[:written]), self.next.copy() if seq < 0 else self.next[seq])
+    def do_state_save(self, values, found, slot, seq, flags):
+        if seq < 0:
+            n = L.llama_state_get_size(self.ctx)
+            buf = (ctypes.c_uint8 * n)()
+            written = L.llama_state_get_data(self.ctx, buf, n)
+        else:
+            n = L.llama_state_seq_get_size_ext(self.ctx, seq, flags)
+            buf = (ctypes.c_uint8 * n)()
+            written = L.llama_state_seq_get_data_ext(self.ctx, buf, n, seq, flags)
+        if written != n or n == 0:
+            raise Failed(f"the state was not saved: {written} of {n} bytes")
+        self.states[slot] = (bytes(buf), self.next.copy() if seq < 0 else self.next.get(seq, 0))
         values["state_size"] = written
 
-    def do_state_load(self, values, found, slot, seq):
+    def do_state_load(self, values, found, slot, seq, flags, may_fail):
         data, pos = self.states[slot]
         buf = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        read = L.llama_state_set_data(self.ctx, buf, len(data)) if seq < 0 else L.llama_state_seq_set_data(self.ctx, buf, len(data), seq)
-        if read == 0:
-            raise Failed("the state was not loaded")
         if seq < 0:
-            self.next = dict(pos)
+            read = L.llama_state_set_data(self.ctx, buf, len(data))
         else:
-            self.next[seq] = pos
+            read = L.llama_state_seq_set_data_ext(self.ctx, buf, len(data), seq, flags)
+        if read == len(data):
+            self.next = dict(pos) if seq < 0 else self.next | {seq: pos}
+            return 0
+        if not may_fail:
+            raise Failed(f"the state was not loaded: {read} of {len(data)} bytes")
+        self.next = {} if seq < 0 else self.next | {seq: 0}
+        return 1
+
+    def do_state_spoil(self, values, found, slot, into, cut, flip):
+        data, pos = self.states[slot]
+        data = bytearray(data[:int(cut * len(data))])
+        if flip >= 0:
+            frame = data.find(b"KVCS")
+            assert frame >= 0, "no capsules in this state"
+            data[frame + int(flip * (len(data) - 1 - frame))] ^= 0x10
+        self.states[into] = (bytes(data), pos)
 
     # --- capsules ---
 

@@ -104,13 +104,22 @@ def fingerprint() -> Step:
     return {"op": "fingerprint"}
 
 
-def state_save(slot: str, seq: int = -1) -> Step:
-    """seq -1: the state of the whole context."""
-    return {"op": "state_save", "slot": slot, "seq": seq}
+PARTIAL_ONLY, ON_DEVICE = 1, 2  # LLAMA_STATE_SEQ_FLAGS_*
 
 
-def state_load(slot: str, seq: int = -1) -> Step:
-    return {"op": "state_load", "slot": slot, "seq": seq}
+def state_save(slot: str, seq: int = -1, flags: int = 0) -> Step:
+    """seq -1: the state of the whole context. Cases of one run() share their slots. `values["state_size"]` is its size in bytes."""
+    return {"op": "state_save", "slot": slot, "seq": seq, "flags": flags}
+
+
+def state_load(slot: str, seq: int = -1, flags: int = 0, may_fail: bool = False) -> Step:
+    """Fails unless all bytes are read; if it may fail, the step's rc is 1 then."""
+    return {"op": "state_load", "slot": slot, "seq": seq, "flags": flags, "may_fail": may_fail}
+
+
+def state_spoil(slot: str, into: str, cut: float = 1.0, flip: float = -1.0) -> Step:
+    """Copies a saved state, cut to a part of its bytes, or with one bit flipped at a part of the frame that describes the slots and holds them."""
+    return {"op": "state_spoil", "slot": slot, "into": into, "cut": cut, "flip": flip}
 
 
 # --- cases and results -----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Slots grow layer by layer; without memory for more, images stay in the hot cells, right and with one warning."""
+
+from __future__ import annotations
+
+import pytest
+from llama_runner import Case, Step, compress, image, nmse, seq_rm, stats, text
+
+N, LAYERS = 16, 8
+GRID = (10, 16)
+TOKENS = GRID[0] * GRID[1]
+IMAGES = 4
+MODEL = {"arch": "llama", "n_layer": LAYERS, "n_head": 2, "n_head_kv": 1, "head": 64, "n_ff": 64}
+OPTIONS = {"type_k": "f32", "type_v": "f32", "n_ctx": 1024}
+
+
+def album() -> list[Step]:
+    return [stats(), text(4), *[s for i in range(IMAGES) for s in (image(GRID, seed=i), compress(), text(3, seed=i), stats())]]
+
+
+def limited(name: str, model, capsule, limit: float, steps: list[Step], **options) -> Case:
+    return Case(name, model, steps, capsule=capsule, env={"LLAMA_KVCAPSULE_LIMIT": str(int(limit))}, **(OPTIONS | options))
+
+
+def grown(seen: dict, start: dict) -> tuple[int, int]:
+    """Bytes of the pools, and of the scratch without its constants."""
+    return seen["bytes_pools"], seen["bytes_scratch"] - start["bytes_scratch"]
+
+
+def warnings(result) -> list[str]:
+    return [line for step in result.steps for line in step.log if "no room for more capsule slots" in line]
+
+
+@pytest.fixture(scope="module")
+def free(models, capsules, stock, patched):
+    """The album without a limit, on the stock library and with as many hot cells as the key says."""
+    model = models(**MODEL)
+    steps = [s for s in album() if s["op"] not in ("compress", "stats")]
+    ours = patched([Case(str(hot), model, album(), capsule=capsules(model, block_size=N), n_hot=hot, **OPTIONS) for hot in (256, 1024)])
+    return {"stock": stock([Case("a", model, steps, **OPTIONS)])["a"], 256: ours["256"], 1024: ours["1024"]}
+
+
+def test_only_one_layer_exists_twice(models, capsules, patched, free):
+    start, *seen = free[256].values("stats")
+    (pools1, scratch1), (pools2, scratch2) = (grown(s, start) for s in seen[:2])
+    limit = pools2 + max(pools2 / LAYERS, scratch2) + scratch1
+    assert limit < pools1 + pools2 + scratch1, "this would be enough for all layers at once"
+    model = models(**MODEL)
+    result = patched([limited("a", model, capsules(model, block_size=N), limit, album()[:10], n_hot=256)])["a"]
+    assert [s["n_cold"] for s in result.values("stats")[1:]] == [TOKENS, 2 * TOKENS]
+    assert not warnings(result)
+
+
+def test_out_of_memory_leaves_images_hot(models, capsules, patched, free):
+    """At any point of the growth."""
+    truth, ours = free["stock"], free[1024]
+    assert nmse(ours.logits(), truth.logits()) <= 1e-11
+    last = ours.values("stats")[-1]
+    needed = last["bytes_pools"] + last["bytes_scratch"]
+    model = models(**MODEL)
+    capsule = capsules(model, block_size=N)
+    cases = [limited(str(i), model, capsule, 1 + 1.6 * needed * i / 16, album(), n_hot=1024) for i in range(17)]
+    seen = set()
+    for result in patched(cases).values():
+        assert nmse(result.logits(), truth.logits()) <= 1e-11
+        for i, s in enumerate(result.values("stats")[1:]):
+            assert s["n_cold"] + s["n_hot_vision"] == (i + 1) * TOKENS and s["n_cold"] % N == 0
+        assert len(warnings(result)) == (s["n_hot_vision"] > 0)
+        seen.add(s["n_cold"])
+    assert {0, IMAGES * TOKENS} < seen
+
+
+def test_the_guard_needs_faithful_slots(models, capsules, patched):
+    """Blocks that the economy tier refuses stay hot when there is no memory for a faithful slot."""
+    model = models(**MODEL)
+    capsule = capsules(model, block_size=N, lossless=False, kappa=1e-6)
+    steps = [text(4), image(GRID, seed=1), compress(), text(3), stats()]
+    free = patched([Case("a", model, steps, capsule=capsule, guard=True, n_hot=512, **OPTIONS)])["a"].values("stats")[0]
+    assert free["n_slots"][1] == TOKENS // N
+    economy = free["bytes_slot"][0] * (TOKENS // N)
+    limit = economy + free["bytes_scratch"] + free["bytes_slot"][1]
+    result = patched([limited("a", model, capsule, limit, steps, guard=True, n_hot=512)])["a"]
+    seen = result.values("stats")[0]
+    assert (seen["n_cold"], seen["n_hot_vision"], seen["n_slots"]) == (0, TOKENS, [0, 0])
+    assert len(warnings(result)) == 1
+
+
+def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free):
+    """An image that found no slots is compressed once others were removed and the hot cells are needed."""
+    start, first = free[256].values("stats")[:2]
+    limit = sum(grown(first, start))
+    model = models(**MODEL)
+    steps = [text(4), image(GRID, seed=1), text(3), image(GRID, seed=2), text(3), stats(), seq_rm(0, 4, 4 + TOKENS), text(100), stats(), text(5)]
+    options = {"n_hot": 256, "auto_compress": True}
+    result = patched([limited("a", model, capsules(model, block_size=N), limit, steps, **options)])["a"]
+    assert [(s["n_cold"], s["n_hot_vision"]) for s in result.values("stats")] == [(TOKENS, TOKENS), (TOKENS, 0)]
+    truth = stock([Case("a", model, [s for s in steps if s["op"] != "stats"], **OPTIONS)])["a"]
+    assert nmse(result.logits(), truth.logits()) <= 1e-11
