@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import re
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import llama_cpp.llama_cpp as L
@@ -52,6 +54,12 @@ def declare_capsule_api() -> bool:
 
 def last_error() -> str:
     return LIB.llama_capsule_last_error().decode(errors="replace")
+
+
+@lru_cache(maxsize=8)
+def image_rows(seed: int, n: int, n_embd: int) -> np.ndarray:
+    """The embeddings of a random image, [n, n_embd]."""
+    return np.random.default_rng(seed).standard_normal((n, n_embd))
 
 
 class Failed(Exception):
@@ -287,7 +295,7 @@ class Context:
             embd = np.load(file, allow_pickle=False)
             assert embd.shape == (n, self.n_embd), f"{file}: {embd.shape}"
         else:
-            embd = scale * np.random.default_rng(seed).standard_normal((n, self.n_embd))
+            embd = scale * image_rows(seed, n, self.n_embd)
         if self.mrope:
             y, x = np.divmod(np.arange(n), w)
             pos = np.stack([np.full(n, start), start + y, start + x, np.zeros(n, int)])
@@ -303,6 +311,17 @@ class Context:
         if rc == 0:
             self.next[seq] = start + (max(h, w) if self.mrope else n)
         return self.check(rc, may_fail, values, found)
+
+    def do_cells(self, values, found, listed, seq):
+        for vision, run in groupby(listed, key=lambda c: len(c) > 4):
+            rows = list(run)
+            for i in range(0, len(rows), self.n_batch):
+                part = rows[i:i + self.n_batch]
+                pos = np.array([c[:3] + [0] for c in part]).T if self.mrope and vision else np.array([c[0] for c in part])[None]
+                embd = np.stack([image_rows(seed, n, self.n_embd)[index] for *_, seed, index, n in part]) if vision else None
+                rc = self.decode(len(part), pos, [seq] * len(part), None if vision else np.array([c[3] for c in part]), embd)
+                if rc:
+                    raise Failed(f"llama_decode returned {rc}")
 
     # --- sequences ---
 
@@ -402,6 +421,12 @@ class Context:
             return n
         found["k"], found["v"] = k[:n], v[:n]
         values["n"] = n
+
+    def do_contents(self, values, found, seq, p0, p1, n_max):
+        rc = self.do_read_kv(values, found, 0, seq, p0, p1, n_max) if self.process.patched else 0
+        if "k" in found:
+            found["contents"] = np.concatenate([found.pop("k")[:, 0, :4], found.pop("v")[:, 0, :4]], axis=1)
+        return rc
 
     def do_load_capsule(self, values, found, path):
         capsule = LIB.llama_capsule_load_from_file(self.model, path.encode())

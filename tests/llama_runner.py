@@ -92,6 +92,16 @@ def read_kv(il: int, seq: int = 0, p0: int = 0, p1: int = ALL, n_max: int = 4096
     return {"op": "read_kv", "il": il, "seq": seq, "p0": p0, "p1": p1, "n_max": n_max}
 
 
+def contents(seq: int, p0: int = 0, p1: int = ALL, n_max: int = 4096) -> Step:
+    """array "contents" [n, 8]: the first four numbers of K (without RoPE) and of V of each cell of a sequence, in layer 0, in order."""
+    return {"op": "contents", "seq": seq, "p0": p0, "p1": p1, "n_max": n_max}
+
+
+def cells(listed: list[list[int]], seq: int = 0) -> Step:
+    """Decodes single cells: [pos, y, x, token], or [pos, y, x, seed, index, n] for token `index` of the image of n tokens that this seed gives."""
+    return {"op": "cells", "listed": listed, "seq": seq}
+
+
 def rss() -> Step:
     return {"op": "rss"}
 

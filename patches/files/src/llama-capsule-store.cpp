@@ -509,6 +509,10 @@ llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::arr
     return res;
 }
 
+void llama_capsule_store::state_write_begin() const {
+    lctx.memory_update(false);
+}
+
 void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     std::array<std::vector<uint32_t>, N_TIERS> slots;
 

@@ -76,6 +76,9 @@ public:
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
+    // before anything is read from the hot cells: their keys are rotated for the positions that they have now
+    void state_write_begin() const;
+
     // after the state of the KV cache: what the hot cells hold, and the slots
     void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
 
