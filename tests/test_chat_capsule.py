@@ -49,6 +49,17 @@ def test_the_capsule_beside_the_model_is_used(chat: Run, folder: Path, arch: str
     assert image["kv_bytes"] == report["kv_bytes"] and image["slots"] == report["slots"]
 
 
+def test_the_guard_can_be_turned_off(chat: Run, folder: Path) -> None:
+    """With a threshold that no block stays under: all go to the faithful tier, or none."""
+    model = folder / "llama" / "tiny.gguf"
+    capsule = random_capsule(model, folder / "strict.gguf", block_size=N, lossless=False, kappa=1e-6)
+    for guard, tier in (("on", "faithful"), ("off", "economy")):
+        result = chat(model, "--capsule", capsule, "--guard", guard, "--image", folder / "a.png", "-p", "what?", "-n", "2", "--json")
+        slots = json.loads(result.stdout)["slots"]
+        assert slots[tier] == sum(slots.values()) == TOKENS // N, (guard, slots)
+    assert "faithful" in chat(model, "--capsule", capsule, "-n", "2", stdin=f"/image {folder / 'a.png'}\nwhat?\n/stats\n").stderr
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
 def test_a_lossless_capsule_gives_the_uncompressed_answers(chat: Run, folder: Path, arch: str) -> None:
     lines = f"/image {folder / 'a.png'}\nwhat?\nand?\n/image {folder / 'b.png'}\nthis?\nboth?\n"

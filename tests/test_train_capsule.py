@@ -320,6 +320,7 @@ def command(*arguments, **env) -> subprocess.CompletedProcess:
     ("arguments", "reason"),
     [
         (["none.gguf", "--mmproj", "none.gguf"], "none.gguf is not a file"),
+        ([__file__, "--mmproj", __file__, "--guard", "3"], "--guard 3"),
         ([__file__, "--mmproj", __file__], "not a GGUF file|No such file|not built"),
         ([__file__], "no mmproj"),
         ([__file__, "--mmproj", __file__, "--images", "none"], "not a folder"),

@@ -45,6 +45,7 @@ class Options:
     top_p: float = 0.95
     seed: int = -1  # -1 = random
     ratio: float = 0.0
+    guard: str = "on"
     image_cache: Path | None = None
     image_cache_mib: int = DEFAULT_MIB
     json: bool = False
@@ -124,6 +125,7 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
     add("--capsule", metavar="FILE|auto|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits)")
     add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, the nearest preset of the capsule is used (default: the capsule's)")
+    add("--guard", choices=("on", "off"), metavar="on|off", env="LLAMA_ARG_GUARD", help="off: blocks of a picture that --ratio would distort are not kept at higher precision (default: on)")
     add("--hot", dest="n_hot", type=_number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")
     add("-p", "--prompt", metavar="TEXT", help="one question, answer and exit")

@@ -135,7 +135,7 @@ class Engine:
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
         if self.capsule is not None:
-            native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True)
+            native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
         self.ctx = self.llama.llama_init_from_model(self.model, params)
         if not self.ctx:
             reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
@@ -148,7 +148,7 @@ class Engine:
     def binding(self) -> str:
         """What a state on disk must have been saved with to be used here."""
         options = self.options
-        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "ratio")
+        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "ratio", "guard")
         settings = {"n_ctx": self.n_ctx, **{name: getattr(options, name) for name in names}}
         return binding(self.path, self.mmproj, self.capsule_path, settings, self.native.directory)
 

@@ -14,6 +14,7 @@ from ..eval.vlm import EvalError
 from ..format.capsule import CapsuleError
 from ..format.writer import write_capsule
 from ..native import NativeError
+from .guard import PASS
 from .images import Drawn, from_folder
 from .schedule import LAYER_SCHEDULES, PRESETS
 from .source import TrainError
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--codec", choices=("pca", "retain"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor (default: %(default)s)")
     p.add_argument("--layers", choices=LAYER_SCHEDULES, default="sensitivity", help="how bytes are shared between layers (default: %(default)s, measured on the model)")
     p.add_argument("--loss", choices=("queries", "mse"), default="queries", help="error of the keys as text queries see it, or the plain one, for comparison (default: %(default)s)")
+    p.add_argument("--guard", type=float, default=PASS, metavar="SHARE", help="share of the blocks of ordinary pictures that are stored small; the rest, and blocks of stranger pictures, are kept at higher precision (default: %(default)s)")
     p.add_argument("--ratios", type=ratios, default=dict(PRESETS), metavar="R,R,...", help="presets of the file, --ratio of the chat picks one (default: 0.6,0.8,0.875)")
     p.add_argument("--block-size", type=int, default=0, metavar="N", help="tokens of a block, 8..256 (default: chosen from the tokens of a picture)")
     p.add_argument("--n-images", type=int, default=DEFAULT_IMAGES, metavar="N", help="pictures to look at, a quarter of them only calibrates (default: %(default)s)")
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> Path:
     """Raises TrainError, CapsuleError, NativeError."""
     if args.block_size and not 8 <= args.block_size <= 256:
         raise TrainError(f"--block-size {args.block_size} is not in 8..256")
+    if not 0.5 <= args.guard <= 1:
+        raise TrainError(f"--guard {args.guard} is not in 0.5..1")
     if args.n_images < 4:
         raise TrainError(f"--n-images {args.n_images} is too few: at least 4")
     for path in (args.model, args.mmproj):
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> Path:
 
     start = time.monotonic()
     options = TrainOptions(
-        codec=args.codec, layers=args.layers, loss=args.loss, ratios=args.ratios, block_size=args.block_size, seed=args.seed, device=args.device
+        codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block_size=args.block_size, seed=args.seed, device=args.device
     )
     work = args.work or output.with_name(output.name + ".work")
     try:

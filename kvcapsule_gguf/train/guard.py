@@ -62,10 +62,10 @@ def thresholds(score: np.ndarray, share: float = PASS, margin: float = MARGIN) -
     return ranked[:, low] * margin
 
 
-def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None], weights: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None], weights: tuple[np.ndarray, np.ndarray] | None = None, share: float = PASS) -> None:
     """Sets kappa of every economy tier, and what the tiers cost in the provenance.
 
-    weights: sensitivities of the layers; one that costs little may be coarser in proportion.
+    share: of the held-back blocks, that pass in all layers; weights: sensitivities of the layers; one that costs little may be coarser in proportion.
     """
     errors = Errors(capsule)
     for i, tier in enumerate(capsule.tiers):
@@ -74,7 +74,7 @@ def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None], w
         if i:
             all_rows = min(map(total_rows, tier.key_rows + tier.value_rows)) == capsule.block_size
             slack = np.ones(len(capsule.layers)) if weights is None else np.maximum(1, 1 / np.maximum(*weights))
-            kappa = np.minimum(thresholds(score), COARSE[all_rows] * slack)
+            kappa = np.minimum(thresholds(score, share), COARSE[all_rows] * slack)
             tier.kappa = [float(x) for x in kappa]
             passed = float((score <= kappa[:, None]).all(0).mean())
         say(

@@ -18,7 +18,7 @@ from ..format.base_model import BaseModel, base_of
 from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
 from .fit_pca import fit_basis
 from .fit_retain import RetainOptions, fit_retain
-from .guard import calibrate
+from .guard import PASS, calibrate
 from .schedule import PRESETS, Part, faithful_rows, retain_rows, schedule
 from .source import KVSource, TrainError
 from .store import MEMORY, STATE, BlockStore
@@ -33,6 +33,7 @@ FEW = 16  # pictures
 class TrainOptions:
     codec: str = "pca"  # pca or retain, of the keys of the economy tiers
     layers: str = "uniform"  # one of schedule.LAYER_SCHEDULES
+    guard: float = PASS  # share of blocks of ordinary pictures that may take the economy tier
     loss: str = "queries"  # the keys' error as text queries see it, or "mse": the plain one
     block_size: int = 0  # 0: chosen from the number of tokens of an image
     seed: int = 0
@@ -159,7 +160,7 @@ def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callabl
         default_ratio=options.ratios.get("default", 0.8),
         provenance={
             "tool": "kvcapsule-train", "images": store.images, "blocks": len(store.held), "seed": options.seed, "codec": options.codec,
-            "layers": options.layers, "loss": options.loss,
+            "layers": options.layers, "loss": options.loss, "guard": options.guard,
         },
     )  # fmt: skip
     weights = None
@@ -168,7 +169,7 @@ def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callabl
         capsule.provenance |= {"key_sensitivity": weights[0].tolist(), "value_sensitivity": weights[1].tolist()}
     capsule.tiers += [_economy(name, ratio, fitted, n, options, weights) for name, ratio in sorted(options.ratios.items(), key=lambda x: x[1])]
     capsule.set_ratios()
-    calibrate(capsule, store, say, weights)
+    calibrate(capsule, store, say, weights, options.guard)
     return capsule
 
 
