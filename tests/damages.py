@@ -11,7 +11,7 @@ import numpy as np
 from tiny_gguf import rewrite
 
 N = 16
-U16, U32, F32, STR = (gguf.GGUFValueType[x] for x in ("UINT16", "UINT32", "FLOAT32", "STRING"))
+U8, U16, U32, F32, STR = (gguf.GGUFValueType[x] for x in ("UINT8", "UINT16", "UINT32", "FLOAT32", "STRING"))
 
 Damage = Callable[[Path, Path], Any]  # reads a good capsule, writes a bad one
 
@@ -54,28 +54,28 @@ def at(i: int, value: Any) -> Callable[[list], list]:
     return lambda old: [*old[:i], value, *old[i + 1:]]
 
 
-def _length_of(data: bytes, name: bytes, value: int) -> bytes:
+def length_of(data: bytes, name: bytes, value: int) -> bytes:
     """Sets the length of a string value, or of an array."""
     i = data.index(name) + len(name) + 4
     i += 4 if name == b"kvcapsule.layers" else 0
     return data[:i] + value.to_bytes(8, "little") + data[i + 8 :]
 
 
-def _offset_of(data: bytes, name: bytes, value: int) -> bytes:
+def offset_of(data: bytes, name: bytes, value: int) -> bytes:
     """Sets the offset of a 2-dimensional tensor."""
     i = data.index(name) + len(name) + 4 + 16 + 4
     return data[:i] + value.to_bytes(8, "little") + data[i + 8 :]
 
 
-def _tensor_field(data: bytes, name: bytes, at: int, value: int, size: int) -> bytes:
+def tensor_field(data: bytes, name: bytes, at: int, value: int, size: int) -> bytes:
     """Sets a number behind the name of a tensor: dimensions (u32), ne (u64 each), type (u32), offset (u64)."""
     i = data.index(name) + len(name) + at
     return data[:i] + value.to_bytes(size, "little") + data[i + size :]
 
 
-def _kind_of(data: bytes, name: bytes, value: int) -> bytes:
+def kind_of(data: bytes, name: bytes, value: int) -> bytes:
     """Sets the type of the elements of an array."""
-    return _tensor_field(data, name, 4, value, 4)
+    return tensor_field(data, name, 4, value, 4)
 
 
 def _dirty_padding(good: Path, bad: Path) -> None:
@@ -183,18 +183,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "many keys": (lambda g, b: rewrite(g, b, kv={f"kvcapsule.train.{i}": (i, U32) for i in range(300)}), "more than 256"),
     "a long string": (key("kvcapsule.block_shape", "a" * 70_000, STR), "string"),
     "a long array": (key("kvcapsule.layers", list(range(70_000))), "array"),
-    "a false array length": (raw(lambda b: _length_of(b, b"kvcapsule.layers", 1 << 60)), "incomplete|array"),
-    "a false string length": (raw(lambda b: _length_of(b, b"kvcapsule.block_shape", 1 << 60)), "incomplete"),
+    "a false array length": (raw(lambda b: length_of(b, b"kvcapsule.layers", 1 << 60)), "incomplete|array"),
+    "a false string length": (raw(lambda b: length_of(b, b"kvcapsule.block_shape", 1 << 60)), "incomplete"),
     "another key twice": (raw(lambda b: b.replace(b"kvcapsule.base.key_length", b"kvcapsule.tier.key_rows.\0")), "printable"),
     "a tensor twice": (raw(lambda b: b.replace(b"blk.1.kvcapsule.v_mean", b"blk.1.kvcapsule.k_mean")), "k_mean is there twice"),
-    "overlap": (raw(lambda b: _offset_of(b, b"blk.1.kvcapsule.v_mean", 0)), "is at offset 0, not"),
+    "overlap": (raw(lambda b: offset_of(b, b"blk.1.kvcapsule.v_mean", 0)), "is at offset 0, not"),
     "a control character": (key("kvcapsule.block_shape", "\x1b[2Jraster\n", STR), "block_shape is not printable"),
     # only what the format has, and all of it
     "a foreign key": (key("tokenizer.chat_template", "{{ 7 * 7 }}", STR), "unknown key tokenizer.chat_template"),
     "a key hidden by a zero byte": (raw(lambda b: b.replace(b"kvcapsule.block_width", b"kvcapsule.block\0width")), "printable"),
     "a value with a zero byte": (key("kvcapsule.base.rope.type", "norm\0x", STR), "rope.type is not printable"),
     "ratios descend": (_three_tiers, "does not ascend"),
-    "a gap between tensors": (raw(lambda b: _offset_of(b, b"blk.1.kvcapsule.v_mean", 4128)), "is at offset 4128"),
+    "a gap between tensors": (raw(lambda b: offset_of(b, b"blk.1.kvcapsule.v_mean", 4128)), "is at offset 4128"),
     "bytes in the padding": (_dirty_padding, "padding"),
     "a long key": (lambda g, b: rewrite(g, b, kv={"kvcapsule.train." + "x" * 300: (1, U32)}), "name of a key has 316 bytes"),
     "alignment of 48": (key("general.alignment", 48), "general.alignment"),
@@ -207,12 +207,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "default ratio out of range": (key("kvcapsule.default_ratio", 1.5, F32), "default_ratio"),
     "negative frequency": (key("kvcapsule.base.rope.freq_base", [1e4, -1.0], F32), "freq_base"),
     "a thousand heads too many": (key("kvcapsule.base.head_count_kv", [5000, 2]), "head_count_kv of layer 0 is 5000"),
-    "an array of arrays": (raw(lambda b: _kind_of(b, b"kvcapsule.layers", 9)), "array of arrays"),
-    "an unknown value type": (raw(lambda b: _kind_of(b, b"kvcapsule.layers", 77)), "unknown type 77"),
-    "an unknown tensor type": (raw(lambda b: _tensor_field(b, b"blk.1.kvcapsule.v_mean", 20, 250, 4)), "unknown type 250"),
-    "no dimensions": (raw(lambda b: _tensor_field(b, b"blk.1.kvcapsule.v_mean", 0, 0, 4)), "0 dimensions"),
-    "a zero dimension": (raw(lambda b: _tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, 0, 8)), "impossible shape"),
-    "dimensions that wrap": (raw(lambda b: _tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, (1 << 63) + 64, 8)), "impossible shape"),
+    "an array of arrays": (raw(lambda b: kind_of(b, b"kvcapsule.layers", 9)), "array of arrays"),
+    "an unknown value type": (raw(lambda b: kind_of(b, b"kvcapsule.layers", 77)), "unknown type 77"),
+    "an unknown tensor type": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 20, 250, 4)), "unknown type 250"),
+    "no dimensions": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 0, 0, 4)), "0 dimensions"),
+    "a zero dimension": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, 0, 8)), "impossible shape"),
+    "dimensions that wrap": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, (1 << 63) + 64, 8)), "impossible shape"),
     "values beyond f16": (tensor(K + "k_mean", put(1e30, 0, 0)), "k_mean has values"),
     "a basis of longer rows": (tensor(K + "k_basis", lambda a: 1.1 * a), "k_basis has a row 0"),
 }  # fmt: skip
@@ -233,7 +233,7 @@ RETAIN_DAMAGES = {
 # strange, but nothing is wrong with it: both readers take it
 ACCEPTED: dict[str, Damage] = {
     "GGUF version 2": raw(lambda b: b[:4] + (2).to_bytes(4, "little") + b[8:]),
-    "a bool of 2": raw(lambda b: _tensor_field(b, b"kvcapsule.layer_rope", 16, 2, 1)),
+    "a bool of 2": raw(lambda b: tensor_field(b, b"kvcapsule.layer_rope", 16, 2, 1)),
     "a name that is not UTF-8": raw(lambda b: b.replace(b"random capsule", b"random \xff\x00psule")),
     "provenance of any type": lambda good, bad: rewrite(good, bad, kv={"kvcapsule.train.losses": ([1.0, float("nan")], F32), "general.tags": (["a", "b"], STR)}),
     "other tensors first": lambda good, bad: _tensors_reversed(good, bad),

@@ -77,6 +77,8 @@ def build(target: str, tree: Path, compiler: Compiler) -> Path:
     if not (folder / "ggml-version.h").is_file():
         (folder / "ggml-version.h").write_text(VERSION_H)
     sources = [tree / name for name in TARGETS[target]] + [HARNESSES / f"{target}.cpp"]
+    if GGML[0] in TARGETS[target]:
+        sources.append(HARNESSES / "unreached.cpp")
     if not fuzzer and target not in PROGRAMS:
         sources.append(HARNESSES / "driver.cpp")
     objects = [_compile(source, tree, folder, compiler, fuzzer) for source in sources]

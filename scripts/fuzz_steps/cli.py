@@ -1,0 +1,58 @@
+"""scripts/fuzz: options and report."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from setup_steps.common import LLAMA
+
+from .build import FuzzError, build, find_compiler
+from .run import Outcome, run
+
+TARGETS = ("capsule", "state")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.split("\n")[0])
+    parser.add_argument("target", choices=[*TARGETS, "all"], nargs="?", default="all", help="capsule: the loader; state: what a saved state says about images")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs per target (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=0, help="stop a target after this time, whatever its runs (0: never)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--driver", action="store_true", help="the standalone driver, even where there is libFuzzer")
+    parser.add_argument("--source", type=Path, default=LLAMA / "patched" / "source", help="llama.cpp with the patch series (default: that of scripts/setup)")
+    parser.add_argument("--report", type=Path, help="write what was found to this Markdown file as well")
+    args = parser.parse_args(argv)
+    try:
+        outcomes = _run(args)
+    except FuzzError as error:
+        print(f"fuzz: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fuzz: interrupted; the corpus so far is kept in .cache/fuzz/", file=sys.stderr)
+        return 130
+    if args.report:
+        args.report.write_text(_report(outcomes))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> list[Outcome]:
+    compiler = find_compiler()
+    if args.driver:
+        compiler = replace(compiler, libfuzzer=False)
+    outcomes = []
+    for target in TARGETS if args.target == "all" else (args.target,):
+        program = build(target, args.source, compiler)
+        outcomes.append(run(target, program, compiler, runs=args.runs, seconds=round(60 * args.minutes), seed=args.seed))
+        print(outcomes[-1].line(), flush=True)
+    return outcomes
+
+
+def _report(outcomes: list[Outcome]) -> str:
+    compiler = subprocess.run([find_compiler().cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    lines = ["# Fuzzing", "", f"Printed by `scripts/fuzz --report`; {compiler}, {platform.machine()}.", ""]
+    return "\n".join([*lines, *(f"- {o.line()}" for o in outcomes)]) + "\n"

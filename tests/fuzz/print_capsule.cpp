@@ -1,0 +1,119 @@
+// print_capsule FILE...: what the C++ loader makes of each file, one JSON object a line: its refusal, or a hash of each part of the contents
+
+#include "llama-capsule-file.h"
+#include "llama-capsule-sha256.h"
+#include "memory_source.h"
+
+#include "ggml.h"
+
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+
+static void ignore_log(ggml_log_level, const char *, void *) {}
+
+template<typename T>
+static std::string hash(const std::vector<T> & x) {
+    llama_capsule_sha256 sha;
+    sha.update(x.data(), x.size()*sizeof(T));
+    return sha.finish().substr(0, 16);
+}
+
+// bytes that both readers can write: u32 and f32 as they are, strings with their length
+struct content {
+    std::vector<uint8_t> data;
+
+    void put(const void * p, size_t n) {
+        data.insert(data.end(), (const uint8_t *) p, (const uint8_t *) p + n);
+    }
+    void u32(uint32_t x) {
+        put(&x, sizeof(x));
+    }
+    void f32(float x) {
+        put(&x, sizeof(x));
+    }
+    void str(const std::string & x) {
+        u32(x.size());
+        put(x.data(), x.size());
+    }
+};
+
+static std::string metadata(const llama_capsule_data & c) {
+    content out;
+
+    out.str(c.model.architecture);
+    out.u32(c.model.block_count);
+    out.str(c.model.rope_type);
+    out.str(c.model.fingerprint);
+    for (uint32_t x : c.model.rope_sections) {
+        out.u32(x);
+    }
+
+    out.str(c.block_shape);
+    for (uint32_t x : { c.block_size, c.block_width, c.image_tokens, c.n_neighbours }) {
+        out.u32(x);
+    }
+    out.f32(c.default_ratio);
+
+    for (const auto & l : c.layers) {
+        for (uint32_t x : { l.il, (uint32_t) l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v, l.n_kept, l.n_mlp }) {
+            out.u32(x);
+        }
+        out.f32(l.freq_base);
+    }
+
+    for (const auto & t : c.tiers) {
+        out.str(t.name);
+        out.f32(t.ratio);
+        for (const auto & l : t.layers) {
+            out.u32(l.key_codec);
+            for (uint32_t x : l.key_rows) {
+                out.u32(x);
+            }
+            for (uint32_t x : l.value_rows) {
+                out.u32(x);
+            }
+            out.f32(l.kappa);
+        }
+    }
+
+    return hash(out.data);
+}
+
+static std::string quoted(const std::string & s) {
+    std::string res;
+    for (char c : s) {
+        res += c == '"' || c == '\\' ? std::string("\\") + c : std::string(1, c);
+    }
+    return '"' + res + '"';
+}
+
+int main(int argc, char ** argv) {
+    ggml_log_set(ignore_log, nullptr);
+
+    for (int i = 1; i < argc; ++i) {
+        std::ifstream in(argv[i], std::ios::binary);
+        const std::vector<uint8_t> data((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+
+        memory_source source(data.data(), data.size());
+
+        try {
+            const auto c = llama_capsule_data_read(source, argv[i], nullptr);
+
+            printf("{\"metadata\": \"%s\", \"tensors\": [", metadata(*c).c_str());
+            const char * sep = "";
+            for (const auto & l : c->layers) {
+                for (const auto * x : { &l.k_mean, &l.v_mean, &l.k_basis, &l.v_basis, &l.k_query_weight, &l.k_gate, &l.k_mlp_up, &l.k_mlp_up_bias, &l.k_mlp_down }) {
+                    printf("%s\"%s\"", sep, hash(*x).c_str());
+                    sep = ", ";
+                }
+                printf(", \"%s\", \"%s\"", hash(l.token_order).c_str(), hash(l.k_neighbours).c_str());
+            }
+            printf("]}\n");
+        } catch (const std::runtime_error & err) {
+            printf("{\"refused\": %s}\n", quoted(err.what()).c_str());
+        }
+    }
+
+    return 0;
+}
