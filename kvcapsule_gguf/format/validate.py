@@ -39,7 +39,9 @@ def validate_metadata(c: Capsule) -> None:
     need(0 <= c.neighbour_count <= MAX_NEIGHBOURS, f"kvcapsule.neighbour_count is {c.neighbour_count}, more than {MAX_NEIGHBOURS}")
     need(-8 <= c.default_ratio <= 1, "kvcapsule.default_ratio is not in -8..1")
     _base(c)
-    for layer in c.layers:
+    for i, layer in enumerate(c.layers):
+        need(i == 0 or layer.index > c.layers[i - 1].index, "kvcapsule.layers does not ascend")
+        need(layer.index < c.base.block_count, f"kvcapsule.layers names layer {layer.index} of a model of {c.base.block_count}")
         _layer(c, layer)
     need(2 <= len(c.tiers) <= MAX_TIERS, f"kvcapsule.tier.name has {len(c.tiers)} tiers, not 2..{MAX_TIERS}")
     for i, tier in enumerate(c.tiers):
@@ -72,9 +74,6 @@ def _base(c: Capsule) -> None:
     need(b.rope_type in ROPE_TYPES, f"kvcapsule.base.rope.type is not one of {', '.join(ROPE_TYPES)}")
     need(re.fullmatch("[0-9a-f]{64}", b.fingerprint) is not None, "kvcapsule.base.fingerprint is not 64 hex digits")
     need(1 <= len(c.layers) <= b.block_count, f"kvcapsule.layers has {len(c.layers)} layers of a model of {b.block_count}")
-    indices = [layer.index for layer in c.layers]
-    need(all(a < b for a, b in zip(indices, indices[1:])), "kvcapsule.layers does not ascend")
-    need(indices[-1] < b.block_count, f"kvcapsule.layers names layer {indices[-1]} of a model of {b.block_count}")
 
 
 def _layer(c: Capsule, layer: Layer) -> None:
