@@ -261,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses."""
         self.command = getattr(self, "command", None) or "GET"
-        self.request_version = getattr(self, "request_version", "") or "HTTP/1.1"
+        self.request_version = "HTTP/1.1"  # until the first line is read it stands at 0.9, which has no headers
         self._refuse(RequestError(code, message or "malformed request"))
 
     def log_message(self, *_: object) -> None:

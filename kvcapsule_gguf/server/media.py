@@ -89,6 +89,8 @@ def _picture(text: str, limits: Limits) -> str:
     try:
         with Image.open(io.BytesIO(raw)) as image:
             kind, (width, height) = image.format, image.size
+    except Image.DecompressionBombError as error:
+        raise RequestError(413, f"a picture has too many pixels, at most {limits.pixels / 1e6:g} million are taken") from error
     except Exception:
         raise RequestError(400, "a picture cannot be read") from None
     if width * height > limits.pixels:
