@@ -26,7 +26,7 @@ CONTEXT, HOT = 2048, 768
 IMAGE = 24 * PATCH
 TOKENS = 24 * 24  # one picture fits into the hot cells, two do not
 BLOCK = 48
-NEEDED = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "yaml")
+NEEDED = ("openai", "fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "yaml")
 START_TIMEOUT = 120
 
 
@@ -77,7 +77,7 @@ class Server:
         ]
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json", "Authorization": "Bearer sk-x"}
         )
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
             return json.load(reply)
@@ -97,7 +97,7 @@ def serve(folder: Path, capsule: str | None) -> Iterator[Server]:
         env |= {"LLAMA_KVCAPSULE": str(folder / capsule), "LLAMA_KVCAPSULE_HOT": str(HOT)}
     options = {
         "model": folder / "tiny.gguf", "clip_model_path": folder / "mmproj-tiny.gguf", "chat_format": "mtmd", "n_ctx": CONTEXT,
-        "n_threads": 1, "n_threads_batch": 1, "verbose": "true", "host": "127.0.0.1", "port": 0,
+        "api_key": "sk-x", "n_threads": 1, "n_threads_batch": 1, "verbose": "true", "host": "127.0.0.1", "port": 0,
     }  # fmt: skip
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     log = folder / f"{capsule}.log"
@@ -137,6 +137,17 @@ def test_pictures_from_slots(folder: Path, servers: dict[str | None, Server]) ->
         ours.chat(text)
     assert "the hot KV cache is full" in ours.log
     assert content(ours.chat(*question)) == content(expected)
+
+
+def test_the_openai_client(folder: Path, servers: dict[str | None, Server]) -> None:
+    import openai_client
+
+    pictures = [folder / "a.png", folder / "b.png"]
+    for server in (servers[None], servers["lossless.gguf"]):
+        server.wait()
+    answers = [openai_client.check(openai_client.client(server.port), pictures, TOKENS) for server in (servers[None], servers["lossless.gguf"])]
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+    openai_client.check_key(servers[None].port)
 
 
 def test_a_damaged_capsule(folder: Path, servers: dict[str | None, Server]) -> None:

@@ -21,5 +21,5 @@ IDENTITY = {
 
 REQUIREMENTS = ["numpy", "gguf", "huggingface-hub", "pillow", "jinja2", "typing-extensions", "diskcache", "pytest", "hypothesis"]
 TRAIN_REQUIREMENTS = ["torch==2.13.0", "safetensors>=0.4"]
-# of python -m llama_cpp.server: what llama-cpp-python's extra `server` names. For its test only
-SERVER_REQUIREMENTS = ["fastapi>=0.100.0", "uvicorn>=0.22.0", "sse-starlette>=1.6.1", "starlette-context>=0.3.6,<0.4", "pydantic-settings>=2.0.1", "PyYAML>=5.1"]
+# for the tests of the servers only: what llama-cpp-python's extra `server` names, and the client that most people use
+SERVER_REQUIREMENTS = ["openai>=1.50", "fastapi>=0.100.0", "uvicorn>=0.22.0", "sse-starlette>=1.6.1", "starlette-context>=0.3.6,<0.4", "pydantic-settings>=2.0.1", "PyYAML>=5.1"]

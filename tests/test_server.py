@@ -1,0 +1,105 @@
+"""kvcapsule-server with the real llama-server. `scripts/setup --tools` builds it; without it these tests are skipped (its build takes too long for every CI run)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import openai_client
+import pytest
+from chat_model import PATCH, TEMPLATE, write_mmproj, write_model, write_picture
+from conftest import ROOT, library
+from make_capsule import random_capsule
+
+IMAGE = 24 * PATCH
+TOKENS = 24 * 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lib = library("patched")
+    if not any((lib / name).is_file() for name in ("llama-server", "bin/llama-server")):
+        pytest.skip(f"no llama-server in {lib}: scripts/setup --tools builds it")
+    root = tmp_path_factory.mktemp("server")
+    model = write_model(root / "tiny.gguf", template=TEMPLATE)
+    write_mmproj(root / "mmproj-tiny.gguf", image=IMAGE)
+    random_capsule(model, root / "lossless.gguf", block_size=48)
+    (root / "damaged.gguf").write_bytes((root / "lossless.gguf").read_bytes()[:9000])
+    for name, seed in (("a.png", 3), ("b.png", 4)):
+        write_picture(root / name, seed=seed)
+    return root
+
+
+@contextmanager
+def serve(folder: Path, *arguments: str | Path) -> Iterator[tuple[subprocess.Popen, int, Path]]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_")} | {"KVCAPSULE_LIB": str(library("patched")), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kvcapsule_gguf.server.cli", folder / "tiny.gguf", "--port", "0", "--api-key", "sk-x", "-c", "4096", "-t", "1", "-tb", "1", *arguments]
+    log = folder / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        port, deadline = 0, time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = re.search(r"127\.0\.0\.1:(\d+)", log.read_text())
+            try:
+                if found and openai_client.client(port := int(found[1])).models.list():
+                    break
+            except (openai.InternalServerError, openai.APIConnectionError):
+                pass
+            time.sleep(0.1)
+        yield process, port, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_openai_client_with_and_without_a_capsule(folder: Path) -> None:
+    """Four slots of one unified cache; fewer hot cells than two pictures need."""
+    pictures, answers = [folder / "a.png", folder / "b.png"], []
+    for arguments in (("--capsule", "off"), ("--capsule", folder / "lossless.gguf", "--hot", "1024")):
+        with serve(folder, *arguments) as (process, port, log):
+            answers.append(openai_client.check(openai_client.client(port), pictures, TOKENS))
+            openai_client.check_key(port)
+            with pytest.raises(openai.BadRequestError):
+                openai_client.client(port).chat.completions.create(model="x", messages=openai_client.messages("?", log))
+            with pytest.raises(openai.BadRequestError, match="exceed"):
+                openai_client.client(port).chat.completions.create(model="x", messages=openai_client.messages("x" * 5000))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, log.read_text()
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+
+
+def test_a_stream_is_finished_before_the_end(folder: Path) -> None:
+    with serve(folder, "--capsule", folder / "lossless.gguf") as (process, port, log):
+        stream = openai_client.client(port).chat.completions.create(model="x", messages=openai_client.messages("?", folder / "a.png"), max_tokens=200, temperature=0, stream=True)
+        pieces = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        pieces += list(stream)
+        assert pieces[-1].choices[0].finish_reason == "length" and sum(bool(p.choices[0].delta.content) for p in pieces) > 150
+        assert process.wait(60) == 0 and "stopping" in log.read_text()
+
+
+def test_a_damaged_capsule_is_one_line(folder: Path) -> None:
+    with serve(folder, "--capsule", folder / "damaged.gguf") as (process, _, log):
+        assert process.wait(60) == 1
+    lines = [line for line in log.read_text().splitlines() if "listening" not in line]
+    assert len(lines) == 1 and "damaged.gguf" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--clients", "4", "--requests", "6", "--images", "6", "--pictures", "3"]])
+def test_many_clients(folder: Path, arguments: list[str]) -> None:
+    """The short form of scripts/server_load: four slots, mixed requests, every answer that of its own picture."""
+    env = {**os.environ, "KVCAPSULE_LIB": str(library("patched"))}
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "server_load", "--json", *arguments], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["requests"] == 24 and report["different_answers"] > 3
