@@ -42,7 +42,7 @@ class Hook:
     def anchors(self) -> list[str]:
         """Lines of the old text that say where it was: those that it replaces, then the nearest context."""
         around = self.old[: self.lead][::-1] + self.old[len(self.old) - self.tail :]
-        return [line for line in self.removed + around if len(line.strip()) >= LEAST_ANCHOR]
+        return [line for line in self.removed + around if len(line.strip()) >= LEAST_ANCHOR and not line.startswith("#include")]
 
 
 @dataclass(frozen=True)
