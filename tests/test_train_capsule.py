@@ -365,6 +365,26 @@ def test_the_command_from_end_to_end(tmp_path):
     assert not (tmp_path / "c.gguf.work").exists()
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "qwen2vl", "qwen3"])
+def test_other_architectures(tmp_path, arch):
+    """Trained and used: the evaluation loads the capsule and the default preset takes a fifth of the bytes."""
+    import json
+
+    from chat_model import write_mmproj, write_model
+
+    env = {"OMP_NUM_THREADS": "1", "KVCAPSULE_LIB": str(library("patched"))}
+    model, mmproj, out = write_model(tmp_path / "tiny.gguf", arch=arch), write_mmproj(tmp_path / "mmproj-tiny.gguf", arch=arch), tmp_path / "c.gguf"
+    size = ["--block-size", 16, "-c", 1024, "-t", 1]
+    done = command(model, "--mmproj", mmproj, "-o", out, "--n-images", 4, "--layers", "uniform", *size, **env)
+    assert done.returncode == 0, done.stderr
+    arguments = [model, "--capsule", out, "--ratio", "0.8", "--against", "f16", "-n", 4, "-c", 2048, "-t", 1, "--no-guard", "--json"]
+    done = subprocess.run([sys.executable, "-m", "kvcapsule_gguf.eval", *map(str, arguments)], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)["settings"][-1]
+    assert ours["slots"]["economy"] > 0 and ours["kld"] < 0.1
+    assert ours["kv_ratio"] == pytest.approx(0.8, abs=0.1 if arch == "qwen2vl" else 0.01)  # a remainder of less than half a block stays f16
+
+
 @pytest.mark.parametrize("codec", ["pca", "retain"])
 def test_the_command_on_the_demo_model(tmp_path, codec):
     library("patched")

@@ -59,7 +59,7 @@ def plain_capsule(base: BaseModel, kind: str, block_size: int) -> Capsule:
     for i in base.kv_layers:
         heads, d_k, d_v = base.head_count_kv[i], base.key_length[i], base.value_length[i]
         zero_k, zero_v, one = np.zeros((heads, d_k), np.float32), np.zeros((heads, d_v), np.float32), np.ones((heads, d_k), np.float32)
-        layers.append(Layer(i, heads, d_k, d_v, zero_k, zero_v, eye, eye, one, rope=base.rope_type not in ("", "none"), freq_base=base.freq_base[i]))
+        layers.append(Layer(i, heads, d_k, d_v, zero_k, zero_v, eye, eye, one, rope=base.layer_rope[i], freq_base=base.freq_base[i]))
     rows = row_counts(**{kind: block_size})
     keys, values = [legal(rows, x.key_length) for x in layers], [legal(rows, x.value_length) for x in layers]
     tiers = [Tier(name, [PCA] * len(layers), keys, values, [0.0] * len(layers)) for name in ("faithful", kind)]

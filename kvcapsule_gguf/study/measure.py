@@ -22,7 +22,9 @@ def attention(model: BaseModel, sample: KVSample, i: int, k: np.ndarray, v: np.n
     layer = model.kv_layers[i]
     at = sample.first_position + np.arange(len(k))
     rope = {"rope_type": model.rope_type, "freq_base": model.freq_base[layer], "n": model.rope_dimensions, "factors": model.freq_factors}
-    k = apply_rope(k.swapaxes(0, 1), at, **rope)  # [H, n, d]
+    k = k.swapaxes(0, 1)  # [H, n, d]
+    if model.layer_rope[layer]:
+        k = apply_rope(k, at, **rope)
     group = model.head_count[layer] // model.head_count_kv[layer]
     q = sample.queries[i].swapaxes(0, 1)  # [heads, T, d]
     score = np.matmul(q, np.repeat(k, group, 0).swapaxes(1, 2)) / np.sqrt(k.shape[-1])

@@ -153,7 +153,7 @@ class BlockStore:
         `floor` keeps every channel at a hundredth of the mean: other questions than those seen may use it.
         """
         layer = self.model.kv_layers[i]
-        rope = self.model.rope_type or "none"
+        rope = self.model.rope_type if self.model.layer_rope[layer] else "none"
         weight = tie_pairs(self._q2[i], rope, min(self.model.rope_dimensions, self.model.key_length[layer]))
         mean = weight.mean()
         if not self._n_queries or mean <= 0:

@@ -198,7 +198,7 @@ def fit_layer(model: BaseModel, store: BlockStore, i: int, width: int, options: 
         m = max(1, min(n - 1, round(options.kept * n)))
         kept_rows = row_counts(q4_0=m) if Q4_0.fits(layer.key_length) else row_counts(f16=m)
         shape = RetainOptions(m, options.neighbours, options.mlp_width, width, seed=options.seed, device=options.device)
-        retain, retain_energy = fit_retain(keys, weight, model.rope_type, model.rope_dimensions, shape, kept_rows)
+        retain, retain_energy = fit_retain(keys, weight, model.rope_type if layer.rope else "none", model.rope_dimensions, shape, kept_rows)
         layer.token_order = retain.order.astype(np.uint16)
         layer.kept_count, layer.mlp_width = m, options.mlp_width
         layer.k_gate, layer.k_neighbours = retain.gate, retain.neighbours.astype(np.int32)
