@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_runner import Case, Step, compress, image, lossless_limit, nmse, positions, seq_cp, seq_rm, stats, text, together
+from llama_runner import (
+    Case, Step, clear, compress, image, lossless_limit, nmse, positions, seq_cp, seq_rm, state_load, state_save, stats, text, together,
+)
 from tiny_archs import ARCHS
 from tiny_gguf import TinyModel
 
@@ -90,6 +92,81 @@ def test_stock_itself(models, stock):
         first, second = runs[f"{arch}-{k}-0"], runs[f"{arch}-{k}-1"]
         a, b = (np.concatenate([s.arrays["logits"] for s in steps if "logits" in s.arrays]) for steps in (first.steps, second.steps[1:]))
         assert 1e-12 < nmse(b, a) <= limit(arch, False, k)
+
+
+# --- RoPE with factors and YaRN; the path of stock ops ---
+
+RECONSTRUCT = {"LLAMA_KVCAPSULE_RECONSTRUCT": "1"}
+SCALED: dict[str, dict[str, Any]] = {
+    f"{arch}-{'-'.join(how)}": {"arch": arch} | dict.fromkeys(how, True)
+    for arch, *how in [
+        ("phi3", "freq_factors"), ("phi3", "freq_factors", "yarn"),  # part of the head, magnitude 1.2; short and long factors
+        ("granite", "freq_factors"), ("qwen2", "yarn"), ("mistral3", "yarn"), ("qwen2vl", "yarn"), ("qwen3vl", "yarn"), ("qwen35", "yarn"),
+        ("gemma3", "yarn"),
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def scaled(models, capsules, stock, patched):
+    def cases(steps: list[Step], **more: Any) -> list[Case]:
+        return [Case(name, models(**options), steps, n_ctx=512, image_causal=ARCHS[options["arch"]].causal,
+                     **{k: f(models(**options)) for k, f in more.items()}) for name, options in SCALED.items()]
+
+    packed = cases(CHAT, capsule=lambda model: capsules(model, block_size=N))
+    return stock(cases(without_capsule(CHAT))), patched(packed), patched(packed, env=RECONSTRUCT)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_rope(scaled, name):
+    expected, unpack, reconstruct = (runs[name] for runs in scaled)
+    for result in (unpack, reconstruct):
+        assert nmse(result.logits(), expected.logits()) <= limit(SCALED[name]["arch"], False, "f16")
+
+
+@pytest.fixture(scope="module")
+def reconstructed(models, capsules, patched):
+    return patched([case(models, arch, arch, CHAT, capsule=capsules(models(arch=arch), block_size=N)) for arch in ARCHS], env=RECONSTRUCT)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_reconstruct(truth, reconstructed, arch):
+    assert nmse(reconstructed[arch].logits(), truth[f"{arch}-False-f16"].logits()) <= limit(arch, False, "f16")
+
+
+# --- sliding windows, state, automatic mode ---
+
+
+def test_the_cache_of_the_window(models, capsules, patched):
+    """It is small, which is said, and the hot cache is never smaller: the window and a batch are in it."""
+    sizes = {"n_ctx": 2048, "n_hot": 256, "n_ubatch": 512}
+    runs = patched([Case(arch, models(arch=arch), [stats()], capsule=capsules(models(arch=arch), block_size=N), **sizes) for arch in ("llama", "gemma3")])
+    line = "swa_full is off with a capsule"
+    assert [sum(line in x for x in runs[arch].log) for arch in ("llama", "gemma3")] == [0, 1]
+    assert [runs[arch].values("stats")[0]["n_hot"] for arch in ("llama", "gemma3")] == [256, 768]
+
+
+KINDS = ("llama", "gemma3", "gemma4-e", "llama4", "qwen35", "granitehybrid")  # of memory
+
+
+def test_state(models, capsules, patched):
+    """What follows a saved state is what followed it the first time, for the whole context and for a sequence."""
+    ask = text(5, seed=2, one_by_one=True)
+    steps = [text(5), image((4, 8), seed=1), compress(), text(3, seed=1)]
+    again = {seq: [*steps, state_save("a", seq), ask, image((2, 8), seed=2), compress(), clear(), state_load("a", seq), ask, stats()] for seq in (-1, 0)}
+    runs = patched([case(models, f"{arch}{seq}", arch, again[seq], capsule=capsules(models(arch=arch), block_size=N)) for arch in KINDS for seq in again])
+    for name, result in runs.items():
+        assert nmse(result.logits(10), result.logits(5)) <= 5e-8, name
+        assert result.values("stats")[-1]["n_cold"] == 32
+
+
+def test_automatic(models, capsules, stock, patched):
+    steps = [s for s in CHAT if s["op"] != "compress"]
+    expected = stock([case(models, arch, arch, without_capsule(steps)) for arch in KINDS])
+    seen = patched([case(models, arch, arch, steps, capsule=capsules(models(arch=arch), block_size=N), auto_compress=True) for arch in KINDS])
+    for arch in KINDS:
+        assert nmse(seen[arch].logits(), expected[arch].logits()) <= limit(arch, False, "f16")
+        assert seen[arch].values("stats")[-1]["n_cold"] == 92
 
 
 # --- several sequences in one unified cache ---

@@ -175,7 +175,7 @@ def add_hparams(w: gguf.GGUFWriter, model: TinyModel) -> None:
     w.add_embedding_length(model.n_embd)
     w.add_feed_forward_length(model.n_ff)
     w.add_head_count(model.n_head)
-    w.add_head_count_kv(model.n_head_kv if len(set(model.kv_heads)) == 1 else model.kv_heads)
+    w.add_head_count_kv(model.kv_heads[0] if len(set(model.kv_heads)) == 1 else model.kv_heads)
     w.add_key_length(model.head)
     w.add_value_length(model.head)
     w.add_layer_norm_rms_eps(1e-5)
