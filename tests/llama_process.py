@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 from functools import lru_cache
@@ -410,9 +409,8 @@ class Context:
         values["stats"] = s.as_dict() if rc == 0 else None
         return rc
 
-    def do_read_kv(self, values, found, il, seq, p0, p1, n_max):
-        heads = meta_str(self.model, ".attention.head_count_kv")  # of every layer or of each: [0, 2]
-        heads = json.loads(heads)[il] if heads.startswith("[") else int(heads or 1)
+    def do_read_kv(self, values, found, il, seq, p0, p1, n_max, heads):
+        heads = heads or L.llama_model_n_head_kv(self.model)
         d = int(meta_str(self.model, ".attention.key_length"))
         k, v = np.full((n_max, heads, d), np.nan, np.float32), np.full((n_max, heads, d), np.nan, np.float32)
         n = LIB.llama_capsule_read_kv(self.ctx, seq, p0, p1, il, k.ctypes.data_as(FLOAT_P), v.ctypes.data_as(FLOAT_P), n_max)

@@ -88,8 +88,9 @@ def stats() -> Step:
     return {"op": "stats"}
 
 
-def read_kv(il: int, seq: int = 0, p0: int = 0, p1: int = ALL, n_max: int = 4096) -> Step:
-    return {"op": "read_kv", "il": il, "seq": seq, "p0": p0, "p1": p1, "n_max": n_max}
+def read_kv(il: int, seq: int = 0, p0: int = 0, p1: int = ALL, n_max: int = 4096, heads: int = 0) -> Step:
+    """heads: KV heads of the layer, 0 if they are as many as those of layer 0."""
+    return {"op": "read_kv", "il": il, "seq": seq, "p0": p0, "p1": p1, "n_max": n_max, "heads": heads}
 
 
 def contents(seq: int, p0: int = 0, p1: int = ALL, n_max: int = 4096) -> Step:

@@ -53,7 +53,7 @@ class LlamaSource:
         return len(self.pictures)
 
     def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
-        tap = TensorTap(self.vlm.native, r"Qcur-\d+")
+        tap = TensorTap(self.vlm.native, r"Qcur(_pos)?-\d+")
         cache = Cache(self.vlm, Setting("f16"), self.n_ctx, 1, flash_attn=False, watch=tap.callback)
         try:
             for i, picture in readable(self.pictures, start, self.say):
@@ -95,7 +95,7 @@ class LlamaSource:
             tap.on = False
             seen = tap.take()
             for i, layer in enumerate(self.model.kv_layers):
-                q = seen.get(f"Qcur-{layer}")
+                q = seen.get(f"Qcur_pos-{layer}", seen.get(f"Qcur-{layer}"))  # gemma4 has a name of its own for the last step
                 if q is not None:
                     found[i].append(q.reshape(-1, self.model.head_count[layer], self.model.key_length[layer]))
         empty = [(self.model.head_count[x], self.model.key_length[x]) for x in self.model.kv_layers]
