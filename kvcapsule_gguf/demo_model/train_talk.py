@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..scenes import HELD_OUT, TASKS, TRAIN, Question, make_questions, make_scene
+from ..scenes import HELD_OUT, TASKS, TRAIN, Question, Scene, make_questions, make_scene
 from .features import FeatureStore, training_scene
 from .optim import Optimisers, schedule
 from .talk import Batch, DemoModel, forward, make_batch
@@ -20,6 +20,7 @@ from .train_eye import to_input
 
 # (share of the time, image tokens shown, pictures per step)
 STAGES = ((0.3, 32, 6), (0.15, 96, 6), (0.27, 192, 6), (0.28, 576, 4))
+NOT_SEEN = np.zeros((576, 1))  # in place of features where the eye itself looks
 LIVE_SEEDS = 7_000_000  # pictures drawn while training everything; apart from those of the other phases
 
 
@@ -32,9 +33,16 @@ def stage(progress: float) -> tuple[int, int]:
     return STAGES[-1][1:]
 
 
+def pictures_of(scenes: list[Scene]) -> torch.Tensor:
+    """What the eye takes in, [B, 3, 336, 336]."""
+    return to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
+
+
 @torch.no_grad()
-def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore, scenes: int = 24, image: int = 576) -> dict[str, float]:
-    """Exact match per task on held-out scenes: every answer token, end included, is the most likely one."""
+def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore | None, scenes: int = 24, image: int = 576) -> dict[str, float]:
+    """Exact match per task on held-out scenes: every answer token, end included, is the most likely one.
+
+    Without a `store` of features the model's own eye looks at the pictures."""
     hits: dict[str, list[bool]] = defaultdict(list)
     device = next(model.parameters()).device
     rng = np.random.default_rng(0)
@@ -42,7 +50,9 @@ def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore, scen
         seeds = [HELD_OUT.start + i for i in range(at, min(at + 8, scenes))]
         drawn = [make_scene(s) for s in seeds]
         asked: list[list[Question]] = [make_questions(s, 14) for s in drawn]
-        batch = make_batch(prompts, drawn, [store[s] for s in seeds], image, 256, rng, asked)
+        batch = make_batch(prompts, drawn, [store[s] if store else NOT_SEEN for s in seeds], image, 256, rng, asked)
+        if store is None:
+            batch.features = pictures_of(drawn)
         _, _, right = forward(model, prompts, to_device(batch, device))
         right = (right.cpu() | (batch.targets < 0)).numpy()
         for row, questions in enumerate(asked):
@@ -69,7 +79,7 @@ def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Pat
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
-    store, test = FeatureStore(features), FeatureStore(held_out)
+    store, test = (None, None) if live else (FeatureStore(features), FeatureStore(held_out))
     trained = [(n, p) for n, p in model.named_parameters() if live or n.startswith("decoder")]
     for name, p in model.named_parameters():
         p.requires_grad_(live or name.startswith("decoder"))
@@ -85,9 +95,9 @@ def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Pat
         image, count = (576, STAGES[-1][2]) if live else stage(progress)
         chosen = rng.integers(LIVE_SEEDS, TRAIN.stop, count).tolist() if live else rng.choice(seeds, count, replace=False).tolist()
         scenes = [training_scene(s) for s in chosen]
-        batch = make_batch(prompts, scenes, [np.zeros((576, 1))] * count if live else [store[s] for s in chosen], image, budget, rng)
+        batch = make_batch(prompts, scenes, [NOT_SEEN] * count if live else [store[s] for s in chosen], image, budget, rng)
         if live:
-            batch.features = to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
+            batch.features = pictures_of(scenes)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             loss, eye, right = forward(model, prompts, to_device(batch, device))
         (loss + 0.1 * eye if live else loss).backward()
