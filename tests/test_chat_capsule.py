@@ -161,3 +161,21 @@ def test_a_session_goes_on_after_a_picture_that_does_not_fit(chat: Run, folder: 
 def test_ratio_picks_a_preset(chat: Run, folder: Path, tmp_path: Path) -> None:
     result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--json", "--ratio", "0.6")
     assert result.returncode == 0 and json.loads(result.stdout)["slots"]["economy"] == TOKENS // N
+
+
+def test_undo_save_and_load_in_a_session(chat: Run, folder: Path, tmp_path: Path) -> None:
+    """--json tells what each answer took; a conversation goes on in the next process."""
+    model, cache = folder / "llama" / "tiny.gguf", ("--image-cache", tmp_path / "cache", "-n", "4", "--json")
+    lines = f"/image {folder / 'a.png'}\nwhat?\nand?\n/undo\nor?\n/save {tmp_path / 'talk'}\n/save\n/load {tmp_path / 'no'}\n/undo\n/undo\n/undo\n"
+    first = chat(model, *cache, stdin=lines)
+    reports = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [(r["images_encoded"], r["images_from_disk"], r["vision_tokens"]) for r in reports] == [(1, 0, TOKENS), (0, 0, 0), (0, 0, 0)], first.stderr
+    assert reports[1]["tokens_evaluated"] < 30 and reports[1]["tokens_reused"] == reports[0]["tokens_evaluated"] + 4
+    for text in ("taken back: and?", "talk: ", "/save needs a file", "no: No such file", "taken back: what?", "nothing to take back"):
+        assert text in first.stderr
+
+    second = chat(model, *cache, stdin=f"/load {tmp_path / 'talk'}\nand?\n/clear\n/image {folder / 'a.png'}\nwhat?\n")
+    went_on, again = map(json.loads, second.stdout.splitlines())
+    assert "2 questions and 1 picture, ready" in second.stderr
+    assert (went_on["images_encoded"], len(went_on["images"])) == (0, 1)
+    assert (again["images_encoded"], again["images_from_disk"], again["answer"]) == (0, 1, reports[0]["answer"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from chat_model import PATCH, write_mmproj, write_model, write_picture
-from conftest import library
+from conftest import ROOT, library
 from make_capsule import random_capsule
 from test_native import require_capsules
 
@@ -156,3 +156,12 @@ def test_a_damaged_capsule(folder: Path, servers: dict[str | None, Server]) -> N
     assert not server.port and server.process.returncode != 0
     (line,) = (x for x in server.log.splitlines() if "capsule" in x.replace(str(folder), ""))
     assert "failed to initialize the context" in line and "damaged.gguf': " in line
+
+
+def test_several_clients_and_bad_requests(folder: Path) -> None:
+    """The short form of scripts/server_load."""
+    env = {**os.environ, "KVCAPSULE_LIB": str(library("patched"))}
+    arguments = ["--server", "llama_cpp", "--clients", "3", "--requests", "3", "--images", "2", "--pictures", "2", "--json"]
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "server_load", *arguments], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert json.loads(done.stdout)["requests"] == 9

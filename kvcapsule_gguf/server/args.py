@@ -47,7 +47,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", default=None, help="take model, mmproj and capsule from the Hugging Face Hub (env: LLAMA_ARG_HF_REPO)")
     add("-mm", "--mmproj", type=Path, metavar="FILE", default=get("LLAMA_ARG_MMPROJ"), help="vision projector (default: mmproj*.gguf beside the model)")
     add("--capsule", metavar="FILE|auto|off", default=get("LLAMA_ARG_CAPSULE") or get("LLAMA_KVCAPSULE") or "auto", help="as in kvcapsule-chat (env: LLAMA_ARG_CAPSULE)")
-    add("--hot", dest="n_hot", type=int, metavar="N", default=get("LLAMA_ARG_HOT", "0"), help="cells of the uncompressed cache, shared by all slots (default: a picture + max(2048, context/4))")
+    add("--hot", dest="n_hot", type=int, metavar="N", default=get("LLAMA_ARG_HOT", "0"), help="cells of the uncompressed cache, shared by all slots (default: a picture for each slot + max(2048, context/4))")
     add("--ratio", type=float, metavar="R", default=get("LLAMA_ARG_RATIO", "0"), help="share of a picture's cache to save (default: the capsule's)")
     add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", default=get("LLAMA_ARG_CTX_SIZE"), help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")
     add("-np", "--parallel", type=int, metavar="N", default=get("LLAMA_ARG_N_PARALLEL", "4"), help="slots (default: 4)")

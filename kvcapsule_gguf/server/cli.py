@@ -27,9 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> int:
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         # a second signal is taken as it comes
         signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+    try:
+        serve(options, stop)
+        return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(options: Options, stop: threading.Event) -> None:
+    """Until `stop` is set. Raises ChatError."""
     upstream = Upstream(options, say)
     try:
         limits = Limits(options.max_body_mib << 20, options.max_image_mib << 20, options.max_megapixels * 1e6, options.remote_images)
@@ -48,7 +59,6 @@ def run(options: Options) -> int:
         say("stopping: running answers are finished first")
         if not gateway.drain(options.drain_s):
             say(f"some answers were not finished after {options.drain_s:g} s")
-        return 0
     finally:
         upstream.stop()
 

@@ -26,6 +26,7 @@ from ..native.library import library_dir
 from .args import DEFAULT_CTX, Options
 
 STOP_S = 10.0
+UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 
 
 def find_binary() -> Path:
@@ -132,14 +133,23 @@ class Upstream:
             return DEFAULT_CTX
         return min(DEFAULT_CTX, trained)
 
+    def _hot(self) -> int:
+        """As in the library, but for a picture in each slot: while they are read they are all in the hot cache."""
+        assert self.capsule is not None
+        try:
+            value = read_header(self.capsule, lambda key: key == "kvcapsule.image_tokens").values.get("kvcapsule.image_tokens")
+            picture = int(value.data) if value else 0  # type: ignore[call-overload]
+        except (GGUFError, OSError, TypeError, ValueError):
+            picture = 0  # a damaged file, which llama-server will name
+        return self.options.parallel * (picture or UNKNOWN_PICTURE) + max(2048, self._context() // 4)
+
     def _environment(self) -> dict[str, str]:
         # flags say everything; the keys of the clients are checked before they get here
         env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_")) or name == "LLAMA_KVCAPSULE_RECONSTRUCT"}
         env["LLAMA_API_KEY"] = self.token
         if self.capsule is not None:
             env["LLAMA_KVCAPSULE"] = str(self.capsule)
-            if self.options.n_hot:
-                env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot)
+            env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot or self._hot())
             if self.options.ratio:
                 env["LLAMA_KVCAPSULE_RATIO"] = str(self.options.ratio)
         return env
