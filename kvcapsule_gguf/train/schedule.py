@@ -21,6 +21,8 @@ KEY_WEIGHT = 2.0  # an error of keys costs more attention than the same relative
 ALL_ROWS_BITS = 2.75  # bits per value from which on every row is kept
 
 PRESETS = {"paper": 0.6, "default": 0.8, "small": 0.875}
+MAX_GROUPS = 16  # layers of a deep model are probed together with their neighbours (sensitivity.py)
+PROBE_PICTURES = 12
 LAYER_SCHEDULES = ("sensitivity", "uniform", "pyramid")
 
 
@@ -34,6 +36,11 @@ class Part:
 
     def bytes(self, counts: Sequence[int]) -> int:
         return self.heads * rows_bytes(counts, self.d)
+
+
+def probe_count(n_layers: int) -> int:
+    """Runs over a picture that measuring the sensitivities takes: keys and values of every group, and the reference."""
+    return 2 * min(n_layers, MAX_GROUPS) + 1
 
 
 def faithful_rows(n: int, d: int) -> RowCounts:

@@ -21,10 +21,9 @@ from ..eval.suites import Asked, Sample
 from ..format.capsule import PCA, Capsule, Tier
 from ..format.writer import write_capsule
 from .collect import QUESTIONS, LlamaSource, readable
+from .schedule import MAX_GROUPS, PROBE_PICTURES
 from .timing import remaining
 
-PICTURES = 12
-MAX_GROUPS = 16  # layers of a deep model are probed together with their neighbours
 SHRINK = 0.25  # towards the mean of all, on a log scale: pictures are few and the tail of the KLD is long
 
 
@@ -57,7 +56,7 @@ def measure(source: LlamaSource, capsule: Capsule, folder: Path, say: Callable[[
         if not path.exists():  # an interrupted measurement made the same
             write_capsule(path, probe)
         settings.append(Setting(path.stem, capsule=path, ratio=probe.tiers[1].ratio, guard=False))
-    count = min(PICTURES, len(source))
+    count = min(PROBE_PICTURES, len(source))
     say(f"sensitivity of {len(capsule.layers)} layers: {len(todo)} probes on {count} pictures")
     start = time.monotonic()
 
@@ -66,7 +65,7 @@ def measure(source: LlamaSource, capsule: Capsule, folder: Path, say: Callable[[
         say(f"sensitivity: picture {n} of {count}, {remaining(start, n, count)} left")
 
     result = evaluate(
-        source.vlm, islice(asked(source), PICTURES), settings, n_ctx=source.n_ctx, flash_attn=False, keep=False, journal=folder / "probes.jsonl", progress=progress
+        source.vlm, islice(asked(source), PROBE_PICTURES), settings, n_ctx=source.n_ctx, flash_attn=False, keep=False, journal=folder / "probes.jsonl", progress=progress
     )
     return weights([(kind, group) for kind, group, _ in todo], np.array([m.kld for m in result.settings[1:]]), len(capsule.layers))
 

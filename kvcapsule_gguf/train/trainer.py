@@ -19,7 +19,7 @@ from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
 from .fit_pca import fit_basis
 from .fit_retain import RetainOptions, fit_retain
 from .guard import PASS, calibrate
-from .schedule import PRESETS, Part, faithful_rows, retain_rows, schedule
+from .schedule import PRESETS, PROBE_PICTURES, Part, faithful_rows, probe_count, retain_rows, schedule
 from .source import KVSource, TrainError
 from .store import MEMORY, STATE, BlockStore
 from .timing import duration, remaining
@@ -96,7 +96,7 @@ def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None],
                 raise TrainError(f"a picture has {tokens} tokens, less than a block of {n}: choose a smaller --block-size")
             store.add(number, sample)
             if store.images == 1:
-                _announce(store, tokens, total, time.monotonic() - begun, say)
+                _announce(store, tokens, total, time.monotonic() - begun, options, say)
             elif store.images % 16 == 0:
                 say(f"picture {number + 1} of {total}: {len(store.held)} blocks, {remaining(begun, number + 1 - done, total - done)} left to look")
         if not store.images:
@@ -112,7 +112,7 @@ def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None],
     return store
 
 
-def _announce(store: BlockStore, tokens: int, total: int, seconds: float, say: Callable[[str], None]) -> None:
+def _announce(store: BlockStore, tokens: int, total: int, seconds: float, options: TrainOptions, say: Callable[[str], None]) -> None:
     """What is to come, from the first picture. Raises TrainError when the disk can not hold it."""
     blocks = len(store.held) * total
     need, free = blocks * store.disk_bytes_block, shutil.disk_usage(store.folder).free
@@ -120,6 +120,10 @@ def _announce(store: BlockStore, tokens: int, total: int, seconds: float, say: C
         f"a picture takes {tokens} tokens and {seconds:.1f} s: about {duration(seconds * total)} to look at {total} pictures, "
         f"{need / 2**20:.0f} MiB of disk in {store.folder}"
     )
+    if options.layers == "sensitivity":
+        # every probe looks at its pictures again
+        looks = probe_count(len(store.model.kv_layers)) * min(PROBE_PICTURES, total)
+        say(f"then about {duration(seconds * looks)} to measure the sensitivity of the layers (--layers uniform goes without), and minutes to fit")
     if need > free:
         raise TrainError(f"{store.folder} has {free / 2**20:.0f} MiB free, {need / 2**20:.0f} are needed: fewer --n-images, or another disk")
 
