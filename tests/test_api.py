@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,26 @@ def test_the_handler_on_a_plain_llama(folder: Path) -> None:
     assert answers == conversation(theirs(folder), folder)[0]
     assert handler.stats.images_encoded == 0 and len(handler.stats.images) == 3
     llm.close()
+
+
+def test_the_environment_is_for_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LLAMA_KVCAPSULE a plain Llama has the capsule; ours has what its arguments say."""
+    from llama_cpp import Llama
+
+    from kvcapsule_gguf import KVCapsuleChatHandler
+
+    monkeypatch.setenv("LLAMA_KVCAPSULE", str(folder / "llama" / "lossless.gguf"))
+    monkeypatch.setenv("LLAMA_KVCAPSULE_HOT", "512")
+    handler = KVCapsuleChatHandler(clip_model_path=str(folder / "llama" / "mmproj-tiny.gguf"))
+    llm = Llama(str(folder / "llama" / "tiny.gguf"), chat_handler=handler, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    llm.create_chat_completion([user("?", folder / "a.png")], max_tokens=2)
+    assert sum(handler.stats.images[0].slots) == 2 and native.stats(llm.ctx).n_hot == 512
+    llm.close()
+    with ours(folder, capsule="off") as llm:
+        assert not native.is_attached(llm.ctx)
+    with ours(folder) as llm:
+        assert llm.capsule_path == folder / "llama" / "lossless.gguf" and native.is_attached(llm.ctx)
+    assert "LLAMA_KVCAPSULE" in os.environ
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ class LlamaEngine:
         params, owner = self.owner.context_params, self.owner
         rope = [name for name, _ in params._fields_ if name.startswith(("rope_", "yarn_"))]
         settings: dict[str, object] = {name: getattr(params, name) for name in ("type_k", "type_v", "flash_attn_type", *rope)}
-        settings |= {"api": True, "n_ctx": self.n_ctx, "ratio": getattr(owner, "ratio", 0.0)}
+        settings |= {"api": True, "n_ctx": self.n_ctx, "ratio": getattr(owner, "ratio", os.environ.get("LLAMA_KVCAPSULE_RATIO"))}
         if owner.lora_path:
             settings["lora"] = f"{owner.lora_scale} {Path(owner.lora_path).stat()}"
         return binding(Path(owner.model_path), self.mmproj, self.capsule_path, settings, self.native.directory)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
+
+
+@contextmanager
+def _without_environment() -> Iterator[None]:
+    """LLAMA_KVCAPSULE is for contexts of programs that know nothing of capsules: here the arguments say it all, "off" included."""
+    taken = {name: os.environ.pop(name) for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 class KVCapsuleLlama(Llama):
@@ -40,11 +52,14 @@ class KVCapsuleLlama(Llama):
         self.capsule_path: Path | None = None
         self.hot, self.ratio = hot, ratio
         self._setting = str(capsule)
+        if self._setting == "auto" and (named := native.environment_capsule()) is not None:
+            self._setting = str(named)
         handler = kwargs.pop("chat_handler", None)
         if handler is None and self.mmproj is not None:
             handler = KVCapsuleChatHandler(str(self.mmproj), verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
         try:
-            super().__init__(str(path), n_ctx=n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
+            with _without_environment():
+                super().__init__(str(path), n_ctx=n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except ValueError as error:
             if self.capsule_path is not None and (reason := native.last_error()):
                 raise native.CapsuleError(reason) from error

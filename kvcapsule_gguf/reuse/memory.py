@@ -39,6 +39,8 @@ def rewind(llama: ModuleType, ctx: int, model: int, seq: int, n_past: int) -> bo
     """Forgets positions from n_past on; False if the model cannot go back that far, and nothing is left then."""
     memory = llama.llama_get_memory(ctx)
     window = llama.llama_model_n_swa(model)
+    if n_past > llama.llama_memory_seq_pos_max(memory, seq):
+        return True  # nothing is there
     if n_past > 0:
         # sliding-window layers may have dropped what the first new token still attends to
         seen = window == 0 or llama.llama_memory_seq_pos_min(memory, seq) <= max(0, n_past - window)
