@@ -581,7 +581,7 @@ ggml_tensor * llama_capsule_store::build_attn(
 
     if (!rope_checked[i_layer]) {
         if (!llama_capsule_check_rope(g.gf, k->view_src, k_rot, kv.model, g.cparams, il)) {
-            throw std::runtime_error(format("can not attach the capsule: the RoPE of layer %d is of an unknown kind", il));
+            llama_capsule_refuse(format("the RoPE of layer %d is of an unknown kind", il));
         }
         rope_checked[i_layer] = true;
     }

@@ -336,6 +336,9 @@ private:
     friend class llm_graph_input_capsule;
 };
 
+// fails the creation of the context, see llama_capsule_last_error()
+[[noreturn]] void llama_capsule_refuse(const std::string & reason);
+
 // the memory of a new context, with a store attached to it if the thread or the environment asks for one
 llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params);
 

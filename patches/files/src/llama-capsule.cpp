@@ -72,6 +72,12 @@ static std::optional<capsule_request> capsule_request_from_env(const llama_model
     return {};
 }
 
+void llama_capsule_refuse(const std::string & reason) {
+    capsule_error = "can not attach the capsule: " + reason;
+
+    throw std::runtime_error(capsule_error);
+}
+
 // logical cells -> cells of the hot cache
 static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams & hparams, const llama_cparams & cparams) {
     const uint32_t n_ctx   = cparams.n_ctx_seq;
@@ -142,8 +148,7 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     if (!reason.empty()) {
         if (!from_env) {
-            capsule_error = format("can not attach the capsule: %s", reason.c_str());
-            throw std::runtime_error(capsule_error);
+            llama_capsule_refuse(reason);
         }
         LLAMA_LOG_WARN("%s: can not attach the capsule: %s, continuing without it\n", __func__, reason.c_str());
 
