@@ -178,6 +178,7 @@ def test_pictures_of_ones_own(tiny, tmp_path):
     """Without answers the model's own count: with the f16 cache it writes them again."""
     for i in range(2):
         Image.effect_noise((64, 48), 50 + 40 * i).convert("RGB").save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")  # skipped
     out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--images", str(tmp_path), "-c", "2048", "-t", "1", "-fa", "off",
               "--against", "f16", "--json")
     data = json.loads(out)

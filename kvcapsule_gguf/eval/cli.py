@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict:
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
-    samples = suites.folder(args.images, args.questions) if args.images else suites.SUITES[args.suite](args.questions, args.per_picture)
+    samples = suites.folder(args.images, args.questions, say=to_stderr) if args.images else suites.SUITES[args.suite](args.questions, args.per_picture)
     with TemporaryDirectory() as folder:
         todo = [vision_only(s, args.model, Path(folder)) for s in todo]
         vlm = Vlm(args.model, mmproj, args.threads, args.verbose)
@@ -94,6 +94,10 @@ def run(args: argparse.Namespace) -> dict:
             return as_json(result)
         finally:
             vlm.close()
+
+
+def to_stderr(line: str) -> None:
+    print(f"kvcapsule-eval: {line}", file=sys.stderr, flush=True)
 
 
 def vision_only(setting: settings.Setting, model: Path, folder: Path) -> settings.Setting:
@@ -121,7 +125,7 @@ class Progress:
         if now - self.last >= self.every:
             self.last = now
             left = (now - self.start) / (done - self.before) * (self.total - done)
-            print(f"kvcapsule-eval: {done} of {self.total} questions, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+            to_stderr(f"{done} of {self.total} questions, {left / 60:.0f} min left")
 
 
 if __name__ == "__main__":

@@ -53,16 +53,24 @@ def strange(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
     return scenes(n_questions, per_picture, draw_strange)
 
 
-def folder(path: Path, limit: int, prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?")) -> Iterator[Sample]:
-    """Pictures of one's own; the model's answers with its f16 cache are the truth."""
-    from ..chat.images import load
+def folder(
+    path: Path, limit: int, prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?"), say: Callable[[str], None] = lambda line: None
+) -> Iterator[Sample]:
+    """Pictures of one's own, those that can be read; the model's answers with its f16 cache are the truth. Raises ValueError."""
+    from ..train.images import UnreadablePicture, from_folder
+    from ..train.source import TrainError
 
-    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")]
-    if not files:
-        raise ValueError(f"no pictures in {path}")
-    for file in files[: max(1, limit // len(prompts))]:
-        found = load(str(file))
-        yield Sample(file.name, Image.frombytes("RGB", (found.width, found.height), found.rgb), [Asked("describe", p, None) for p in prompts])
+    try:
+        pictures = from_folder(path, max(1, limit // len(prompts)), 0)
+    except TrainError as error:
+        raise ValueError(str(error)) from None
+    for i, file in enumerate(pictures.files):
+        try:
+            picture = pictures[i].image
+        except UnreadablePicture as error:
+            say(f"skipped: {error}")
+            continue
+        yield Sample(file.name, picture, [Asked("describe", p, None) for p in prompts])
 
 
 SUITES = {"scenes": scenes, "strange": strange}
