@@ -109,6 +109,9 @@ class Tensors:
         return True
 
 
+FORGOTTEN: dict[str, Any] = {"rc": 0, "values": {}, "log": []}
+
+
 class Process:
     """Keeps the models and capsules it has loaded."""
 
@@ -150,9 +153,13 @@ class Process:
             for i, step in enumerate(case["steps"]):
                 values, found, error = {}, {}, None
                 try:
-                    rc = getattr(context, "do_" + step["op"])(values, found, **{k: v for k, v in step.items() if k != "op"})
+                    rc = getattr(context, "do_" + step["op"])(values, found, **{k: v for k, v in step.items() if k not in ("op", "forget")})
                 except Failed as e:
                     rc, error = -99, e
+                if step.get("forget") and error is None:
+                    self.log.take()
+                    meta["steps"].append(FORGOTTEN)
+                    continue
                 meta["steps"].append({"rc": rc or 0, "values": values, "log": self.log.take()})
                 arrays |= {f"{i}/{k}": a for k, a in found.items()}
                 if error is not None:

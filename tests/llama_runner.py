@@ -103,6 +103,11 @@ def cells(listed: list[list[int]], seq: int = 0) -> Step:
     return {"op": "cells", "listed": listed, "seq": seq}
 
 
+def forget(step: Step) -> Step:
+    """The same step, whose results are not kept: where the runner's own memory must not grow."""
+    return step | {"forget": True}
+
+
 def rss() -> Step:
     return {"op": "rss"}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from image_loop import CHAPTER, KEEP, TOKENS, case, growth
+from image_loop import CHAPTER, KEEP, LOOK, TOKENS, case, growth
 
 
 def test_memory_is_flat(models, capsules, patched):
-    n = 3 * CHAPTER
+    n = 2 * CHAPTER
     result = patched([case(n, models, capsules)])["loop"]
     seen = result.values("stats")
-    assert [s["n_cold"] for s in seen] == [min(i % CHAPTER + 1, KEEP) * TOKENS for i in range(n)]
+    assert [s["n_cold"] for s in seen] == [min(i % CHAPTER + 1, KEEP) * TOKENS for i in range(LOOK - 1, n, LOOK)]
     assert all(max(s["n_slots"][tier] for s in seen) > 0 for tier in (0, 1)), "both tiers are in use"
     assert growth(result, CHAPTER) < 0.02

@@ -21,7 +21,7 @@ def after(at: int) -> list[Step]:
     return [seq_rm(0, at), set_pos(0, at)]
 
 
-END = {"llama": AT + 64 + 5, "qwen2vl": AT + 8 + 5}  # of OPENING
+END = {"llama": AT + 64 + 5, "gemma3": AT + 64 + 5, "lfm2": AT + 64 + 5, "qwen2vl": AT + 8 + 5, "qwen35": AT + 8 + 5}  # of OPENING
 SERVER = {  # what llama-server and its speculative decoding call (server-task.cpp, server-context.cpp, common_prompt_checkpoint)
     "prompt cache": lambda end: [*OPENING, state_save("p", 0), *FORGET, *NOISE, *FORGET, state_load("p", 0), *TAIL],
     "prompt cache, another slot": lambda end: [*OPENING, state_save("p", 0), *NOISE, state_load("p", 1), *FORGET,
@@ -39,7 +39,7 @@ SERVER = {  # what llama-server and its speculative decoding call (server-task.c
 @pytest.fixture(scope="module")
 def server(models, capsules, stock, patched):
     ours, truth = [], []
-    for arch in ARCHS:
+    for arch in END:
         model = models(arch=arch)
         options = {"type_k": "f32", "type_v": "f32", "n_seq_max": 2}
         truth.append(Case(arch, model, [s for s in OPENING if s["op"] != "compress"] + TAIL, **options))
@@ -48,11 +48,12 @@ def server(models, capsules, stock, patched):
     return stock(truth), patched(ours)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", END)
 @pytest.mark.parametrize("name", SERVER)
 def test_calls_of_llama_server(server, arch, name):
     truth, ours = server[0][arch].logits()[-8:], server[1][f"{arch}-{name}"]
-    assert nmse(ours.logits()[-8:], truth) <= 1e-11
+    # gemma's GELU is a table in f16: stock itself differs by that much from one order of the cells to another
+    assert nmse(ours.logits()[-8:], truth) <= (2e-8 if arch == "gemma3" else 1e-11)
     assert ours.values("stats")[-1]["n_cold"] >= 64
 
 
