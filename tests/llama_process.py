@@ -416,7 +416,7 @@ class Context:
         values["stats"] = s.as_dict() if rc == 0 else None
         return rc
 
-    def do_read_kv(self, values, found, il, seq, p0, p1, n_max, heads):
+    def do_read_kv(self, values, found, il, seq, p0, p1, n_max, heads=0):
         heads = heads or L.llama_model_n_head_kv(self.model)
         d = int(meta_str(self.model, ".attention.key_length"))
         k, v = np.full((n_max, heads, d), np.nan, np.float32), np.full((n_max, heads, d), np.nan, np.float32)
