@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from damages import K, key, put, tensor
 from llama_runner import Case, image, lossless_limit, nmse, stats, text
-from test_loader_refuses import K, key, put, tensor
 
 N, HOT, GRID = 16, 256, (10, 16)
 STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
