@@ -1,4 +1,4 @@
-"""kvcapsule-server with the real llama-server. `scripts/setup --tools` builds it; without it these tests are skipped (its build takes too long for every CI run)."""
+"""kvcapsule-server with the real llama-server. `scripts/setup --tools` builds it; without it these tests are skipped (about nine minutes of one core: too long for every CI run)."""
 
 from __future__ import annotations
 
