@@ -29,11 +29,11 @@ from kvcapsule_gguf.format.reader import read_capsule
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from fuzz_steps import build, run  # noqa: E402
+from fuzz_steps import build, corpus, run  # noqa: E402
 from setup_steps.common import LLAMA  # noqa: E402
 
 SOURCE = Path(os.environ.get("KVCAPSULE_TEST_SOURCE") or LLAMA / "patched" / "source")
-CORPUS = sorted((run.CORPUS / "capsule").glob("*.gguf"))
+CORPUS = sorted((corpus.SEEDS / "capsule").glob("*.gguf"))
 SECONDS = 15  # of each target
 
 

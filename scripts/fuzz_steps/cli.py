@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setup_steps.common import LLAMA
 
+from . import corpus
 from .build import FuzzError, build, find_compiler
 from .run import Outcome, run
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--driver", action="store_true", help="the standalone driver, even where there is libFuzzer")
     parser.add_argument("--source", type=Path, default=LLAMA / "patched" / "source", help="llama.cpp with the patch series (default: that of scripts/setup)")
+    parser.add_argument("--minimize", action="store_true", help="afterwards put what was found, minimized, into tests/fuzz/corpus/ (needs libFuzzer)")
     parser.add_argument("--report", type=Path, help="write what was found to this Markdown file as well")
     args = parser.parse_args(argv)
     try:
@@ -49,6 +51,10 @@ def _run(args: argparse.Namespace) -> list[Outcome]:
         program = build(target, args.source, compiler)
         outcomes.append(run(target, program, compiler, runs=args.runs, seconds=round(60 * args.minutes), seed=args.seed))
         print(outcomes[-1].line(), flush=True)
+        if args.minimize:
+            if not compiler.libfuzzer:
+                raise FuzzError("--minimize needs libFuzzer: install clang")
+            print(f"{target}: {corpus.minimize(target, program)} inputs in {corpus.archive(target).name}", flush=True)
     return outcomes
 
 

@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import HARNESSES, OUT, ROOT, Compiler, FuzzError
+from .build import OUT, Compiler, FuzzError
+from .corpus import folders
 
-CORPUS = HARNESSES / "corpus"
-ATTACKS = ROOT / "tests" / "attacks" / "files"
 MAX_LEN = {"capsule": 8192, "state": 4096}
 
 
@@ -30,23 +29,16 @@ class Outcome:
         return f"{self.target}: {self.runs} runs in {self.seconds} s without a finding ({self.engine}, ASan + UBSan, seed {self.seed}{edges})"
 
 
-def inputs(target: str) -> list[Path]:
-    """Folders of the committed corpus."""
-    return [CORPUS / target] + ([ATTACKS] if target == "capsule" and ATTACKS.is_dir() else [])
-
-
 def run(target: str, program: Path, compiler: Compiler, *, runs: int, seconds: int, seed: int, quiet: bool = False) -> Outcome:
-    """Raises FuzzError with the path of the input that broke it."""
-    grown, broken = OUT / "corpus" / target, OUT / "crashes" / target
-    for folder in (grown, broken):
-        folder.mkdir(parents=True, exist_ok=True)
+    """seconds 0: no limit. Raises FuzzError with the path of the input that broke it."""
+    broken = OUT / "crashes" / target
+    broken.mkdir(parents=True, exist_ok=True)
     command = [program, f"-runs={runs}", f"-seed={seed}", f"-artifact_prefix={broken}/"]
     if seconds:
         command.append(f"-max_total_time={seconds}")
     if compiler.libfuzzer:
         command += [f"-max_len={MAX_LEN[target]}", "-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=256", "-print_final_stats=1"]
-    # new inputs go to the first folder
-    command += [grown, *inputs(target)]
+    command += folders(target)
     environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=0:detect_leaks=1:max_allocation_size_mb=256"}
     process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, errors="replace", env=environment)
     assert process.stderr is not None
