@@ -387,7 +387,7 @@ def test_other_architectures(tmp_path, arch):
 
 @pytest.mark.parametrize("codec", ["pca", "retain"])
 def test_the_command_on_the_demo_model(tmp_path, codec):
-    library("patched")
+    lib = library("patched")
     demo = ROOT / "kvcapsule_gguf" / "demo"
     models = [p for p in sorted(demo.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule"))]
     mmproj = sorted(demo.glob("mmproj*.gguf"))
@@ -396,7 +396,7 @@ def test_the_command_on_the_demo_model(tmp_path, codec):
     if codec == "retain":
         pytest.importorskip("torch")
     out = tmp_path / "c.gguf"
-    done = command(models[0], "--mmproj", mmproj[0], "-o", out, "--n-images", 4, "--codec", codec, "--layers", "uniform", "-t", 1, OMP_NUM_THREADS="1")
+    done = command(models[0], "--mmproj", mmproj[0], "-o", out, "--n-images", 4, "--codec", codec, "--layers", "uniform", "-t", 1, OMP_NUM_THREADS="1", KVCAPSULE_LIB=str(lib))
     assert done.returncode == 0 and done.stdout == "", done.stderr
     capsule = read_capsule(out)
     assert capsule.image_tokens == 576 and capsule.block_size == 64 and capsule.block_width == 24
