@@ -262,6 +262,12 @@ def test_pictures_of_the_other_apis_are_checked_too(request_of: Any) -> None:
     assert checked(good, LIMITS) == good
 
 
+@pytest.mark.parametrize("part", [{"video_url": {"url": "http://x/y"}}, {"input_video": {"data": "https://x/y"}}, {"input_audio": {"url": "HTTP://x/y", "format": "wav"}}, {"video_url": "http://x"}])
+def test_sound_and_film_are_not_fetched_either(part: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="other servers"):
+        checked(json.dumps({"messages": [{"content": [part]}]}).encode(), LIMITS)
+
+
 def test_kinds_that_llama_server_does_not_read_become_png(front: Running) -> None:
     front.send(CHAT, ask(url(picture("WEBP"), "webp")))
     sent = json.loads(FakeHandler.seen[-1][2])["messages"][0]["content"][0]["image_url"]["url"]

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,24 +32,37 @@ def checked(body: bytes, limits: Limits) -> bytes:
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the request is not valid JSON ({error})") from None
     try:
-        changed = _walk(request, lambda text: _picture(text, limits))
+        changed = _walk(request, limits)
     except RecursionError:
         raise RequestError(400, "the request is nested too deeply") from None
     return json.dumps(request).encode() if changed else body
 
 
-def _walk(value: Any, check: Callable[[str], str]) -> bool:
-    """Puts every picture through `check`, in place; True if one was changed."""
+def _walk(value: Any, limits: Limits) -> bool:
+    """Checks every picture, and rewrites some in place: True then."""
     if isinstance(value, list):
-        return any([_walk(item, check) for item in value])
+        return any([_walk(item, limits) for item in value])
     if not isinstance(value, dict):
         return False
-    changed = any([_walk(item, check) for item in value.values()])
+    changed = any([_walk(item, limits) for item in value.values()])
+    for name in ("input_audio", "input_video", "video_url"):
+        other = value.get(name)
+        for text in other.values() if isinstance(other, dict) else [other]:
+            _origin(text, limits)
     for holder, key in _pictures(value):
         text = holder[key]
-        holder[key] = check(text)
+        holder[key] = _picture(text, limits)
         changed |= holder[key] is not text
     return changed
+
+
+def _origin(text: Any, limits: Limits) -> bool:
+    """True for what is on another server."""
+    if not isinstance(text, str) or text[:4].lower() != "http":
+        return False
+    if not limits.remote_images:
+        raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
+    return True
 
 
 def _pictures(value: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -71,9 +83,7 @@ def _pictures(value: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def _picture(text: str, limits: Limits) -> str:
-    if text[:4].lower() == "http":
-        if not limits.remote_images:
-            raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
+    if _origin(text, limits):
         return text
     head, comma, data = text.partition(",")
     if text.startswith("file:") or (comma and not head.startswith("data:image/")):
