@@ -25,6 +25,8 @@ TARGETS = {
     "state": ("src/llama-capsule-state.cpp",),
     "print_capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
 }
+# targets that need all of libllama: the other objects and ggml are those of the ordinary build
+IN_LIBRARY = {"context": ("src/llama-capsule*.cpp", "src/llama-context.cpp", "src/llama-kv-cache.cpp")}
 PROGRAMS = ("print_capsule",)  # with a main() of their own
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -70,8 +72,8 @@ def _links(cxx: str, libfuzzer: bool) -> bool:
         return subprocess.run([cxx, *flags, source, "-o", source.with_suffix("")], capture_output=True).returncode == 0
 
 
-def build(target: str, tree: Path, compiler: Compiler) -> Path:
-    """The program of a target. `tree`: llama.cpp's sources with the patch series on them. Raises FuzzError."""
+def build(target: str, tree: Path, compiler: Compiler, library: Path | None = None) -> Path:
+    """The program of a target. `tree`: llama.cpp's sources with the patch series on them; `library`: its CMake build. Raises FuzzError."""
     if not (tree / "src" / "llama-capsule-file.cpp").is_file():
         raise FuzzError(f"no patched llama.cpp in {tree}: run scripts/setup --no-build, or give --source")
     fuzzer = compiler.libfuzzer and target not in PROGRAMS
@@ -79,18 +81,35 @@ def build(target: str, tree: Path, compiler: Compiler) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "ggml-version.h").is_file():
         (folder / "ggml-version.h").write_text(VERSION_H)
-    sources = [tree / name for name in TARGETS[target]] + [HARNESSES / f"{target}.cpp"]
-    if GGML[0] in TARGETS[target]:
+    if target in IN_LIBRARY:
+        sources = sorted(path for pattern in IN_LIBRARY[target] for path in tree.glob(pattern))
+        others, link_flags = _library(sources, library)
+    else:
+        sources = [tree / name for name in TARGETS[target]]
+        others, link_flags = [], []
+    if GGML[0] in TARGETS.get(target, ()):
         sources.append(HARNESSES / "unreached.cpp")
+    sources.append(HARNESSES / f"{target}.cpp")
     if not fuzzer and target not in PROGRAMS:
         sources.append(HARNESSES / "driver.cpp")
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda source: _compile(source, tree, folder, compiler, fuzzer), sources))
+        objects = list(pool.map(lambda source: _compile(source, tree, folder, compiler, fuzzer), sources)) + others
     program = folder / target
     if not program.is_file() or program.stat().st_mtime < max(o.stat().st_mtime for o in objects):
-        link = [compiler.cxx, *SANITIZE, *(["-fsanitize=fuzzer"] if fuzzer else []), *objects, "-o", program, "-lpthread", "-lm"]
+        link = [compiler.cxx, *SANITIZE, *(["-fsanitize=fuzzer"] if fuzzer else []), *objects, *link_flags, "-o", program, "-lpthread", "-lm"]
         _run(link, f"linking {target}")
     return program
+
+
+def _library(sources: list[Path], library: Path | None) -> tuple[list[Path], list[str]]:
+    """The objects of libllama but those of `sources`, and the flags that link ggml."""
+    folder = (library or Path()) / "src" / "CMakeFiles" / "llama.dir"
+    made = {f"{source.name}.o" for source in sources}
+    objects = [path for path in sorted(folder.rglob("*.o")) if path.name not in made]
+    if library is None or not objects:
+        raise FuzzError(f"no objects of libllama in {folder}: run scripts/setup, or give --library")
+    bin_folder = library / "bin"
+    return objects, [f"-L{bin_folder}", f"-Wl,-rpath,{bin_folder}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl"]
 
 
 def _compile(source: Path, tree: Path, folder: Path, compiler: Compiler, fuzzer: bool) -> Path:

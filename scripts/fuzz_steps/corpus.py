@@ -21,7 +21,8 @@ def archive(target: str) -> Path:
 
 def folders(target: str) -> list[Path]:
     """The first takes new inputs, the others are committed."""
-    return [_grown(target), SEEDS / target] + ([ATTACKS] if target == "capsule" else [])
+    committed = {"capsule": [SEEDS / target, ATTACKS], "context": []}  # the seeds of `context` are written by the harness itself
+    return [_grown(target), *committed.get(target, [SEEDS / target])]
 
 
 def _grown(target: str) -> Path:

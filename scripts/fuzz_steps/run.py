@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import OUT, Compiler, FuzzError
+from setup_steps.common import VENV
+
+from .build import HARNESSES, OUT, Compiler, FuzzError
 from .corpus import folders
 
-MAX_LEN = {"capsule": 8192, "state": 4096}
+MAX_LEN = {"capsule": 8192, "state": 4096, "context": 1024}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ def run(target: str, program: Path, compiler: Compiler, *, runs: int, seconds: i
         command += [f"-max_len={MAX_LEN[target]}", "-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=256", "-print_final_stats=1"]
     command += folders(target)
     environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=0:detect_leaks=1:max_allocation_size_mb=256"}
+    if target == "context":
+        environment |= _context()
     process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, errors="replace", env=environment)
     assert process.stderr is not None
     log: list[str] = []
@@ -61,3 +65,13 @@ def run(target: str, program: Path, compiler: Compiler, *, runs: int, seconds: i
         raise FuzzError(f"{target}: the harness did not say how many runs it did")
     edges = re.findall(r"cov: (\d+)", text)
     return Outcome(target, compiler.name, int(done.group(1)), int(done.group(2)), seed, int(edges[-1]) if edges else None)
+
+
+def _context() -> dict[str, str]:
+    """The variables that context.cpp reads; makes the files that they name."""
+    folder = OUT / "context"
+    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    made = subprocess.run([python if python.is_file() else sys.executable, HARNESSES / "make_context.py", folder], capture_output=True, text=True)
+    if made.returncode != 0:
+        raise FuzzError(f"the model for the target could not be made: {made.stderr.strip().splitlines()[-1]}")
+    return {"FUZZ_MODEL": str(folder / "model.gguf"), "FUZZ_CAPSULE": str(folder / "capsule.gguf"), "FUZZ_SEEDS": str(folders("context")[0])}
