@@ -351,6 +351,9 @@ class Context:
         if p1 < 0 or p1 >= self.next.get(seq, 0):
             self.next[seq] = self.next.get(seq, 0) + delta
 
+    def do_seq_div(self, values, found, seq, p0, p1, d):
+        L.llama_memory_seq_div(self.mem, seq, p0, p1, d)
+
     def do_clear(self, values, found):
         L.llama_memory_clear(self.mem, True)
         self.next = {}

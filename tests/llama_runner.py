@@ -71,6 +71,10 @@ def seq_add(seq: int, p0: int, p1: int, delta: int) -> Step:
     return {"op": "seq_add", "seq": seq, "p0": p0, "p1": p1, "delta": delta}
 
 
+def seq_div(seq: int, p0: int, p1: int, d: int) -> Step:
+    return {"op": "seq_div", "seq": seq, "p0": p0, "p1": p1, "d": d}
+
+
 def clear() -> Step:
     return {"op": "clear"}
 
