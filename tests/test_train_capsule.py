@@ -350,7 +350,7 @@ def test_the_command_from_end_to_end(tmp_path):
     (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "c.gguf"
     done = command(
-        model, "--mmproj", mmproj, "-o", out, "--images", tmp_path / "pictures", "--block-size", 16, "--codec", "retain", "--ratios", "0.5,0.8", "-c", 1024,
+        model, "--mmproj", mmproj, "-o", out, "--images", tmp_path / "pictures", "--block-size", 16, "--codec", "retain", "--layers", "sensitivity", "--ratios", "0.5,0.8", "-c", 1024,
         "-t", 1, "--device", "cpu", OMP_NUM_THREADS="1", KVCAPSULE_LIB=str(lib),
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == "", done.stderr

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
     p.add_argument("--codec", choices=("pca", "retain"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor (default: %(default)s)")
-    p.add_argument("--layers", choices=LAYER_SCHEDULES, default="sensitivity", help="how bytes are shared between layers (default: %(default)s, measured on the model)")
+    p.add_argument("--layers", choices=LAYER_SCHEDULES, default="uniform", help="how bytes are shared between layers; sensitivity measures on the model what an error costs in each (default: %(default)s)")
     p.add_argument("--loss", choices=("queries", "mse"), default="queries", help="error of the keys as text queries see it, or the plain one, for comparison (default: %(default)s)")
     p.add_argument("--guard", type=float, default=PASS, metavar="SHARE", help="share of the blocks of ordinary pictures that are stored small; the rest, and blocks of stranger pictures, are kept at higher precision (default: %(default)s)")
     p.add_argument("--ratios", type=ratios, default=dict(PRESETS), metavar="R,R,...", help="presets of the file, --ratio of the chat picks one (default: 0.6,0.8,0.875)")
