@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 from dataclasses import fields
@@ -9,6 +10,7 @@ from dataclasses import fields
 import gguf
 import numpy as np
 import pytest
+from conftest import library
 from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from tiny_gguf import TinyModel, rewrite, weights
 from kvcapsule_gguf.format.base_model import read_base_model
 from kvcapsule_gguf.format.capsule import CapsuleError, Layer
 from kvcapsule_gguf.format.fingerprint import fingerprint
+from kvcapsule_gguf.format.gguf_header import TENSOR_TYPES
 from kvcapsule_gguf.format.reader import has_capsule, read_capsule
 from kvcapsule_gguf.format.schema import KEYS
 from kvcapsule_gguf.format.writer import write_capsule
@@ -98,6 +101,17 @@ def test_inside_an_mmproj(good, tmp_path):
 
 def test_has_capsule(good, model, tmp_path):
     assert has_capsule(good) and not has_capsule(model) and not has_capsule(tmp_path / "none") and not has_capsule(__file__)
+
+
+def test_the_tensor_types_are_ggmls():
+    """Against the library itself: names, block sizes and bytes; types that ggml has removed have blocks of 0."""
+    (path,) = list(library("patched").glob("libggml-base.so")) or list(library("patched").glob("libggml-base.dylib")) or [None]
+    if path is None:
+        pytest.skip("no libggml-base to compare with")
+    ggml = ctypes.CDLL(str(path))
+    ggml.ggml_blck_size.restype, ggml.ggml_type_size.restype, ggml.ggml_type_name.restype = ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
+    n = max(TENSOR_TYPES) + 1
+    assert TENSOR_TYPES == {i: (ggml.ggml_type_name(i).decode(), ggml.ggml_blck_size(i), ggml.ggml_type_size(i)) for i in range(n) if ggml.ggml_blck_size(i)}
 
 
 # --- refused ---
