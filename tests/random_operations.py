@@ -7,20 +7,21 @@ what lets a failing one shrink.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cache_model import END, CacheModel, Token
+from cache_truth import afresh, first_layer
 from llama_runner import (
-    Case, Result, Step, cells, clear, compress, contents, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_keep, seq_rm, set_pos, state_load, state_save,
+    Case, Result, Step, clear, compress, contents, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_keep, seq_rm, set_pos, state_load, state_save,
     state_spoil, stats, text, together)
-from tiny_gguf import TinyModel, weights
+from tiny_gguf import TinyModel
 
 Operation = tuple[str, int, int, int, int]
-VOCAB, TOKENS_MAX, IMAGE_MAX = 32, 260, 90
+VOCAB, TOKENS_MAX, CELLS = 32, 260, 512
 WEIGHTS = {"say": 6, "show": 6, "compress": 6, "cut": 3, "cut_end": 2, "cut_slot": 2, "fork": 2, "together": 2, "shift": 2, "save": 1.5, "restore": 2, "spoil": 0.5,
            "keep": 0.3, "clear": 0.2}
 TINY = TinyModel(n_head=2, n_head_kv=1, head=32, n_ff=32, n_vocab=VOCAB)
@@ -185,6 +186,8 @@ class Script:
             return self.save(seq, a, b, c)
         slot = sorted(self.saved)[a % len(self.saved)]
         saved, of = self.saved[slot]
+        if of >= 0 and len(self.model.cells) + len(saved.cells) > CELLS - 100:
+            return self.clear(seq, a, b, c)
         self.forget(of, seq)
         self.add(state_load(f"{self.name}-{slot}", -1 if of < 0 else seq))
         self.model.restore(saved, -1 if of < 0 else seq)
@@ -233,8 +236,8 @@ class Script:
         """For our library, and for the stock one: the same steps, then each fresh evaluation."""
         s = self.setting
         model = folder(s.model)
-        common = {"flash_attn": s.flash_attn, "type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_ubatch": s.n_ubatch}
-        ours = Case(self.name, model, self.ours, capsule=capsule(model, block_size=s.block), n_hot=512, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
+        common = {"flash_attn": s.flash_attn, "type_k": "f32", "type_v": "f32", "n_ctx": CELLS, "n_ubatch": s.n_ubatch}
+        ours = Case(self.name, model, self.ours, capsule=capsule(model, block_size=s.block), n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
         stock = [Case(self.name, model, self.stock, n_seq_max=s.n_seq + 1, **common)]
         for seq, (at, steps) in self.fresh.items():
             stock.append(Case(f"{self.name}/{seq}", model, [*steps, self.ours[at] | {"seq": 0}], **common))
@@ -282,28 +285,3 @@ class Script:
         truth = first_layer(self.setting.model, want)
         bad = np.flatnonzero(np.abs(rows - truth).max(1, initial=0) > 5e-3)
         return f"cell {bad[0]} does not hold {want[bad[0]]}" if len(bad) else ""
-
-
-def afresh(model: CacheModel, seq: int) -> list[Step]:
-    """Steps that evaluate the cells of a sequence in order; gaps are filled, then cut (which only one layer forgives)."""
-    rows, gaps, at = [], [], 0
-    for c in model.of(seq):
-        if not model.mrope and c.pos > at:
-            gaps.append((at, c.pos))
-            rows += [[p, p, p, 0] for p in range(at, c.pos)]
-        rows.append([*c.order, c.token.id] + ([c.token.index, c.token.n] if c.token.vision else []))
-        at = c.pos + 1
-    return [cells(rows), *(seq_rm(0, p0, p1) for p0, p1 in gaps), set_pos(0, model.next(seq))]
-
-
-_layers: dict[str, dict[str, np.ndarray]] = {}
-
-
-def first_layer(model: TinyModel, tokens: Iterable[Token]) -> np.ndarray:
-    """What the step `contents` must return: K and V of layer 0 follow from the token alone, [n, 8]."""
-    w = _layers.setdefault(model.name, weights(model))
-    images = {(t.id, t.n): None for t in tokens if t.vision}
-    images = {(seed, n): np.random.default_rng(seed).standard_normal((n, model.n_embd)) for seed, n in images}
-    x = np.array([images[t.id, t.n][t.index] if t.vision else w["token_embd.weight"][t.id] for t in tokens]).reshape(-1, model.n_embd)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w["blk.0.attn_norm.weight"]
-    return np.concatenate([x @ w[f"blk.0.attn_{k}.weight"][:4].T + w.get(f"blk.0.attn_{k}.bias", np.zeros(4))[:4] for k in "kv"], axis=1)
