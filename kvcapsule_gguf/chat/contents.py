@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import native
 from ..reuse import memory
-from ..reuse.parts import ImagePart, Item, cells, positions
+from ..reuse.parts import Item, cells, positions
 from .engine import Engine
 from .errors import ChatError, ContextFull
 from .prompt import Chunk

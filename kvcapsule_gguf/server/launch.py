@@ -47,8 +47,8 @@ class Upstream:
         self.options = options
         self.say = say
         binary = find_binary()
-        if not hasattr(__import__("socket"), "AF_UNIX") or os.name == "nt":
-            raise ChatError(f"kvcapsule-server needs Unix sockets, which this system has not: start {binary} with LLAMA_KVCAPSULE in its environment")
+        if os.name == "nt":
+            raise ChatError(f"kvcapsule-server needs Unix sockets, which Windows has not: start {binary} with LLAMA_KVCAPSULE in its environment")
         model, mmproj = hub.fetch(options.hf_repo) if options.hf_repo else (options.model, options.mmproj)
         assert model is not None
         self.model = files.check_model(model)
