@@ -210,11 +210,13 @@ bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_
 
     auto & old = pool.layers[i_layer];
     if (old.blob) {
-        // slot by slot: memory is scarce
+        // slot by slot: memory is scarce; n_used does not count yet what compress_run() has just written
         std::vector<uint8_t> buf(layout.slot_stride);
-        for (uint32_t s = 0; s < pool.n_used; ++s) {
-            ggml_backend_tensor_get(old.blob, buf.data(), s*buf.size(), buf.size());
-            ggml_backend_tensor_set(res.blob, buf.data(), s*buf.size(), buf.size());
+        for (uint32_t s = 0; s < pool.n_slots; ++s) {
+            if (pool.used[s]) {
+                ggml_backend_tensor_get(old.blob, buf.data(), s*buf.size(), buf.size());
+                ggml_backend_tensor_set(res.blob, buf.data(), s*buf.size(), buf.size());
+            }
         }
     }
 
