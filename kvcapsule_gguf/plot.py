@@ -68,7 +68,7 @@ class _Axes:
         text = {"font": self.font, "fill": "black"}
         self.pen.text(((a + c) / 2, TOP / 2), self.panel.title, anchor="mm", **text)
         self.pen.text(((a + c) / 2, d + 28), self.panel.x, anchor="mm", **text)
-        self.pen.text((a - LEFT + 4, b - 10), self.panel.y, anchor="lm", **text)
+        self.pen.text((a - LEFT + 4, b - 20), self.panel.y, anchor="lm", **text)
         for x in _ticks(self.x0, self.x1):
             at = self.at(x, 10**self.y0 if self.panel.log_y else self.y0)[0]
             self.pen.line([at, d, at, d + 4], fill="black")
