@@ -82,6 +82,7 @@ def states(folder: Path) -> None:
     files = {
         "empty": b"\x00" + state([[], []], [[], []]),
         "whole": b"\x00" + state([[(0, 0, 8, 1)], [(3, 8, 9, 0)]], [[whole], [[cell(-1)] * 7 + [cell(100, 0, 0, [3])]]]),
+        "last-position": b"\x01" + state([[], []], [[[cell(2**31 - 1)] * N], []]),  # found by the target `context`: it could not be removed again
         "one-sequence": b"\x01" + state([[(0, 5, 9, 0)], []], [[[cell(i) for i in range(N)]], []]),
         "large": b"\x02" + state([[], []], [[], [[cell(i, 0, 0, [255]) for i in range(16)]]]),
     }

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -31,6 +32,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         if (again.size() != size - 1 || memcmp(again.data(), data + 1, again.size()) != 0) {
             fprintf(stderr, "fuzz: a state that would be written in another way\n");
             abort();
+        }
+
+        for (const auto & slots : state.slots) {
+            for (const auto & slot : slots) {
+                for (const auto & cell : slot.cells) {
+                    if (cell.pos == std::numeric_limits<llama_pos>::max()) {
+                        fprintf(stderr, "fuzz: a cell that no range of positions removes\n");
+                        abort();
+                    }
+                }
+            }
         }
     } catch (const std::runtime_error &) {
     }

@@ -1,6 +1,7 @@
 #include "llama-capsule-state.h"
 
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 static std::runtime_error capsule_state_damaged() {
@@ -122,8 +123,8 @@ static llama_capsule_state_cell capsule_state_parse_cell(state_reader & in, cons
 
     const bool empty = raw.pos == -1;
 
-    // a cell of a whole state belongs to a sequence, an empty cell to none
-    if (raw.pos < -1 || raw.n_seq > limits.n_seq_max || (raw.n_seq == 0) != (empty || limits.one_seq)) {
+    // a cell of a whole state belongs to a sequence, an empty cell to none; no range [p0, p1) removes the last position
+    if (raw.pos < -1 || raw.pos == std::numeric_limits<llama_pos>::max() || raw.n_seq > limits.n_seq_max || (raw.n_seq == 0) != (empty || limits.one_seq)) {
         throw capsule_state_damaged();
     }
 
