@@ -129,4 +129,6 @@ def test_forty_images(loops, arch, fa):
     assert all(sum(s["n_slots"]) * N == s["n_cold"] for s in seen)
     assert len({s["bytes_pools"] for s in seen[KEEP:]}) == 1
     memory = ours.values("rss")
-    assert max(memory[20:]) - memory[10] <= 2 << 20
+    # memory is touched for the first time when image 25 takes the hot cells past a multiple of 256, not before and not after
+    for stretch in (memory[10:25], memory[26:]):
+        assert max(stretch) - stretch[0] <= 1 << 20

@@ -96,6 +96,11 @@ def positions(model: TinyModel) -> np.ndarray:
     return np.concatenate([np.repeat(np.arange(BEFORE)[:, None], 4, 1), grid, np.repeat(after[:, None], 4, 1)])
 
 
+def in_integers(kind: Kind) -> bool:
+    """Keys with rows of 4 or 2 bits are multiplied in 8 bits, to a relative error of 1e-2 (DESIGN 7.3)."""
+    return kind.file.get("key_codec") != "retain" and any(kind.file.get("rows", (0, 0, 1, 1, 1))[3:])
+
+
 @pytest.mark.parametrize(("kind", "fa"), GRID)
 def test_attention_sees_what_the_slots_hold(results, kind, fa):
     """The first layer's attention of the text after the image, computed here from what read_kv decodes."""
@@ -118,7 +123,7 @@ def test_attention_sees_what_the_slots_hold(results, kind, fa):
     quantized = KINDS[kind].cache != "f16"
     got = pick["kqv_out-0"].reshape(out.shape)
     got = hadamard(got) if quantized else got  # here llama.cpp has not yet undone its own rotation of such values
-    assert nmse(got.reshape(AFTER, -1), out.reshape(AFTER, -1)) <= (1e-3 if quantized else 1e-5)
+    assert nmse(got.reshape(AFTER, -1), out.reshape(AFTER, -1)) <= (1e-3 if quantized else 1e-4 if in_integers(KINDS[kind]) else 1e-5)
 
 
 # --- the guard ---

@@ -1,20 +1,30 @@
-"""The portable path (reconstruct, stock ggml ops) and the CPU's (unpack) give the same attention; reconstruct alone is lossless too.
+"""The portable path (reconstruct, stock ggml ops) and those of the CPU (unpack, fused) give the same attention; each alone is lossless.
 
-LLAMA_KVCAPSULE_RECONSTRUCT=1 selects reconstruct, which is what every backend but the CPU runs.
+LLAMA_KVCAPSULE_PATH selects one; reconstruct is what every backend but the CPU runs, fused the default of the CPU, which test_lossless runs.
+LLAMA_KVCAPSULE_SIMD=0 selects plain C++: sums of floats instead of products in 8 bits.
 """
 
 from __future__ import annotations
 
 import pytest
-from llama_runner import Case, compress, image, nmse, text
-from test_lossless import CHAT, N, Script, check, label, settings
+from llama_runner import Case, compress, image, nmse, rounded_limit, text
+from test_lossless import CHAT, N, Script, label, mean, settings
 from test_lossless import both as run_both
 from test_lossy import GRID, KINDS
 
-RECONSTRUCT = {"LLAMA_KVCAPSULE_RECONSTRUCT": "1"}
+RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
+UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}
+FUSED = {"LLAMA_KVCAPSULE_PATH": "fused"}
+PLAIN = {"LLAMA_KVCAPSULE_SIMD": "0"}
 # f32 sums in another order, then rounded to the type of the cache: an f16 or q8_0 code may flip; flash attention sums in f16
 LIMIT = {("f16", False): 1e-6, ("f16", True): 1e-5, ("q8_0", True): 1e-4}
 MANY = 24  # images: more slots than one chunk of the reconstruction
+
+
+PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED}
+EIGHT_BITS = 2e-3  # of the logits of a random model with random rows; test_lossy holds attention itself to 1e-4
+# the usual attention rounds queries and weights to the type of the cache, fused attention does not
+ROUNDED = {"f16": 1e-5, "q8_0": 5e-4}
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +35,27 @@ def lossy(models, capsules, patched):
         k = KINDS[kind]
         capsule = capsules(models(k.model), block_size=N, lossless=False, **k.file)
         cases.append(Case(f"{kind}-{fa}", models(k.model), steps, flash_attn=fa, capsule=capsule, type_k=k.cache, type_v=k.cache))
-    return patched(cases), patched(cases, env=RECONSTRUCT)
+    return {path: patched(cases, env=env) for path, env in PATHS.items()}
 
 
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "reconstruct"])
 @pytest.mark.parametrize(("kind", "fa"), GRID)
-def test_unpack_is_reconstruct(lossy, kind, fa):
-    unpack, reconstruct = (r[f"{kind}-{fa}"] for r in lossy)
-    assert nmse(unpack.logits(), reconstruct.logits()) <= LIMIT[KINDS[kind].cache, fa]
+def test_the_cpu_is_reconstruct(lossy, kind, fa, path):
+    ours, reconstruct = (lossy[p][f"{kind}-{fa}"] for p in (path, "reconstruct"))
+    cache = KINDS[kind].cache
+    limit = LIMIT[cache, fa]
+    if "fused" in path:
+        limit = max(limit, ROUNDED[cache])
+    if "8 bits" in path:
+        limit = max(limit, EIGHT_BITS)
+    assert nmse(ours.logits(), reconstruct.logits()) <= limit
 
 
 def test_the_paths_differ(lossy):
-    """The switch does something: not every bit is the same."""
-    assert any((a.logits() != lossy[1][name].logits()).any() for name, a in lossy[0].items())
+    """The switches do something: not every bit is the same."""
+    for path in PATHS:
+        for other in PATHS:
+            assert path == other or any((a.logits() != lossy[other][name].logits()).any() for name, a in lossy[path].items())
 
 
 SETTINGS = settings(heads=(64, 80))
@@ -48,12 +67,18 @@ SCRIPTS = {
 LOSSLESS = [(s, script) for s in SETTINGS for script in SCRIPTS if script != "many" or s[1] == 64]
 
 
-@pytest.fixture(scope="module")
-def lossless(models, capsules, stock, patched):
+@pytest.fixture(scope="module", params=["reconstruct", "unpack"])
+def lossless(request, models, capsules, stock, patched):
     todo = {label(s, script): (s, SCRIPTS[script]) for s, script in LOSSLESS}
-    return run_both(models, capsules, stock, lambda cases: patched(cases, env=RECONSTRUCT), todo)
+    return run_both(models, capsules, stock, lambda cases: patched(cases, env={"LLAMA_KVCAPSULE_PATH": request.param}), todo)
 
 
 @pytest.mark.parametrize(("setting", "script"), LOSSLESS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
-def test_reconstruct_is_lossless(lossless, setting, script):
-    check(lossless[label(setting, script)], setting[2], setting[3])
+def test_lossless_before_the_usual_attention(lossless, setting, script):
+    pair = lossless[label(setting, script)]
+    assert nmse(pair[1].logits(), pair[0].logits()) <= rounded_limit(setting[2], setting[3])
+
+
+def test_the_mean(lossless):
+    """Of all cases without flash attention."""
+    assert mean(lossless) <= 1e-9

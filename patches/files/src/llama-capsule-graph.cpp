@@ -19,6 +19,8 @@ llm_graph_input_capsule::llm_graph_input_capsule(std::shared_ptr<const llama_cap
 }
 
 void llm_graph_input_capsule::set_input(const llama_ubatch * ubatch) {
+    store->update_rope();
+
     if (pos && pos->buffer) {
         store->set_input_pos(pos);
     }
@@ -392,7 +394,7 @@ uint32_t llama_capsule_store::graph_nodes() const {
 
     uint32_t res = 0;
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
-        res += 32 + (can_unpack(i) ? 0 : n_chunks*(96 + 8*data().n_neighbours));
+        res += 32 + (path(i) != LLAMA_CAPSULE_PATH_RECONSTRUCT ? 0 : n_chunks*(96 + 8*data().n_neighbours));
     }
     return res;
 }
@@ -590,6 +592,10 @@ ggml_tensor * llama_capsule_store::build_attn(
         return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
     }
 
+    if (can_attend(g, i_layer, q, kq_b, sinks)) {
+        return build_attend(g, i_layer, q, k, v, kq_mask, inp->mask, kq_scale);
+    }
+
     const auto & layer = data().layers[i_layer];
     const auto & s     = layer_scratch(i_layer);
 
@@ -628,7 +634,7 @@ ggml_tensor * llama_capsule_store::build_attn(
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, v_hot, v_cols(0, n_kv)));
 
     // slots
-    if (can_unpack(i_layer)) {
+    if (path(i_layer) != LLAMA_CAPSULE_PATH_RECONSTRUCT) {
         build_unpack(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()));
     } else {
         build_reconstruct(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), inp->pos, k_rot, v_rot);

@@ -53,7 +53,7 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
     }
 
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
-        unpack_args.push_back({ this, i });
+        op_args.push_back({ this, i });
     }
     rope_checked.resize(data().layers.size(), false);
 

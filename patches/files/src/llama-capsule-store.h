@@ -2,7 +2,9 @@
 
 #include "llama-capsule-codec.h"
 #include "llama-capsule-kv.h"
+#include "llama-capsule-rope.h"
 #include "llama-capsule-state.h"
+#include "llama-capsule-tile.h"
 
 #include "llama-graph.h"
 #include "llama-io.h"
@@ -44,6 +46,13 @@ public:
 //
 // llama_capsule_store
 //
+
+// how attention gets at the slots of a layer; LLAMA_KVCAPSULE_PATH=reconstruct|unpack|fused
+enum llama_capsule_path {
+    LLAMA_CAPSULE_PATH_RECONSTRUCT, // stock ops, any backend
+    LLAMA_CAPSULE_PATH_UNPACK,      // CPU: one op each for K and V, then the usual attention
+    LLAMA_CAPSULE_PATH_FUSED,       // CPU: attention on the slots for small batches, unpack for large ones
+};
 
 // the slots of one llama_kv_cache: blocks of vision tokens, compressed for every layer
 class llama_capsule_store : public std::enable_shared_from_this<llama_capsule_store> {
@@ -128,6 +137,12 @@ public:
     // the op of the CPU path: slots -> dst, the columns of the slots in the scratch
     void unpack(ggml_tensor * dst, uint32_t i_layer, bool is_v, int ith, int nth) const;
 
+    // the op of the fused path: attention over hot cells and slots
+    void attend(ggml_tensor * dst, uint32_t i_layer, int ith, int nth) const;
+
+    // follows changed positions, before a graph is computed
+    void update_rope() const;
+
     void set_input_pos (ggml_tensor * dst) const;
     void set_input_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
 
@@ -152,6 +167,8 @@ public:
 
 private:
     static constexpr int N_TIERS = 2; // economy, faithful
+
+    static constexpr int64_t CAPSULE_ATTEND_MAX_TOKENS = 32; // larger batches unpack
 
     struct pool_layer {
         ggml_context_ptr        ctx;
@@ -243,12 +260,17 @@ private:
 
     std::array<pool, N_TIERS> pools;
 
-    // arguments of the unpack op
-    struct unpack_arg {
+    // arguments of the ops of a layer
+    struct op_arg {
         const llama_capsule_store * store;
         uint32_t                    i_layer;
     };
-    std::vector<unpack_arg> unpack_args;
+    std::vector<op_arg> op_args;
+
+    // of the CPU paths, made when a graph first needs them
+    mutable llama_capsule_rope_cache rope;
+
+    mutable std::vector<std::vector<llama_capsule_tile>> tiles; // per layer: K and V of each tier
 
     std::vector<bool> rope_checked; // per layer, see llama_capsule_check_rope()
 
@@ -322,7 +344,17 @@ private:
 
     llm_graph_input_capsule * graph_input(const llm_graph_context & g, ggml_tensor * kq_mask) const;
 
-    bool can_unpack(uint32_t i_layer) const;
+    llama_capsule_path path(uint32_t i_layer) const;
+
+    const llama_capsule_tile & tile(uint32_t i_layer, int i_pool, bool is_v) const;
+
+    // returns their number
+    int blobs_in_use(uint32_t i_layer, ggml_tensor ** blobs) const;
+
+    bool can_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b, const ggml_tensor * sinks) const;
+
+    ggml_tensor * build_attend(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+            ggml_tensor * mask, ggml_tensor * mask_cold, float kq_scale);
 
     void build_unpack     (const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
     void build_reconstruct(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold, ggml_tensor * pos,

@@ -1,0 +1,387 @@
+#include "llama-capsule-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+//
+// attention straight on the slots, on the CPU: one online softmax over hot cells and slots, for all query heads of a KV head at once
+//   K of a block exists only as a tile in the cache of the core, V not at all: the weights go through the basis instead
+//
+
+static constexpr uint32_t CAPSULE_HOT_CHUNK = 64; // hot cells at a time
+
+// a row of the mask as floats, false if nothing in it is visible
+static bool capsule_mask_row(const ggml_tensor * mask, int64_t col, int64_t row, uint32_t n, uint32_t n_pad, float * dst) {
+    const char * src = (const char *) mask->data + row*mask->nb[1];
+
+    bool any = false;
+    for (uint32_t i = 0; i < n; ++i) {
+        // -inf and 0 are nearly all there is
+        if (mask->type == GGML_TYPE_F16) {
+            const ggml_fp16_t x = ((const ggml_fp16_t *) src)[col + i];
+            dst[i] = x == 0 ? 0.0f : x == 0xfc00 ? -INFINITY : ggml_fp16_to_fp32(x);
+        } else {
+            dst[i] = ((const float *) src)[col + i];
+        }
+        any = any || dst[i] != -INFINITY;
+    }
+    std::fill(dst + n, dst + n_pad, -INFINITY);
+
+    return any;
+}
+
+namespace {
+
+// the queries of one KV head
+struct capsule_attn {
+    const llama_capsule_simd & simd = llama_capsule_simd_get();
+
+    uint32_t n_q = 0; // query heads of the group, token by token
+    uint32_t n_group;
+    uint32_t ld_k;
+    uint32_t ld_v;
+    uint32_t ld_s;
+
+    llama_capsule_buf<float> q_hot;  // [n_q][ld_k]
+    llama_capsule_buf<float> q_cold;
+    llama_capsule_buf<float> q_slot;
+
+    llama_capsule_buf<float> mask;   // [n_q/n_group][ld_s]
+    llama_capsule_buf<float> s;      // [n_q][ld_s]
+    llama_capsule_buf<float> x;      // keys or values of a chunk or block
+    llama_capsule_buf<float> w;      // [n_q][rows]
+    llama_capsule_buf<float> angles; // of the first token of a slot, negative
+
+    // state of the softmax
+    llama_capsule_buf<float> m;
+    llama_capsule_buf<float> l;
+    llama_capsule_buf<float> l_cold; // part of l
+    llama_capsule_buf<float> o_hot;  // [n_q][ld_v]
+    llama_capsule_buf<float> o_cold; // in the space of the rows
+
+    void init(uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v, uint32_t n_cols_max, uint32_t n_rows_max) {
+        this->n_q     = n_q;
+        this->n_group = n_group;
+        this->ld_k    = ld_k;
+        this->ld_v    = ld_v;
+
+        ld_s = GGML_PAD(n_cols_max, LLAMA_CAPSULE_VEC);
+
+        mask.resize(n_q/n_group*ld_s);
+        s   .resize(n_q*ld_s);
+        x   .resize(std::max(std::max(ld_s, n_rows_max)*std::max(ld_k, ld_v), ld_v*ld_s));
+        w   .resize(n_q*std::max(n_rows_max, ld_v));
+
+        q_slot.resize(n_q*ld_k);
+        for (auto * buf : { &q_hot, &q_cold }) {
+            std::fill_n(buf->resize(n_q*ld_k), n_q*ld_k, 0.0f);
+        }
+        for (auto * buf : { &o_hot, &o_cold }) {
+            std::fill_n(buf->resize(n_q*ld_v), n_q*ld_v, 0.0f);
+        }
+        for (auto * buf : { &l, &l_cold }) {
+            std::fill_n(buf->resize(n_q), n_q, 0.0f);
+        }
+        std::fill_n(m.resize(n_q), n_q, -INFINITY);
+    }
+
+    bool read_mask(const ggml_tensor * t, int64_t col, uint32_t n) {
+        bool any = false;
+        for (uint32_t i = 0; i < n_q/n_group; ++i) {
+            any = capsule_mask_row(t, col, i, n, GGML_PAD(n, LLAMA_CAPSULE_VEC), mask.data() + i*ld_s) || any;
+        }
+        return any;
+    }
+
+    // s: scores of n columns -> weights
+    void softmax(uint32_t n, bool cold) {
+        const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
+
+        for (uint32_t i = 0; i < n_q; ++i) {
+            float * row = s.data() + i*ld_s;
+
+            std::fill(row + n, row + n_pad, 0.0f);
+
+            const float max = simd.add_max(row, mask.data() + i/n_group*ld_s, n_pad);
+            if (max == -INFINITY) {
+                std::fill(row, row + n_pad, 0.0f);
+                continue;
+            }
+
+            float & m_i = m.data()[i];
+            if (max > m_i) {
+                const float f = expf(m_i - max);
+
+                m_i = max;
+                l     .data()[i] *= f;
+                l_cold.data()[i] *= f;
+                simd.scale(ld_v, f, o_hot .data() + i*ld_v);
+                simd.scale(ld_v, f, o_cold.data() + i*ld_v);
+            }
+
+            const float sum = simd.exp_sum(row, m_i, n_pad);
+
+            l.data()[i] += sum;
+            if (cold) {
+                l_cold.data()[i] += sum;
+            }
+        }
+    }
+
+    // n hot cells from col on
+    void hot(const ggml_tensor * k, const ggml_tensor * v, bool v_trans, uint32_t i_head, int64_t col, uint32_t n) {
+        const int64_t d_k = k->ne[0];
+        for (uint32_t j = 0; j < n; ++j) {
+            simd.to_float(k->type, (const char *) k->data + i_head*k->nb[1] + (col + j)*k->nb[2], x.data() + j*ld_k, d_k);
+            std::fill(x.data() + j*ld_k + d_k, x.data() + (j + 1)*ld_k, 0.0f);
+        }
+        simd.dot(n, n_q, ld_k, x.data(), ld_k, q_hot.data(), ld_k, s.data(), ld_s);
+
+        softmax(n, false);
+
+        if (v_trans) {
+            // [n_kv, n_head, d]
+            const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
+            const int64_t  d_v   = v->ne[2];
+
+            for (int64_t c = 0; c < d_v; ++c) {
+                simd.to_float(v->type, (const char *) v->data + i_head*v->nb[1] + c*v->nb[2] + col*ggml_type_size(v->type), x.data() + c*n_pad, n);
+                std::fill(x.data() + c*n_pad + n, x.data() + (c + 1)*n_pad, 0.0f);
+            }
+            simd.dot(d_v, n_q, n_pad, x.data(), n_pad, s.data(), ld_s, w.data(), ld_v);
+            for (uint32_t i = 0; i < n_q; ++i) {
+                for (int64_t c = 0; c < d_v; ++c) {
+                    o_hot.data()[i*ld_v + c] += w.data()[i*ld_v + c];
+                }
+            }
+            return;
+        }
+
+        const int64_t d_v = v->ne[0];
+        for (uint32_t j = 0; j < n; ++j) {
+            simd.to_float(v->type, (const char *) v->data + i_head*v->nb[1] + (col + j)*v->nb[2], x.data() + j*ld_v, d_v);
+            std::fill(x.data() + j*ld_v + d_v, x.data() + (j + 1)*ld_v, 0.0f);
+        }
+        simd.mul(n_q, n, ld_v, s.data(), 1, ld_s, x.data(), ld_v, nullptr, o_hot.data(), ld_v);
+    }
+
+    // one slot; first and distances are angles, NULL without RoPE
+    void cold(const llama_capsule_tile & tile_k, const llama_capsule_tile & tile_v, const uint8_t * slot, uint32_t i_head, uint32_t N,
+            const llama_capsule_rope_params * rope, const float * first, const float * distances, bool rotated_v) {
+        tile_k.decode(slot, i_head, x.data());
+
+        const float * q = q_cold.data();
+        if (rope) {
+            // the key of a token is R(first) R(distance) k
+            angles.resize(rope->n_rot);
+            rope->negate(first, angles.data());
+
+            std::copy(q_cold.data(), q_cold.data() + n_q*ld_k, q_slot.data());
+            simd.rope(n_q, q_slot.data(), ld_k, angles.data(), 0, rope->n_rot, rope->norm);
+            q = q_slot.data();
+
+            simd.rope(N, x.data(), ld_k, distances, rope->n_rot, rope->n_rot, rope->norm);
+        }
+        simd.dot(N, n_q, ld_k, x.data(), ld_k, q, ld_k, s.data(), ld_s);
+
+        softmax(N, true);
+
+        const uint32_t n_rows = tile_v.n_rows();
+
+        simd.dot(n_rows, n_q, tile_v.ld_basis(), tile_v.basis(), tile_v.ld_basis(), s.data(), ld_s, w.data(), n_rows);
+
+        tile_v.decode_rows(slot, i_head, rotated_v, x.data());
+        simd.mul(n_q, n_rows, ld_v, w.data(), 1, n_rows, x.data(), ld_v, nullptr, o_cold.data(), ld_v);
+    }
+};
+
+}
+
+// behind the parameters of a custom op
+static float & capsule_kq_scale(ggml_tensor * t) {
+    return ((float *) t->op_params)[GGML_MAX_OP_PARAMS/sizeof(float) - 1];
+}
+
+// item: a KV head and a part of the columns; dst: the result [d_v*n_head, n_tokens], or [d_v + 2, n_head*n_tokens, n_parts] to be combined
+void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, int nth) const {
+    static thread_local capsule_attn a;
+
+    const ggml_tensor * q    = dst->src[0]; // [d_k, n_head, n_tokens]
+    const ggml_tensor * k    = dst->src[1]; // [d_k, n_head_kv, n_kv]
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3]; // hot
+    const ggml_tensor * cold = dst->src[4];
+
+    const auto & layer = data().layers[i_layer];
+
+    const uint32_t d_k      = layer.n_embd_head_k;
+    const uint32_t d_v      = layer.n_embd_head_v;
+    const uint32_t n_head   = q->ne[1];
+    const uint32_t n_tokens = q->ne[2];
+    const uint32_t n_group  = n_head/layer.n_head_kv;
+    const uint32_t n_q      = n_group*n_tokens;
+    const uint32_t n_parts  = dst->ne[2];
+    const bool     partial  = dst->ne[0] == d_v + 2;
+
+    const uint32_t n_hot   = (k->ne[2] + CAPSULE_HOT_CHUNK - 1)/CAPSULE_HOT_CHUNK;
+    const uint32_t n_slots = pools[0].n_used + pools[1].n_used;
+
+    const bool rotated_v = tile(i_layer, 0, true).has_rotated() || tile(i_layer, 1, true).has_rotated();
+
+    uint32_t n_rows_max = 0;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        n_rows_max = std::max(n_rows_max, tile(i_layer, ip, true).n_rows());
+    }
+
+    for (uint32_t item = ith; item < layer.n_head_kv*n_parts; item += nth) {
+        const uint32_t h = item/n_parts;
+        const uint32_t p = item%n_parts;
+
+        a.init(n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld(), std::max(N(), CAPSULE_HOT_CHUNK), n_rows_max);
+
+        for (uint32_t i = 0; i < n_q; ++i) {
+            const float * src = (const float *) ((const char *) q->data + (h*n_group + i%n_group)*q->nb[1] + i/n_group*q->nb[2]);
+
+            float * hot = a.q_hot.data() + i*a.ld_k;
+            for (uint32_t c = 0; c < d_k; ++c) {
+                hot[c] = src[c]*capsule_kq_scale(dst);
+            }
+
+            // slots know nothing of the rotation of a quantized hot cache
+            float * to = a.q_cold.data() + i*a.ld_k;
+            std::copy(hot, hot + d_k, to);
+            if (kv.attn_rot_k) {
+                a.simd.hadamard(to, llama_capsule_hadamard_size(d_k), d_k);
+            }
+        }
+
+        for (uint32_t i = n_hot*p/n_parts; i < n_hot*(p + 1)/n_parts; ++i) {
+            const uint32_t col = i*CAPSULE_HOT_CHUNK;
+            const uint32_t n   = std::min<uint32_t>(CAPSULE_HOT_CHUNK, k->ne[2] - col);
+
+            if (a.read_mask(mask, col, n)) {
+                a.hot(k, v, kv.v_trans, h, col, n);
+            }
+        }
+
+        for (uint32_t i = n_slots*p/n_parts; i < n_slots*(p + 1)/n_parts; ++i) {
+            const int      ip = i < pools[0].n_used ? 0 : 1;
+            const uint32_t s  = ip == 0 ? i : i - pools[0].n_used;
+
+            if (!a.read_mask(cold, i*N(), N())) {
+                continue;
+            }
+
+            const uint8_t * slot = (const uint8_t *) pools[ip].layers[i_layer].blob->data + s*pools[ip].codecs[i_layer].layout.slot_stride;
+
+            const auto * rope_params = rope.params(i_layer);
+
+            a.cold(tile(i_layer, ip, false), tile(i_layer, ip, true), slot, h, N(), rope_params,
+                    rope_params ? rope.first(i_layer, ip, s) : nullptr, rope_params ? rope.distances(i_layer, ip, s) : nullptr, rotated_v);
+        }
+
+        for (uint32_t i = 0; i < n_q; ++i) {
+            float * o = a.o_cold.data() + i*a.ld_v;
+
+            if (rotated_v) {
+                a.simd.hadamard(o, llama_capsule_hadamard_size(d_v), d_v);
+            }
+            for (uint32_t c = 0; c < d_v; ++c) {
+                o[c] += a.l_cold.data()[i]*layer.v_mean[h*d_v + c];
+            }
+            if (kv.attn_rot_v) {
+                a.simd.hadamard(o, 64, d_v);
+            }
+
+            const uint32_t row = i/n_group*n_head + h*n_group + i%n_group;
+
+            float * to = (float *) ((char *) dst->data + (partial ? row*dst->nb[1] + p*dst->nb[2] : row*d_v*sizeof(float)));
+
+            const float f = partial || a.l.data()[i] == 0.0f ? 1.0f : 1.0f/a.l.data()[i];
+            for (uint32_t c = 0; c < d_v; ++c) {
+                to[c] = f*(a.o_hot.data()[i*a.ld_v + c] + o[c]);
+            }
+            if (partial) {
+                to[d_v]     = a.m.data()[i];
+                to[d_v + 1] = a.l.data()[i];
+            }
+        }
+    }
+}
+
+// the parts of attend() -> [d_v*n_head, n_tokens]
+static void capsule_attn_combine(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
+    const ggml_tensor * src = dst->src[0]; // [d_v + 2, n_head*n_tokens, n_parts]
+
+    const int64_t d_v     = src->ne[0] - 2;
+    const int64_t n_parts = src->ne[2];
+
+    auto part = [&](int64_t row, int64_t p) {
+        return (const float *) ((const char *) src->data + row*src->nb[1] + p*src->nb[2]);
+    };
+
+    for (int64_t row = ith; row < src->ne[1]; row += nth) {
+        float m = -INFINITY;
+        for (int64_t p = 0; p < n_parts; ++p) {
+            m = std::max(m, part(row, p)[d_v]);
+        }
+
+        float * to = (float *) dst->data + row*d_v;
+        std::fill(to, to + d_v, 0.0f);
+
+        float l = 0.0f;
+        for (int64_t p = 0; p < n_parts && m > -INFINITY; ++p) {
+            const float * x = part(row, p);
+            const float   f = expf(x[d_v] - m);
+
+            l += f*x[d_v + 1];
+            for (int64_t c = 0; c < d_v; ++c) {
+                to[c] += f*x[c];
+            }
+        }
+        for (int64_t c = 0; c < d_v && l > 0.0f; ++c) {
+            to[c] /= l;
+        }
+    }
+}
+
+bool llama_capsule_store::can_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b, const ggml_tensor * sinks) const {
+    return path(i_layer) == LLAMA_CAPSULE_PATH_FUSED && !kq_b && !sinks && !g.hparams.attn_soft_cap && g.arch != LLM_ARCH_GROK &&
+        q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= CAPSULE_ATTEND_MAX_TOKENS;
+}
+
+ggml_tensor * llama_capsule_store::build_attend(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+        ggml_tensor * mask, ggml_tensor * mask_cold, float kq_scale) {
+    const auto & layer = data().layers[i_layer];
+
+    const int64_t d_v      = layer.n_embd_head_v;
+    const int64_t n_head   = q->ne[1];
+    const int64_t n_tokens = q->ne[2];
+
+    ggml_tensor * args[5 + N_TIERS] = { q, k, v, mask, mask_cold };
+
+    const int n_args = 5 + blobs_in_use(i_layer, args + 5);
+
+    const ggml_custom_op_t fn = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
+        const auto * arg = (const op_arg *) userdata;
+        arg->store->attend(dst, arg->i_layer, ith, nth);
+    };
+
+    // two items for a thread, so that they end at about the same time
+    const int64_t n_threads = std::max(g.cparams.n_threads, g.cparams.n_threads_batch);
+    const int64_t n_parts   = n_threads <= 1 ? 1 : (2*n_threads + layer.n_head_kv - 1)/layer.n_head_kv;
+
+    ggml_tensor * cur = n_parts == 1 ?
+        ggml_custom_4d(g.ctx0, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, args, n_args, fn, GGML_N_TASKS_MAX, &op_args[i_layer]) :
+        ggml_custom_4d(g.ctx0, GGML_TYPE_F32, d_v + 2, n_head*n_tokens, n_parts, 1, args, n_args, fn, GGML_N_TASKS_MAX, &op_args[i_layer]);
+
+    capsule_kq_scale(cur) = kq_scale;
+
+    return n_parts == 1 ? cur : ggml_custom_4d(g.ctx0, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, &cur, 1, capsule_attn_combine, GGML_N_TASKS_MAX, nullptr);
+}

@@ -1,0 +1,94 @@
+#pragma once
+
+#include "llama-capsule-rows.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+//
+// the inner loops of the CPU paths, in plain C++ and for AVX2, chosen at run time: libllama itself is built for the baseline
+//   all lengths d and n are multiples of LLAMA_CAPSULE_VEC, rows are padded with zeros
+//
+
+static constexpr uint32_t LLAMA_CAPSULE_VEC = 8;
+
+// memory for vectors: aligned to cache lines, grows only, the contents are lost when it does
+template<typename T>
+class llama_capsule_buf {
+public:
+    T * resize(size_t n) {
+        if (n > size) {
+            ptr.reset((T *) ::operator new(n*sizeof(T), std::align_val_t(64)));
+            size = n;
+        }
+        return ptr.get();
+    }
+
+    T * data() const {
+        return ptr.get();
+    }
+
+private:
+    struct deleter {
+        void operator()(T * p) const {
+            ::operator delete(p, std::align_val_t(64));
+        }
+    };
+
+    std::unique_ptr<T, deleter> ptr;
+
+    size_t size = 0;
+};
+
+// rows of a list that enter a product as integers
+struct llama_capsule_int_rows {
+    const uint8_t * q4; // rows of type q4_0
+    const uint8_t * q2; // rows of type q2_0
+
+    uint32_t n_q4;
+    uint32_t n_q2;
+};
+
+struct llama_capsule_simd {
+    const char * name;
+
+    // out[t][i] = init[i] + sum_r w[r*w_r + t*w_t] x[r][i]; without init it adds to out
+    void (*mul)(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
+            const float * init, float * out, size_t ld_out);
+
+    // out[q][j] = sum_i x[j][i] y[q][i]
+    void (*dot)(uint32_t n_x, uint32_t n_y, uint32_t d, const float * x, size_t ld_x, const float * y, size_t ld_y, float * out, size_t ld_out);
+
+    // y += a*b
+    void (*fma)(uint32_t d, const float * a, const float * b, float * y);
+
+    // y *= f
+    void (*scale)(uint32_t d, float f, float * y);
+
+    // rotates the first n_rot values of each row by its angles: (cos, sin) pairs for neighbours (norm), or all cos, then all sin, for halves
+    void (*rope)(uint32_t n, float * x, size_t ld_x, const float * cs, size_t ld_cs, uint32_t n_rot, bool norm);
+
+    // s += mask, returns the maximum
+    float (*add_max)(float * s, const float * mask, uint32_t n);
+
+    // s = exp(s - max), returns the sum
+    float (*exp_sum)(float * s, float max, uint32_t n);
+
+    void (*hadamard)(float * x, uint32_t n, size_t n_values);
+
+    // without undoing the Hadamard rotation
+    void (*to_float)(ggml_type type, const void * src, float * dst, uint32_t d);
+
+    // out[t][i] += sum_r basis[r][t] rows[r][i] in integers, see llama_capsule_int_basis; nullptr if there is no such kernel
+    void (*mul_int)(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows,
+            float * out, size_t ld_out);
+};
+
+// of this machine; LLAMA_KVCAPSULE_SIMD=0 selects plain C++
+const llama_capsule_simd & llama_capsule_simd_get();
+
+// the tokens of a basis vector in the order of mul_int, as 16-bit fractions of its largest value
+std::vector<int16_t> llama_capsule_int_basis(const float * basis, uint32_t n_rows, uint32_t N, std::vector<float> & basis_max);

@@ -1,0 +1,55 @@
+#pragma once
+
+#include "llama-capsule-codec.h"
+#include "llama-capsule-simd.h"
+
+//
+// the blocks of one layer in one tier, fast: K or V of a head as floats, or the rows alone
+//   everything is padded with zeros to ld() values per row
+//
+
+class llama_capsule_tile {
+public:
+    llama_capsule_tile(const llama_capsule_codec & codec, bool is_v);
+
+    uint32_t d()      const;
+    uint32_t ld()     const; // d padded
+    uint32_t n_rows() const;
+
+    // [N][ld], K without RoPE
+    void decode(const uint8_t * slot, uint32_t i_head, float * out) const;
+
+    // basis [n_rows][ld_basis()], zero behind the N tokens of a row
+    const float * basis()    const;
+    uint32_t      ld_basis() const;
+
+    // [n_rows][ld]: x = mean + basis*rows, or its Hadamard transform
+    void decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const;
+
+    // are there rows that are stored rotated?
+    bool has_rotated() const;
+
+private:
+    const llama_capsule_codec & codec;
+
+    const llama_capsule_row_counts   & counts;
+    const llama_capsule_layout::part & part;
+
+    bool is_v;
+    bool retain;
+
+    std::vector<float>   basis_pad; // only if N is not a multiple of the vector size
+    std::vector<float>   mean;      // [n_head_kv][ld], rotated if the rows are
+    std::vector<int16_t> basis_int; // of the q4_0 and q2_0 rows
+    std::vector<float>   basis_max;
+
+    std::vector<float> mlp_down; // [n_head_kv][n_mlp][d]
+
+    const uint8_t * rows_at(const uint8_t * slot, uint32_t i_head, int t) const;
+
+    // rows of the types [t0, t1)
+    float * decode_types(const uint8_t * slot, uint32_t i_head, int t0, int t1, bool rotated, float * out) const;
+
+    void decode_pca   (const uint8_t * slot, uint32_t i_head, float * out) const;
+    void decode_retain(const uint8_t * slot, uint32_t i_head, float * out) const;
+};
