@@ -256,17 +256,19 @@ INLINE void dot_tile(uint32_t d, const float * x, size_t ld_x, const float * y, 
 }
 
 TARGET static void dot_avx2(uint32_t n_x, uint32_t n_y, uint32_t d, const float * x, size_t ld_x, const float * y, size_t ld_y, float * out, size_t ld_out) {
-    uint32_t j = 0;
-    for (; j + 4 <= n_x; j += 4) {
-        uint32_t q = 0;
-        for (; q + 2 <= n_y; q += 2) {
-            dot_tile<2>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
-        }
-        if (q < n_y) {
-            dot_tile<1>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
+    const uint32_t n_x4 = n_x/4*4;
+
+    // x stays in the cache, of y there may be much more
+    for (uint32_t q = 0; q < n_y; q += 2) {
+        for (uint32_t j = 0; j < n_x4; j += 4) {
+            if (q + 2 <= n_y) {
+                dot_tile<2>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
+            } else {
+                dot_tile<1>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
+            }
         }
     }
-    for (; j < n_x; ++j) {
+    for (uint32_t j = n_x4; j < n_x; ++j) {
         for (uint32_t q = 0; q < n_y; ++q) {
             __m256 acc = _mm256_setzero_ps();
             for (uint32_t i = 0; i < d; i += 8) {

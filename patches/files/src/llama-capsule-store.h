@@ -168,7 +168,7 @@ public:
 private:
     static constexpr int N_TIERS = 2; // economy, faithful
 
-    static constexpr int64_t CAPSULE_ATTEND_MAX_TOKENS = 32; // larger batches unpack
+    static constexpr int64_t CAPSULE_ATTEND_MAX_TOKENS = 256; // larger batches unpack
 
     struct pool_layer {
         ggml_context_ptr        ctx;
