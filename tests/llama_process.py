@@ -449,6 +449,11 @@ class Context:
         values["fingerprint"] = buf.value.decode()
         return rc
 
+    def do_breakdown(self, values, found, library):
+        f = ctypes.CDLL(library).context_bytes
+        f.restype, f.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+        values["breakdown"] = f(self.ctx)
+
     def do_rss(self, values, found):
         try:
             ctypes.CDLL(None).malloc_trim(0)

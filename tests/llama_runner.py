@@ -112,6 +112,11 @@ def forget(step: Step) -> Step:
     return step | {"forget": True}
 
 
+def breakdown(library: str) -> Step:
+    """Bytes of the context by llama.cpp's own account; `library` is tests/native/memory_breakdown.cpp, compiled."""
+    return {"op": "breakdown", "library": library}
+
+
 def rss() -> Step:
     return {"op": "rss"}
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import gguf
 import pytest
-from llama_runner import Case, compress, image, rss, stats, text
+from conftest import ROOT, library
+from llama_runner import Case, breakdown, compress, image, rss, stats, text
 from tiny_gguf import TinyModel
 
 N = 16
@@ -42,6 +48,33 @@ def test_bytes_are_those_of_the_rows(models, capsules, patched, model, lossless)
     assert sum(seen["n_slots"]) == 8
     assert seen["bytes_slots"] == sum(n * b for n, b in zip(seen["n_slots"], seen["bytes_slot"]))
     assert seen["bytes_slots"] <= seen["bytes_pools"]
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory) -> str:
+    """tests/native/memory_breakdown.cpp as a library."""
+    source = Path(os.environ.get("KVCAPSULE_TEST_SOURCE") or next(ROOT.glob(".cache/llama.cpp-*/patched/source"), ROOT))
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler or not (source / "src" / "llama-ext.h").is_file():
+        pytest.skip(f"no C++ compiler, or no patched llama.cpp in {source}: run scripts/setup")
+    out = tmp_path_factory.mktemp("native") / "memory_breakdown.so"
+    includes = [f"-I{source / folder}" for folder in ("src", "include", "ggml/include")]
+    code = ROOT / "tests" / "native" / "memory_breakdown.cpp"
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", *includes, code, f"-L{library('patched')}", "-lllama", "-o", out], check=True)
+    return str(out)
+
+
+def test_the_breakdown_counts_slots(models, capsules, patched, account):
+    """llama.cpp's account of a context, which llama-server prints, holds the slots: it grows by what the pools grow."""
+    steps = [text(4), image((8, 8)), stats(), breakdown(account), compress(), stats(), breakdown(account)]
+    for i in range(12):
+        steps += [image((12, 16), seed=i), compress()]
+    seen = patched([Case("a", models(SMALL[0]), [*steps, stats(), breakdown(account)], n_ctx=4096, n_hot=512, capsule=capsules(models(SMALL[0]), block_size=N))])["a"]
+    for kept, told in zip(seen.values("stats"), seen.values("breakdown")):
+        counted = kept["bytes_hot"] + kept["bytes_pools"] + kept["bytes_scratch"]
+        assert counted <= told <= counted + 2**18  # bases in the scratch, rounding of buffers
+    first, _, last = seen.values("stats")
+    assert last["bytes_pools"] - first["bytes_pools"] > 2**19
 
 
 # large enough that what the C library keeps for itself (up to 5 MB, not the same every time) is a small share
