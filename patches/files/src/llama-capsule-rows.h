@@ -25,7 +25,8 @@ uint32_t llama_capsule_rows_total(const llama_capsule_row_counts & counts);
 size_t llama_capsule_rows_size(const llama_capsule_row_counts & counts, uint32_t d);
 
 // functions with loops worth the vector units of the machine: libllama itself is built for the baseline
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// (not under the thread sanitizer: the resolvers run before it is ready)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__)
 #define LLAMA_CAPSULE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LLAMA_CAPSULE_SIMD
