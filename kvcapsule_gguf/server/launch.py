@@ -26,6 +26,7 @@ from ..native.library import library_dir
 from .args import DEFAULT_CTX, Options
 
 STOP_S = 10.0
+KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH", "LLAMA_KVCAPSULE_SIMD")  # no flag says these
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 
 
@@ -145,7 +146,7 @@ class Upstream:
 
     def _environment(self) -> dict[str, str]:
         # flags say everything; the keys of the clients are checked before they get here
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_")) or name == "LLAMA_KVCAPSULE_RECONSTRUCT"}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_")) or name in KEPT}
         env["LLAMA_API_KEY"] = self.token
         if self.capsule is not None:
             env["LLAMA_KVCAPSULE"] = str(self.capsule)
