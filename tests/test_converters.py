@@ -118,6 +118,8 @@ def test_embed_and_extract(vlm, tmp_path):
 
     for kind, known in (("stock", "False"), ("patched", "True")):
         lib = str(library(kind))
+        if kind == "stock" and not any(library(kind).glob("*mtmd*")):
+            continue  # scripts/setup builds libmtmd once: no patch touches it
         seen = [run("-c", LOADS.format(root=str(ROOT), model=str(model), mmproj=str(m)), KVCAPSULE_LIB=lib).stdout for m in (mmproj, both)]
         assert seen[0] == seen[1] and seen[0].startswith(known)
 

@@ -16,15 +16,21 @@ RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
 UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}
 FUSED = {"LLAMA_KVCAPSULE_PATH": "fused"}
 PLAIN = {"LLAMA_KVCAPSULE_SIMD": "0"}
-# f32 sums in another order, then rounded to the type of the cache: an f16 or q8_0 code may flip; flash attention sums in f16
-LIMIT = {("f16", False): 1e-6, ("f16", True): 1e-5, ("q8_0", True): 1e-4}
 MANY = 24  # images: more slots than one chunk of the reconstruction
 
 
 PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED}
-EIGHT_BITS = 2e-3  # of the logits of a random model with random rows; test_lossy holds attention itself to 1e-4
-# the usual attention rounds queries and weights to the type of the cache, fused attention does not
-ROUNDED = {"f16": 1e-5, "q8_0": 5e-4}
+FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path
+SECOND = 5e-3  # the second image was computed with the first in view, so that some codes of its slots are the next ones: a random model makes much of that
+
+
+def limit(path: str, cache: str, fa: bool) -> float:
+    """NMSE of logits against reconstruct. The usual attention rounds queries and weights to the type of the cache and with flash attention sums in f16."""
+    if "8 bits" in path:
+        return 3e-4  # of random rows; test_lossy holds attention itself to 1e-4
+    if path == "unpack":
+        return 1e-7
+    return 1.5e-4 if cache == "q8_0" else 3e-6 if fa else 3e-7
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +47,9 @@ def lossy(models, capsules, patched):
 @pytest.mark.parametrize("path", [p for p in PATHS if p != "reconstruct"])
 @pytest.mark.parametrize(("kind", "fa"), GRID)
 def test_the_cpu_is_reconstruct(lossy, kind, fa, path):
-    ours, reconstruct = (lossy[p][f"{kind}-{fa}"] for p in (path, "reconstruct"))
-    cache = KINDS[kind].cache
-    limit = LIMIT[cache, fa]
-    if "fused" in path:
-        limit = max(limit, ROUNDED[cache])
-    if "8 bits" in path:
-        limit = max(limit, EIGHT_BITS)
-    assert nmse(ours.logits(), reconstruct.logits()) <= limit
+    ours, reconstruct = (lossy[p][f"{kind}-{fa}"].logits() for p in (path, "reconstruct"))
+    assert nmse(ours[:FIRST], reconstruct[:FIRST]) <= limit(path, KINDS[kind].cache, fa)
+    assert nmse(ours, reconstruct) <= SECOND
 
 
 def test_the_paths_differ(lossy):
