@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from make_capsule import random_capsule
 from tiny_gguf import TinyModel, add_hparams, weights
 
 IMAGE, PATCH = 56, 14  # 4 x 4 = 16 tokens
@@ -114,3 +115,15 @@ def _close(w: gguf.GGUFWriter) -> None:
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def write_folder(root: Path, archs: tuple[str, ...], template: str | None = TEMPLATE) -> Path:
+    """A folder per architecture with tiny.gguf, its projector and a lossy capsule; beside them the pictures a.png, b.png and c.png."""
+    for arch in archs:
+        (root / arch).mkdir()
+        model = write_model(root / arch / "tiny.gguf", arch=arch, template=template)
+        write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=8, lossless=False)
+    for name, seed in (("a.png", 3), ("b.png", 4), ("c.png", 5)):
+        write_picture(root / name, seed=seed, size=(112, 112))
+    return root

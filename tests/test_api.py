@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_model import TEMPLATE, TOKENS, write_mmproj, write_model, write_picture
+from chat_model import TEMPLATE, TOKENS, write_folder, write_model
 from conftest import library
 from make_capsule import random_capsule
 from test_native import require_capsules
@@ -27,15 +27,9 @@ TOOL = {"type": "function", "function": {"name": "pick", "parameters": {"type": 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_capsules()
     native.load(library("patched"))
-    root = tmp_path_factory.mktemp("api")
+    root = write_folder(tmp_path_factory.mktemp("api"), ARCHS, TYPED)
     for arch in ARCHS:
-        (root / arch).mkdir()
-        model = write_model(root / arch / "tiny.gguf", arch=arch, template=TYPED)
-        write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=8, lossless=False)
-        random_capsule(model, root / arch / "lossless.gguf", block_size=8)
-    for name, seed in (("a.png", 3), ("b.png", 4), ("c.png", 5)):
-        write_picture(root / name, seed=seed, size=(112, 112))
+        random_capsule(root / arch / "tiny.gguf", root / arch / "lossless.gguf", block_size=8)
     return root
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chat_model import TOKENS, write_mmproj, write_model, write_picture
+from chat_model import TOKENS, write_folder, write_mmproj
 from conftest import library
 from make_capsule import random_capsule
 from test_native import require_capsules
@@ -26,16 +26,10 @@ ARCHS = ("llama", "qwen2vl")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_capsules()
     native.load(library("patched"))
-    root = tmp_path_factory.mktemp("cache")
+    root = write_folder(tmp_path_factory.mktemp("cache"), ARCHS)
     for arch in ARCHS:
-        (root / arch).mkdir()
-        model = write_model(root / arch / "tiny.gguf", arch=arch)
-        write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=8, lossless=False)
-        random_capsule(model, root / arch / "other.gguf", block_size=8, seed=2)
+        random_capsule(root / arch / "tiny.gguf", root / arch / "other.gguf", block_size=8, seed=2)
     write_mmproj(root / "llama" / "other-mmproj.gguf", seed=9)
-    for name, seed in (("a.png", 3), ("b.png", 4), ("c.png", 5)):
-        write_picture(root / name, seed=seed, size=(112, 112))
     return root
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from .capsule import Capsule, CapsuleError
 from .gguf_header import GGUFError, read_header
 from .reader import read_capsule
 from .schema import INFIX
-from .writer import add_capsule_keys, add_tensors
+from .writer import add_capsule_keys, add_tensors, whole_file
 
 PREFIX = "kvcapsule."
 NAME = "name"  # kvcapsule.train.name: a sidecar has its name in general.name
@@ -31,24 +29,12 @@ def embed(mmproj: Path, capsule: Capsule | None, out: Path) -> Path:
     if out.exists() and out.samefile(mmproj):
         raise MmprojError(mmproj, "can not be written over: choose another --outfile")
     reader = gguf.GGUFReader(mmproj)
-    part = out.with_name(out.name + ".part")
-    writer = gguf.GGUFWriter(part, str(reader.fields["general.architecture"].contents()))
-    try:
+    with whole_file(out, str(reader.fields["general.architecture"].contents()), MmprojError) as writer:
         _copy(reader, writer)
         if capsule is not None:
             named = replace(capsule, provenance={**capsule.provenance, NAME: capsule.name}) if capsule.name else capsule
             add_capsule_keys(writer, named)
             add_tensors(writer, named)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise MmprojError(out, f"can not be written: {error.strerror or 'the disk is full'}") from None
-    finally:
-        with suppress(OSError):
-            writer.close()
-    os.replace(part, out)
     return out
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,29 @@ def write_capsule(path: str | Path, capsule: Capsule) -> Path:
         validate(capsule)
     except Invalid as e:
         raise CapsuleError(path, str(e)) from None
-    part = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(part, capsule.base.architecture)
-    try:
+    with whole_file(path, capsule.base.architecture) as writer:
         add_metadata(writer, capsule)
         add_tensors(writer, capsule)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path, architecture: str, error: type[CapsuleError] = CapsuleError) -> Iterator[gguf.GGUFWriter]:
+    """A writer to fill; afterwards the file takes its name, or nothing of it is left where it could not be written. Raises `error`."""
+    part = path.with_name(path.name + ".part")
+    writer = gguf.GGUFWriter(part, architecture)
+    try:
+        yield writer
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise CapsuleError(path, f"can not be written: {e.strerror or 'the disk is full'}") from None  # numpy gives no reason
+        raise error(path, f"can not be written: {e.strerror or 'the disk is full'}") from None  # numpy gives no reason
     finally:
         with suppress(OSError):  # what is left in a buffer of a full disk
             writer.close()
     os.replace(part, path)
-    return path
 
 
 def add_metadata(w: gguf.GGUFWriter, c: Capsule) -> None:
