@@ -32,6 +32,8 @@ def test_bootstrap_resamples_pictures():
     low, high = bootstrap(same, groups)
     assert low < same.mean() < high
     assert 0.8 < (high - low) / (2 * 1.96 * same.std() / np.sqrt(50)) < 1.2
+    positive = np.exp(same)
+    assert bootstrap(2 * positive, groups, positive) == pytest.approx((2, 2))  # question by question
 
 
 @pytest.mark.parametrize("n", [16, 576, 7])
@@ -126,12 +128,16 @@ def test_the_table(tiny, tmp_path):
     assert rows["drop0.6"]["kv_ratio"] == pytest.approx(0.6, abs=0.05)
     assert json.loads((tmp_path / "eval.json").read_text()) == data
     assert (tmp_path / "eval.md").read_text().count("| q4_0 |") == 2  # all questions, and by task
-    assert Image.open(tmp_path / "eval.png").size[0] > 500 and not (tmp_path / "eval.part.jsonl").exists()
+    assert Image.open(tmp_path / "eval.png").size[0] > 500
     assert sum(t["questions"] for t in rows["q4_0"]["tasks"].values()) == 20 and data["answer_tokens"] > 20
 
 
+def without_time(setting: dict) -> dict:
+    return {k: v for k, v in setting.items() if k != "seconds"}
+
+
 def test_an_interrupted_run_goes_on(tiny, tmp_path):
-    """A journal with two of three pictures and half a line gives the numbers of a whole run; one of another run is refused."""
+    """A journal with two of three pictures and half a line gives the numbers of a whole run, with more settings too; one of another run is refused."""
     command = ["-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q4_0", "--report", str(tmp_path)]
     script = f"""
 import sys
@@ -144,18 +150,24 @@ cli.Progress.__call__ = stop
 sys.exit(cli.main({command[2:]!r}) - 130)
 """
     assert run("patched", "-c", script) == ""
-    journal = tmp_path / "eval.part.jsonl"
+    journal = tmp_path / "eval.jsonl"
     assert len(journal.read_text().splitlines()) == 2
     with journal.open("a") as f:
-        f.write('{"number": 2, "na')
+        f.write('{"picture": "2", "ta')
     resumed = json.loads(run("patched", *command))
-    whole = json.loads(run("patched", *command))
+    assert len(journal.read_text().splitlines()) == 4  # with the half one
+    more = json.loads(run("patched", *(x.replace("q4_0", "q8_0,q4_0") for x in command)))
+    assert len(journal.read_text().splitlines()) == 7 and [s["setting"] for s in more["settings"]] == ["f16", "q8_0", "q4_0"]
+    journal.unlink()
+    whole = json.loads(run("patched", *(x.replace("q4_0", "q8_0,q4_0") for x in command)))
+    assert [without_time(s) for s in more["settings"]] == [without_time(s) for s in whole["settings"]]
+    whole["settings"].pop(1)
     for a, b in zip(resumed["settings"], whole["settings"]):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-    journal.write_text('{"settings": []}')
+        assert without_time(a) == without_time(b)
+    journal.write_text('{"run": []}')
     env = os.environ | {"KVCAPSULE_LIB": str(library("patched"))}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "other settings" in done.stderr
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "another run" in done.stderr
 
 
 def test_vision_cells_alone(tiny):

@@ -22,7 +22,7 @@ from .report import as_json, markdown, picture
 from .run import Evaluation, evaluate
 from .vlm import EvalError, Vlm
 
-JOURNAL = "eval.part.jsonl"
+JOURNAL = "eval.jsonl"
 PLAIN_BLOCK = 16  # tokens; a remainder of a picture stays f16
 
 
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("-t", "--threads", type=int, default=min(4, os.cpu_count() or 1))
     p.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on", help="a quantized cache needs it")
     p.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
-    p.add_argument("--report", type=Path, help="a folder for eval.json, eval.md and eval.png; an interrupted run goes on there")
+    p.add_argument("--report", type=Path, help="a folder for eval.json, eval.md, eval.png and eval.jsonl; what the last one holds is not measured again")
     p.add_argument("--one-by-one", action="store_true", help="one context at a time, for models whose caches are large")
     p.add_argument("-v", "--verbose", action="store_true")
     return p.parse_args(argv)
@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.report / "eval.json").write_text(text + "\n")
         (args.report / "eval.md").write_text(table)
         picture(args.report / "eval.png", data)
-        (args.report / JOURNAL).unlink()
     print(text if args.json else table)
     return 0
 

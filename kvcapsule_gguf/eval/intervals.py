@@ -18,12 +18,12 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
 
 
-def bootstrap(values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Of the mean of `values`, resampling whole groups (the questions on one picture are not independent)."""
+def bootstrap(values: np.ndarray, groups: np.ndarray, over: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Of the mean of `values`, or of its ratio to the mean of `over`, resampling whole groups (the questions on one picture are not independent)."""
     _, index = np.unique(groups, return_inverse=True)
     n = int(index.max()) + 1
-    sums, counts = np.bincount(index, values, n), np.bincount(index, minlength=n)
+    sums, below = np.bincount(index, values, n), np.bincount(index, over, n)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
-    means = (weights @ sums) / (weights @ counts)
+    means = (weights @ sums) / (weights @ below)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
