@@ -73,7 +73,7 @@ from kvcapsule_gguf.eval.vlm import Vlm
 vlm = Vlm(Path({model!r}), Path({mmproj!r}), 1)
 prompts, (sample,) = Prompts(vlm), list(scenes(6, 6))
 cache = Cache(vlm, Setting("f16"), 2048, 8, flash_attn=False)
-picture = vlm.read(prompts.before(), sample.picture)
+picture = vlm.read(prompts.before(), *sample.pictures)
 cache.show(picture)
 asked = [prompts.forced(q.prompt, q.answer) for q in sample.questions]
 pairs = [(f.tokens, f.n_answer) for f in asked]
@@ -181,9 +181,19 @@ def test_vision_cells_alone(tiny):
 def test_the_strange_suite_asks_the_same_of_other_pictures():
     pairs = list(zip(scenes(24, 4), strange(24, 4)))
     for a, b in pairs:
-        assert a.questions == b.questions and b.picture.size == (336, 336)
-        assert np.abs(np.asarray(a.picture, float) - np.asarray(b.picture, float)).mean() > 15
-    assert np.array_equal(np.asarray(pairs[0][1].picture), np.asarray(next(strange(4, 4)).picture))
+        assert a.questions == b.questions and b.pictures[0].size == (336, 336)
+        assert np.abs(np.asarray(a.pictures[0], float) - np.asarray(b.pictures[0], float)).mean() > 15
+    assert np.array_equal(np.asarray(pairs[0][1].pictures[0]), np.asarray(next(strange(4, 4)).pictures[0]))
+
+
+def test_two_pictures(tiny):
+    """Both are in the cache, each compressed for itself."""
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "pairs", "-n", "9", "-c", "4096", "-t", "1", "--json", "--against", "q8_0-vision")
+    one = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "scenes", "-n", "5", "--per-picture", "5", "-c", "4096", "-t", "1", "--json", "--against", "q8_0-vision")
+    two, one = json.loads(out), json.loads(one)
+    assert (two["questions"], two["pictures"]) == (9, 2) and two["settings"][0]["tasks"].keys() == {"compare"}
+    assert two["vision_tokens"] == [2 * n for n in one["vision_tokens"]]
+    assert two["settings"][1]["slots"]["economy"] == 4 * one["settings"][1]["slots"]["economy"]
 
 
 def test_pictures_of_ones_own(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes|strange | --images DIR] [--against f16,q8_0,q4_0,drop0.6] [--json] [--report DIR]"""
+"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes|strange|pairs | --images DIR] [--against f16,q8_0,q4_0,drop0.6] [--json] [--report DIR]"""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def evaluate(
         for number, sample in enumerate(samples):
             missing = done.missing(sample)
             if missing:
-                picture = vlm.read(prompts.before(), sample.picture)
+                picture = vlm.read(prompts.before(), *sample.pictures)
                 try:
                     # the reference comes first in any case: the others are compared with it
                     done.put(sample, _picture(caches([settings[0], *(s for s in missing if s is not settings[0])]), picture, prompts, sample.questions))

@@ -24,10 +24,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is asked about it."""
+    """Pictures shown one after the other, and what is asked about them."""
 
     name: str
-    picture: Image.Image
+    pictures: list[Image.Image]
     questions: list[Asked]
 
 
@@ -43,7 +43,7 @@ def scenes(n_questions: int, per_picture: int = 8, draw: Callable[[Scene], Image
         scene = make_scene(seed)
         asked = [Asked(q.task, q.prompt, q.answer) for q in make_questions(scene, per_picture)][:left]
         left -= len(asked)
-        yield Sample(str(seed), (draw or draw_scene)(scene), asked)
+        yield Sample(str(seed), [(draw or draw_scene)(scene)], asked)
 
 
 def strange(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
@@ -51,6 +51,21 @@ def strange(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
     from .strange import draw_strange
 
     return scenes(n_questions, per_picture, draw_strange)
+
+
+def pairs(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
+    """Two drawn scenes at a time, which no training ever saw, and what is the same or different."""
+    from ..scenes import HELD_OUT, compare_questions, make_scene
+    from ..scenes.drawing import draw_scene
+
+    left = n_questions
+    for seed in HELD_OUT[::2]:
+        if left <= 0:
+            return
+        first, second = make_scene(seed), make_scene(seed + 1)
+        asked = [Asked(q.task, q.prompt, q.answer) for q in compare_questions(first, second)][:min(left, per_picture)]
+        left -= len(asked)
+        yield Sample(f"{seed} and {seed + 1}", [draw_scene(first), draw_scene(second)], asked)
 
 
 def folder(
@@ -70,7 +85,7 @@ def folder(
         except UnreadablePicture as error:
             say(f"skipped: {error}")
             continue
-        yield Sample(file.name, picture, [Asked("describe", p, None) for p in prompts])
+        yield Sample(file.name, [picture], [Asked("describe", p, None) for p in prompts])
 
 
-SUITES = {"scenes": scenes, "strange": strange}
+SUITES = {"scenes": scenes, "strange": strange, "pairs": pairs}

@@ -101,22 +101,26 @@ class Vlm:
     def ends(self, token: int) -> bool:
         return bool(self.llama.llama_vocab_is_eog(self.vocab, token))
 
-    def read(self, before: str, picture: Image.Image) -> Picture:
-        """Encodes a picture once, for all contexts."""
-        rgb = picture.convert("RGB")
-        pixels = (c.c_uint8 * (rgb.width * rgb.height * 3)).from_buffer_copy(rgb.tobytes())
-        bitmap = self.mtmd.mtmd_bitmap_init(rgb.width, rgb.height, pixels)
+    def read(self, before: str, *pictures: Image.Image) -> Picture:
+        """Encodes pictures, one after the other behind the text, once for all contexts."""
+        made = [self._bitmap(picture.convert("RGB")) for picture in pictures]
         chunks = self.mtmd.mtmd_input_chunks_init()
         try:
-            text = (before + MARKER).encode()
+            text = (before + MARKER * len(made)).encode()
             asked = self.mtmd.mtmd_input_text(text, len(text), True, True)
-            bitmaps = (self.mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
-            if self.mtmd.mtmd_tokenize(self.projector, chunks, c.byref(asked), bitmaps, 1) != 0:
-                raise EvalError(f"a picture of {rgb.width} x {rgb.height} pixels cannot be prepared for the model")
+            bitmaps = (self.mtmd.mtmd_bitmap_p_ctypes * len(made))(*made)
+            if self.mtmd.mtmd_tokenize(self.projector, chunks, c.byref(asked), bitmaps, len(made)) != 0:
+                sizes = ", ".join(f"{p.width} x {p.height}" for p in pictures)
+                raise EvalError(f"pictures of {sizes} pixels cannot be prepared for the model")
             return self._encode(chunks)
         finally:
             self.mtmd.mtmd_input_chunks_free(chunks)
-            self.mtmd.mtmd_bitmap_free(bitmap)
+            for bitmap in made:
+                self.mtmd.mtmd_bitmap_free(bitmap)
+
+    def _bitmap(self, rgb: Image.Image) -> int:
+        pixels = (c.c_uint8 * (rgb.width * rgb.height * 3)).from_buffer_copy(rgb.tobytes())
+        return self.mtmd.mtmd_bitmap_init(rgb.width, rgb.height, pixels)
 
     def _encode(self, chunks: int) -> Picture:
         parts: list[list[int] | Encoded] = []
@@ -163,7 +167,7 @@ class Encoded:
 
 @dataclass
 class Picture:
-    """A picture and the text before (and, for some models, around) it."""
+    """Pictures and the text before (and, for some models, around) them."""
 
     parts: list[list[int] | Encoded]
 

@@ -73,7 +73,7 @@ def measure(source: LlamaSource, capsule: Capsule, folder: Path, say: Callable[[
 def asked(source: LlamaSource) -> Iterator[Sample]:
     """The model's own answers are the truth."""
     for number, picture in readable(source.pictures, 0, lambda line: None):
-        yield Sample(str(number), picture.image, [Asked("probe", q, None) for q in picture.questions or QUESTIONS])
+        yield Sample(str(number), [picture.image], [Asked("probe", q, None) for q in picture.questions or QUESTIONS])
 
 
 def weights(todo: Sequence[tuple[str, range]], kld: np.ndarray, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
