@@ -21,6 +21,7 @@ def study(models):
 def test_the_order_of_the_ways(study):
     found, measures = study
     assert measures["like"].unit[0] > 0 and measures["like"](rotated("q8_0"))[0] < 0.05
+    assert measures["like"].by_layer(rotated("q4_0")).mean(0) == pytest.approx(np.ones(3))
     error = {name: e["like"][0] for name, (_, e) in found.items()}
     assert error["pca, ratio 0.6"] < error["pca, ratio 0.8"]
     assert error["pca, ratio 0.8"] < error["f16 rows, the rest dropped"]  # grade, don't drop
@@ -34,6 +35,14 @@ def test_equal_bytes_where_they_are_claimed(study):
     for name in ("pca, ratio 0.8", "pca, a basis for each head", "DCT instead of a learned basis", "pca, fitted with plain MSE", "pca, tiles of 8 x 8", "pca, N = 32"):
         assert found[name][0].bits() == pytest.approx(3.2, abs=0.12), name
     assert found["f16 rows, the rest dropped"][0].bits() == pytest.approx(3.2, abs=0.25)
+
+
+def test_an_mlp_for_dropped_rows_changes_nothing_else(study):
+    """Principal rows are uncorrelated: at the same bytes, with the same kept rows, a prediction of the dropped ones has little to find, and must not harm."""
+    found, _ = study
+    (plain, without), (predicted, guessed) = found["pca, ratio 0.875"], found["pca + MLP 32 for dropped key rows, ratio 0.875"]
+    assert plain.bits() == predicted.bits() and plain.rows() == predicted.rows()
+    assert guessed["like"][0] != without["like"][0] == pytest.approx(guessed["like"][0], rel=0.05) and guessed["like"][2] == without["like"][2]
 
 
 def test_outliers_cost_a_prediction_more_than_a_codec(study):

@@ -45,6 +45,10 @@ class Measure:
 
     def __call__(self, way: RoundTrip) -> np.ndarray:
         """f64 [3]: K and V, K only, V only stored this way."""
+        return self.by_layer(way).mean(0)
+
+    def by_layer(self, way: RoundTrip) -> np.ndarray:
+        """f64 [layers, 3]."""
         total = np.zeros((len(self.layers), 3))
         norm = np.zeros(len(self.layers))
         for n, s in enumerate(self.samples):
@@ -55,7 +59,7 @@ class Measure:
                 norm[j] += np.square(exact).sum()
                 for c, pair in enumerate(((k_hat, v_hat), (k_hat, v), (k, v_hat))):
                     total[j, c] += np.square(attention(self.model, s, i, *pair) - exact).sum()
-        return (total / norm[:, None]).mean(0) / self.unit
+        return total / norm[:, None] / self.unit
 
 
 def rotated(name: str) -> RoundTrip:

@@ -18,6 +18,7 @@ from ..train.schedule import Part, retain_rows, schedule
 from ..train.source import KVSample
 from ..train.store import BlockStore
 from ..train.trainer import FittedLayer, TrainOptions, fit_layer
+from .predict import predicted
 
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.833, 0.875, 0.9, 0.95)
 N = 64
@@ -132,7 +133,7 @@ def _one_head(x: Layer, h: int, k_mean: np.ndarray, k_basis: np.ndarray, v_mean:
 def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small: bool = False) -> Iterator[tuple[str, Way]]:
     """(question, way). torch: with key MLPs; small: a few of each kind, for tests."""
     found = fit(model, fitted)
-    ratios = (0.6, 0.8) if small else RATIOS
+    ratios = (0.6, 0.8, 0.875) if small else RATIOS
 
     def blocks(i: int, kind: str) -> np.ndarray:
         data = [(s.keys if kind == "k" else s.values)[i] for s in fitted]
@@ -141,6 +142,12 @@ def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small
 
     for ratio in ratios:
         yield "ratio", pca(f"pca, ratio {ratio}", found, schedule(*parts(found), N, ratio))
+    if torch:
+        for ratio in (0.875,) if small else (0.875, 0.9, 0.95):
+            keys, values = schedule(*parts(found), N, ratio)
+            codecs = [[predicted(f, k, v, blocks(i, "k"), 32)] if total_rows(k) < N else [BlockCodec(f.layer, PCA, k, v)]
+                      for i, (f, k, v) in enumerate(zip(found, keys, values))]
+            yield "MLP", Way(f"pca + MLP 32 for dropped key rows, ratio {ratio}", codecs)
     rows = schedule(*parts(found), N, 0.8)
     yield "basis", per_head("pca, a basis for each head", found, rows, blocks)
     plain = [with_basis(f, dct(N), lambda kind, i=i: blocks(i, kind)) for i, f in enumerate(found)]
