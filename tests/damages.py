@@ -204,6 +204,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "an adapter.type that is a number": (key("adapter.type", 1), "adapter.type is not"),
     "no block width": (without("kvcapsule.block_width"), "block_width is missing"),
     "a tile that does not fit": (lambda g, b: rewrite(g, b, kv={"kvcapsule.block_shape": ("tile", STR), "kvcapsule.block_width": (5, U32)}), "block_width 5"),
+    **{
+        f"a tile {name}": (lambda g, b, kv=kv: rewrite(g, b, kv={f"kvcapsule.{k}": (v, STR if k == "block_shape" else U32) for k, v in kv.items()}), line)
+        for name, kv, line in [
+            ("of no width", {"block_shape": "tile", "block_width": 0}, "block_width 0 does not divide"),
+            ("wider than a block", {"block_shape": "tile", "block_width": 2 * N, "image_tokens": N * N}, "block_width 32 does not divide"),
+            ("of a huge width", {"block_shape": "tile", "block_width": 0xFFFFFFFF, "image_tokens": N * N}, "block_width 4294967295 does not divide"),
+            ("without a grid", {"block_shape": "tile", "block_width": 4}, "norm nor image_tokens 0 gives a grid"),
+            ("of images that are no squares", {"block_shape": "tile", "block_width": 4, "image_tokens": 2 * N}, "norm nor image_tokens 32 gives a grid"),
+            ("of huge images", {"block_shape": "tile", "block_width": 4, "image_tokens": 0xFFFFFFF0}, "norm nor image_tokens 4294967280 gives a grid"),
+        ]
+    },
     "default ratio out of range": (key("kvcapsule.default_ratio", 1.5, F32), "default_ratio"),
     "negative frequency": (key("kvcapsule.base.rope.freq_base", [1e4, -1.0], F32), "freq_base"),
     "a thousand heads too many": (key("kvcapsule.base.head_count_kv", [5000, 2]), "head_count_kv of layer 0 is 5000"),
@@ -237,7 +248,9 @@ ACCEPTED: dict[str, Damage] = {
     "a name that is not UTF-8": raw(lambda b: b.replace(b"random capsule", b"random \xff\x00psule")),
     "provenance of any type": lambda good, bad: rewrite(good, bad, kv={"kvcapsule.train.losses": ([1.0, float("nan")], F32), "general.tags": (["a", "b"], STR)}),
     "other tensors first": lambda good, bad: _tensors_reversed(good, bad),
-    "a tile": lambda good, bad: rewrite(good, bad, kv={"kvcapsule.block_shape": ("tile", STR), "kvcapsule.block_width": (4, U32)}),
+    "a tile": lambda good, bad: rewrite(
+        good, bad, kv={"kvcapsule.block_shape": ("tile", STR), "kvcapsule.block_width": (2, U32), "kvcapsule.image_tokens": (4 * N, U32)}
+    ),
 }  # fmt: skip
 
 # what only shows against the base model, and is not damage of the file

@@ -30,6 +30,7 @@ def random_capsule(
     kappa: float = 0.0,
     image_tokens: int = 0,
     block_width: int = 0,
+    tile_width: int = 0,
     seed: int = 1,
 ) -> Path:
     """Writes `path` and returns it.
@@ -38,7 +39,7 @@ def random_capsule(
     `economy` q8_0, q4_0 and q2_0 (types that do not fit the head size are moved up). `rows`, `value_rows` (default: the same) and
     `faithful_rows` replace them: counts in the order f32, f16, q8_0, q4_0, q2_0, or a number of f32 rows.
     key_codec "retain": `kept` tokens (default: every other), `neighbours`, an MLP of width `mlp_width`; if lossless in both tiers, else in economy.
-    basis: "orthonormal" (random) or "identity". kappa, of the economy tier: <= 0 turns the guard off.
+    tile_width: blocks are tiles, so many tokens wide. basis: "orthonormal" (random) or "identity". kappa, of the economy tier: <= 0 turns the guard off.
     """
     base = read_base_model(model_gguf)
     rng = np.random.default_rng(seed)
@@ -71,7 +72,8 @@ def random_capsule(
         layers=layers,
         tiers=tiers,
         name=f"random capsule for {base.name}",
-        block_width=block_width,
+        block_shape="tile" if tile_width else "raster",
+        block_width=tile_width or block_width,
         image_tokens=image_tokens,
         neighbour_count=neighbours if m else 0,
         provenance={"tool": "tests/make_capsule.py", "seed": seed},

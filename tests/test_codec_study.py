@@ -7,7 +7,7 @@ import pytest
 from synthetic_kv import source
 
 from kvcapsule_gguf.study.measure import Measure, rotated, with_outliers
-from kvcapsule_gguf.study.ways import dct, tiles, ways
+from kvcapsule_gguf.study.ways import dct, ways
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,5 @@ def test_outliers_cost_a_prediction_more_than_a_codec(study):
     assert graded["outliers"][0] < 1 < kept["outliers"][0]
 
 
-def test_tiles_and_dct():
-    order = tiles(4, 2, 2)
-    assert order[:4].tolist() == [0, 1, 4, 5] and sorted(order) == list(range(16))
+def test_dct():
     assert np.allclose(dct(64) @ dct(64).T, np.eye(64), atol=1e-5)

@@ -39,13 +39,12 @@ def refusals(models, capsules, patched, folder) -> dict[str, StepResult]:
     return {**dict(zip(paths, result["load"].steps)), "good again": result["load"].steps[-1]}
 
 
-@pytest.mark.parametrize("name", ["good", "good again", *ACCEPTED.keys() - {"a tile"}])
+@pytest.mark.parametrize("name", ["good", "good again", *ACCEPTED.keys()])
 def test_loads(refusals, name):
     assert refusals[name].values == {"loaded": True, "last_error": ""}
 
 
 REASONS = {name: reason for name, (_, reason) in (DAMAGES | RETAIN_DAMAGES).items()} | {
-    "a tile": "not supported yet",
     "missing": "open", "a folder": "capsule", "another seed": "fingerprint", "another model": "architecture", "a model": "capsule"}
 
 

@@ -8,6 +8,7 @@ from llama_runner import Case, clear, compress, image, nmse, positions, read_kv,
 from tiny_archs import ARCHS
 from tiny_gguf import TinyModel
 
+from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.format.base_model import read_base_model
 from kvcapsule_gguf.format.writer import write_capsule
 from kvcapsule_gguf.train.arrays import fit_capsule
@@ -43,7 +44,7 @@ def runs(models, stock, patched, tmp_path_factory):
     for arch in ARCHS:
         model = cases[arch]["model"]
         told = samples(seen[arch], read_base_model(model).kv_layers, TinyModel(arch).head)
-        capsule = fit_capsule(model, told, TrainOptions(block_size=N), say=lambda line: None)
+        capsule = fit_capsule(model, told, TrainOptions(block=BlockShape(N)), say=lambda line: None)
         packed.append(Case(arch, steps=CHAT, capsule=write_capsule(folder / f"{arch}.gguf", capsule), ratio=0.6, **cases[arch]))
     plain = [Case(arch, steps=[positions() if s["op"] in ("compress", "stats") else s for s in CHAT], **cases[arch]) for arch in ARCHS]
     blind = [Case(arch, steps=[CHAT[0], image((SIDE, SIDE), seed=98), *ASK], **cases[arch]) for arch in ARCHS]

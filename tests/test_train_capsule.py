@@ -18,10 +18,11 @@ from kvcapsule_gguf.codec.rope import pair_index
 from kvcapsule_gguf.codec.types import total_rows
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.train.images import Drawn, UnreadablePicture, from_folder
 from kvcapsule_gguf.train.source import ArraySource, KVSample, TrainError
 from kvcapsule_gguf.train.store import BlockStore
-from kvcapsule_gguf.train.trainer import TrainOptions, choose_block_size, train
+from kvcapsule_gguf.train.trainer import TrainOptions, choose_block, train
 
 QUIET = {"say": lambda line: None}
 
@@ -39,7 +40,7 @@ def trained(models):
         if key not in done:
             if codec == "retain":
                 pytest.importorskip("torch").set_num_threads(1)
-            done[key] = train(source(models(arch=arch, head=head), 16), TrainOptions(codec=codec, layers=layers, block_size=64), **QUIET)
+            done[key] = train(source(models(arch=arch, head=head), 16), TrainOptions(codec=codec, layers=layers, block=BlockShape(64)), **QUIET)
         return done[key]
 
     return get
@@ -57,7 +58,8 @@ def test_a_trained_capsule_is_a_valid_file(trained, tmp_path, codec, arch, head)
     capsule = trained(codec, arch, head)
     again = read_capsule(write_capsule(tmp_path / "c.gguf", capsule))
     assert again.tiers == capsule.tiers or [t.name for t in again.tiers] == ["faithful", "paper", "default", "small"]
-    assert (again.block_size, again.image_tokens, again.block_width) == (64, 256, 16)
+    # with M-RoPE pictures may have any size, whatever those trained on have
+    assert (again.block_size, again.image_tokens, again.block_width) == (64, 0 if "vl" in arch else 256, 16)
     assert again.base.rope_type == {"llama": "norm", "qwen2": "neox", "qwen2vl": "mrope", "qwen3vl": "imrope"}[arch]
     if head % 32 == 0:
         assert all(k > 0 for t in again.tiers[1:] for k in t.kappa)
@@ -124,7 +126,7 @@ def test_the_same_seed_gives_the_same_file(models, tmp_path):
     pytest.importorskip("torch").set_num_threads(1)
     files = []
     for i in range(2):
-        capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="retain", block_size=64, seed=4), **QUIET)
+        capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="retain", block=BlockShape(64), seed=4), **QUIET)
         files.append(write_capsule(tmp_path / f"{i}.gguf", capsule).read_bytes())
     assert files[0] == files[1]
 
@@ -135,10 +137,61 @@ def test_pyramid(trained):
     assert total_rows(capsule.tiers[2].key_rows[0]) and capsule.tiers[2].key_rows[0] != capsule.tiers[2].key_rows[1]
 
 
-def test_block_size():
-    assert choose_block_size(576) == 64
-    assert choose_block_size(729) == 81 and choose_block_size(256) == 64 and choose_block_size(196) == 49
-    assert choose_block_size(257) == 64  # a prime: the remainder of each picture goes elsewhere
+def test_blocks_are_chosen(models):
+    def chosen(tokens: int, width: int, arch: str = "llama") -> str:
+        part = np.zeros((tokens, 1, 1), np.float32)
+        return str(choose_block(source(models(arch=arch)).model, KVSample([part], [part], [], width)))
+
+    # a grid that is a square: tiles that divide it
+    squares = {24: "tile:8x8", 27: "tile:9x9", 16: "tile:8x8", 14: "tile:7x7", 20: "tile:10x5", 12: "tile:12x6"}
+    assert {side: chosen(side * side, side) for side in squares} == squares
+    assert chosen(256, 0) == chosen(256, 32) == chosen(576, 0) == "raster:64" and chosen(196, 28) == "raster:49"
+    assert chosen(257, 0) == chosen(23 * 23, 23) == "raster:64"  # primes: the remainder of each picture goes elsewhere
+    # pictures of any shape
+    assert chosen(23 * 31, 31, "qwen2vl") == "tile:8x8" and chosen(23 * 31, 0, "qwen2vl") == "raster:64"
+
+
+def test_tiles_are_cut_as_the_library_does(models, tmp_path):
+    """Whole tiles first, then what is left; a remainder is left out."""
+    model = source(models(arch="qwen2vl")).model
+    s = sample(model, 0, side=10)
+    with BlockStore(model, BlockShape(32, 8), tmp_path) as store:
+        store.add(0, s)
+        got = store.blocks(0, "v", held=False)
+    tile = [y * 10 + x for y in range(4, 8) for x in range(8)]
+    left = [y * 10 + x for y in range(8) for x in (8, 9)] + [y * 10 + x for x in reversed(range(10)) for y in (8, 9)]
+    assert len(got) == 3
+    for block, tokens in zip(got[1:], (tile, left[:32])):
+        assert np.allclose(block, s.values[0][tokens].swapaxes(0, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_without_one_square_grid_are_cut_by_rows(models, tmp_path):
+    """Tiles were chosen by the first picture; without M-RoPE the library would not know the width of the others."""
+    data = source(models(arch="llama"), 8, side=8)
+    data.samples[5] = sample(data.model, 5, side=16)
+    said = []
+    capsule = train(data, TrainOptions(), said.append, tmp_path / "work")
+    assert (capsule.block_shape, capsule.image_tokens) == ("raster", 0) and any("starting again" in line for line in said)
+    with pytest.raises(TrainError, match="use --block raster:64"):
+        train(data, TrainOptions(block=BlockShape(64, 8)), **QUIET)
+    any_shape = source(models(arch="qwen2vl"), 8, side=8)
+    any_shape.samples[5] = sample(any_shape.model, 5, side=11)
+    any_shape.samples[6] = sample(any_shape.model, 5, side=4)  # less than a block
+    capsule = train(any_shape, TrainOptions(), said.append)
+    assert (capsule.block_shape, capsule.block_width, capsule.image_tokens) == ("tile", 8, 0) and capsule.provenance["images"] == 7
+    assert "skipped: picture 7 has 16 tokens" in " ".join(said)
+
+
+def test_retain_in_tiles(models):
+    """Neighbours above and below are those of the tile."""
+    pytest.importorskip("torch").set_num_threads(1)
+    capsule = train(source(models(arch="qwen2vl"), 8), TrainOptions(codec="retain", mlp_width=0, block=BlockShape(32, 8)), **QUIET)
+    layer = capsule.layers[0]
+    y, x = np.divmod(layer.token_order.astype(int), 8)
+    dropped, near = np.arange(layer.kept_count, 32), layer.k_neighbours
+    inside = (y[dropped] > 0) & (y[dropped] < 3)
+    for dy in (-1, 1):
+        assert ((y[near] - y[dropped, None] == dy).any(1) | ~inside).all()
 
 
 # --- store ---
@@ -148,7 +201,7 @@ def test_store(models, tmp_path):
     """Blocks are consecutive tokens, a remainder is left out, every fourth image is held back."""
     model = source(models(arch="llama")).model
     samples = [sample(model, i, side=10) for i in range(5)]
-    with BlockStore(model, 32, tmp_path) as store:
+    with BlockStore(model, BlockShape(32), tmp_path) as store:
         for i, s in enumerate(samples):
             store.add(i, s)
         assert store.blocks(0, "k", held=False).shape == (12, 2, 32, 64) and store.blocks(1, "v", held=True).shape == (3, 2, 32, 64)
@@ -162,7 +215,7 @@ def test_store(models, tmp_path):
 def test_store_without_queries(models, tmp_path):
     model = source(models(arch="llama")).model
     s = sample(model, 0)
-    with BlockStore(model, 32, tmp_path) as store:
+    with BlockStore(model, BlockShape(32), tmp_path) as store:
         store.add(0, KVSample(s.keys, s.values, [q[:0] for q in s.queries], 16))
         assert (store.query_weight(0) == 1).all()
 
@@ -172,7 +225,7 @@ def test_the_store_is_bounded(models, tmp_path, pictures):
     """However many pictures, no more blocks than the memory allows; from all pictures alike."""
     model = source(models(arch="llama")).model
     s = sample(model, 0)
-    with BlockStore(model, 32, tmp_path, expected=pictures, memory=20 * 4 * 2 * 32 * 64) as store:
+    with BlockStore(model, BlockShape(32), tmp_path, expected=pictures, memory=20 * 4 * 2 * 32 * 64) as store:
         for i in range(pictures):
             store.add(i, s)
         assert len(store.held) == 20 and store.images == pictures
@@ -268,7 +321,7 @@ def test_one_line_when_it_can_not_train(models):
     bad.keys[1][5, 0, 0] = np.nan
     for samples, options, reason in (
         ([], TrainOptions(), "no pictures"), (good.samples[:3], TrainOptions(), "too few"), ([*good.samples, bad], TrainOptions(), "layer 1.*finite"),
-        (good.samples, TrainOptions(block_size=300), "less than a block"),
+        (good.samples, TrainOptions(block=BlockShape(300)), "fewer tokens than a block"),
     ):  # fmt: skip
         with pytest.raises(TrainError, match=reason):
             train(ArraySource(good.model, samples), options, **QUIET)
@@ -324,7 +377,6 @@ def command(*arguments, **env) -> subprocess.CompletedProcess:
         ([__file__, "--mmproj", __file__], "not a GGUF file|No such file|not built"),
         ([__file__], "no mmproj"),
         ([__file__, "--mmproj", __file__, "--images", "none"], "not a folder"),
-        ([__file__, "--mmproj", __file__, "--block-size", "4"], "--block-size 4"),
         ([__file__, "--mmproj", __file__, "--n-images", "2"], "--n-images 2"),
         ([__file__, "--mmproj", __file__, "-o", "/none/out.gguf"], "/none is not a folder"),
     ],
@@ -335,6 +387,12 @@ def test_the_command_refuses_with_one_line(arguments, reason):
     done = command(*arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("kvcapsule-train: ") and re.search(reason, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("shape", ["64", "raster:4", "tile:100x8", "tile:8"])
+def test_a_block_that_is_none(shape):
+    done = command(__file__, "--mmproj", __file__, "--block", shape)
+    assert done.returncode == 2 and f"argument --block: {shape}" in done.stderr
 
 
 def test_the_command_from_end_to_end(tmp_path):
@@ -350,7 +408,7 @@ def test_the_command_from_end_to_end(tmp_path):
     (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "c.gguf"
     done = command(
-        model, "--mmproj", mmproj, "-o", out, "--images", tmp_path / "pictures", "--block-size", 16, "--codec", "retain", "--layers", "sensitivity", "--ratios", "0.5,0.8", "-c", 1024,
+        model, "--mmproj", mmproj, "-o", out, "--images", tmp_path / "pictures", "--block", "raster:16", "--codec", "retain", "--layers", "sensitivity", "--ratios", "0.5,0.8", "-c", 1024,
         "-t", 1, "--device", "cpu", OMP_NUM_THREADS="1", KVCAPSULE_LIB=str(lib),
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == "", done.stderr
@@ -374,7 +432,7 @@ def test_other_architectures(tmp_path, arch):
 
     env = {"OMP_NUM_THREADS": "1", "KVCAPSULE_LIB": str(library("patched"))}
     model, mmproj, out = write_model(tmp_path / "tiny.gguf", arch=arch), write_mmproj(tmp_path / "mmproj-tiny.gguf", arch=arch), tmp_path / "c.gguf"
-    size = ["--block-size", 16, "-c", 1024, "-t", 1]
+    size = ["--block", "raster:16", "-c", 1024, "-t", 1]
     done = command(model, "--mmproj", mmproj, "-o", out, "--n-images", 4, "--layers", "uniform", *size, **env)
     assert done.returncode == 0, done.stderr
     arguments = [model, "--capsule", out, "--ratio", "0.8", "--against", "f16", "-n", 4, "-c", 2048, "-t", 1, "--no-guard", "--json"]
@@ -399,7 +457,7 @@ def test_the_command_on_the_demo_model(tmp_path, codec):
     done = command(models[0], "--mmproj", mmproj[0], "-o", out, "--n-images", 4, "--codec", codec, "--layers", "uniform", "-t", 1, OMP_NUM_THREADS="1", KVCAPSULE_LIB=str(lib))
     assert done.returncode == 0 and done.stdout == "", done.stderr
     capsule = read_capsule(out)
-    assert capsule.image_tokens == 576 and capsule.block_size == 64 and capsule.block_width == 24
+    assert capsule.image_tokens == 576 and (capsule.block_shape, capsule.block_size, capsule.block_width) == ("tile", 64, 8)
     weight = np.stack([x.k_query_weight for x in capsule.layers])
     assert weight.std() > 0.05
     assert all(x.k_basis[0].std() < 0.1 for x in capsule.layers)  # the first row is near the mean over the tokens

@@ -14,6 +14,7 @@ VERSION = 1
 PCA, RETAIN = 0, 1
 CODEC_NAMES = {"pca": PCA, "retain": RETAIN}
 ROPE_TYPES = ("none", "norm", "neox", "mrope", "imrope")
+GRID_ROPE_TYPES = ("mrope", "imrope")  # positions tell the place of a token in its image
 BLOCK_SHAPES = ("raster", "tile")
 
 

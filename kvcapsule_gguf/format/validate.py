@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.types import ROW_TYPES, total_rows
-from .capsule import BLOCK_SHAPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
+from .capsule import BLOCK_SHAPES, GRID_ROPE_TYPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
 from .schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
 
 
@@ -72,6 +72,11 @@ def validate_tensors(c: Capsule) -> None:
 def _base(c: Capsule) -> None:
     b = c.base
     need(b.rope_type in ROPE_TYPES, f"kvcapsule.base.rope.type is not one of {', '.join(ROPE_TYPES)}")
+    grid = b.rope_type in GRID_ROPE_TYPES or (c.image_tokens > 0 and math.isqrt(c.image_tokens) ** 2 == c.image_tokens)
+    need(
+        c.block_shape == "raster" or grid,
+        f"kvcapsule.block_shape is tile, but neither the RoPE type {b.rope_type} nor image_tokens {c.image_tokens} gives a grid",
+    )
     need(re.fullmatch("[0-9a-f]{64}", b.fingerprint) is not None, "kvcapsule.base.fingerprint is not 64 hex digits")
     need(1 <= len(c.layers) <= b.block_count, f"kvcapsule.layers has {len(c.layers)} layers of a model of {b.block_count}")
 

@@ -91,8 +91,7 @@ def text(data: dict[str, Any]) -> str:
     lines = [
         f"{data['file']}: {data['name'] or 'capsule'}, {data['file_bytes'] / 2**20:.2f} MiB",
         f"for: {base['architecture']}, {base['layers']} layers, RoPE {base['rope']}, fingerprint {base['fingerprint'][:16]}...",
-        f"blocks: {data['block_size']} tokens, {data['block_shape']}"
-        + (f", image {data['block_width']} tokens wide" if data["block_width"] else "")
+        f"blocks: {data['block_size']} tokens, {_shape(data)}"
         + (f", {data['image_tokens']} tokens an image" if data["image_tokens"] else ", images of any size"),
         "trained: " + (", ".join(f"{k} {_short(v)}" for k, v in data["provenance"].items() if not isinstance(v, list)) or "nothing said"),
         "",
@@ -105,6 +104,13 @@ def text(data: dict[str, Any]) -> str:
     for tier in data["presets"]:
         lines += ["", f"{tier['name']}: rows by type, bits per value, error (of all but the mean), guard", *_layers(tier["layers"])]
     return "\n".join(lines)
+
+
+def _shape(data: dict[str, Any]) -> str:
+    width = data["block_width"]
+    if data["block_shape"] == "tile":
+        return f"tiles of {width} x {data['block_size'] // width}"
+    return "raster" + (f", image {width} tokens wide" if width else "")
 
 
 def _layers(layers: list[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ..codec.block import BlockCodec
+from ..codec.cut import BlockShape
 from ..codec.types import RowCounts, row_counts, rows_bytes, total_rows
 from ..format.base_model import BaseModel
 from ..format.capsule import PCA, RETAIN, Layer
@@ -65,14 +66,13 @@ class Way:
         return tuple(y.swapaxes(1, 2).reshape(x.shape)[back] for x, y in zip((k, v), done))  # type: ignore[return-value]
 
 
-def fit(model: BaseModel, samples: Sequence[KVSample], n: int = N, order: np.ndarray | None = None, **options: object) -> list[FittedLayer]:
-    with TemporaryDirectory() as folder, BlockStore(model, n, Path(folder)) as store:
+def fit(model: BaseModel, samples: Sequence[KVSample], block: BlockShape = BlockShape(N), **options: object) -> list[FittedLayer]:
+    with TemporaryDirectory() as folder, BlockStore(model, block, Path(folder)) as store:
         for i, s in enumerate(samples):
-            if order is not None:
-                s = replace(s, keys=[k[order] for k in s.keys], values=[v[order] for v in s.values])
             store.add(i, s)
         store.held = [False] * len(store.held)
-        return [fit_layer(model, store, i, samples[0].width, TrainOptions(**options)) for i in range(len(model.kv_layers))]  # type: ignore[arg-type]
+        width = block.tile_width or samples[0].width
+        return [fit_layer(model, store, i, width, TrainOptions(**options)) for i in range(len(model.kv_layers))]  # type: ignore[arg-type]
 
 
 def parts(found: Sequence[FittedLayer]) -> tuple[list[Part], list[Part]]:
@@ -81,12 +81,6 @@ def parts(found: Sequence[FittedLayer]) -> tuple[list[Part], list[Part]]:
 
 def pca(name: str, found: Sequence[FittedLayer], rows: tuple[list[RowCounts], list[RowCounts]], n: int = N, order: np.ndarray | None = None) -> Way:
     return Way(name, [[BlockCodec(f.layer, PCA, k, v)] for f, k, v in zip(found, *rows)], n, order)
-
-
-def tiles(side: int, width: int, height: int) -> np.ndarray:
-    """The tokens of a square picture, tile by tile."""
-    grid = np.arange(side * side).reshape(side // height, height, side // width, width)
-    return grid.swapaxes(1, 2).reshape(-1)
 
 
 def dct(n: int) -> np.ndarray:
@@ -163,12 +157,12 @@ def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small
     side = int(len(fitted[0].keys[0]) ** 0.5)
     for width, height in ((8, 8),) if small else ((8, 8), (4, 16)):
         if side % width == side % height == 0 and side * side == len(fitted[0].keys[0]):
-            order = tiles(side, width, height)
-            tiled = fit(model, fitted, order=order)
-            yield "blocks", pca(f"pca, tiles of {width} x {height}", tiled, schedule(*parts(tiled), N, 0.8), order=order)
+            block = BlockShape(width * height, width)
+            tiled = fit(model, fitted, block)
+            yield "blocks", pca(f"pca, tiles of {width} x {height}", tiled, schedule(*parts(tiled), N, 0.8), order=block.order(side * side, side))
     for n in (32,) if small else (32, 48, 72, 96, 144):
         if len(fitted[0].keys[0]) % n == 0:
-            other = fit(model, fitted, n)
+            other = fit(model, fitted, BlockShape(n))
             yield "blocks", pca(f"pca, N = {n}", other, schedule(*parts(other), n, 0.8), n)
     for near, h in ((4, 0),) if small else ((2, 0), (4, 0), (4, 8), (4, 16), (4, 32)):
         if h and not torch:

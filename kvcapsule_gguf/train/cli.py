@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..chat.errors import ChatError
+from ..codec.cut import BlockShape
 from ..eval.vlm import EvalError
 from ..format.capsule import CapsuleError
+from ..format.schema import MAX_BLOCK, MIN_BLOCK
 from ..format.writer import write_capsule
 from ..native import NativeError
 from .guard import PASS
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--loss", choices=("queries", "mse"), default="queries", help="error of the keys as text queries see it, or the plain one, for comparison (default: %(default)s)")
     p.add_argument("--guard", type=float, default=PASS, metavar="SHARE", help="share of the blocks of ordinary pictures that are stored small; the rest, and blocks of stranger pictures, are kept at higher precision (default: %(default)s)")
     p.add_argument("--ratios", type=ratios, default=dict(PRESETS), metavar="R,R,...", help="presets of the file, --ratio of the chat picks one (default: 0.6,0.8,0.875)")
-    p.add_argument("--block-size", type=int, default=0, metavar="N", help="tokens of a block, 8..256 (default: chosen from the tokens of a picture)")
+    p.add_argument("--block", type=block, metavar="SHAPE", help="tokens of a block: tile:WxH of the picture's grid, or raster:N consecutive ones, 8..256 tokens (default: tile:8x8, or what divides the grid of the picture)")
     p.add_argument("--n-images", type=int, default=DEFAULT_IMAGES, metavar="N", help="pictures to look at, a quarter of them only calibrates (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="S")
     p.add_argument("-c", "--ctx-size", type=int, default=8192, metavar="N", help="context while collecting, one picture and a question (default: %(default)s)")
@@ -58,8 +60,6 @@ def find_mmproj(model: Path) -> Path:
 
 def run(args: argparse.Namespace) -> Path:
     """Raises TrainError, CapsuleError, NativeError."""
-    if args.block_size and not 8 <= args.block_size <= 256:
-        raise TrainError(f"--block-size {args.block_size} is not in 8..256")
     if not 0.5 <= args.guard <= 1:
         raise TrainError(f"--guard {args.guard} is not in 0.5..1")
     if args.n_images < 4:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> Path:
 
     start = time.monotonic()
     options = TrainOptions(
-        codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block_size=args.block_size, seed=args.seed, device=args.device
+        codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block=args.block, seed=args.seed, device=args.device
     )
     work = args.work or output.with_name(output.name + ".work")
     try:
@@ -94,6 +94,17 @@ def run(args: argparse.Namespace) -> Path:
 
 class Interrupted(Exception):
     """Ctrl-C; one line."""
+
+
+def block(text: str) -> BlockShape:
+    """Raises ArgumentTypeError."""
+    try:
+        shape = BlockShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not MIN_BLOCK <= shape.size <= MAX_BLOCK:
+        raise argparse.ArgumentTypeError(f"{text}: a block of {shape.size} tokens is not in {MIN_BLOCK}..{MAX_BLOCK}")
+    return shape
 
 
 def ratios(text: str) -> dict[str, float]:

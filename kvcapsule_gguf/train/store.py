@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..codec.cut import BlockShape
 from ..codec.rope import tie_pairs
 from ..format.base_model import BaseModel
 from .source import KVSample, TrainError
@@ -24,9 +25,9 @@ STATE = "state.npz"
 class BlockStore:
     """Blocks of N tokens of every KV layer, and the second moment of the queries. Close it, or use it as a context manager."""
 
-    def __init__(self, model: BaseModel, block_size: int, folder: Path, *, expected: int = 1, seed: int = 0, memory: int = MEMORY) -> None:
+    def __init__(self, model: BaseModel, block: BlockShape, folder: Path, *, expected: int = 1, seed: int = 0, memory: int = MEMORY) -> None:
         """expected: pictures that will come; folder: made if it is not there, gone on with if it has a state (of the same settings)."""
-        self.model, self.block_size, self.folder = model, block_size, folder
+        self.model, self.block, self.block_size, self.folder = model, block, block.size, folder
         self.expected, self.seed, self.memory = expected, seed, memory
         self.images = 0  # that are in the store
         self.next = 0  # number of the picture to go on with
@@ -81,12 +82,13 @@ class BlockStore:
         """Cuts picture `number` into blocks; a remainder is left out. Raises TrainError on NaN, infinities, and a full disk."""
         n_tokens = len(sample.keys[0])
         blocks = n_tokens // self.block_size
+        tokens = self.block.order(n_tokens, sample.width)[: blocks * self.block_size]
         some = self.chosen(blocks)
         for i in range(len(self.model.kv_layers)):
             for kind, x in (("k", sample.keys[i]), ("v", sample.values[i])):
                 if not np.isfinite(x).all():
                     raise TrainError(f"layer {self.model.kv_layers[i]} has {'keys' if kind == 'k' else 'values'} that are not finite")
-                cut = x[: blocks * self.block_size].reshape(blocks, self.block_size, *x.shape[1:]).swapaxes(1, 2)[some]
+                cut = x[tokens].reshape(blocks, self.block_size, *x.shape[1:]).swapaxes(1, 2)[some]
                 try:
                     self._files[i, kind].write(np.clip(cut, -65504, 65504).astype(np.float16).tobytes())
                 except OSError as error:
@@ -106,7 +108,7 @@ class BlockStore:
         self._q2[i] += np.square(grouped).mean(2).sum(0)
 
     def _settings(self) -> str:
-        return json.dumps([self.model.architecture, self.model.name, self.block_size, self.expected, self.seed, self.memory])
+        return json.dumps([self.model.architecture, self.model.name, str(self.block), self.expected, self.seed, self.memory])
 
     def _save(self) -> None:
         part = self.folder / "state.part.npz"
@@ -115,7 +117,7 @@ class BlockStore:
             for f in self._files.values():
                 f.flush()
             np.savez(
-                part, settings=np.array(self._settings()), block_size=np.array(self.block_size), counts=counts, held=np.array(self.held, bool),
+                part, settings=np.array(self._settings()), block=np.array(str(self.block)), counts=counts, held=np.array(self.held, bool),
                 widths=np.array(sorted(self.widths)), image_tokens=np.array(sorted(self.image_tokens)), **{f"q{i}": q for i, q in enumerate(self._q2)},
             )  # fmt: skip
             os.replace(part, self.folder / STATE)

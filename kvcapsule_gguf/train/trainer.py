@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..codec.cut import BlockShape
 from ..codec.types import Q4_0, row_counts
 from ..format.base_model import BaseModel, base_of
-from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
+from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from .fit_pca import fit_basis
 from .fit_retain import RetainOptions, fit_retain
 from .guard import PASS, calibrate
 from .schedule import PRESETS, PROBE_PICTURES, Part, faithful_rows, probe_count, retain_rows, schedule
-from .source import KVSource, TrainError
+from .source import KVSample, KVSource, TrainError
 from .store import MEMORY, STATE, BlockStore
 from .timing import duration, remaining
 
@@ -35,7 +36,7 @@ class TrainOptions:
     layers: str = "uniform"  # one of schedule.LAYER_SCHEDULES
     guard: float = PASS  # share of blocks of ordinary pictures that may take the economy tier
     loss: str = "queries"  # the keys' error as text queries see it, or "mse": the plain one
-    block_size: int = 0  # 0: chosen from the number of tokens of an image
+    block: BlockShape | None = None  # None: chosen from the first picture
     seed: int = 0
     memory: int = MEMORY  # store.MEMORY
     kept: float = 0.4  # retain: share of the tokens that are kept
@@ -49,19 +50,44 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def known_block_size(folder: Path) -> int:
-    """Of an interrupted training; 0 if there is none."""
+def known_block(folder: Path) -> BlockShape | None:
+    """Of an interrupted training."""
     try:
         with np.load(folder / STATE, allow_pickle=False) as state:
-            return int(state["block_size"])
+            return BlockShape.parse(str(state["block"]))
     except (OSError, ValueError, KeyError):
-        return 0
+        return None
 
 
-def choose_block_size(image_tokens: int, wanted: int = DEFAULT_BLOCK) -> int:
-    """The divisor of image_tokens in 32..128 nearest to `wanted` (so that no image has a remainder); `wanted` if there is none."""
-    fits = [n for n in range(MIN_BLOCK, MAX_BLOCK + 1) if image_tokens % n == 0]
-    return min(fits, key=lambda n: (abs(n - wanted), n), default=wanted)
+def choose_block(model: BaseModel, sample: KVSample, wanted: int = DEFAULT_BLOCK) -> BlockShape:
+    """Tiles where the place of a token is known: 8 x 8 if pictures may have any shape, the divisors of the grid nearest to that if it is a square.
+
+    Otherwise the divisor of the number of tokens in 32..128 nearest to `wanted`, so that no picture has a remainder; `wanted` if there is none.
+    """
+    n, side = len(sample.keys[0]), sample.width
+    if model.rope_type in GRID_ROPE_TYPES and side:
+        return BlockShape(64, 8)
+    sizes = range(MIN_BLOCK, MAX_BLOCK + 1)
+    if side * side == n:
+        divisors = [d for d in range(1, side + 1) if side % d == 0]
+        tiles = [BlockShape(w * h, w) for w in divisors for h in divisors if w * h in sizes and w >= h]
+        if tiles:
+            return min(tiles, key=lambda b: (abs(b.size - wanted), b.tile_width))
+    fits = [BlockShape(size) for size in sizes if n % size == 0]
+    return min(fits, key=lambda b: (abs(b.size - wanted), b.size), default=BlockShape(wanted))
+
+
+class NoGrid(TrainError):
+    """Tiles were chosen, and this picture is not the square that they need."""
+
+
+def check_grid(model: BaseModel, block: BlockShape, sample: KVSample, seen: set[int]) -> None:
+    """seen: numbers of tokens of the pictures before. Raises NoGrid."""
+    n = len(sample.keys[0])
+    if not block.tile_width or (model.rope_type in GRID_ROPE_TYPES and sample.width):
+        return
+    if sample.width**2 != n or seen - {n}:
+        raise NoGrid(f"a picture of {n} tokens is not a square of one size for all pictures, as tiles need it without M-RoPE: use --block raster:{block.size}")
 
 
 def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = to_stderr, work: Path | None = None) -> Capsule:
@@ -75,32 +101,47 @@ def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = 
 
 def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None], folder: Path) -> BlockStore:
     """The blocks of all pictures. Raises TrainError."""
-    model, total = source.model, len(source)
-    start = time.monotonic()
-    if not total:
+    if not len(source):
         raise TrainError("no pictures to train on")
-    n = options.block_size or known_block_size(folder)
-    first = next(iter(source.read()), None) if not n else None
-    if not n:
+    block = options.block or known_block(folder)
+    if block is None:
+        first = next(iter(source.read()), None)
         if first is None:
             raise TrainError("no pictures to train on: none of them can be read")
-        n = choose_block_size(len(first[1].keys[0]))
-    store = BlockStore(model, n, folder, expected=total, seed=options.seed, memory=options.memory)
+        block = choose_block(source.model, first[1])
+    try:
+        return _collect(source, block, options, say, folder)
+    except NoGrid as error:
+        if options.block:
+            raise
+        say(f"{error}: starting again with that")
+        shutil.rmtree(folder, ignore_errors=True)
+        return _collect(source, BlockShape(block.size), options, say, folder)
+
+
+def _collect(source: KVSource, block: BlockShape, options: TrainOptions, say: Callable[[str], None], folder: Path) -> BlockStore:
+    model, total = source.model, len(source)
+    start, small = time.monotonic(), 0
+    store = BlockStore(model, block, folder, expected=total, seed=options.seed, memory=options.memory)
     try:
         if store.images:
             say(f"going on after {store.next} of {total} pictures ({folder})")
         begun, done = time.monotonic(), store.next
         for number, sample in source.read(store.next):
             tokens = len(sample.keys[0])
-            if tokens < n:
-                raise TrainError(f"a picture has {tokens} tokens, less than a block of {n}: choose a smaller --block-size")
+            check_grid(model, block, sample, store.image_tokens)
+            if tokens < block.size:
+                say(f"skipped: picture {number + 1} has {tokens} tokens, fewer than a block of {block.size}")
+                small += 1
+                continue
             store.add(number, sample)
             if store.images == 1:
                 _announce(store, tokens, total, time.monotonic() - begun, options, say)
             elif store.images % 16 == 0:
                 say(f"picture {number + 1} of {total}: {len(store.held)} blocks, {remaining(begun, number + 1 - done, total - done)} left to look")
         if not store.images:
-            raise TrainError("no pictures to train on: none of them can be read")
+            few = f"all have fewer tokens than a block of {block.size}, choose a smaller --block" if small else "none of them can be read"
+            raise TrainError(f"no pictures to train on: {few}")
         if not any(store.held) or all(store.held):
             raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 16 make a usable capsule, 64 or more a good one")
         if store.images < FEW:
@@ -139,7 +180,8 @@ class FittedLayer:
 def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callable[[str], None]) -> Capsule:
     """Raises TrainError."""
     model, n = store.model, store.block_size
-    width = next(iter(store.widths)) if len(store.widths) == 1 else 0
+    grid = model.rope_type in GRID_ROPE_TYPES
+    width = store.block.tile_width or (next(iter(store.widths)) if len(store.widths) == 1 else 0)
     fitted: list[FittedLayer] = []
     start = time.monotonic()
     for i, index in enumerate(model.kv_layers):
@@ -151,13 +193,14 @@ def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callabl
             f"{remaining(start, i + 1, len(model.kv_layers))} left to fit"
         )
     # one number of tokens for pictures of several shapes: the projector's grid is fixed
-    tokens = next(iter(store.image_tokens)) if len(store.image_tokens) == 1 else 0
+    tokens = next(iter(store.image_tokens)) if len(store.image_tokens) == 1 and not grid else 0
     capsule = Capsule(
         base=base_of(model),
         block_size=n,
         layers=[f.layer for f in fitted],
         tiers=[_faithful(fitted, n)],
         name=f"KVCapsule for {model.name}",
+        block_shape=store.block.kind,
         block_width=width,
         image_tokens=tokens if tokens % n == 0 else 0,
         neighbour_count=options.neighbours if options.codec == "retain" else 0,

@@ -59,7 +59,7 @@ def capsules(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     one = write_capsule(folder / "pca.gguf", capsule([layer(0, 2, False)], [8, 4]))
     write_capsule(folder / "retain.gguf", capsule([layer(1, 2, True)], [8, 6], image_tokens=16, block_width=4))
-    write_capsule(folder / "layers.gguf", capsule([layer(0, 2, False), layer(3, 4, False)], [8, 6, 4], block_shape="tile", block_width=4))
+    write_capsule(folder / "layers.gguf", capsule([layer(0, 2, False), layer(3, 4, False)], [8, 6, 4], block_shape="tile", block_width=4, image_tokens=64))
     kv = {"general.type": ("mmproj", STR), "adapter.type": None, "general.architecture": ("clip", STR)}
     rewrite(one, folder / "mmproj.gguf", kv=kv, add=[("v.weight", np.ones(4, np.float32))])
 

@@ -112,10 +112,6 @@ static void capsule_check_model(const llama_capsule_data & data, const llama_mod
     if (base.fingerprint != llama_capsule_model_fingerprint(model)) {
         mismatch("fingerprint (train one for this model with kvcapsule-train)");
     }
-
-    if (data.block_shape != "raster") {
-        throw std::runtime_error(format("block shape '%s' is not supported yet", data.block_shape.c_str()));
-    }
 }
 
 //

@@ -1,5 +1,7 @@
 #include "llama-capsule-store.h"
 
+#include "llama-capsule-grid.h"
+
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -36,7 +38,7 @@ void llama_capsule_store::place(pool & pool, uint32_t i_slot, const std::vector<
     }
 }
 
-// idxs: the cells of one run of vision tokens, in their order
+// idxs: cells of vision tokens, in the order in which they are cut into blocks
 uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
     struct block {
         std::vector<uint32_t> idxs;
@@ -188,6 +190,49 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
     return res;
 }
 
+// idxs: the cells of one run of vision tokens, in their order; res: the same in the order in which they are cut into blocks, image by image
+std::vector<std::vector<uint32_t>> llama_capsule_store::cut_run(const std::vector<uint32_t> & idxs) const {
+    if (data().block_shape == "raster") {
+        return { idxs };
+    }
+
+    const auto & cells = kv.v_cells[0];
+    const bool   grid  = kv.hparams.n_pos_per_embd() > 1; // the positions tell the place
+
+    const uint32_t n_image = data().image_tokens;
+    const uint32_t side    = llama_capsule_square_side(n_image);
+
+    std::vector<std::vector<uint32_t>> res;
+    for (size_t i = 0; i < idxs.size();) {
+        const llama_pos first = cells.pos_get(idxs[i]);
+
+        std::vector<uint32_t>            image;
+        std::vector<llama_capsule_place> places;
+
+        for (; i < idxs.size(); ++i) {
+            const uint32_t dist = cells.pos_get(idxs[i]) - first;
+            if (!grid && dist >= n_image) {
+                break;
+            }
+            image.push_back(idxs[i]);
+            if (grid) {
+                const auto & ext = cells.ext_get(idxs[i]);
+                places.push_back({ ext.y, ext.x });
+            } else {
+                places.push_back({ (int32_t) (dist/side), (int32_t) (dist%side) });
+            }
+        }
+
+        std::vector<uint32_t> sorted;
+        for (uint32_t j : llama_capsule_tile_order(places, data().block_width, N()/data().block_width)) {
+            sorted.push_back(image[j]);
+        }
+        res.push_back(std::move(sorted));
+    }
+
+    return res;
+}
+
 uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     lctx.synchronize();
 
@@ -219,11 +264,13 @@ uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_
 
     uint32_t res = 0;
     for (const auto & r : runs) {
-        try {
-            res += compress_run(r);
-        } catch (const std::bad_alloc &) {
-            warn_alloc();
-            update_used(); // gives back the slots without cells
+        for (const auto & image : cut_run(r)) {
+            try {
+                res += compress_run(image);
+            } catch (const std::bad_alloc &) {
+                warn_alloc();
+                update_used(); // gives back the slots without cells
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 #include "llama-capsule-file.h"
 
+#include "llama-capsule-grid.h"
 #include "llama-capsule-sha256.h"
 #include "llama-impl.h"
 
@@ -223,6 +224,8 @@ void capsule_reader::read_keys() {
     static const std::set<std::string> rope_types = { "none", "norm", "neox", "mrope", "imrope" };
 
     need(rope_types.count(base.rope_type) > 0, "kvcapsule.base.rope.type is not one of none, norm, neox, mrope, imrope");
+    need(data.block_shape == "raster" || base.rope_type == "mrope" || base.rope_type == "imrope" || llama_capsule_square_side(data.image_tokens) > 0,
+            format("kvcapsule.block_shape is tile, but neither the RoPE type %s nor image_tokens %u gives a grid", base.rope_type.c_str(), data.image_tokens));
     need(base.fingerprint.size() == 64 && base.fingerprint.find_first_not_of("0123456789abcdef") == std::string::npos,
             "kvcapsule.base.fingerprint is not 64 hex digits");
 }

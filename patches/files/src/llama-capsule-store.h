@@ -334,6 +334,8 @@ private:
     void state_set_hot (const llama_capsule_state & state, llama_seq_id seq_id);
     void state_set_cold(const llama_capsule_state & state, llama_seq_id seq_id, llama_io_read_i & io);
 
+    std::vector<std::vector<uint32_t>> cut_run(const std::vector<uint32_t> & idxs) const;
+
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
 
