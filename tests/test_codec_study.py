@@ -37,6 +37,12 @@ def test_equal_bytes_where_they_are_claimed(study):
     assert found["f16 rows, the rest dropped"][0].bits() == pytest.approx(3.2, abs=0.25)
 
 
+def test_more_pictures_make_a_better_basis(study):
+    found, _ = study
+    few, more, all_of_them = (found[name][1]["like"][0] for name in ("pca, fitted to 8 pictures", "pca, fitted to 16 pictures", "pca, ratio 0.8"))
+    assert few > more > all_of_them
+
+
 def test_an_mlp_for_dropped_rows_changes_nothing_else(study):
     """Principal rows are uncorrelated: at the same bytes, with the same kept rows, a prediction of the dropped ones has little to find, and must not harm."""
     found, _ = study

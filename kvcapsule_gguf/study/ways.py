@@ -143,6 +143,10 @@ def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small
                       for i, (f, k, v) in enumerate(zip(found, keys, values))]
             yield "MLP", Way(f"pca + MLP 32 for dropped key rows, ratio {ratio}", codecs)
     rows = schedule(*parts(found), N, 0.8)
+    for n in (8, 16, 48, 96):
+        if n < len(fitted):
+            fewer = fit(model, fitted[:n])
+            yield "pictures", pca(f"pca, fitted to {n} pictures", fewer, schedule(*parts(fewer), N, 0.8))
     yield "basis", per_head("pca, a basis for each head", found, rows, blocks)
     plain = [with_basis(f, dct(N), lambda kind, i=i: blocks(i, kind)) for i, f in enumerate(found)]
     yield "basis", pca("DCT instead of a learned basis", plain, schedule(*parts(plain), N, 0.8))
