@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -42,6 +43,8 @@ class Cell:
 class CacheModel:
     block: int
     mrope: bool
+    tile: int = 0  # width of a tile, 0 = blocks of consecutive tokens
+    side: int = 0  # of an image where positions do not tell the place of a token
     cells: list[Cell] = field(default_factory=list)
     next_pos: dict[int, int] = field(default_factory=dict)  # M-RoPE: an image takes more positions than its cells show
     n_slots: int = 0  # ever made
@@ -89,13 +92,31 @@ class CacheModel:
     def compress(self, seq: int, p0: int, p1: int) -> None:
         runs = groupby((c for c in self.of(seq, p0, p1) if c.slot is None), key=lambda c: (c.token.vision, c.pos if self.mrope and c.token.vision else 0))
         for (vision, _), run in runs:
-            cells = list(run) if vision else []
-            for i in range(0, len(cells), self.block):
-                part = cells[i:i + self.block]
-                if len(part) >= self.block // 2:
-                    self.n_slots += 1
-                    for c in part:
-                        c.slot = (int(len(part) < self.block), self.n_slots)
+            for image in self._images(list(run)) if vision else []:
+                for i in range(0, len(image), self.block):
+                    part = image[i:i + self.block]
+                    if len(part) >= self.block // 2:
+                        self.n_slots += 1
+                        for c in part:
+                            c.slot = (int(len(part) < self.block), self.n_slots)
+
+    def _images(self, run: list[Cell]) -> list[list[Cell]]:
+        """A run of vision cells as images, each in the order in which it is cut."""
+        if not self.tile:
+            return [run]
+        images: list[list[Cell]] = []
+        for c in run:
+            if not images or (not self.mrope and c.pos - images[-1][0].pos >= self.side**2):
+                images.append([])
+            images[-1].append(c)
+        return [self._tiles(image) for image in images]
+
+    def _tiles(self, image: list[Cell]) -> list[Cell]:
+        places = {id(c): (c.y, c.x) if self.mrope else divmod(c.pos - image[0].pos, self.side) for c in image}
+        y0, x0 = (min(p[i] for p in places.values()) for i in (0, 1))
+        tile = {i: ((y - y0) // (self.block // self.tile), (x - x0) // self.tile) for i, (y, x) in places.items()}
+        size = Counter(tile.values())
+        return sorted(image, key=lambda c: (size[tile[id(c)]] < self.block, tile[id(c)], places[id(c)]))
 
     # --- sequences ---
 

@@ -38,6 +38,12 @@ class Setting:
     auto: bool
     n_seq: int
     n_ubatch: int
+    tile: int = 0  # width of a tile, 0 = raster
+
+    @property
+    def side(self) -> int:
+        """Of the images that a capsule with tiles expects where there is no M-RoPE; many of those shown are others."""
+        return {8: 4, 12: 6, 16: 8}[self.block] if self.tile and self.arch != "qwen2vl" else 0
 
     @property
     def model(self) -> TinyModel:
@@ -49,7 +55,7 @@ def random_setting(rng: np.random.Generator) -> Setting:
         return values[rng.integers(len(values))]
 
     return Setting(pick("llama", "qwen2", "qwen2vl"), pick(1, 2), pick(False, False, False, True), pick(8, 12, 16), pick(False, False, True), pick(1, 2, 3, 4),
-                   pick(16, 64, 512))
+                   pick(16, 64, 512), pick(0, 2, 4))
 
 
 def random_script(rng: np.random.Generator, n: int) -> list[Operation]:
@@ -73,7 +79,7 @@ class Script:
     op_of_step: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = CacheModel(self.setting.block, self.setting.arch == "qwen2vl")
+        self.model = CacheModel(self.setting.block, self.setting.arch == "qwen2vl", self.setting.tile, self.setting.side)
         self.saved: dict[int, tuple[CacheModel, int]] = {}
         for i, (name, seq, a, b, c) in enumerate(self.operations):
             seq %= self.setting.n_seq
@@ -237,7 +243,8 @@ class Script:
         s = self.setting
         model = folder(s.model)
         common = {"flash_attn": s.flash_attn, "type_k": "f32", "type_v": "f32", "n_ctx": CELLS, "n_ubatch": s.n_ubatch}
-        ours = Case(self.name, model, self.ours, capsule=capsule(model, block_size=s.block), n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
+        file = capsule(model, block_size=s.block, tile_width=s.tile, image_tokens=s.side**2)
+        ours = Case(self.name, model, self.ours, capsule=file, n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
         stock = [Case(self.name, model, self.stock, n_seq_max=s.n_seq + 1, **common)]
         for seq, (at, steps) in self.fresh.items():
             stock.append(Case(f"{self.name}/{seq}", model, [*steps, self.ours[at] | {"seq": 0}], **common))

@@ -18,9 +18,9 @@ class Runner:
         self.folder, self.patched, self.stock = folder, patched, stock
         self.models = ModelStore(folder)
 
-    def capsule(self, model: Path, block_size: int) -> Path:
-        path = self.folder / f"{model.stem}-{block_size}.gguf"
-        return path if path.exists() else random_capsule(model, path, block_size=block_size)
+    def capsule(self, model: Path, **file: int) -> Path:
+        path = self.folder / f"{'-'.join(map(str, (model.stem, *file.values())))}.gguf"
+        return path if path.exists() else random_capsule(model, path, **file)
 
     def problems(self, scripts: Sequence[Script]) -> dict[str, str]:
         """name -> what went wrong, of those that failed. All run in one process of each library."""

@@ -23,9 +23,8 @@ SIDE = 8  # of a fixed grid
 
 def by_hand(h: int, w: int, bx: int, by: int) -> list[tuple[int, int]]:
     """The rule of docs/codec.md, in loops."""
-    out = [(y, x) for ty in range(h // by) for tx in range(w // bx) for y in range(ty * by, ty * by + by) for x in range(tx * bx, tx * bx + bx)]
-    out += [(y, x) for y in range(h // by * by) for x in range(w // bx * bx, w)]
-    return out + [(y, x) for x in reversed(range(w)) for y in range(h // by * by, h)]
+    tiles = [[(y, x) for y in range(top, min(top + by, h)) for x in range(left, min(left + bx, w))] for top in range(0, h, by) for left in range(0, w, bx)]
+    return [place for whole in (True, False) for tile in tiles if (len(tile) == bx * by) == whole for place in tile]
 
 
 @pytest.mark.parametrize(("bx", "by"), [(4, 4), (8, 8), (8, 2), (1, 16), (3, 5)])

@@ -41,21 +41,11 @@ class BlockShape:
 def tile_order(y: np.ndarray, x: np.ndarray, width: int, height: int) -> np.ndarray:
     """y, x int [n]: rows and columns of the tokens of a picture -> int [n].
 
-    Whole tiles first, from left to right and from top to bottom. Of the others, those above the bottom strip row by row, then the strip itself
-    column by column from its right end: what is left lies together.
+    Tile by tile, from left to right and from top to bottom: the whole tiles, then what there is of the others.
     """
     if not len(y):
         return np.arange(0)
     y, x = y - y.min(), x - x.min()
-    bottom = (y.max() + 1) // height * height
-    _, tile, count = np.unique(y // height * (x.max() + 1) + x // width, return_inverse=True, return_counts=True)
-    whole = count[tile] == width * height
-    strip = ~whole & (y >= bottom)
-    group = np.where(whole, 0, np.where(strip, 2, 1))
-    keys = (
-        np.where(whole, y // height, np.where(strip, -x, y)),
-        np.where(whole, x // width, np.where(strip, y, x)),
-        np.where(whole, y, 0),
-        np.where(whole, x, 0),
-    )
-    return np.lexsort((*keys[::-1], group))
+    row, column = y // height, x // width
+    _, tile, count = np.unique(row * (column.max() + 1) + column, return_inverse=True, return_counts=True)
+    return np.lexsort((x, y, column, row, count[tile] != width * height))

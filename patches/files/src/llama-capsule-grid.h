@@ -8,7 +8,7 @@
 using llama_capsule_place = std::array<int32_t, 2>;
 
 // tile blocks: the order in which the tokens of one image are cut into blocks of width*height
-//   whole tiles first, then what is left at the right and at the bottom; see docs/codec.md
+//   tile by tile: the whole tiles, then what there is of the others
 std::vector<uint32_t> llama_capsule_tile_order(const std::vector<llama_capsule_place> & places, uint32_t width, uint32_t height);
 
 // the side of a square of n tokens, 0 if it is none
