@@ -1,4 +1,4 @@
-"""Sizes of the demo model."""
+"""Sizes of the demo models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,31 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class MergerConfig:
+    """Qwen2-VL's ViT as llama.cpp runs it: any picture of whole 28 px cells, 2D RoPE, 2 x 2 patches merged to a token."""
+
+    patch: int = 14
+    merge: int = 2
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    ffn: int = 512
+    hidden: int = 512  # of the merger
+    rope_base: float = 10000.0
+    eps: float = 1e-5
+
+    @property
+    def cell(self) -> int:
+        """Side of the square that one token covers, in pixels."""
+        return self.patch * self.merge
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """Decoder as llama.cpp's `llama` arch runs it (RMSNorm, interleaved RoPE, SwiGLU, GQA)."""
+    """Decoder as llama.cpp's `llama` arch runs it (RMSNorm, interleaved RoPE, SwiGLU, GQA).
+
+    With `sections` and `bias` as its `qwen2vl` arch does; the pairs stay interleaved here, export.py reorders them.
+    """
 
     vocab: int
     width: int = 256
@@ -40,3 +63,10 @@ class DecoderConfig:
     rope_base: float = 100000.0  # slower than LLaVA's: looking up by content over 600 positions is easier to learn
     eps: float = 1e-5
     context: int = 4096
+    sections: tuple[int, int, int, int] | None = None  # RoPE pairs that turn with t, y, x, nothing
+    bias: bool = False  # of queries, keys and values
+
+
+def mrope_decoder(vocab: int) -> DecoderConfig:
+    """The second model's: sections that let an image token tell where it is from few cells (pairs of about 2 to 60 cells for y and x)."""
+    return DecoderConfig(vocab, sections=(2, 4, 26, 0), bias=True)

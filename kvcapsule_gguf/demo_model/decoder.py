@@ -1,6 +1,8 @@
-"""The decoder, op for op what llama.cpp's `llama` arch computes."""
+"""The decoder, op for op what llama.cpp's `llama` and `qwen2vl` archs compute."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,14 @@ from .config import DecoderConfig
 
 
 def rope_tables(positions: Tensor, cfg: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """positions [B, T] -> cos, sin [B, 1, T, head_size / 2]."""
+    """positions [B, T], or t, y, x [B, 3, T] where the decoder has sections -> cos, sin [B, 1, T, head_size / 2]."""
     steps = torch.arange(0, cfg.head_size, 2, device=positions.device).float() / cfg.head_size
-    angles = positions.float()[:, None, :, None] * cfg.rope_base**-steps
+    if cfg.sections:
+        each = torch.repeat_interleave(torch.arange(3), torch.tensor(cfg.sections[:3])).to(positions.device)
+        turning = positions[:, each].transpose(1, 2)[:, None].float()
+    else:
+        turning = positions.float()[:, None, :, None]
+    angles = turning * cfg.rope_base**-steps
     return angles.cos(), angles.sin()
 
 
@@ -29,14 +36,14 @@ class DecoderBlock(nn.Module):
         super().__init__()
         d, self.cfg = cfg.width, cfg
         self.attn_norm, self.ffn_norm = nn.RMSNorm(d, cfg.eps), nn.RMSNorm(d, cfg.eps)
-        self.q = nn.Linear(d, cfg.heads * cfg.head_size, bias=False)
-        self.k = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=False)
-        self.v = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=False)
+        self.q = nn.Linear(d, cfg.heads * cfg.head_size, bias=cfg.bias)
+        self.k = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=cfg.bias)
+        self.v = nn.Linear(d, cfg.kv_heads * cfg.head_size, bias=cfg.bias)
         self.o = nn.Linear(cfg.heads * cfg.head_size, d, bias=False)
         self.gate, self.up = nn.Linear(d, cfg.ffn, bias=False), nn.Linear(d, cfg.ffn, bias=False)
         self.down = nn.Linear(cfg.ffn, d, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, tail: int) -> Tensor:
+    def attend(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, tail: int) -> Tensor:
         """x [B, T, width], mask [B or 1, 1, T, T] added to scores -> the last `tail` positions [B, tail, width]."""
         batch, tokens, _ = x.shape
         cos, sin = rope
@@ -48,7 +55,10 @@ class DecoderBlock(nn.Module):
         group = self.cfg.heads // self.cfg.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -tail:].to(q.dtype))
-        x = x[:, -tail:] + self.o(h.transpose(1, 2).reshape(batch, tail, -1))
+        return x[:, -tail:] + self.o(h.transpose(1, 2).reshape(batch, tail, -1))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward part, x [B, T, width]."""
         h = self.ffn_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -69,6 +79,9 @@ class Decoder(nn.Module):
                 nn.init.normal_(linear.weight, std=cfg.width**-0.5 * 0.7)
             for linear in (block.o, block.down):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5 * 0.3)
+            for linear in (block.q, block.k, block.v):
+                if cfg.bias:
+                    nn.init.zeros_(linear.bias)
         nn.init.normal_(self.output.weight, std=0.02)
         for block in self.blocks:
             self._attend_to_alike(block)
@@ -88,15 +101,23 @@ class Decoder(nn.Module):
             q[head, slow] = k[kv, slow]
             o[:, head] += 0.5 * v[kv].T
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, tail: int) -> Tensor:
-        """x [B, T, width] embeddings, positions [B, T], mask [B or 1, 1, T, T] -> logits [B, tail, vocab]."""
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, tail: int, watch: Callable[[Tensor], None] | None = None) -> Tensor:
+        """x [B, T, width] embeddings, positions as rope_tables takes them, mask [B or 1, 1, T, T] -> logits [B, tail, vocab].
+
+        `watch` is shown what the first attention made of x.
+        """
         rope = rope_tables(positions, self.cfg)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, tail if i == len(self.blocks) - 1 else x.shape[1])
+            x = block.attend(x, rope, mask, tail if i == len(self.blocks) - 1 else x.shape[1])
+            if watch and i == 0:
+                watch(x)
+            x = block.feed(x)
         return self.output(self.norm(x))
 
-    def causal(self, x: Tensor) -> Tensor:
-        """Plain causal logits [B, T, vocab] of embeddings x [B, T, width] at positions 0, 1, ..."""
+    def causal(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Plain causal logits [B, T, vocab] of embeddings x [B, T, width], at positions 0, 1, ... unless given."""
         tokens = x.shape[1]
         mask = torch.full((1, 1, tokens, tokens), float("-inf"), device=x.device).triu(1)
-        return self(x, torch.arange(tokens, device=x.device).expand(x.shape[0], -1), mask, tokens)
+        if positions is None:
+            positions = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
+        return self(x, positions, mask, tokens)

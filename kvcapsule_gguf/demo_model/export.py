@@ -1,18 +1,40 @@
-"""GGUF files of the demo model, and back: decoder (`llama` arch) and mmproj (`clip` arch, LLaVA `mlp` projector)."""
+"""GGUF files of the demo models, and back: decoder (`llama` or `qwen2vl` arch) and mmproj (`clip` arch, LLaVA's or Qwen2-VL's projector)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from .decoder import Decoder
+from .mixed import MixedModel
 from .talk import DemoModel
-from .tokenizer import BOS, CHAT_TEMPLATE, EOS, UNKNOWN, Tokenizer
+from .tokenizer import BOS, CHAT_TEMPLATE, EOS, UNKNOWN, VISION_TOKENS, Tokenizer
 
-NAME = "kvdemo-8M-v1"
-DESCRIPTION = "Small LLaVA-style model of drawn scenes (KVCapsule demo); knows nothing but those."
+
+@dataclass(frozen=True)
+class Release:
+    """How the files of a model are called and described."""
+
+    name: str
+    basename: str
+    description: str
+    arch: str
+    around_image: tuple[str, ...] = ()
+
+    def paths(self, folder: Path, suffix: str = "F16") -> tuple[Path, Path]:
+        """Model and mmproj."""
+        return folder / f"{self.name}-{suffix}.gguf", folder / f"mmproj-{self.name}-{suffix}.gguf"
+
+
+FIRST = Release("kvdemo-8M-v1", "kvdemo", "Small LLaVA-style model of drawn scenes (KVCapsule demo); knows nothing but those.", "llama")
+SECOND = Release("kvdemo-mrope-8M-v1", "kvdemo-mrope",
+                 "Small Qwen2-VL-style model of drawn scenes of many sizes (KVCapsule demo); knows nothing but those.", "qwen2vl", VISION_TOKENS)
+NAME = FIRST.name
 
 _BLOCK = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 _DECODER = _BLOCK | {"o": "attn_output", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
@@ -29,7 +51,7 @@ _SINGLE = {
 
 
 def gguf_name(name: str) -> str:
-    """GGUF name of a parameter of DemoModel."""
+    """GGUF name of a parameter of a demo model."""
     if name in _SINGLE:
         return _SINGLE[name]
     part, _, layer, module, kind = name.split(".")
@@ -37,12 +59,35 @@ def gguf_name(name: str) -> str:
     return f"{prefix}blk.{layer}.{table[module]}.{kind}"
 
 
-def _add_tensors(writer: gguf.GGUFWriter, model: DemoModel, part: str, matrix_type: type) -> None:
+def release_of(model: DemoModel | MixedModel) -> Release:
+    """Which of the two it is."""
+    return SECOND if model.decoder.cfg.sections else FIRST
+
+
+def _split_pairs(name: str, p: Tensor, decoder: Decoder) -> Tensor:
+    """Rows of queries and keys with the pairs (2i, 2i + 1) as (i, i + head_size / 2), which M-RoPE turns."""
+    if not decoder.cfg.sections or name.split(".")[-2] not in ("q", "k") or not name.startswith("decoder"):
+        return p
+    return p.unflatten(0, (-1, decoder.cfg.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _join_pairs(name: str, p: Tensor, decoder: Decoder) -> Tensor:
+    """The inverse of _split_pairs."""
+    if not decoder.cfg.sections or name.split(".")[-2] not in ("q", "k") or not name.startswith("decoder"):
+        return p
+    return p.unflatten(0, (-1, 2, decoder.cfg.head_size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _add_tensors(writer: gguf.GGUFWriter, model: nn.Module, part: str, matrix_type: type) -> None:
     for name, p in model.named_parameters():
         if name.startswith(part):
-            array = p.detach().float().cpu().numpy()
+            array = _split_pairs(name, p.detach().float().cpu(), model.decoder).numpy()
             keep = array.ndim < 2 or name == "vision.position"
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(array.astype(np.float32 if keep else matrix_type)))
+            array = np.ascontiguousarray(array.astype(np.float32 if keep else matrix_type))
+            if name == "vision.patch.weight" and model.decoder.cfg.sections:  # of a picture twice, as of two frames, half each
+                writer.add_tensor(f"{gguf_name(name)}.1", array / 2)
+                array = array / 2
+            writer.add_tensor(gguf_name(name), array)
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:
@@ -52,22 +97,23 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _add_general(w: gguf.GGUFWriter, kind: str, full: bool) -> None:
+def _add_general(w: gguf.GGUFWriter, release: Release, kind: str, full: bool) -> None:
     w.add_type(kind)
-    w.add_name(NAME)
-    w.add_basename("kvdemo")
+    w.add_name(release.name)
+    w.add_basename(release.basename)
     w.add_size_label("8M")
     w.add_version("v1")
-    w.add_description(DESCRIPTION)
+    w.add_description(release.description)
     w.add_license("MIT")
     w.add_file_type(gguf.LlamaFileType.ALL_F32 if full else gguf.LlamaFileType.MOSTLY_F16)
 
 
-def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
+def export_decoder(model: DemoModel | MixedModel, path: Path, full: bool = False) -> None:
     """Write the decoder; matrices in F16, or F32 if `full`."""
-    cfg, tokenizer = model.decoder.cfg, Tokenizer()
-    w = gguf.GGUFWriter(path, "llama")
-    _add_general(w, "model", full)
+    cfg, release = model.decoder.cfg, release_of(model)
+    tokenizer = Tokenizer(release.around_image)
+    w = gguf.GGUFWriter(path, release.arch)
+    _add_general(w, release, "model", full)
     w.add_vocab_size(cfg.vocab)
     w.add_context_length(cfg.context)
     w.add_embedding_length(cfg.width)
@@ -79,6 +125,8 @@ def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
     w.add_value_length(cfg.head_size)
     w.add_rope_dimension_count(cfg.head_size)
     w.add_rope_freq_base(cfg.rope_base)
+    if cfg.sections:
+        w.add_rope_dimension_sections(list(cfg.sections))
     w.add_layer_norm_rms_eps(cfg.eps)
     w.add_tokenizer_model("llama")
     w.add_tokenizer_pre("default")
@@ -96,15 +144,15 @@ def export_decoder(model: DemoModel, path: Path, full: bool = False) -> None:
     _finish(w)
 
 
-def export_vision(model: DemoModel, path: Path, full: bool = False) -> None:
+def export_vision(model: DemoModel | MixedModel, path: Path, full: bool = False) -> None:
     """Write ViT and projector; matrices in F16, or F32 if `full`."""
-    cfg = model.vision.cfg
+    cfg, merges = model.vision.cfg, isinstance(model, MixedModel)
     w = gguf.GGUFWriter(path, "clip")
-    _add_general(w, "mmproj", full)
+    _add_general(w, release_of(model), "mmproj", full)
     w.add_clip_has_vision_encoder(True)
-    w.add_clip_projector_type("mlp")
+    w.add_clip_projector_type("qwen2vl_merger" if merges else "mlp")
     w.add_vision_projection_dim(model.decoder.cfg.width)
-    w.add_vision_image_size(cfg.image)
+    w.add_vision_image_size(336 if merges else cfg.image)  # of no consequence where pictures keep their size
     w.add_vision_patch_size(cfg.patch)
     w.add_vision_embedding_length(cfg.width)
     w.add_vision_feed_forward_length(cfg.ffn)
@@ -114,26 +162,28 @@ def export_vision(model: DemoModel, path: Path, full: bool = False) -> None:
     w.add_vision_image_mean([0.5, 0.5, 0.5])
     w.add_vision_image_std([0.5, 0.5, 0.5])
     w.add_vision_use_gelu(True)
-    # LLaVA reads the last layer but one unless told otherwise; ours reads the last.
-    w.add_array("clip.vision.feature_layer", [cfg.layers])
+    if merges:
+        w.add_vision_spatial_merge_size(cfg.merge)
+    else:  # LLaVA reads the last layer but one unless told otherwise; ours reads the last.
+        w.add_array("clip.vision.feature_layer", [cfg.layers])
     _add_tensors(w, model, "vision", np.float32 if full else np.float16)
     _finish(w)
 
 
-def export(model: DemoModel, folder: Path, full: bool = False) -> tuple[Path, Path]:
+def export(model: DemoModel | MixedModel, folder: Path, full: bool = False) -> tuple[Path, Path]:
     """Write both files into `folder`; returns model and mmproj path."""
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = "F32" if full else "F16"
-    paths = folder / f"{NAME}-{suffix}.gguf", folder / f"mmproj-{NAME}-{suffix}.gguf"
+    paths = release_of(model).paths(folder, "F32" if full else "F16")
     export_decoder(model, paths[0], full)
     export_vision(model, paths[1], full)
     return paths
 
 
-def init_from(model: DemoModel, *paths: Path) -> None:
+def init_from(model: DemoModel | MixedModel, *paths: Path) -> None:
     """Read weights back from GGUF files (any order; training heads stay as they are)."""
-    tensors = {t.name: t for path in paths for t in gguf.GGUFReader(path).tensors}
+    tensors = {t.name: torch.from_numpy(t.data.astype(np.float32)) for path in paths for t in gguf.GGUFReader(path).tensors}
     for name, p in model.named_parameters():
         tensor = tensors.get(gguf_name(name)) if not name.startswith("heads") else None
         if tensor is not None:
-            p.data.copy_(torch.from_numpy(tensor.data.astype(np.float32)).reshape(p.shape))
+            second = tensors.get(f"{gguf_name(name)}.1")
+            p.data.copy_(_join_pairs(name, tensor if second is None else tensor + second, model.decoder).reshape(p.shape))

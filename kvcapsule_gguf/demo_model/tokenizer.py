@@ -16,11 +16,18 @@ UNKNOWN, BOS, EOS = 0, 1, 2
 _STARTERS = "USER: ASSISTANT: What Where How Which Read List".split()
 _WORDS = """a and are at colour digit digits does do first has image images in is left center right top middle bottom
 many more nothing object objects of or same say scene second see the there where word words you crosses Answer""".split()
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>")  # libmtmd writes them around the pictures of Qwen2-VL
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'\"-()"
 
 
 class Tokenizer:
-    """Pieces with scores and types as a GGUF wants them; encode and decode as llama.cpp does."""
+    """Pieces with scores and types as a GGUF wants them; encode and decode as llama.cpp does.
+
+    `around_image`: control tokens that stand around a picture, last in the vocabulary.
+    """
+
+    def __init__(self, around_image: tuple[str, ...] = ()):
+        self.around_image = around_image
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -33,7 +40,7 @@ class Tokenizer:
                 found.setdefault(SPACE + word[:end])
                 if word in _STARTERS:
                     found.setdefault(word[:end])
-        return list(found)
+        return [*found, *self.around_image]
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -46,7 +53,8 @@ class Tokenizer:
     @property
     def types(self) -> list[int]:
         """GGUF token types: 2 unknown, 3 control, 6 byte, 1 normal."""
-        return [2, 3, 3] + [6] * 256 + [1] * (len(self.pieces) - 259)
+        extra = len(self.around_image)
+        return [2, 3, 3] + [6] * 256 + [1] * (len(self.pieces) - 259 - extra) + [3] * extra
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Tokens of plain text; `prefix` puts the leading space that llama.cpp adds to each piece of text."""
@@ -70,7 +78,7 @@ class Tokenizer:
         for token in tokens:
             if 3 <= token < 259:
                 raw += bytes([token - 3])
-            elif token >= 259:
+            elif 259 <= token < len(self.pieces) - len(self.around_image):
                 raw += self.pieces[token].replace(SPACE, " ").encode()
         return raw.decode(errors="replace")
 
@@ -100,8 +108,13 @@ class Prompts:
         return self._cache[key]
 
     def before_image(self) -> list[int]:
-        """Beginning of a conversation, up to the image."""
+        """Beginning of a conversation, up to the image (or what stands around it)."""
         return [BOS, *self._encode("USER: ", True)]
+
+    def around_image(self) -> tuple[list[int], list[int]]:
+        """What stands right before and right after each image."""
+        ids = [self.tokenizer.ids[piece] for piece in self.tokenizer.around_image]
+        return ids[:1], ids[1:]
 
     def question(self, prompt: str, separator: str = "") -> list[int]:
         """The rest of the message that holds the image, up to the answer."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import VisionConfig
+from .config import MergerConfig, VisionConfig
 from .labels import LABELS
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on pairs (i, i + head_size / 2); x [B, H, N, head_size]."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class VisionBlock(nn.Module):
     """Pre-norm block: full self-attention, GELU (tanh) feed-forward."""
 
-    def __init__(self, cfg: VisionConfig):
+    def __init__(self, cfg: VisionConfig | MergerConfig):
         super().__init__()
         d = cfg.width
         self.heads = cfg.heads
@@ -23,11 +30,13 @@ class VisionBlock(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.up, self.down = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, width] -> the same shape."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, N, width] -> the same shape; rope: cos and sin [N, head_size / 2] of halves that turn together."""
         batch, tokens, width = x.shape
         h = self.ln1(x)
         q, k, v = (f(h).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if rope:
+            q, k = rotate_halves(q, *rope), rotate_halves(k, *rope)
         h = F.scaled_dot_product_attention(q, k, v)
         x = x + self.o(h.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
@@ -107,13 +116,15 @@ class PatchHeads(nn.Module):
         super().__init__()
         self.out = nn.Linear(width, sum(LABELS.values()))
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens [B, N, width], labels [B, len(LABELS), N] -> mean loss and per-label accuracy where labelled."""
+    def loss(self, tokens: Tensor, labels: Tensor, names: Collection[str] = LABELS) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens [B, N, width], labels [B, len(LABELS), N] -> mean loss of the named and per-label accuracy where labelled."""
         total, accuracy = tokens.new_zeros(()), {}
         seen = labels[:, 1] > 0
         weight = torch.where(seen, 1.0, 0.25)
         weight = torch.where(labels[:, 2] > 0, 2.0, weight).flatten()  # letters are hardest
         for i, (name, logits) in enumerate(zip(LABELS, self.out(tokens).float().split(list(LABELS.values()), -1))):
+            if name not in names:
+                continue
             target = labels[:, i]
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
             total = total + (each * weight).sum() / weight.sum() * (2.0 if name == "kind" else 1.0)

@@ -95,14 +95,16 @@ def _item_mask(item: Item, scale: float) -> Image.Image:
     return mask.reduce(_OVERSAMPLE)
 
 
-def draw_scene(scene: Scene, side: int = SIDE) -> Image.Image:
-    """RGB picture of a scene, side x side pixels."""
+def draw_scene(scene: Scene, size: int | tuple[int, int] = SIDE) -> Image.Image:
+    """RGB picture of a scene, side x side pixels or width x height: places stretch with it, items grow with the shorter side."""
+    width, height = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng([scene.seed, 2])
-    image = Image.fromarray(background(rng, side).clip(0, 255).astype(np.uint8))
-    scale = side / SIDE
+    field = background(rng, max(width, height))[:height, :width]
+    image = Image.fromarray(field.clip(0, 255).astype(np.uint8))
+    scale = min(width, height) / SIDE
     for item in scene.items:
         colour = np.array(COLOURS[item.colour]) + rng.integers(-10, 11, 3)
         mask = _item_mask(item, scale)
-        corner = (round(item.x * scale - mask.width / 2), round(item.y * scale - mask.height / 2))
+        corner = (round(item.x * (width / SIDE) - mask.width / 2), round(item.y * (height / SIDE) - mask.height / 2))
         image.paste(tuple(int(c) for c in colour.clip(0, 255)), (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
     return image
