@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ def library(kind: str) -> Path:
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(why)
     pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[None]:
+    """llama_cpp on our libraries, in this process; the environment that names them is put back."""
+    from kvcapsule_gguf import native
+
+    saved = dict(os.environ)
+    native.load(library("patched"))
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The demo model: tokens, packing, a few steps of training, export, and torch against llama.cpp."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +18,6 @@ from kvcapsule_gguf.scenes import HELD_OUT, TRAIN, make_questions, make_scene  #
 
 DEMO = Path(__file__).parents[1] / "kvcapsule_gguf" / "demo"
 PROMPTS = Prompts()
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """llama_cpp on our libraries, in this process; the environment that names them is put back."""
-    from conftest import library
-
-    from kvcapsule_gguf import native
-
-    saved = dict(os.environ)
-    native.load(library("patched"))
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 @pytest.fixture(scope="module")

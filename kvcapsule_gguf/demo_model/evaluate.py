@@ -1,4 +1,4 @@
-"""Exact match on held-out scenes through llama.cpp itself: `python -m kvcapsule_gguf.demo_model.evaluate`."""
+"""Exact match on held-out scenes through llama.cpp itself: `python -m kvcapsule_gguf.demo_model.evaluate [--mrope]`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,43 @@ from pathlib import Path
 
 import numpy as np
 
-from ..scenes import HELD_OUT, TASKS, is_correct, make_questions, make_scene
+from ..scenes import HELD_OUT, TASKS, Question, compare_questions, is_correct, make_questions, make_scene, size_of
 from .native import MARKER, NativeModel
 
+Hits = dict[str, list[bool]]
+SHIPPED = {False: "kvdemo-8M-v1", True: "kvdemo-mrope-8M-v1"}  # by whether pictures may have any size
 
-def evaluate(model: NativeModel, scenes: int, questions: int, first: int = HELD_OUT.start, verbose: bool = False) -> dict[str, list[bool]]:
-    """Hits per task; the image is decoded once per scene, each question starts anew after it."""
-    hits: dict[str, list[bool]] = defaultdict(list)
+
+def evaluate(model: NativeModel, scenes: int, questions: int, first: int = HELD_OUT.start, verbose: bool = False, mixed: bool = False) -> Hits:
+    """Hits per task; an image is decoded once per scene, each question starts anew after it.
+
+    mixed: pictures of the sizes that go with their seeds, and each two scenes are compared, too.
+    """
+    hits: Hits = defaultdict(list)
     for seed in range(first, first + scenes):
         scene = make_scene(seed)
-        model.rewind()
-        model.feed(f"USER: {MARKER}", [np.asarray(scene.draw())], bos=True)
-        image_end = model.past
-        for question in make_questions(scene, questions):
-            given = model.answer(model.feed(f"{question.prompt}\nASSISTANT:"))
-            hits[question.task].append(is_correct(question, given))
-            if verbose and not hits[question.task][-1]:
-                print(f"{seed} {question.prompt} -> {given} (right: {question.answer})")
-            model.rewind(image_end)
+        picture = np.asarray(scene.draw(size_of(seed)) if mixed else scene.draw())
+        _ask(model, [picture], make_questions(scene, questions), hits, f"{seed}" if verbose else "")
+        if mixed and (seed - first) % 2:
+            before = make_scene(seed - 1)
+            both = [np.asarray(before.draw(size_of(seed - 1))), picture]
+            _ask(model, both, compare_questions(before, scene), hits, f"{seed - 1} and {seed}" if verbose else "")
     return hits
 
 
-def table(hits: dict[str, list[bool]]) -> str:
+def _ask(model: NativeModel, pictures: list[np.ndarray], questions: list[Question], hits: Hits, name: str) -> None:
+    model.rewind()
+    model.feed(f"USER: {MARKER * len(pictures)}", pictures, bos=True)
+    image_end = model.past
+    for question in questions:
+        given = model.answer(model.feed(f"{question.prompt}\nASSISTANT:"))
+        hits[question.task].append(is_correct(question, given))
+        if name and not hits[question.task][-1]:
+            print(f"{name} {question.prompt} -> {given} (right: {question.answer})")
+        model.rewind(image_end)
+
+
+def table(hits: Hits) -> str:
     """Markdown rows per task, then all, then all but reading words."""
     rows = ["| task | questions | exact match |", "|---|---|---|"]
     groups = [(t, hits[t]) for t in TASKS if hits.get(t)]
@@ -40,6 +55,7 @@ def table(hits: dict[str, list[bool]]) -> str:
 def main() -> None:
     demo = Path(__file__).parents[1] / "demo"
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mrope", action="store_true", help="the second model: mixed sizes, and questions on two pictures")
     parser.add_argument("--folder", type=Path, default=demo, help="folder that holds both GGUF files")
     parser.add_argument("--first", type=int, default=HELD_OUT.start, help="seed of the first scene")
     parser.add_argument("--scenes", type=int, default=40)
@@ -47,10 +63,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-v", "--verbose", action="store_true", help="print every miss")
     args = parser.parse_args()
-    mmproj = next(args.folder.glob("mmproj-*.gguf"))
-    model = next(p for p in args.folder.glob("*.gguf") if not p.name.startswith("mmproj") and "kvcapsule" not in p.name)
-    native = NativeModel(model, mmproj, threads=args.threads)
-    print(table(evaluate(native, args.scenes, args.questions, args.first, args.verbose)))
+    name = SHIPPED[args.mrope]
+    files = [next(iter(sorted(args.folder.glob(f"{start}{name}-F*.gguf"))), None) for start in ("", "mmproj-")]
+    if None in files:
+        parser.error(f"{args.folder} does not hold {name}-F16.gguf and mmproj-{name}-F16.gguf")
+    native = NativeModel(*files, threads=args.threads)
+    print(table(evaluate(native, args.scenes, args.questions, args.first, args.verbose, args.mrope)))
 
 
 if __name__ == "__main__":

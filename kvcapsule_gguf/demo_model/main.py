@@ -1,9 +1,15 @@
-"""Training of the demo model, phase by phase: `scripts/train_demo_model PHASE`.
+"""Training of the demo models, phase by phase: `scripts/train_demo_model PHASE`.
 
+The first model:
     eye       ViT and projector on per-patch labels                    -> STATE/eye.safetensors
     features  ViT features of training and held-out scenes             -> STATE/features, STATE/held-out
     talk      decoder and projector on those features                  -> STATE/model.safetensors
     joint     everything together, drawing as it goes                  -> STATE/model.safetensors
+    export    GGUF files                                               -> --out
+
+The second (--mrope) begins as the first one's GGUF files in --out:
+    distil    ViT and merger, taught by the first model's eye          -> STATE/model.safetensors
+    joint     everything together on pictures of mixed sizes           -> STATE/model.safetensors
     export    GGUF files                                               -> --out
 
 Each phase starts from what STATE holds; `--init-from MODEL.gguf MMPROJ.gguf` starts from exported weights instead.
@@ -18,14 +24,19 @@ import torch
 
 from ..scenes import HELD_OUT
 from .align import align_words
-from .export import export, init_from
+from .export import FIRST, export, init_from
 from .features import SHARD, load_eye, write_shard
+from .mixed import MixedModel, load_mixed, mixed_prompts
 from .talk import DemoModel
 from .tokenizer import Prompts
+from .train_distil import train_distil
 from .train_eye import train_eye
+from .train_mixed import train_mixed
 from .train_talk import load_model, train_talk
+from .transplant import transplant_decoder, transplant_eye
 
 FEATURE_SEEDS = 5_000_000  # the eye is trained on seeds from 0, the decoder on seeds from here
+PHASES = {False: ("eye", "features", "talk", "joint", "export"), True: ("distil", "joint", "export")}
 
 
 def load(state: Path, given: list[Path], prompts: Prompts) -> DemoModel:
@@ -43,21 +54,21 @@ def load(state: Path, given: list[Path], prompts: Prompts) -> DemoModel:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("eye", "features", "talk", "joint", "export"))
-    parser.add_argument("--state", type=Path, default=Path(".cache/demo-model"), help="folder of checkpoints")
-    parser.add_argument("--init-from", type=Path, nargs="+", default=[], metavar="GGUF")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule talk begins (0.75: full resolution)")
-    parser.add_argument("--budget", type=int, default=256, help="text tokens packed on each picture in talk and joint")
-    parser.add_argument("--scenes", type=int, default=8192, help="scenes to cache")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "demo")
-    parser.add_argument("--full", action="store_true", help="export F32")
-    args = parser.parse_args()
-    args.state.mkdir(parents=True, exist_ok=True)
+def load_second(state: Path, given: list[Path], prompts: Prompts, first: DemoModel) -> MixedModel:
+    """The model of `state`, or of the given GGUF files, or a new one that begins as the first model."""
+    model = MixedModel(prompts)
+    if given:
+        init_from(model, *given)
+    elif (state / "model.safetensors").exists():
+        load_mixed(state / "model.safetensors", model)
+    else:
+        transplant_decoder(first.decoder, model.decoder)
+        transplant_eye(first.vision, model.vision)
+    return model
+
+
+def first_model(args: argparse.Namespace) -> None:
+    """Run a phase of the first model."""
     prompts = Prompts()
     features, held_out = args.state / "features", args.state / "held-out"
     if args.phase == "eye":
@@ -72,9 +83,50 @@ def main() -> None:
             write_shard(model.vision, features, start)
     elif args.phase in ("talk", "joint"):
         train_talk(model, prompts, features, held_out, args.state / "model.safetensors", args.minutes, seed=args.seed,
-                   budget=args.budget, begin=args.begin, live=args.phase == "joint")
+                   budget=args.budget or 256, begin=args.begin, live=args.phase == "joint")
     else:
         print(*export(model, args.out, args.full), sep="\n")
+
+
+def second_model(args: argparse.Namespace) -> None:
+    """Run a phase of the second model."""
+    prompts, first = mixed_prompts(), DemoModel(len(Prompts().tokenizer.pieces))
+    init_from(first, *FIRST.paths(Path(__file__).parents[1] / "demo"))
+    torch.manual_seed(args.seed)
+    model = load_second(args.state, args.init_from, prompts, first).to(args.device)
+    save_to = args.state / "model.safetensors"
+    if args.phase == "distil":
+        train_distil(model, first.vision.to(args.device), save_to, args.minutes, seed=args.seed)
+    elif args.phase == "joint":
+        train_mixed(model, prompts, save_to, args.minutes, lr=args.rate, matrix_lr=3 * args.rate, batch=args.batch, budget=args.budget or 448,
+                    seed=args.seed, begin=args.begin, workers=args.workers)
+    else:
+        print(*export(model, args.out, args.full), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=sorted({p for phases in PHASES.values() for p in phases}))
+    parser.add_argument("--mrope", action="store_true", help="the second model")
+    parser.add_argument("--state", type=Path, help="folder of checkpoints, default .cache/demo-model or .cache/demo-model-mrope")
+    parser.add_argument("--init-from", type=Path, nargs="+", default=[], metavar="GGUF")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule talk and joint begin (talk, 0.75: full resolution)")
+    parser.add_argument("--budget", type=int, help="text tokens packed on each picture in talk and joint, default 256, with --mrope 448")
+    parser.add_argument("--scenes", type=int, default=8192, help="scenes to cache")
+    parser.add_argument("--batch", type=int, default=4, help="joint with --mrope: sequences in a step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="joint with --mrope: learning rate of AdamW, a third of Muon's")
+    parser.add_argument("--workers", type=int, default=0, help="joint with --mrope: processes that draw")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "demo")
+    parser.add_argument("--full", action="store_true", help="export F32")
+    args = parser.parse_args()
+    if args.phase not in PHASES[args.mrope]:
+        parser.error(f"{args.phase} is no phase of this model: {', '.join(PHASES[args.mrope])}")
+    args.state = args.state or Path(".cache") / ("demo-model-mrope" if args.mrope else "demo-model")
+    args.state.mkdir(parents=True, exist_ok=True)
+    (second_model if args.mrope else first_model)(args)
 
 
 if __name__ == "__main__":

@@ -43,16 +43,18 @@ class MergerVision(nn.Module):
         angles = torch.cat([y, x], -1).to(device)
         return angles.cos(), angles.sin()
 
-    def features(self, images: Tensor) -> Tensor:
-        """images [B, 3, height, width] in [-1, 1] -> ViT features [B, patches, width], the patches of a token side by side."""
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, height, width] in [-1, 1] -> after each block [B, patches, width], the patches of a token side by side."""
         x = self.patch(images)
         rows, columns = x.shape[-2:]
         y_at, x_at = grid_positions(rows, columns, self.cfg.merge).to(x.device)
         x = self.pre_ln(x[:, :, y_at, x_at].transpose(1, 2))
         rope = self.rope(rows, columns, x.device)
-        for block in self.blocks:
-            x = block(x, rope)
-        return self.post_ln(x)
+        return [x := block(x, rope) for block in self.blocks]
+
+    def features(self, images: Tensor) -> Tensor:
+        """ViT features [B, patches, width]."""
+        return self.post_ln(self.stages(images)[-1])
 
     def project(self, features: Tensor) -> Tensor:
         """features [B, patches, width] -> tokens of the decoder [B, patches / 4, out_width]."""

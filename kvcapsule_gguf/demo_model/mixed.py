@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..scenes import TASKS, Question, Scene, compare_questions, make_questions
+from ..scenes import Question, Scene, compare_questions
 from .config import MergerConfig, mrope_decoder
 from .decoder import Decoder
 from .labels import LABELS, patch_labels
@@ -21,7 +21,6 @@ from .tokenizer import VISION_TOKENS, Prompts, Tokenizer
 from .train_eye import to_input
 from .vision import PatchHeads
 
-SIDES = range(280, 421, 28)  # of pictures, in pixels; each of width and height: 100 to 225 tokens
 PLACES = ("row", "column")  # the eye can not know these: read off after the first attention, which can, by M-RoPE
 SEEN = tuple(name for name in LABELS if name not in PLACES)
 Size = tuple[int, int]  # width, height

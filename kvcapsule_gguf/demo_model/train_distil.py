@@ -31,9 +31,12 @@ class Teacher:
     """What the old eye makes of a picture after each block, without what depends on the place alone."""
 
     def __init__(self, eye: Vision, merge: int, probes: int = 48):
-        self.eye, self.order = eye, (lambda yx: yx[0] * eye.cfg.grid + yx[1])(grid_positions(eye.cfg.grid, eye.cfg.grid, merge))
-        self.places = None
-        stages = [torch.cat(s) for s in zip(*(self.stages(pictures(TRAIN.start + i, 8)[0]) for i in range(0, probes, 8)))]
+        y, x = grid_positions(eye.cfg.grid, eye.cfg.grid, merge)
+        self.eye, self.order = eye, y * eye.cfg.grid + x
+        self.device = eye.position.device
+        self.places: list[Tensor] = []
+        probed = (self.stages(pictures(TRAIN.start + i, 8)[0].to(self.device)) for i in range(0, probes, 8))
+        stages = [torch.cat(s) for s in zip(*probed)]
         self.places = [s.mean(0) - s.mean((0, 1)) for s in stages]
 
     @torch.no_grad()
@@ -51,14 +54,9 @@ def distillation_loss(eye: MergerVision, teacher: Teacher, images: Tensor, shown
     targets = teacher.stages(images)
     shown = shown[:, teacher.order].float()
     weight = (0.1 + 0.9 * shown)[..., None]
-    x = eye.patch(images)
-    y_at, x_at = grid_positions(*x.shape[-2:], eye.cfg.merge)
-    x, rope = eye.pre_ln(x[:, :, y_at, x_at].transpose(1, 2)), eye.rope(*x.shape[-2:], x.device)
-    losses = []
-    for block, target in zip(eye.blocks, targets):
-        x = block(x, rope)
-        losses.append(_missed(x, target, weight))
-    tokens = eye.project(eye.post_ln(x))
+    stages = eye.stages(images)
+    losses = [_missed(x, target, weight) for x, target in zip(stages, targets)]
+    tokens = eye.project(eye.post_ln(stages[-1]))
     group = lambda a: a.unflatten(1, (-1, eye.cfg.merge**2))  # noqa: E731
     inside = group(weight)  # of a token at the edge of an item, the patches that show it count
     target = (group(targets[-1]) * inside).sum(2) / inside.sum(2)
@@ -73,13 +71,13 @@ def _missed(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 def train_distil(model: MixedModel, old: Vision, save_to: Path, minutes: float, batch: int = 6, lr: float = 2e-3, seed: int = 0) -> None:
     """Train the eye for so many minutes; the model is saved every hundred steps."""
-    torch.set_num_threads(1)
+    device = next(model.parameters()).device
     teacher = Teacher(old, model.vision.cfg.merge)
     named = [(n, p) for n, p in model.named_parameters() if n.startswith("vision")]
     optimiser = Optimisers(named, lr, matrix_lr=1.5 * lr)
     began, step = time.time(), 0
     while (progress := (time.time() - began) / (minutes * 60)) < 1:
-        images, shown = pictures(DISTIL_SEEDS + seed * 100_000 + step * batch, batch)
+        images, shown = (t.to(device) for t in pictures(DISTIL_SEEDS + seed * 100_000 + step * batch, batch))
         loss, missed = distillation_loss(model.vision, teacher, images, shown)
         loss.backward()
         optimiser.step(schedule(progress), [p for _, p in named])

@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..scenes import HELD_OUT, TASKS, TRAIN, compare_questions, make_questions, make_scene
+from ..scenes import HELD_OUT, TASKS, TRAIN, compare_questions, make_questions, make_scene, random_size
 from .features import training_scene
-from .mixed import SIDES, MixedBatch, MixedModel, Size, forward_mixed, make_mixed, save_mixed
+from .mixed import MixedBatch, MixedModel, forward_mixed, make_mixed, save_mixed
 from .optim import Optimisers, schedule
 from .tokenizer import Prompts
 
 MIXED_SEEDS = 7_500_000
 PAIRS = 0.25  # share of steps with two pictures
-
-
-def random_size(rng: np.random.Generator) -> Size:
-    """Width and height; a third of them square."""
-    width, height = (int(s) for s in rng.choice(SIDES, 2))
-    return (width, width) if rng.random() < 0.33 else (width, height)
 
 
 def training_batch(prompts: Prompts, rng: np.random.Generator, count: int, budget: int, cell: int) -> MixedBatch:

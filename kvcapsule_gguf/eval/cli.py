@@ -34,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--ratio", default="0.6,0.8", help="presets of the capsules, default %(default)s")
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes")
+    p.add_argument("--mixed-sizes", action="store_true", help="the suite's pictures in many sizes, 280 to 420 pixels each way, for models that take any")
     p.add_argument("--images", type=Path, metavar="DIR", help="pictures of your own instead; the answers with an f16 cache are the truth")
     p.add_argument("--against", default="f16,q8_0,q4_0,drop0.6", help="default %(default)s; also q8_0-vision, q4_0-vision: of the vision cells alone; f16 is the reference and always first")
     p.add_argument("-n", "--questions", type=int, default=1000)
@@ -81,7 +82,11 @@ def run(args: argparse.Namespace) -> dict:
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
-    samples = suites.folder(args.images, args.questions, say=to_stderr) if args.images else suites.SUITES[args.suite](args.questions, args.per_picture)
+    if args.images:
+        samples = suites.folder(args.images, args.questions, say=to_stderr)
+    else:
+        draw = suites.mixed_sizes(args.suite) if args.mixed_sizes else None
+        samples = suites.SUITES[args.suite](args.questions, args.per_picture, draw)
     with TemporaryDirectory() as folder:
         todo = [vision_only(s, args.model, Path(folder)) for s in todo]
         vlm = Vlm(args.model, mmproj, args.threads, args.verbose)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..scenes import Scene
 
 
+Draw = Callable[["Scene"], Image.Image]
+
+
 @dataclass(frozen=True)
 class Asked:
     """answer None: whatever the model writes with its f16 cache."""
@@ -31,7 +34,7 @@ class Sample:
     questions: list[Asked]
 
 
-def scenes(n_questions: int, per_picture: int = 8, draw: Callable[[Scene], Image.Image] | None = None) -> Iterator[Sample]:
+def scenes(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
     """Drawn scenes with seeds that no training ever saw, until there are n_questions."""
     from ..scenes import HELD_OUT, make_questions, make_scene
     from ..scenes.drawing import draw_scene
@@ -46,14 +49,14 @@ def scenes(n_questions: int, per_picture: int = 8, draw: Callable[[Scene], Image
         yield Sample(str(seed), [(draw or draw_scene)(scene)], asked)
 
 
-def strange(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
+def strange(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
     """The same scenes in a hand that no training ever saw (strange.py)."""
     from .strange import draw_strange
 
-    return scenes(n_questions, per_picture, draw_strange)
+    return scenes(n_questions, per_picture, draw or draw_strange)
 
 
-def pairs(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
+def pairs(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
     """Two drawn scenes at a time, which no training ever saw, and what is the same or different."""
     from ..scenes import HELD_OUT, compare_questions, make_scene
     from ..scenes.drawing import draw_scene
@@ -62,10 +65,21 @@ def pairs(n_questions: int, per_picture: int = 8) -> Iterator[Sample]:
     for seed in HELD_OUT[::2]:
         if left <= 0:
             return
-        first, second = make_scene(seed), make_scene(seed + 1)
-        asked = [Asked(q.task, q.prompt, q.answer) for q in compare_questions(first, second)][:min(left, per_picture)]
+        both = make_scene(seed), make_scene(seed + 1)
+        asked = [Asked(q.task, q.prompt, q.answer) for q in compare_questions(*both)][:min(left, per_picture)]
         left -= len(asked)
-        yield Sample(f"{seed} and {seed + 1}", [draw_scene(first), draw_scene(second)], asked)
+        yield Sample(f"{seed} and {seed + 1}", [(draw or draw_scene)(scene) for scene in both], asked)
+
+
+def mixed_sizes(suite: str) -> Draw:
+    """How a suite's pictures are drawn at the sizes that go with their seeds; what is drawn in another hand is stretched."""
+    from ..scenes import size_of
+    from ..scenes.drawing import draw_scene
+    from .strange import draw_strange
+
+    if suite == "strange":
+        return lambda scene: draw_strange(scene).resize(size_of(scene.seed), Image.Resampling.BICUBIC)
+    return lambda scene: draw_scene(scene, size_of(scene.seed))
 
 
 def folder(

@@ -19,8 +19,9 @@ from .layout import (
     make_scene,
 )
 from .questions import TASKS, Question, compare_questions, is_correct, make_questions
+from .sizes import random_size, size_of
 
 __all__ = [
     "CALIBRATION", "COLOURS", "HELD_OUT", "PLACES", "SHAPES", "TASKS", "TRAIN", "WORDS",
-    "Item", "Question", "Scene", "compare_questions", "is_correct", "make_questions", "make_scene",
+    "Item", "Question", "Scene", "compare_questions", "is_correct", "make_questions", "make_scene", "random_size", "size_of",
 ]
