@@ -432,13 +432,15 @@ def test_other_architectures(tmp_path, arch):
 
     env = {"OMP_NUM_THREADS": "1", "KVCAPSULE_LIB": str(library("patched"))}
     model, mmproj, out = write_model(tmp_path / "tiny.gguf", arch=arch), write_mmproj(tmp_path / "mmproj-tiny.gguf", arch=arch), tmp_path / "c.gguf"
-    size = ["--block", "raster:16", "-c", 1024, "-t", 1]
+    block = "tile:4x4" if arch == "qwen2vl" else "raster:16"
+    size = ["--block", block, "-c", 1024, "-t", 1]
     done = command(model, "--mmproj", mmproj, "-o", out, "--n-images", 4, "--layers", "uniform", *size, **env)
     assert done.returncode == 0, done.stderr
     arguments = [model, "--capsule", out, "--ratio", "0.8", "--against", "f16", "-n", 4, "-c", 2048, "-t", 1, "--no-guard", "--json"]
     done = subprocess.run([sys.executable, "-m", "kvcapsule_gguf.eval", *map(str, arguments)], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout)["settings"][-1]
+    assert read_capsule(out).block_shape == block.split(":")[0]
     assert ours["slots"]["economy"] > 0 and ours["kld"] < 0.1
     assert ours["kv_ratio"] == pytest.approx(0.8, abs=0.1 if arch == "qwen2vl" else 0.01)  # a remainder of less than half a block stays f16
 

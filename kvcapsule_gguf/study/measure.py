@@ -11,20 +11,32 @@ from ..codec.rope import apply_rope
 from ..codec.rows import round_trip
 from ..codec.types import row_counts
 from ..format.base_model import BaseModel
+from ..format.capsule import GRID_ROPE_TYPES
 from ..train.source import KVSample
 
 # number of the KV layer, K [n, H, d], V [n, H, d] -> K and V as they are read
 RoundTrip = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
+def positions(model: BaseModel, sample: KVSample) -> np.ndarray:
+    """int [n] of the image's tokens, or [n, 4] with M-RoPE."""
+    at = np.arange(len(sample.keys[0]))
+    if model.rope_type in GRID_ROPE_TYPES and sample.width:
+        y, x = np.divmod(at, sample.width)
+        at = np.stack([0 * y, y, x, 0 * y], 1)
+    return sample.first_position + at
+
+
 def attention(model: BaseModel, sample: KVSample, i: int, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Output [T, heads, d_v] of the sample's queries over the image's keys and values [n, H, d] of KV layer number i."""
     layer = model.kv_layers[i]
-    at = sample.first_position + np.arange(len(k))
-    rope = {"rope_type": model.rope_type, "freq_base": model.freq_base[layer], "n": model.rope_dimensions, "factors": model.freq_factors}
+    rope = {
+        "rope_type": model.rope_type, "freq_base": model.freq_base[layer], "n": model.rope_dimensions, "sections": model.rope_sections,
+        "factors": model.freq_factors,
+    }  # fmt: skip
     k = k.swapaxes(0, 1)  # [H, n, d]
     if model.layer_rope[layer]:
-        k = apply_rope(k, at, **rope)
+        k = apply_rope(k, positions(model, sample), **rope)
     group = model.head_count[layer] // model.head_count_kv[layer]
     q = sample.queries[i].swapaxes(0, 1)  # [heads, T, d]
     score = np.matmul(q, np.repeat(k, group, 0).swapaxes(1, 2)) / np.sqrt(k.shape[-1])
