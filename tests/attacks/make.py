@@ -58,6 +58,11 @@ def in_mmproj(damage: dict) -> Damage:
     return lambda good, bad: rewrite(good, bad, kv=kv, **damage)
 
 
+def tile(width: int, image_tokens: int) -> Damage:
+    kv = {"kvcapsule.block_shape": ("tile", STR), "kvcapsule.block_width": (width, U32), "kvcapsule.image_tokens": (image_tokens, U32)}
+    return lambda good, bad: rewrite(good, bad, kv=kv)
+
+
 def hidden_key(good: Path, bad: Path) -> None:
     """A second block_size behind a zero byte: C strings end there."""
     rewrite(good, bad, kv={"kvcapsule.block_sizeX9": (64, U32)})
@@ -81,6 +86,8 @@ ATTACKS: dict[str, tuple[str, Damage]] = {
     "alignment-zero": ("the same, 0", key("general.alignment", 0)),
     "padding-wraps": ("#26318: a size that wraps when it is padded", shape(B, (1 << 62) - 1, 1)),
     "zero-dimension": ("#24263: a division by a dimension of 0", shape(B, 0, 8)),
+    "tile-of-no-width": ("#24263: a division by a width of 0", tile(0, 0)),
+    "tile-without-grid": ("the same, the side of an image of no known size", tile(4, 0)),
     "empty-key": ("#24263: a key without a name", raw(lambda b: b[:24] + bytes(8) + b[24 + 8 + struct.unpack("<Q", b[24:32])[0] :])),
     "many-dimensions": ("more than four dimensions", raw(lambda b: tensor_field(b, V, 0, 5, 4))),
     "offset-behind-the-end": ("CVE-2026-7482: a tensor behind the end of the file, memory of the process is read", raw(lambda b: offset_of(b, B, 1 << 40))),
