@@ -18,7 +18,7 @@ HARNESSES = ROOT / "tests" / "fuzz"
 OUT = ROOT / ".cache" / "fuzz"
 
 GGML = ("ggml/src/ggml.c", "ggml/src/ggml-quants.c", "ggml/src/ggml-threading.cpp", "ggml/src/gguf.cpp")
-LOADER = ("src/llama-capsule-file.cpp", "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp")
+LOADER = ("src/llama-capsule-file.cpp", "src/llama-capsule-grid.cpp", "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp")
 # target -> sources of llama.cpp's tree; the harness is tests/fuzz/<target>.cpp
 TARGETS = {
     "capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
