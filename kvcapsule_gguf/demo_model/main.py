@@ -12,7 +12,7 @@ The second (--mrope) begins as the first one's GGUF files in --out:
     joint     everything together on pictures of mixed sizes           -> STATE/model.safetensors
     export    GGUF files                                               -> --out
 
-Each phase starts from what STATE holds; `--init-from MODEL.gguf MMPROJ.gguf` starts from exported weights instead.
+Each phase but distil starts from what STATE holds; `--init-from MODEL.gguf MMPROJ.gguf` starts from exported weights instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ..scenes import HELD_OUT
 from .align import align_words
 from .export import FIRST, export, init_from
 from .features import SHARD, load_eye, write_shard
-from .mixed import MixedModel, load_mixed, mixed_prompts
+from .mixed import MixedModel, load_mixed, mixed_prompts, save_mixed
+from .places import place_block
 from .talk import DemoModel
 from .tokenizer import Prompts
 from .train_distil import train_distil
@@ -54,16 +55,13 @@ def load(state: Path, given: list[Path], prompts: Prompts) -> DemoModel:
     return model
 
 
-def load_second(state: Path, given: list[Path], prompts: Prompts, first: DemoModel) -> MixedModel:
-    """The model of `state`, or of the given GGUF files, or a new one that begins as the first model."""
+def load_second(state: Path, given: list[Path], prompts: Prompts) -> MixedModel:
+    """The model of `state`, or of the given GGUF files."""
     model = MixedModel(prompts)
     if given:
         init_from(model, *given)
-    elif (state / "model.safetensors").exists():
-        load_mixed(state / "model.safetensors", model)
     else:
-        transplant_decoder(first.decoder, model.decoder)
-        transplant_eye(first.vision, model.vision)
+        load_mixed(state / "model.safetensors", model)
     return model
 
 
@@ -88,16 +86,26 @@ def first_model(args: argparse.Namespace) -> None:
         print(*export(model, args.out, args.full), sep="\n")
 
 
+def distil(args: argparse.Namespace, prompts: Prompts, save_to: Path) -> None:
+    """Make a second model of the first one."""
+    first, model = DemoModel(len(Prompts().tokenizer.pieces)), MixedModel(prompts)
+    init_from(first, *FIRST.paths(Path(__file__).parents[1] / "demo"))
+    transplant_decoder(first.decoder, model.decoder)
+    transplant_eye(first.vision, model.vision)
+    train_distil(model.to(args.device), first.vision.to(args.device), save_to, args.minutes, seed=args.seed)
+    place_block(model.decoder.cpu(), model.vision.cpu(), first.vision.cpu(), prompts.around_image()[0][0])
+    save_mixed(model, save_to)
+
+
 def second_model(args: argparse.Namespace) -> None:
     """Run a phase of the second model."""
-    prompts, first = mixed_prompts(), DemoModel(len(Prompts().tokenizer.pieces))
-    init_from(first, *FIRST.paths(Path(__file__).parents[1] / "demo"))
     torch.manual_seed(args.seed)
-    model = load_second(args.state, args.init_from, prompts, first).to(args.device)
-    save_to = args.state / "model.safetensors"
+    prompts, save_to = mixed_prompts(), args.state / "model.safetensors"
     if args.phase == "distil":
-        train_distil(model, first.vision.to(args.device), save_to, args.minutes, seed=args.seed)
-    elif args.phase == "joint":
+        distil(args, prompts, save_to)
+        return
+    model = load_second(args.state, args.init_from, prompts).to(args.device)
+    if args.phase == "joint":
         train_mixed(model, prompts, save_to, args.minutes, lr=args.rate, matrix_lr=3 * args.rate, batch=args.batch, budget=args.budget or 448,
                     seed=args.seed, begin=args.begin, workers=args.workers)
     else:

@@ -35,7 +35,7 @@ class Teacher:
         self.eye, self.order = eye, y * eye.cfg.grid + x
         self.device = eye.position.device
         self.places: list[Tensor] = []
-        probed = (self.stages(pictures(TRAIN.start + i, 8)[0].to(self.device)) for i in range(0, probes, 8))
+        probed = (self.stages(pictures(TRAIN.start + i, 4)[0].to(self.device)) for i in range(0, probes, 4))
         stages = [torch.cat(s) for s in zip(*probed)]
         self.places = [s.mean(0) - s.mean((0, 1)) for s in stages]
 

@@ -7,20 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from ..scenes import TRAIN, make_scene
+from .decoder import Decoder
 from .merger import MergerVision
 from .train_eye import to_input
 from .vision import Vision, VisionBlock
 
+LEFT_OUT = 3  # block of the first decoder without which it reads best, measured one at a time
 TURNING = 4  # of the frequencies of an axis: pairs that hold what depends on the offset; the slow rest holds content
 
 
 @torch.no_grad()
-def transplant_decoder(old: nn.Module, new: nn.Module) -> None:
-    """Copy what has the same name; the vocabulary may have grown at its end."""
+def transplant_decoder(old: Decoder, new: Decoder) -> None:
+    """Copy what has the same name, but for the block that is missed least: the first one becomes free. The vocabulary may have grown at its end."""
+    kept = [i for i in range(old.cfg.layers) if i != LEFT_OUT]
+    source = {n: p for n, p in old.named_parameters() if not n.startswith("blocks")}
+    for at, i in enumerate(kept, 1):
+        source |= {f"blocks.{at}.{n}": p for n, p in old.blocks[i].named_parameters()}
     for name, p in new.named_parameters():
-        source = dict(old.named_parameters()).get(name)
-        if source is not None:
-            p[: source.shape[0]] = source
+        if name in source:
+            p[: source[name].shape[0]] = source[name]
 
 
 @torch.no_grad()
