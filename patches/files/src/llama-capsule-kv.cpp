@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <tuple>
 
 //
@@ -375,14 +376,35 @@ void llama_capsule_kv::unrope(int32_t il, const std::vector<uint32_t> & idxs, fl
 }
 
 void llama_capsule_kv::read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const {
-    if (k) {
-        read_k(il, idxs, k);
-        if (rope) {
-            unrope(il, idxs, k);
+    // in the order of the cells: consecutive ones are read at once
+    std::vector<uint32_t> order(idxs.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return idxs[a] < idxs[b]; });
+
+    std::vector<uint32_t> sorted;
+    for (uint32_t i : order) {
+        sorted.push_back(idxs[i]);
+    }
+
+    std::vector<float> buf;
+    auto scatter = [&](float * dst, size_t n_embd) {
+        for (size_t i = 0; i < order.size(); ++i) {
+            std::copy_n(buf.data() + i*n_embd, n_embd, dst + order[i]*n_embd);
         }
+    };
+
+    if (k) {
+        buf.resize(sorted.size()*kv.hparams.n_embd_k_gqa(il));
+        read_k(il, sorted, buf.data());
+        if (rope) {
+            unrope(il, sorted, buf.data());
+        }
+        scatter(k, kv.hparams.n_embd_k_gqa(il));
     }
     if (v) {
-        read_v(il, idxs, v);
+        buf.resize(sorted.size()*kv.hparams.n_embd_v_gqa(il));
+        read_v(il, sorted, buf.data());
+        scatter(v, kv.hparams.n_embd_v_gqa(il));
     }
 }
 
