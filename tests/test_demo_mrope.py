@@ -1,7 +1,5 @@
 """The second demo model: positions, the eye's rotation, transplanted weights, export, and torch against llama.cpp at several sizes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -21,7 +19,6 @@ from kvcapsule_gguf.demo_model.transplant import LEFT_OUT, transplant_decoder, t
 from kvcapsule_gguf.demo_model.vision import rotate_halves  # noqa: E402
 from kvcapsule_gguf.scenes import HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, size_of  # noqa: E402
 
-DEMO = Path(__file__).parents[1] / "kvcapsule_gguf" / "demo"
 PROMPTS = mixed_prompts()
 SHIPPED_AT_LEAST = 0.5  # of few questions; docs/demo-model.md has the figures
 SMALL = MergerConfig(width=64, layers=1, heads=2, ffn=64, hidden=64)
@@ -42,7 +39,7 @@ def model() -> MixedModel:
 @pytest.fixture(scope="module")
 def first() -> DemoModel:
     model = DemoModel(len(mixed_prompts().tokenizer.pieces) - 2)
-    init_from(model, *FIRST.paths(DEMO))
+    init_from(model, *FIRST.paths())
     return model
 
 
@@ -166,14 +163,14 @@ def test_llama_cpp_agrees(llama, model, tmp_path, sizes):
         native.close()
 
 
-@pytest.mark.skipif(not SECOND.paths(DEMO)[0].exists(), reason="the second model is not shipped")
+@pytest.mark.skipif(not SECOND.paths()[0].exists(), reason="the second model is not shipped")
 def test_shipped_model_answers(llama):
     """On pictures of several sizes, one and two at a time."""
     from kvcapsule_gguf.demo_model.evaluate import evaluate
     from kvcapsule_gguf.demo_model.native import NativeModel
 
     assert len({size_of(HELD_OUT.start + i) for i in range(6)}) > 3
-    native = NativeModel(*SECOND.paths(DEMO))
+    native = NativeModel(*SECOND.paths())
     try:
         hits = evaluate(native, scenes=6, questions=7, mixed=True)
     finally:

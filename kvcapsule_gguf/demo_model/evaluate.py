@@ -12,7 +12,7 @@ from ..scenes import HELD_OUT, TASKS, Question, compare_questions, is_correct, m
 from .native import MARKER, NativeModel
 
 Hits = dict[str, list[bool]]
-SHIPPED = {False: "kvdemo-8M-v1", True: "kvdemo-mrope-8M-v1"}  # by whether pictures may have any size
+DEMO = Path(__file__).parents[1] / "demo"
 
 
 def evaluate(model: NativeModel, scenes: int, questions: int, first: int = HELD_OUT.start, verbose: bool = False, mixed: bool = False) -> Hits:
@@ -53,21 +53,21 @@ def table(hits: Hits) -> str:
 
 
 def main() -> None:
-    demo = Path(__file__).parents[1] / "demo"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mrope", action="store_true", help="the second model: mixed sizes, and questions on two pictures")
-    parser.add_argument("--folder", type=Path, default=demo, help="folder that holds both GGUF files")
+    parser.add_argument("--folder", type=Path, help="folder that holds both GGUF files, default: where they are shipped")
     parser.add_argument("--first", type=int, default=HELD_OUT.start, help="seed of the first scene")
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--questions", type=int, default=10, help="per scene")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-v", "--verbose", action="store_true", help="print every miss")
     args = parser.parse_args()
-    name = SHIPPED[args.mrope]
-    files = [next(iter(sorted(args.folder.glob(f"{start}{name}-F*.gguf"))), None) for start in ("", "mmproj-")]
-    if None in files:
-        parser.error(f"{args.folder} does not hold {name}-F16.gguf and mmproj-{name}-F16.gguf")
-    native = NativeModel(*files, threads=args.threads)
+    folder = args.folder or (DEMO / "mrope" if args.mrope else DEMO)
+    models = [p for p in sorted(folder.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule"))]
+    projectors = sorted(folder.glob("mmproj-*.gguf"))
+    if not models or not projectors:
+        parser.error(f"{folder} holds no model with its projector")
+    native = NativeModel(models[0], projectors[0], threads=args.threads)
     print(table(evaluate(native, args.scenes, args.questions, args.first, args.verbose, args.mrope)))
 
 

@@ -24,16 +24,19 @@ class Release:
     basename: str
     description: str
     arch: str
+    folder: Path
     around_image: tuple[str, ...] = ()
 
-    def paths(self, folder: Path, suffix: str = "F16") -> tuple[Path, Path]:
-        """Model and mmproj."""
+    def paths(self, folder: Path | None = None, suffix: str = "F16") -> tuple[Path, Path]:
+        """Model and mmproj, where they are shipped unless told otherwise."""
+        folder = folder or self.folder
         return folder / f"{self.name}-{suffix}.gguf", folder / f"mmproj-{self.name}-{suffix}.gguf"
 
 
-FIRST = Release("kvdemo-8M-v1", "kvdemo", "Small LLaVA-style model of drawn scenes (KVCapsule demo); knows nothing but those.", "llama")
+DEMO = Path(__file__).parents[1] / "demo"
+FIRST = Release("kvdemo-8M-v1", "kvdemo", "Small LLaVA-style model of drawn scenes (KVCapsule demo); knows nothing but those.", "llama", DEMO)
 SECOND = Release("kvdemo-mrope-8M-v1", "kvdemo-mrope",
-                 "Small Qwen2-VL-style model of drawn scenes of many sizes (KVCapsule demo); knows nothing but those.", "qwen2vl", VISION_TOKENS)
+                 "Small Qwen2-VL-style model of drawn scenes of many sizes (KVCapsule demo); knows nothing but those.", "qwen2vl", DEMO / "mrope", VISION_TOKENS)
 NAME = FIRST.name
 
 _BLOCK = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
@@ -170,10 +173,10 @@ def export_vision(model: DemoModel | MixedModel, path: Path, full: bool = False)
     _finish(w)
 
 
-def export(model: DemoModel | MixedModel, folder: Path, full: bool = False) -> tuple[Path, Path]:
-    """Write both files into `folder`; returns model and mmproj path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def export(model: DemoModel | MixedModel, folder: Path | None = None, full: bool = False) -> tuple[Path, Path]:
+    """Write both files into `folder`, or where they are shipped; returns model and mmproj path."""
     paths = release_of(model).paths(folder, "F32" if full else "F16")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     export_decoder(model, paths[0], full)
     export_vision(model, paths[1], full)
     return paths

@@ -7,7 +7,7 @@ The first model:
     joint     everything together, drawing as it goes                  -> STATE/model.safetensors
     export    GGUF files                                               -> --out
 
-The second (--mrope) begins as the first one's GGUF files in --out:
+The second (--mrope) begins as the first one's shipped GGUF files:
     distil    ViT and merger, taught by the first model's eye          -> STATE/model.safetensors
     joint     everything together on pictures of mixed sizes           -> STATE/model.safetensors
     export    GGUF files                                               -> --out
@@ -89,7 +89,7 @@ def first_model(args: argparse.Namespace) -> None:
 def distil(args: argparse.Namespace, prompts: Prompts, save_to: Path) -> None:
     """Make a second model of the first one."""
     first, model = DemoModel(len(Prompts().tokenizer.pieces)), MixedModel(prompts)
-    init_from(first, *FIRST.paths(Path(__file__).parents[1] / "demo"))
+    init_from(first, *FIRST.paths())
     transplant_decoder(first.decoder, model.decoder)
     transplant_eye(first.vision, model.vision)
     train_distil(model.to(args.device), first.vision.to(args.device), save_to, args.minutes, seed=args.seed)
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="joint with --mrope: processes that draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "demo")
+    parser.add_argument("--out", type=Path, help="folder for the GGUF files, default: where they are shipped")
     parser.add_argument("--full", action="store_true", help="export F32")
     args = parser.parse_args()
     if args.phase not in PHASES[args.mrope]:

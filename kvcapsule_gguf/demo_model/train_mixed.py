@@ -17,6 +17,7 @@ from .tokenizer import Prompts
 
 MIXED_SEEDS = 7_500_000
 PAIRS = 0.25  # share of steps with two pictures
+FROZEN = tuple(f"decoder.blocks.0.{part}." for part in ("attn_norm", "q", "k", "v", "o"))  # places.py: steep, a few steps of Muon blur them
 
 
 def training_batch(prompts: Prompts, rng: np.random.Generator, count: int, budget: int, cell: int) -> MixedBatch:
@@ -76,6 +77,8 @@ def train_mixed(model: MixedModel, prompts: Prompts, save_to: Path, minutes: flo
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     data = iter(torch.utils.data.DataLoader(TrainingBatches(prompts, seed, batch, budget, model.vision.cfg.cell), None, num_workers=workers))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(FROZEN))
     parameters = list(model.parameters())
     optimiser = Optimisers(list(model.named_parameters()), lr, matrix_lr)
     began, step, sums = time.time(), 0, defaultdict(float)
