@@ -143,7 +143,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
                     }
                 }
 
-                ggml_backend_tensor_set(pool.layers[l].blob, slot.data(), b->i_slot*slot.size(), slot.size());
+                slot_set(pool, l, b->i_slot, slot.data());
 
                 auto & hash = pool.hash[b->i_slot];
                 hash = llama_capsule_state_hash(slot.data(), slot.size(), l == 0 ? 0 : hash);

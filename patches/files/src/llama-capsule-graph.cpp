@@ -9,6 +9,7 @@
 #include <cmath>
 
 static constexpr uint32_t CAPSULE_ROWS_PAD = 16; // the matrix products of the CPU backend are much faster with it
+static constexpr uint32_t CAPSULE_POS_PAD  = 64; // RoPE of the Vulkan backend wants aligned positions
 
 //
 // llm_graph_input_capsule
@@ -95,138 +96,134 @@ void llama_capsule_store::init_scratch_const() {
     }
 }
 
-void llama_capsule_store::init_weights() {
+void llama_capsule_store::init_weights(uint32_t i_layer) {
     const uint32_t K = data().n_neighbours;
 
     weights.resize(data().layers.size());
 
-    for (uint32_t l = 0; l < data().layers.size(); ++l) {
-        const auto & layer = data().layers[l];
-        auto       & w     = weights[l];
+    const auto & layer = data().layers[i_layer];
+    auto       & w     = weights[i_layer];
 
-        const ggml_init_params params = {
-            /*.mem_size   =*/ (4*N_TIERS + 4 + 2*K)*ggml_tensor_overhead(),
-            /*.mem_buffer =*/ nullptr,
-            /*.no_alloc   =*/ true,
-        };
-        ggml_context_ptr ctx { ggml_init(params) };
+    const ggml_init_params params = {
+        /*.mem_size   =*/ (4*N_TIERS + 4 + 2*K)*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
 
-        std::vector<std::pair<ggml_tensor *, std::vector<float>>>   floats;
-        std::vector<std::pair<ggml_tensor *, std::vector<int32_t>>> ints;
+    std::vector<std::pair<ggml_tensor *, std::vector<float>>>   floats;
+    std::vector<std::pair<ggml_tensor *, std::vector<int32_t>>> ints;
 
-        auto pca = [&](weights_part & part, const llama_capsule_row_counts & counts, uint32_t d, const std::vector<float> & mean, const std::vector<float> & basis) {
-            const uint32_t n_rows = llama_capsule_rows_total(counts);
-            const uint32_t n_pad  = GGML_PAD(n_rows + 1, CAPSULE_ROWS_PAD) - n_rows;
-            const uint32_t n_all  = n_rows + n_pad;
+    auto pca = [&](weights_part & part, const llama_capsule_row_counts & counts, uint32_t d, const std::vector<float> & mean, const std::vector<float> & basis) {
+        const uint32_t n_rows = llama_capsule_rows_total(counts);
+        const uint32_t n_all  = GGML_PAD(n_rows + 1, CAPSULE_ROWS_PAD);
 
-            part.n_rows = n_rows;
-            part.basis  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_all, N());
-            part.pad    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_pad, layer.n_head_kv);
+        part.basis = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_all, N());
+        part.mean  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, 1, layer.n_head_kv);
 
-            // the mean is one more row, with weight 1 for every token
-            std::vector<float> b(n_all*N(), 0.0f);
-            for (uint32_t t = 0; t < N(); ++t) {
-                for (uint32_t r = 0; r < n_rows; ++r) {
-                    b[t*n_all + r] = basis[r*N() + t];
-                }
-                b[t*n_all + n_rows] = 1.0f;
+        // the mean is one more row, with weight 1 for every token
+        std::vector<float> b(n_all*N(), 0.0f);
+        for (uint32_t t = 0; t < N(); ++t) {
+            for (uint32_t r = 0; r < n_rows; ++r) {
+                b[t*n_all + r] = basis[r*N() + t];
             }
-
-            std::vector<float> m(d*n_pad*layer.n_head_kv, 0.0f);
-            for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
-                std::copy(mean.begin() + h*d, mean.begin() + (h + 1)*d, m.begin() + h*n_pad*d);
-            }
-
-            floats.emplace_back(part.basis, std::move(b));
-            floats.emplace_back(part.pad,   std::move(m));
-        };
-
-        bool retain = false;
-        for (int ip = 0; ip < N_TIERS; ++ip) {
-            const auto & tl = pools[ip].codecs[l].tl;
-
-            if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_PCA) {
-                pca(w.k[ip], tl.key_rows, layer.n_embd_head_k, layer.k_mean, layer.k_basis);
-            } else {
-                retain = true;
-            }
-            pca(w.v[ip], tl.value_rows, layer.n_embd_head_v, layer.v_mean, layer.v_basis);
+            b[t*n_all + n_rows] = 1.0f;
         }
 
-        if (retain) {
-            const uint32_t n_head = layer.n_head_kv;
-            const uint32_t n_drop = N() - layer.n_kept;
-            const uint32_t d      = layer.n_embd_head_k;
+        floats.emplace_back(part.basis, std::move(b));
+        floats.emplace_back(part.mean,  mean);
+    };
 
-            w.retain.idx_inv = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, N(), n_head, n_chunk);
+    bool retain = false;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & tl = pools[ip].codecs[i_layer].tl;
 
-            std::vector<int32_t> inv(N());
-            for (uint32_t i = 0; i < N(); ++i) {
-                inv[layer.token_order[i]] = i;
-            }
-            std::vector<int32_t> inv_all;
-            for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
-                inv_all.insert(inv_all.end(), inv.begin(), inv.end());
-            }
-            ints.emplace_back(w.retain.idx_inv, std::move(inv_all));
-
-            for (uint32_t k = 0; k < K; ++k) {
-                w.retain.idx .push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, n_drop, n_head, n_chunk));
-                w.retain.gate.push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_drop, n_head));
-
-                std::vector<int32_t> idx;
-                for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
-                    for (uint32_t j = 0; j < n_drop; ++j) {
-                        idx.push_back(layer.k_neighbours[j*K + k]);
-                    }
-                }
-
-                std::vector<float> gate;
-                for (uint32_t i = 0; i < n_head*n_drop; ++i) {
-                    const auto first = layer.k_gate.begin() + (i*K + k)*d;
-                    gate.insert(gate.end(), first, first + d);
-                }
-
-                ints  .emplace_back(w.retain.idx [k], std::move(idx));
-                floats.emplace_back(w.retain.gate[k], std::move(gate));
-            }
-
-            if (layer.n_mlp > 0) {
-                w.retain.mlp_up      = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, K*d, layer.n_mlp, n_head);
-                w.retain.mlp_up_bias = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, 1, n_head);
-                w.retain.mlp_down    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, d, n_head);
-
-                floats.emplace_back(w.retain.mlp_up,      layer.k_mlp_up);
-                floats.emplace_back(w.retain.mlp_up_bias, layer.k_mlp_up_bias);
-                floats.emplace_back(w.retain.mlp_down,    layer.k_mlp_down);
-            }
+        if (tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_PCA) {
+            pca(w.k[ip], tl.key_rows, layer.n_embd_head_k, layer.k_mean, layer.k_basis);
+        } else {
+            retain = true;
         }
-
-        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), layer_buft(l)) };
-        if (!buf) {
-            throw std::runtime_error("no memory for the constants of the capsule");
-        }
-
-        for (const auto & [t, x] : floats) {
-            GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
-            ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
-        }
-        for (const auto & [t, x] : ints) {
-            GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
-            ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
-        }
-
-        ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+        pca(w.v[ip], tl.value_rows, layer.n_embd_head_v, layer.v_mean, layer.v_basis);
     }
+
+    if (retain) {
+        const uint32_t n_head = layer.n_head_kv;
+        const uint32_t n_drop = N() - layer.n_kept;
+        const uint32_t d      = layer.n_embd_head_k;
+
+        w.retain.idx_inv = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, N(), n_head, n_chunk);
+
+        std::vector<int32_t> inv(N());
+        for (uint32_t i = 0; i < N(); ++i) {
+            inv[layer.token_order[i]] = i;
+        }
+        std::vector<int32_t> inv_all;
+        for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
+            inv_all.insert(inv_all.end(), inv.begin(), inv.end());
+        }
+        ints.emplace_back(w.retain.idx_inv, std::move(inv_all));
+
+        for (uint32_t k = 0; k < K; ++k) {
+            w.retain.idx .push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, n_drop, n_head, n_chunk));
+            w.retain.gate.push_back(ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_drop, n_head));
+
+            std::vector<int32_t> idx;
+            for (uint32_t i = 0; i < n_head*n_chunk; ++i) {
+                for (uint32_t j = 0; j < n_drop; ++j) {
+                    idx.push_back(layer.k_neighbours[j*K + k]);
+                }
+            }
+
+            std::vector<float> gate;
+            for (uint32_t i = 0; i < n_head*n_drop; ++i) {
+                const auto first = layer.k_gate.begin() + (i*K + k)*d;
+                gate.insert(gate.end(), first, first + d);
+            }
+
+            ints  .emplace_back(w.retain.idx [k], std::move(idx));
+            floats.emplace_back(w.retain.gate[k], std::move(gate));
+        }
+
+        if (layer.n_mlp > 0) {
+            w.retain.mlp_up      = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, K*d, layer.n_mlp, n_head);
+            w.retain.mlp_up_bias = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, 1, n_head);
+            w.retain.mlp_down    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.n_mlp, d, n_head);
+
+            floats.emplace_back(w.retain.mlp_up,      layer.k_mlp_up);
+            floats.emplace_back(w.retain.mlp_up_bias, layer.k_mlp_up_bias);
+            floats.emplace_back(w.retain.mlp_down,    layer.k_mlp_down);
+        }
+    }
+
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), layer_buft(i_layer)) };
+    if (!buf) {
+        throw std::runtime_error("no memory for the constants of the capsule");
+    }
+
+    for (const auto & [t, x] : floats) {
+        GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
+        ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+    }
+    for (const auto & [t, x] : ints) {
+        GGML_ASSERT(x.size() == (size_t) ggml_nelements(t));
+        ggml_backend_tensor_set(t, x.data(), 0, ggml_nbytes(t));
+    }
+
+    w.ctx = std::move(ctx);
+    w.buf = std::move(buf);
+}
+
+void llama_capsule_store::free_weights(uint32_t i_layer) {
+    weights[i_layer] = {};
 }
 
 //
 // scratch
 //
 
-llama_capsule_store::scratch & llama_capsule_store::layer_scratch(uint32_t i_layer) {
+const llama_capsule_store::scratch & llama_capsule_store::layer_scratch(uint32_t i_layer) const {
     const auto buft = layer_buft(i_layer);
-    for (auto & s : scratches) {
+    for (const auto & s : scratches) {
         if (s.buft == buft) {
             return s;
         }
@@ -236,7 +233,8 @@ llama_capsule_store::scratch & llama_capsule_store::layer_scratch(uint32_t i_lay
 
 // room for all hot cells and all slots
 bool llama_capsule_store::reserve_scratch() {
-    const uint32_t n_cols = GGML_PAD((pools[0].n_slots + pools[1].n_slots)*N(), 256) + kv.get_size();
+    const int64_t n_cols = GGML_PAD((pools[0].n_slots + pools[1].n_slots)*N(), 256) + kv.get_size();
+    const int64_t n_pos  = n_pos_total(pools[0].n_slots, pools[1].n_slots);
 
     uint32_t n_embd_k = 0;
     uint32_t n_embd_v = 0;
@@ -246,12 +244,12 @@ bool llama_capsule_store::reserve_scratch() {
     }
 
     for (auto & s : scratches) {
-        if (s.k && s.k->ne[1] >= n_cols) {
+        if (s.k && s.k->ne[1] >= n_cols && s.pos->ne[0] >= n_pos) {
             continue;
         }
 
         const ggml_init_params params = {
-            /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+            /*.mem_size   =*/ 3*ggml_tensor_overhead(),
             /*.mem_buffer =*/ nullptr,
             /*.no_alloc   =*/ true,
         };
@@ -261,6 +259,8 @@ bool llama_capsule_store::reserve_scratch() {
         ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), kv.type_v(), n_embd_v, n_cols);
         ggml_set_name(k, "capsule_scratch_k");
         ggml_set_name(v, "capsule_scratch_v");
+
+        ggml_tensor * pos = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n_pos);
 
         auto buf = alloc_buf(ctx.get(), s.buft);
         if (!buf) {
@@ -274,6 +274,7 @@ bool llama_capsule_store::reserve_scratch() {
         s.buf = std::move(buf);
         s.k   = k;
         s.v   = v;
+        s.pos = pos;
 
         touch();
     }
@@ -285,6 +286,18 @@ bool llama_capsule_store::reserve_scratch() {
 // inputs
 //
 
+size_t llama_capsule_store::n_pos_chunk(uint32_t n_slots) const {
+    return GGML_PAD(n_slots*N()*kv.hparams.n_pos_per_embd(), CAPSULE_POS_PAD);
+}
+
+size_t llama_capsule_store::n_pos_total(uint32_t n_slots_0, uint32_t n_slots_1) const {
+    size_t res = 0;
+    for (uint32_t n : { n_slots_0, n_slots_1 }) {
+        res += n/n_chunk*n_pos_chunk(n_chunk) + n_pos_chunk(n%n_chunk);
+    }
+    return res;
+}
+
 void llama_capsule_store::set_input_pos(ggml_tensor * dst) const {
     const uint32_t n_pos = kv.hparams.n_pos_per_embd();
 
@@ -294,12 +307,13 @@ void llama_capsule_store::set_input_pos(ggml_tensor * dst) const {
     int32_t * data = res.data();
     for (const auto & pool : pools) {
         for (uint32_t s = 0; s < pool.n_used; s += n_chunk) {
-            const uint32_t n = std::min(n_chunk, pool.n_used - s)*N();
+            const uint32_t n_slots = std::min(n_chunk, pool.n_used - s);
+            const uint32_t n       = n_slots*N();
 
             for (uint32_t j = 0; j < n; ++j) {
                 llama_capsule_rope_pos(pool.cells, s*N() + j, n_pos, data + j, n);
             }
-            data += n*n_pos;
+            data += n_pos_chunk(n_slots);
         }
     }
 
@@ -368,7 +382,7 @@ llm_graph_input_capsule * llama_capsule_store::graph_input(const llm_graph_conte
     auto inp = std::make_unique<llm_graph_input_capsule>(shared_from_this(), causal);
 
     if (n_cold() > 0) {
-        inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_cold()*kv.hparams.n_pos_per_embd());
+        inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_pos_total(pools[0].n_used, pools[1].n_used));
         ggml_set_input(inp->pos);
         ggml_set_name(inp->pos, "capsule_inp_pos");
 
@@ -400,8 +414,8 @@ uint32_t llama_capsule_store::graph_nodes() const {
 }
 
 // the rows of n_slots slots -> F32 [d, n_rows, n_head_kv, n_slots], without the Hadamard rotation
-ggml_tensor * llama_capsule_store::build_rows(ggml_context * ctx, const scratch & s, ggml_tensor * const * typed, const llama_capsule_row_counts & counts,
-        uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const {
+ggml_tensor * llama_capsule_store::build_rows(ggml_context * ctx, const scratch & s, const std::array<pool_layer::plane, LLAMA_CAPSULE_N_TYPES> & planes,
+        const llama_capsule_row_counts & counts, uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const {
     ggml_tensor * plain = nullptr;
     ggml_tensor * quant = nullptr;
 
@@ -410,9 +424,9 @@ ggml_tensor * llama_capsule_store::build_rows(ggml_context * ctx, const scratch 
             continue;
         }
 
-        const ggml_tensor * src = typed[t];
+        ggml_tensor * src = planes[t].rows;
 
-        ggml_tensor * rows = ggml_view_4d(ctx, typed[t], src->ne[0], src->ne[1], src->ne[2], n_slots, src->nb[1], src->nb[2], src->nb[3], i_slot*src->nb[3]);
+        ggml_tensor * rows = ggml_view_4d(ctx, src, src->ne[0], src->ne[1], src->ne[2], n_slots, src->nb[1], src->nb[2], src->nb[3], i_slot/n_chunk*planes[t].stride);
         ggml_tensor * idx  = ggml_view_3d(ctx, s.idx, src->ne[1], src->ne[2], n_slots, s.idx->nb[1], s.idx->nb[2], 0);
 
         // get_rows dequantizes on every backend
@@ -431,12 +445,15 @@ ggml_tensor * llama_capsule_store::build_rows(ggml_context * ctx, const scratch 
 
 // rows -> [d*n_head_kv, N, n_slots], or transposed [N, d*n_head_kv, n_slots]
 ggml_tensor * llama_capsule_store::build_pca(ggml_context * ctx, ggml_tensor * rows, const weights_part & w, uint32_t n_slots, bool trans) const {
-    const int64_t d      = w.pad->ne[0];
-    const int64_t n_pad  = w.pad->ne[1];
-    const int64_t n_head = w.pad->ne[2];
+    const int64_t d      = w.mean->ne[0];
+    const int64_t n_head = w.mean->ne[2];
     const int64_t n_all  = w.basis->ne[0];
 
-    ggml_tensor * x = ggml_concat(ctx, rows, ggml_repeat_4d(ctx, w.pad, d, n_pad, n_head, n_slots), 1);
+    ggml_tensor * x = ggml_concat(ctx, rows, ggml_repeat_4d(ctx, w.mean, d, 1, n_head, n_slots), 1);
+
+    if (x->ne[1] < n_all) {
+        x = ggml_pad(ctx, x, 0, n_all - x->ne[1], 0, 0);
+    }
 
     x = ggml_cont_3d(ctx, ggml_permute(ctx, x, 1, 0, 2, 3), n_all, d*n_head, n_slots);
 
@@ -502,67 +519,149 @@ ggml_tensor * llama_capsule_store::build_retain(ggml_context * ctx, ggml_tensor 
     return ggml_cont_3d(ctx, ggml_permute(ctx, x, 0, 2, 1, 3), d*n_head, N(), n_slots);
 }
 
-// k_cold and v_cold: the columns of the slots in the scratch
-void llama_capsule_store::build_reconstruct(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold, ggml_tensor * pos,
-        ggml_tensor * k_rot, ggml_tensor * v_rot) {
-    const auto & layer = data().layers[i_layer];
-    const auto & s     = layer_scratch(i_layer);
-    const auto & w     = weights[i_layer];
+// the same bytes as integers: every backend copies those, but not every one quantized rows
+static ggml_tensor * capsule_as_words(ggml_context * ctx, ggml_tensor * t) {
+    const size_t row = ggml_row_size(t->type, t->ne[0]);
 
-    ggml_context * ctx = g.ctx0;
+    if (!ggml_is_quantized(t->type) || row % sizeof(int32_t) != 0) {
+        return t;
+    }
 
-    const int64_t n_embd_k = k_cold->ne[0];
+    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
+
+    res->type  = GGML_TYPE_I32;
+    res->ne[0] = row/sizeof(int32_t);
+    res->nb[0] = sizeof(int32_t);
+
+    return res;
+}
+
+void llama_capsule_store::build_copy(const build_args & a, ggml_tensor * src, ggml_tensor * dst) const {
+    if (src->type == dst->type) {
+        src = capsule_as_words(a.ctx, src);
+        dst = capsule_as_words(a.ctx, dst);
+    }
+
+    ggml_build_forward_expand(a.gf, ggml_cpy(a.ctx, src, dst));
+}
+
+void llama_capsule_store::build_chunk(const build_args & a, int ip, const pool_layer & slots, uint32_t i_slot, uint32_t n_slots, int64_t col, int64_t i_pos) const {
+    const auto & layer = data().layers[a.i_layer];
+    const auto & tl    = pools[ip].codecs[a.i_layer].tl;
+    const auto & s     = layer_scratch(a.i_layer);
+    const auto & w     = weights[a.i_layer];
+
+    ggml_context * ctx = a.ctx;
+
+    const int64_t n        = n_slots*N();
+    const int64_t n_embd_k = layer.n_head_kv*layer.n_embd_head_k;
     const int64_t n_embd_v = layer.n_head_kv*layer.n_embd_head_v;
-    const int64_t n_pos    = kv.hparams.n_pos_per_embd();
 
-    const size_t v_es = ggml_type_size(v_cold->type); // only if V is transposed
+    ggml_tensor * x = build_rows(ctx, s, slots.k, tl.key_rows, i_slot, n_slots, s.rot_k);
 
-    ggml_tensor * factors = kv.model.get_rope_factors(g.cparams, layer.il);
+    x = tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN ?
+        build_retain(ctx, x, a.i_layer, n_slots) :
+        build_pca   (ctx, x, w.k[ip], n_slots, false);
 
-    auto write = [&](ggml_tensor * src, ggml_tensor * dst) {
-        ggml_build_forward_expand(g.gf, ggml_cpy(ctx, src, dst));
-    };
+    x = ggml_reshape_3d(ctx, x, layer.n_embd_head_k, layer.n_head_kv, n);
+    if (layer.rope) {
+        ggml_tensor * pos = ggml_view_1d(ctx, a.pos, n*kv.hparams.n_pos_per_embd(), i_pos*sizeof(int32_t));
 
-    int64_t col = 0;
+        x = llama_capsule_rope(ctx, kv.model, a.cparams, x, pos, kv.model.get_rope_factors(a.cparams, layer.il), layer.il, false);
+    }
+    if (a.k_rot) {
+        x = llama_mul_mat_hadamard(ctx, x, a.k_rot);
+    }
+    build_copy(a, ggml_reshape_2d(ctx, x, n_embd_k, n), ggml_view_2d(ctx, a.k_cold, n_embd_k, n, a.k_cold->nb[1], col*a.k_cold->nb[1]));
+
+    x = build_rows(ctx, s, slots.v, tl.value_rows, i_slot, n_slots, s.rot_v);
+    x = build_pca(ctx, x, w.v[ip], n_slots, kv.v_trans);
+
+    if (kv.v_trans) {
+        const size_t es = ggml_type_size(a.v_cold->type);
+
+        build_copy(a, x, ggml_view_3d(ctx, a.v_cold, N(), n_embd_v, n_slots, a.v_cold->nb[1], N()*es, col*es));
+    } else {
+        if (a.v_rot) {
+            x = llama_mul_mat_hadamard(ctx, x, a.v_rot);
+        }
+        build_copy(a, ggml_reshape_2d(ctx, x, n_embd_v, n), ggml_view_2d(ctx, a.v_cold, n_embd_v, n, a.v_cold->nb[1], col*a.v_cold->nb[1]));
+    }
+}
+
+void llama_capsule_store::build_reconstruct(const build_args & a) const {
+    int64_t col   = 0;
+    int64_t i_pos = 0;
+
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        const auto & pool  = pools[ip];
-        const auto & codec = pool.codecs[i_layer];
+        const auto & pool = pools[ip];
 
         for (uint32_t i_slot = 0; i_slot < pool.n_used; i_slot += n_chunk) {
             const uint32_t n_slots = std::min(n_chunk, pool.n_used - i_slot);
 
-            const int64_t n = n_slots*N();
+            build_chunk(a, ip, pool.layers[a.i_layer], i_slot, n_slots, col, i_pos);
 
-            ggml_tensor * x = build_rows(ctx, s, pool.layers[i_layer].k.data(), codec.tl.key_rows, i_slot, n_slots, s.rot_k);
-
-            x = codec.tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN ?
-                build_retain(ctx, x, i_layer, n_slots) :
-                build_pca   (ctx, x, w.k[ip], n_slots, false);
-
-            x = ggml_reshape_3d(ctx, x, layer.n_embd_head_k, layer.n_head_kv, n);
-            if (layer.rope) {
-                x = llama_capsule_rope(ctx, kv.model, g.cparams, x, ggml_view_1d(ctx, pos, n*n_pos, col*n_pos*sizeof(int32_t)), factors, layer.il, false);
-            }
-            if (k_rot) {
-                x = llama_mul_mat_hadamard(ctx, x, k_rot);
-            }
-            write(ggml_reshape_2d(ctx, x, n_embd_k, n), ggml_view_2d(ctx, k_cold, n_embd_k, n, k_cold->nb[1], col*k_cold->nb[1]));
-
-            x = build_rows(ctx, s, pool.layers[i_layer].v.data(), codec.tl.value_rows, i_slot, n_slots, s.rot_v);
-            x = build_pca(ctx, x, w.v[ip], n_slots, kv.v_trans);
-
-            if (kv.v_trans) {
-                write(x, ggml_view_3d(ctx, v_cold, N(), n_embd_v, n_slots, v_cold->nb[1], N()*v_es, col*v_es));
-            } else {
-                if (v_rot) {
-                    x = llama_mul_mat_hadamard(ctx, x, v_rot);
-                }
-                write(ggml_reshape_2d(ctx, x, n_embd_v, n), ggml_view_2d(ctx, v_cold, n_embd_v, n, v_cold->nb[1], col*v_cold->nb[1]));
-            }
-
-            col += n;
+            col   += n_slots*N();
+            i_pos += n_pos_chunk(n_slots);
         }
     }
+}
+
+std::string llama_capsule_store::find_unsupported(uint32_t i_layer) const {
+    const auto buft = layer_buft(i_layer);
+    const auto dev  = ggml_backend_buft_get_device(buft);
+    if (!dev) {
+        return "";
+    }
+
+    const auto & layer = data().layers[i_layer];
+
+    const size_t n_nodes = 256 + 64*data().n_neighbours;
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 2*n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    auto f32 = [&](int64_t n) {
+        return ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n, n);
+    };
+
+    const int64_t n        = n_chunk*N();
+    const int64_t n_embd_k = layer.n_head_kv*layer.n_embd_head_k;
+    const int64_t n_embd_v = layer.n_head_kv*layer.n_embd_head_v;
+
+    // one full chunk of each tier, as build_attn() does it
+    build_args a = {
+        ctx.get(), ggml_new_graph_custom(ctx.get(), n_nodes, false), lctx.get_cparams(), i_layer,
+        ggml_new_tensor_2d(ctx.get(), kv.type_k(), n_embd_k, n),
+        kv.v_trans ? ggml_new_tensor_2d(ctx.get(), kv.type_v(), n, n_embd_v) : ggml_new_tensor_2d(ctx.get(), kv.type_v(), n_embd_v, n),
+        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n_pos_chunk(n_chunk)),
+        kv.attn_rot_k ? f32(llama_capsule_hadamard_size(layer.n_embd_head_k)) : nullptr,
+        kv.attn_rot_v ? f32(64) : nullptr,
+    };
+
+    build_copy(a, ggml_dup_tensor(ctx.get(), a.pos),    a.pos);
+    build_copy(a, ggml_dup_tensor(ctx.get(), a.k_cold), a.k_cold);
+    build_copy(a, ggml_dup_tensor(ctx.get(), a.v_cold), a.v_cold);
+
+    std::array<pool_layer, N_TIERS> slots;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        make_slots(slots[ip], pools[ip].codecs[i_layer], n_chunk, true, ggml_backend_buft_get_alignment(buft));
+        build_chunk(a, ip, slots[ip], 0, n_chunk, 0, 0);
+    }
+
+    for (int i = 0; i < ggml_graph_n_nodes(a.gf); ++i) {
+        const ggml_tensor * op = ggml_graph_node(a.gf, i);
+
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            return format("%s (%s, %s)", ggml_op_desc(op), op->src[0] ? ggml_type_name(op->src[0]->type) : "", ggml_type_name(op->type));
+        }
+    }
+
+    return "";
 }
 
 ggml_tensor * llama_capsule_store::build_attn(
@@ -577,7 +676,7 @@ ggml_tensor * llama_capsule_store::build_attn(
                     ggml_tensor * v_rot,
                           float   kq_scale,
                             int   il) {
-    const auto * inp = graph_input(g, kq_mask);
+    auto * inp = graph_input(g, kq_mask);
 
     const uint32_t i_layer = find_layer(il);
 
@@ -630,14 +729,24 @@ ggml_tensor * llama_capsule_store::build_attn(
     // hot cells
     ggml_tensor * v_hot = v_trans ? ggml_view_2d(ctx, v, n_kv, n_embd_v, v->nb[2], 0) : ggml_view_2d(ctx, v, n_embd_v, n_kv, v->nb[2], 0);
 
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), k_cols(0, n_kv)));
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, v_hot, v_cols(0, n_kv)));
+    build_args a = { ctx, g.gf, g.cparams, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), nullptr, k_rot, v_rot };
+
+    build_copy(a, ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), k_cols(0, n_kv));
+    build_copy(a, v_hot, v_cols(0, n_kv));
 
     // slots
-    if (path(i_layer) != LLAMA_CAPSULE_PATH_RECONSTRUCT) {
-        build_unpack(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()));
+    if (path(i_layer) == LLAMA_CAPSULE_PATH_RECONSTRUCT) {
+        // once per device: views of an input would be copied one by one
+        auto & pos = inp->pos_dev[s.buft];
+        if (!pos) {
+            pos = ggml_cpy(ctx, inp->pos, ggml_view_1d(ctx, s.pos, inp->pos->ne[0], 0));
+            ggml_build_forward_expand(g.gf, pos);
+        }
+        a.pos = pos;
+
+        build_reconstruct(a);
     } else {
-        build_reconstruct(g, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), inp->pos, k_rot, v_rot);
+        build_unpack(a);
     }
 
     // the same shapes as llama_kv_cache::get_k() and get_v()

@@ -57,8 +57,8 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
     }
     rope_checked.resize(data().layers.size(), false);
 
-    init_weights();
     init_scratch_const();
+    init_paths();
 }
 
 const llama_capsule_data & llama_capsule_store::data() const {
@@ -86,12 +86,6 @@ uint32_t llama_capsule_store::find_layer(int il) const {
         }
     }
     GGML_ABORT("layer %d is not in the capsule", il);
-}
-
-ggml_backend_buffer_type_t llama_capsule_store::layer_buft(uint32_t i_layer) const {
-    const auto & layer = kv.layers[kv.map_layer_ids.at(data().layers[i_layer].il)];
-
-    return ggml_backend_buffer_get_type(layer.k->buffer);
 }
 
 //
@@ -160,72 +154,6 @@ void llama_capsule_store::warn_alloc() {
     }
 }
 
-bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots) {
-    const auto & layer  = data().layers[i_layer];
-    const auto & codec  = pool.codecs[i_layer];
-    const auto & layout = codec.layout;
-
-    pool_layer res;
-
-    const ggml_init_params params = {
-        /*.mem_size   =*/ (1 + 2*LLAMA_CAPSULE_N_TYPES)*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    res.ctx.reset(ggml_init(params));
-
-    res.blob = ggml_new_tensor_1d(res.ctx.get(), GGML_TYPE_I8, layout.slot_stride*n_slots);
-    ggml_format_name(res.blob, "capsule_%d_l%d", (int) pool.i_tier, layer.il);
-
-    res.buf = alloc_buf(res.ctx.get(), layer_buft(i_layer));
-    if (!res.buf) {
-        return false;
-    }
-    ggml_backend_buffer_clear(res.buf.get(), 0);
-
-    // the rows of one type as a tensor on the memory of the blob
-    auto typed = [&](ggml_type type, uint32_t n_rows, uint32_t d, const llama_capsule_layout::part & part, size_t offs) {
-        ggml_tensor * t = ggml_new_tensor_4d(res.ctx.get(), type, d, n_rows, layer.n_head_kv, n_slots);
-
-        t->nb[2]     = part.head_stride;
-        t->nb[3]     = layout.slot_stride;
-        t->view_src  = res.blob;
-        t->view_offs = part.offs + offs;
-
-        ggml_backend_view_init(t);
-
-        return t;
-    };
-
-    for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        const ggml_type type = LLAMA_CAPSULE_TYPES[t];
-
-        if (codec.tl.key_rows[t] > 0) {
-            res.k[t] = typed(type, codec.tl.key_rows[t], layer.n_embd_head_k, layout.k, layout.k.type_offs[t]);
-        }
-        if (codec.tl.value_rows[t] > 0) {
-            res.v[t] = typed(type, codec.tl.value_rows[t], layer.n_embd_head_v, layout.v, layout.v.type_offs[t]);
-        }
-    }
-
-    auto & old = pool.layers[i_layer];
-    if (old.blob) {
-        // slot by slot: memory is scarce; n_used does not count yet what compress_run() has just written
-        std::vector<uint8_t> buf(layout.slot_stride);
-        for (uint32_t s = 0; s < pool.n_slots; ++s) {
-            if (pool.used[s]) {
-                ggml_backend_tensor_get(old.blob, buf.data(), s*buf.size(), buf.size());
-                ggml_backend_tensor_set(res.blob, buf.data(), s*buf.size(), buf.size());
-            }
-        }
-    }
-
-    // layer by layer: only one layer exists twice
-    old = std::move(res);
-
-    return true;
-}
-
 bool llama_capsule_store::grow_pool(pool & pool, uint32_t n_slots) {
     const uint32_t n_max = pool.used.size();
 
@@ -242,10 +170,8 @@ bool llama_capsule_store::grow_pool_to(pool & pool, uint32_t n_slots) {
     touch();
 
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
-        const auto & layer = pool.layers[i];
-
         // a layer may be ahead of the others if a previous attempt ran out of memory
-        if (layer.blob && ggml_nbytes(layer.blob) >= pool.codecs[i].layout.slot_stride*n_slots) {
+        if (pool.layers[i].n_slots >= n_slots) {
             continue;
         }
         if (!grow_pool_layer(pool, i, n_slots)) {
@@ -424,8 +350,8 @@ void llama_capsule_store::memory_breakdown(std::map<ggml_backend_buffer_type_t, 
         add(s.buf);
         add(s.buf_const);
     }
-    for (const auto & it : ctxs_bufs) {
-        add(it.second);
+    for (const auto & w : weights) {
+        add(w.buf);
     }
 }
 
@@ -532,16 +458,16 @@ void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id
     for (int ip = 0; ip < N_TIERS; ++ip) {
         for (uint32_t s : slots[ip]) {
             for (size_t l = 0; l < pools[ip].layers.size(); ++l) {
-                const auto * blob   = pools[ip].layers[l].blob;
+                auto       * blob   = pools[ip].layers[l].blob;
                 const size_t stride = pools[ip].codecs[l].layout.slot_stride;
 
-                if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
-                    // a copy on the device would be tied to tensors that are replaced when the pool grows
+                // a copy on the device would be tied to tensors that are replaced when the pool grows
+                if (!blob || (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE)) {
                     buf.resize(stride);
-                    ggml_backend_tensor_get(blob, buf.data(), s*stride, stride);
+                    slot_get(pools[ip], l, s, buf.data());
                     io.write(buf.data(), stride);
                 } else {
-                    io.write_tensor(pools[ip].layers[l].blob, s*stride, stride);
+                    io.write_tensor(blob, s*stride, stride);
                 }
             }
         }
@@ -681,7 +607,7 @@ void llama_capsule_store::state_set_cold(const llama_capsule_state & state, llam
             for (size_t l = 0; l < pools[ip].layers.size(); ++l) {
                 buf.resize(pools[ip].codecs[l].layout.slot_stride);
                 io.read(buf.data(), buf.size());
-                ggml_backend_tensor_set(pools[ip].layers[l].blob, buf.data(), s*buf.size(), buf.size());
+                slot_set(pools[ip], l, s, buf.data());
 
                 hash = llama_capsule_state_hash(buf.data(), buf.size(), hash);
             }
@@ -729,8 +655,8 @@ void llama_capsule_store::get_stats(llama_capsule_stats & stats) const {
         stats.bytes_scratch += s.buf ? ggml_backend_buffer_get_size(s.buf.get()) : 0;
         stats.bytes_scratch += ggml_backend_buffer_get_size(s.buf_const.get());
     }
-    for (const auto & it : ctxs_bufs) {
-        stats.bytes_scratch += ggml_backend_buffer_get_size(it.second.get());
+    for (const auto & w : weights) {
+        stats.bytes_scratch += w.buf ? ggml_backend_buffer_get_size(w.buf.get()) : 0;
     }
 
     stats.bytes_hot = kv.size_k_bytes() + kv.size_v_bytes();
@@ -766,7 +692,7 @@ std::vector<llama_capsule_store::cold_token> llama_capsule_store::read(llama_seq
                     continue;
                 }
                 if (!decoded) {
-                    ggml_backend_tensor_get(pool.layers[i_layer].blob, slot.data(), s*slot.size(), slot.size());
+                    slot_get(pool, i_layer, s, slot.data());
                     codec.decode(slot.data(), k.data(), v.data());
                     decoded = true;
                 }

@@ -38,18 +38,21 @@ public:
     const uint64_t version;
     const bool     causal_attn;
 
-    ggml_tensor * pos     = nullptr; // I32 [n_cold*n_pos], chunk by chunk
+    ggml_tensor * pos     = nullptr; // I32, chunk by chunk
     ggml_tensor * mask    = nullptr; // F32/F16 [n_cold_pad, n_tokens]
     ggml_tensor * mask_kq = nullptr; // hot and cold
+
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> pos_dev; // in the scratch of each device
 };
 
 //
 // llama_capsule_store
 //
 
-// how attention gets at the slots of a layer; LLAMA_KVCAPSULE_PATH=reconstruct|unpack|fused
+// how attention gets at the slots of a layer; LLAMA_KVCAPSULE_PATH=reconstruct|host|unpack|fused
 enum llama_capsule_path {
     LLAMA_CAPSULE_PATH_RECONSTRUCT, // stock ops, any backend
+    LLAMA_CAPSULE_PATH_HOST,        // the device lacks one of these ops: slots in host memory, unpacked there and copied to the device
     LLAMA_CAPSULE_PATH_UNPACK,      // CPU: one op each for K and V, then the usual attention
     LLAMA_CAPSULE_PATH_FUSED,       // CPU: attention on the slots for small batches, unpack for large ones
 };
@@ -174,11 +177,20 @@ private:
         ggml_context_ptr        ctx;
         ggml_backend_buffer_ptr buf;
 
-        ggml_tensor * blob = nullptr; // I8 [slot_stride*n_slots]
+        uint32_t n_slots = 0;
 
-        // the rows of a type in place, [d, rows, n_head_kv, n_slots]
-        std::array<ggml_tensor *, LLAMA_CAPSULE_N_TYPES> k = {};
-        std::array<ggml_tensor *, LLAMA_CAPSULE_N_TYPES> v = {};
+        // slot by slot, for ops that read whole slots: I8 [slot_stride*n_slots]
+        ggml_tensor * blob = nullptr;
+
+        // or type by type, for stock ops: their strides must be multiples of a block and their offsets aligned (Vulkan)
+        struct plane {
+            ggml_tensor * mem  = nullptr; // I8, chunk by chunk
+            ggml_tensor * rows = nullptr; // the first chunk of it, [d, rows, n_head_kv, n_slots]
+
+            size_t stride = 0; // of a chunk
+        };
+        std::array<plane, LLAMA_CAPSULE_N_TYPES> k;
+        std::array<plane, LLAMA_CAPSULE_N_TYPES> v;
     };
 
     struct pool {
@@ -198,10 +210,8 @@ private:
 
     // constants of the reconstruction of one layer in one tier
     struct weights_part {
-        uint32_t n_rows = 0;
-
         ggml_tensor * basis = nullptr; // F32 [n_rows + n_pad, N]
-        ggml_tensor * pad   = nullptr; // F32 [d, n_pad, n_head_kv], the mean, then zeros
+        ggml_tensor * mean  = nullptr; // F32 [d, 1, n_head_kv]
     };
 
     struct weights_retain {
@@ -216,6 +226,9 @@ private:
     };
 
     struct weights_layer {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+
         std::array<weights_part, N_TIERS> k;
         std::array<weights_part, N_TIERS> v;
 
@@ -231,6 +244,8 @@ private:
 
         ggml_tensor * k = nullptr;
         ggml_tensor * v = nullptr;
+
+        ggml_tensor * pos = nullptr; // I32, the positions of the cold cells: copied once for all layers
 
         ggml_tensor * idx   = nullptr; // I32 [N, n_head_kv, n_chunk], 0..N-1
         ggml_tensor * rot_k = nullptr; // F32 Hadamard matrices of the rows
@@ -272,10 +287,11 @@ private:
 
     mutable std::vector<std::vector<llama_capsule_tile>> tiles; // per layer: K and V of each tier
 
+    std::vector<llama_capsule_path> paths; // per layer
+
     std::vector<bool> rope_checked; // per layer, see llama_capsule_check_rope()
 
     std::vector<weights_layer> weights;
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
     std::vector<scratch> scratches;
 
@@ -291,12 +307,27 @@ private:
 
     uint32_t N() const;
 
-    ggml_backend_buffer_type_t layer_buft(uint32_t i_layer) const;
-    scratch &                  layer_scratch(uint32_t i_layer);
+    ggml_backend_buffer_type_t layer_buft(uint32_t i_layer) const; // of the hot cells
+    ggml_backend_buffer_type_t slots_buft(uint32_t i_layer) const;
+
+    // chooses the paths, asks each device for the ops of the reconstruction
+    void init_paths();
+
+    // the first op that the device of the layer lacks, "" if none
+    std::string find_unsupported(uint32_t i_layer) const;
+
+    // the tensors of a layer with n_slots slots, not allocated
+    void make_slots(pool_layer & res, const llama_capsule_codec & codec, uint32_t n_slots, bool planes, size_t align) const;
+
+    // whole slots, in the layout of the codec
+    void slot_get(const pool & pool, uint32_t i_layer, uint32_t i_slot,       uint8_t * data) const;
+    void slot_set(const pool & pool, uint32_t i_layer, uint32_t i_slot, const uint8_t * data) const;
+    const scratch &            layer_scratch(uint32_t i_layer) const;
 
     uint32_t find_layer(int il) const; // index in the capsule of the layer that holds the cells of layer il
 
-    void init_weights();
+    void init_weights(uint32_t i_layer);
+    void free_weights(uint32_t i_layer);
     void init_scratch_const();
 
     size_t n_bytes_grown() const; // of pools and scratch
@@ -329,6 +360,10 @@ private:
     uint32_t n_cold()     const; // columns
     uint32_t n_cold_pad() const;
 
+    // of the positions of n slots: the views of the chunks must be aligned
+    size_t n_pos_chunk(uint32_t n_slots) const;
+    size_t n_pos_total(uint32_t n_slots_0, uint32_t n_slots_1) const;
+
     llama_capsule_state state_get(llama_seq_id seq_id, std::array<std::vector<uint32_t>, N_TIERS> & slots) const;
 
     void state_set_hot (const llama_capsule_state & state, llama_seq_id seq_id);
@@ -358,12 +393,32 @@ private:
     ggml_tensor * build_attend(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
             ggml_tensor * mask, ggml_tensor * mask_cold, float kq_scale);
 
-    void build_unpack     (const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
-    void build_reconstruct(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold, ggml_tensor * pos,
-            ggml_tensor * k_rot, ggml_tensor * v_rot);
+    // where a graph is built, and what it writes to
+    struct build_args {
+        ggml_context * ctx;
+        ggml_cgraph  * gf;
 
-    ggml_tensor * build_rows(ggml_context * ctx, const scratch & s, ggml_tensor * const * typed, const llama_capsule_row_counts & counts,
-            uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const;
+        const llama_cparams & cparams;
+
+        uint32_t i_layer;
+
+        ggml_tensor * k_cold; // the columns of the slots in the scratch
+        ggml_tensor * v_cold;
+        ggml_tensor * pos;
+        ggml_tensor * k_rot;
+        ggml_tensor * v_rot;
+    };
+
+    void build_unpack     (const build_args & a) const;
+    void build_reconstruct(const build_args & a) const;
+
+    // n_slots slots from i_slot on, to columns from col on
+    void build_chunk(const build_args & a, int ip, const pool_layer & slots, uint32_t i_slot, uint32_t n_slots, int64_t col, int64_t i_pos) const;
+
+    void build_copy(const build_args & a, ggml_tensor * src, ggml_tensor * dst) const;
+
+    ggml_tensor * build_rows(ggml_context * ctx, const scratch & s, const std::array<pool_layer::plane, LLAMA_CAPSULE_N_TYPES> & planes,
+            const llama_capsule_row_counts & counts, uint32_t i_slot, uint32_t n_slots, ggml_tensor * rot) const;
     ggml_tensor * build_pca(ggml_context * ctx, ggml_tensor * rows, const weights_part & w, uint32_t n_slots, bool trans) const;
     ggml_tensor * build_retain(ggml_context * ctx, ggml_tensor * rows, uint32_t i_layer, uint32_t n_slots) const;
 

@@ -12,19 +12,6 @@
 // slots -> K and V in the scratch, on the CPU: what the reconstruction in llama-capsule-graph.cpp does, as one node and without intermediates
 //
 
-llama_capsule_path llama_capsule_store::path(uint32_t i_layer) const {
-    static const char * env = getenv("LLAMA_KVCAPSULE_PATH");
-
-    const std::string wanted = env ? env : "";
-
-    if (wanted == "reconstruct" || !ggml_backend_buft_is_host(layer_buft(i_layer)) ||
-            (data().layers[i_layer].rope && !llama_capsule_rope_params::supported(kv.model))) {
-        return LLAMA_CAPSULE_PATH_RECONSTRUCT;
-    }
-
-    return wanted == "unpack" ? LLAMA_CAPSULE_PATH_UNPACK : LLAMA_CAPSULE_PATH_FUSED;
-}
-
 // before a graph is computed
 void llama_capsule_store::update_rope() const {
     if (tiles.empty()) {
@@ -141,12 +128,12 @@ void llama_capsule_store::unpack(ggml_tensor * dst, uint32_t i_layer, bool is_v,
     }
 }
 
-void llama_capsule_store::build_unpack(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const {
+void llama_capsule_store::build_unpack(const build_args & a) const {
     ggml_tensor * blobs[N_TIERS];
 
-    const int n_blobs = blobs_in_use(i_layer, blobs);
+    const int n_blobs = blobs_in_use(a.i_layer, blobs);
 
-    auto * arg = const_cast<op_arg *>(&op_args[i_layer]);
+    auto * arg = const_cast<op_arg *>(&op_args[a.i_layer]);
 
     const ggml_custom_op_t fn_k = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
         const auto * arg = (const op_arg *) userdata;
@@ -157,8 +144,16 @@ void llama_capsule_store::build_unpack(const llm_graph_context & g, uint32_t i_l
         arg->store->unpack(dst, arg->i_layer, true, ith, nth);
     };
 
-    ggml_build_forward_expand(g.gf, ggml_custom_inplace(g.ctx0, k_cold, blobs, n_blobs, fn_k, GGML_N_TASKS_MAX, arg));
-    ggml_build_forward_expand(g.gf, ggml_custom_inplace(g.ctx0, v_cold, blobs, n_blobs, fn_v, GGML_N_TASKS_MAX, arg));
+    auto build = [&](ggml_tensor * dst, ggml_custom_op_t fn) {
+        if (path(a.i_layer) == LLAMA_CAPSULE_PATH_HOST) {
+            // into host memory, then to the device
+            build_copy(a, ggml_custom_4d(a.ctx, dst->type, dst->ne[0], dst->ne[1], 1, 1, blobs, n_blobs, fn, GGML_N_TASKS_MAX, arg), dst);
+        } else {
+            ggml_build_forward_expand(a.gf, ggml_custom_inplace(a.ctx, dst, blobs, n_blobs, fn, GGML_N_TASKS_MAX, arg));
+        }
+    };
+    build(a.k_cold, fn_k);
+    build(a.v_cold, fn_v);
 }
 
 int llama_capsule_store::blobs_in_use(uint32_t i_layer, ggml_tensor ** blobs) const {
