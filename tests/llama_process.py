@@ -7,10 +7,12 @@ import os
 import re
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as L
 import numpy as np
+from kvcapsule_gguf.native.devices import Devices
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 LIB = L._lib
@@ -119,24 +121,34 @@ class Process:
         self.log = Log()
         L.llama_backend_init()
         self.patched = declare_capsule_api()
-        self.models: dict[str, Any] = {}
-        self.capsules: dict[tuple[str, str], int] = {}
+        self.models: dict[tuple[str, ...], Any] = {}
+        self.capsules: dict[tuple[int, str], int] = {}
+        self.servers: set[str] = set()
         self.states: dict[str, tuple[bytes, Any]] = {}  # the bytes, and the next position of each sequence, or of the one that was saved
 
-    def model(self, path: str) -> Any:
-        if path not in self.models:
+    def model(self, case: dict[str, Any]) -> Any:
+        path, ngl, device, rpc = (case[name] for name in ("model", "ngl", "device", "rpc"))
+        key = (path, ngl, device, rpc)
+        if key not in self.models:
             params = L.llama_model_default_params()
-            params.n_gpu_layers = 0
-            self.models[path] = L.llama_model_load_from_file(path.encode(), params)
-            if not self.models[path]:
+            params.n_gpu_layers = ngl
+            known = Devices(Path(os.environ["LLAMA_CPP_LIB_PATH"]))
+            if rpc and rpc not in self.servers:
+                known.add_rpc(rpc)
+                self.servers.add(rpc)
+            if device:
+                handles = [d.handle for d in known.choose(device)]
+                params.devices = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+            self.models[key] = L.llama_model_load_from_file(path.encode(), params)
+            if not self.models[key]:
                 raise Failed(f"{path} does not load: {self.log.take()[-4:]}")
             self.log.take()
-        return self.models[path]
+        return self.models[key]
 
-    def capsule(self, model_path: str, path: str) -> int:
-        key = (model_path, path)
+    def capsule(self, model: int, path: str) -> int:
+        key = (model, path)
         if key not in self.capsules:
-            capsule = LIB.llama_capsule_load_from_file(self.model(model_path), path.encode())
+            capsule = LIB.llama_capsule_load_from_file(model, path.encode())
             if not capsule:
                 raise Failed(f"{path}: {last_error()}")
             self.capsules[key] = capsule
@@ -177,8 +189,7 @@ class Process:
 class Context:
     def __init__(self, process: Process, case: dict[str, Any]) -> None:
         self.process = process
-        self.path = case["model"]
-        self.model = process.model(self.path)
+        self.model = process.model(case)
         self.n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(self.model))
         self.n_embd = L.llama_model_n_embd_inp(self.model)  # deepstack: wider than the model
         self.mrope = L.llama_model_rope_type(self.model) in (8, 40)
@@ -192,6 +203,7 @@ class Context:
         p.type_k, p.type_v = TYPES[case["type_k"]], TYPES[case["type_v"]]
         p.flash_attn_type = 1 if case["flash_attn"] else 0
         p.n_threads = p.n_threads_batch = case["threads"]
+        p.offload_kqv = case["offload_kqv"]
         p.no_perf = False
         self.tensors = Tensors(case["dump"]) if case["dump"] else None
         if self.tensors:
@@ -201,7 +213,7 @@ class Context:
                 raise Failed("the stock library has no capsules")
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
-            c.capsule = process.capsule(self.path, case["capsule"])
+            c.capsule = process.capsule(self.model, case["capsule"])
             for name in ("n_hot", "ratio", "auto_compress", "guard"):
                 setattr(c, name, case[name])
             LIB.llama_capsule_set_next_context(c)

@@ -175,6 +175,10 @@ class Case:
     threads: int = 1
     lora: Path | None = None
     cvec: float = 0.0  # strength of a control vector, random, on all layers
+    ngl: int = 0  # layers on the devices
+    device: str = ""  # --device, "" for all of them
+    rpc: str = ""  # --rpc, host:port
+    offload_kqv: bool = True
     dump: str = ""  # names of graph tensors to return, a regular expression
     env: dict[str, str] = field(default_factory=dict)  # set around the creation of the context
 

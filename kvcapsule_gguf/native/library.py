@@ -37,7 +37,7 @@ class Native:
     @cached_property
     def mtmd(self) -> ModuleType:
         """The module llama_cpp.mtmd_cpp. Raises NativeError if libmtmd was not built."""
-        if not _find(self.directory, "mtmd"):
+        if not find_library(self.directory, "mtmd"):
             raise NativeError(f"no libmtmd in {self.directory}: run scripts/setup")
         return _import("llama_cpp.mtmd_cpp", self.directory)
 
@@ -62,7 +62,7 @@ def load(directory: Path | None = None) -> Native:
             raise NativeError(f"llama.cpp is loaded from {_loaded.directory} already, it cannot be loaded from {directory} too")
         return _loaded
     _check_version()
-    if not _find(directory, "llama"):
+    if not find_library(directory, "llama"):
         raise NativeError(f"the llama.cpp libraries are not built (no libllama in {directory}): run scripts/setup")
     _check_foreign(directory)
     # both, always: a libmtmd from elsewhere would bring its own libllama on some systems
@@ -97,7 +97,7 @@ def _import(name: str, directory: Path) -> ModuleType:
         raise NativeError(f"the llama.cpp in {directory} does not fit llama-cpp-python {LLAMA_CPP_PYTHON} ({error}): run scripts/setup") from error
 
 
-def _find(directory: Path, name: str) -> Path | None:
+def find_library(directory: Path, name: str) -> Path | None:
     for candidate in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll"):
         if (directory / candidate).is_file():
             return directory / candidate
