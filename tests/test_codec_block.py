@@ -230,6 +230,17 @@ def test_guard_sees_the_worst_token():
             assert score[3] == token_ratio((k, v)[which], bad[which])[3, t] > 10
 
 
+def test_guard_measures_by_no_accident():
+    """Tokens of nothing, and tokens that q4_0 stores exactly: an error that is small beside the block's other tokens is no distortion."""
+    rng = np.random.default_rng(8)
+    k = rng.standard_normal((1, 2, 16, 64)).astype(np.float32)
+    k[0, :, 3] *= 1e-9
+    k[0, :, 5] = 8 * np.eye(64, dtype=np.float32)[0]  # rotated: the same number 64 times
+    noise = rng.standard_normal(k.shape).astype(np.float32)
+    score = [block_score(k, k, (k + e * noise).astype(np.float32), k, np.ones((2, 64), np.float32))[0] for e in (0.01, 0.1, 1.0)]
+    assert score[0] < 0.2 and score[1] == pytest.approx(10, rel=0.5) and score[2] > 100
+
+
 def test_guard_weighs_keys_by_queries():
     k = normal(2, 16, 64)
     wrong = k.copy()

@@ -265,6 +265,13 @@ static float capsule_score_part(const float * x, const float * x_hat, const floa
         return 0.0f; // q4_0 is no rival for this head size
     }
 
+    // a token that is nearly nothing, or that q4_0 happens to hit, is no measure
+    float energy = 0.0f;
+    for (uint32_t i = 0; i < n*n_head*d; ++i) {
+        energy += (weight ? weight[i % (n_head*d)] : 1.0f)*x[i]*x[i];
+    }
+    const float least = std::max(1e-3f*energy/n, 1e-20f);
+
     std::vector<float>   y(d);
     std::vector<uint8_t> row(ggml_row_size(GGML_TYPE_Q4_0, d));
 
@@ -291,7 +298,7 @@ static float capsule_score_part(const float * x, const float * x_hat, const floa
             }
         }
 
-        res = std::max(res, err/std::max(err_q4, 1e-20f));
+        res = std::max(res, err/std::max(err_q4, least));
     }
 
     return res;
