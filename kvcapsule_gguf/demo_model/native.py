@@ -1,6 +1,6 @@
-"""The demo model through libllama and libmtmd (by way of llama_cpp): tokens, logits, greedy answers.
+"""The demo models through libllama and libmtmd (by way of llama_cpp): tokens, logits, greedy answers.
 
-Importing this needs llama_cpp and, in LLAMA_CPP_LIB_PATH and MTMD_CPP_LIB, libraries that exist.
+Importing this loads the libraries: those that are loaded already, or those that scripts/setup made.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
-from llama_cpp import mtmd_cpp
+
+from .. import native
+
+native.load()  # before llama_cpp, which would look for libraries of its own
+
+import llama_cpp  # noqa: E402
+from llama_cpp import mtmd_cpp  # noqa: E402
 
 MARKER = "<__media__>"
 _silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
