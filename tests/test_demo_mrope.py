@@ -8,6 +8,7 @@ pytest.importorskip("safetensors")
 
 from kvcapsule_gguf.demo_model.config import MergerConfig  # noqa: E402
 from kvcapsule_gguf.demo_model.export import FIRST, SECOND, export, init_from  # noqa: E402
+from kvcapsule_gguf.demo_model.labels import LABELS, patch_labels  # noqa: E402
 from kvcapsule_gguf.demo_model.merger import grid_positions  # noqa: E402
 from kvcapsule_gguf.demo_model.mixed import MixedModel, embed_head, forward_mixed, head_positions, make_mixed, mixed_prompts  # noqa: E402
 from kvcapsule_gguf.demo_model.optim import Optimisers  # noqa: E402
@@ -17,7 +18,7 @@ from kvcapsule_gguf.demo_model.train_distil import Teacher, distillation_loss, p
 from kvcapsule_gguf.demo_model.train_mixed import training_batch  # noqa: E402
 from kvcapsule_gguf.demo_model.transplant import LEFT_OUT, transplant_decoder, transplant_eye  # noqa: E402
 from kvcapsule_gguf.demo_model.vision import rotate_halves  # noqa: E402
-from kvcapsule_gguf.scenes import HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, size_of  # noqa: E402
+from kvcapsule_gguf.scenes import COLOURS, HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, size_of  # noqa: E402
 
 PROMPTS = mixed_prompts()
 SHIPPED_AT_LEAST = 0.5  # of few questions; docs/demo-model.md has the figures
@@ -55,6 +56,17 @@ def test_patches_of_a_token_lie_side_by_side():
     y, x = grid_positions(4, 6, 2)
     assert list(zip(y.tolist(), x.tolist()))[:6] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
     assert y[-1] == 3 and x[-1] == 5
+
+
+def test_labels_follow_the_picture():
+    """The token over the centre of an item is labelled with its colour and its cell, at any size."""
+    for seed, size in ((0, (420, 280)), (1, (280, 364)), (2, (336, 336))):
+        scene, labels = make_scene(TRAIN[seed]), patch_labels(make_scene(TRAIN[seed]), size, 28)
+        for item in scene.items:
+            token = int(item.y * size[1] / 336 // 28) * (size[0] // 28) + int(item.x * size[0] / 336 // 28)
+            found = dict(zip(LABELS, labels[:, token]))
+            assert item.kind == "word" or found["colour"] == 1 + list(COLOURS).index(item.colour)
+            assert item.kind == "word" or (found["row"], found["column"]) == (1 + item.row, 1 + item.column)
 
 
 def test_the_eye_knows_offsets_only(model):

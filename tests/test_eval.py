@@ -16,7 +16,8 @@ from PIL import Image
 from kvcapsule_gguf.eval.intervals import bootstrap, wilson
 from kvcapsule_gguf.eval.run import score
 from kvcapsule_gguf.eval.settings import dropped, rivals
-from kvcapsule_gguf.eval.suites import scenes, strange
+from kvcapsule_gguf.eval.suites import SUITES, mixed_sizes, scenes, strange
+from kvcapsule_gguf.scenes import size_of
 
 
 def test_wilson():
@@ -184,6 +185,16 @@ def test_the_strange_suite_asks_the_same_of_other_pictures():
         assert a.questions == b.questions and b.pictures[0].size == (336, 336)
         assert np.abs(np.asarray(a.pictures[0], float) - np.asarray(b.pictures[0], float)).mean() > 15
     assert np.array_equal(np.asarray(pairs[0][1].pictures[0]), np.asarray(next(strange(4, 4)).pictures[0]))
+
+
+def test_mixed_sizes():
+    """Every suite has its questions about pictures of the sizes that go with the seeds."""
+    for name, suite in SUITES.items():
+        plain, mixed = list(suite(12, 4)), list(suite(12, 4, mixed_sizes(name)))
+        assert [s.questions for s in plain] == [s.questions for s in mixed]
+        assert {p.size for s in plain for p in s.pictures} == {(336, 336)}
+        seeds = [int(word) for s in mixed for word in s.name.split(" and ")]
+        assert [p.size for s in mixed for p in s.pictures] == [size_of(seed) for seed in seeds]
 
 
 def test_two_pictures(tiny):

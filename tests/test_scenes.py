@@ -10,10 +10,12 @@ from kvcapsule_gguf.scenes import (
     TASKS,
     TRAIN,
     WORDS,
+    Scene,
     compare_questions,
     is_correct,
     make_questions,
     make_scene,
+    size_of,
 )
 
 SEEDS = range(HELD_OUT.start, HELD_OUT.start + 60)
@@ -34,6 +36,29 @@ def test_same_seed_same_picture_and_questions():
 @pytest.mark.parametrize("side", [168, 336])
 def test_picture_size(side):
     assert make_scene(SEEDS[0]).draw(side).size == (side, side)
+
+
+@pytest.mark.parametrize("size", [(420, 280), (280, 392)])
+def test_stretched_pictures(size):
+    """Places stretch with the picture: what differs from the bare background lies around the stretched centres of the items."""
+    scene = make_scene(SEEDS[0])
+    bare = np.asarray(Scene(scene.seed, ()).draw(size), int)
+    changed = np.abs(np.asarray(scene.draw(size), int) - bare).max(-1) > 0
+    assert changed.shape == size[::-1]
+    zoom = min(size) / 336
+    y, x = np.nonzero(changed)
+    distance = np.min([np.hypot(x - i.x * size[0] / 336, y - i.y * size[1] / 336) - i.radius * zoom for i in scene.items], 0)
+    assert distance.max() < 30 * zoom
+    for item in scene.items:
+        near = np.hypot(x - item.x * size[0] / 336, y - item.y * size[1] / 336) < 0.9 * item.radius * zoom
+        assert near.sum() > 100
+
+
+def test_sizes_go_with_seeds():
+    sizes = [size_of(seed) for seed in SEEDS]
+    assert sizes == [size_of(seed) for seed in SEEDS] and len(set(sizes)) > 15
+    assert all(side % 28 == 0 and 280 <= side <= 420 for size in sizes for side in size)
+    assert np.array_equal(np.asarray(make_scene(SEEDS[0]).draw((336, 336))), np.asarray(make_scene(SEEDS[0]).draw()))
 
 
 def test_items_stay_in_their_cells():
