@@ -338,6 +338,8 @@ def test_drawn_pictures():
     assert len({i.tobytes() for i in a}) == 6
     assert all(np.asarray(p.image).std() > 3 for p in Drawn(24, 3))
     assert [bool(p.questions) for p in Drawn(4, 0)] == [True, False, True, False]
+    sizes = [p.image.size for p in Drawn(12, 0, any_size=True)]
+    assert len(set(sizes)) == 12 and all(252 <= side <= 560 for size in sizes for side in size)
 
 
 def test_a_folder_of_pictures(tmp_path):

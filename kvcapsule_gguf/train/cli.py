@@ -12,12 +12,13 @@ from pathlib import Path
 from ..chat.errors import ChatError
 from ..codec.cut import BlockShape
 from ..eval.vlm import EvalError
-from ..format.capsule import CapsuleError
+from ..format.base_model import read_base_model
+from ..format.capsule import GRID_ROPE_TYPES, CapsuleError
 from ..format.schema import MAX_BLOCK, MIN_BLOCK
 from ..format.writer import write_capsule
 from ..native import NativeError
 from .guard import PASS
-from .images import Drawn, from_folder
+from .images import Drawn, Pictures, from_folder
 from .schedule import LAYER_SCHEDULES, PRESETS
 from .source import TrainError
 from .timing import duration
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> Path:
     output = args.output or args.model.with_name(f"kvcapsule-{args.model.stem}.gguf")
     if not output.parent.is_dir():
         raise TrainError(f"{output.parent} is not a folder")
-    pictures = from_folder(args.images, args.n_images, args.seed) if args.images else Drawn(args.n_images, args.seed)
+    if args.images:
+        pictures: Pictures = from_folder(args.images, args.n_images, args.seed)
+    else:
+        pictures = Drawn(args.n_images, args.seed, any_size=read_base_model(args.model).rope_type in GRID_ROPE_TYPES)
 
     from .collect import LlamaSource
 

@@ -17,6 +17,7 @@ from .source import TrainError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # width : height of the drawn pictures; fixed-grid models make them all square
 SHAPES = ((336, 336), (336, 336), (448, 336), (336, 448))
+SIDES = (252, 560)  # where the grid follows the picture: width and height lie between these
 
 
 class UnreadablePicture(Exception):
@@ -74,6 +75,7 @@ class Drawn:
 
     count: int
     seed: int
+    any_size: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -82,7 +84,7 @@ class Drawn:
         if not 0 <= i < self.count:
             raise IndexError(i)
         rng = np.random.default_rng([self.seed, i])
-        size = SHAPES[rng.integers(len(SHAPES))]
+        size = tuple(map(int, rng.integers(*SIDES, 2, endpoint=True))) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
         if i % 2 == 0:
             return _asked_scene(rng, size)
         return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size))
