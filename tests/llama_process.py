@@ -138,7 +138,8 @@ class Process:
                 self.servers.add(rpc)
             if device:
                 handles = [d.handle for d in known.choose(device)]
-                params.devices = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+                array = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+                params.devices = ctypes.cast(array, ctypes.c_void_p)
             self.models[key] = L.llama_model_load_from_file(path.encode(), params)
             if not self.models[key]:
                 raise Failed(f"{path} does not load: {self.log.take()[-4:]}")

@@ -32,6 +32,10 @@ class Options:
     n_ctx: int | None = None  # 0 = the model's own
     n_hot: int = 0
     n_gpu_layers: int | None = None
+    device: str | None = None  # None = all of them
+    rpc: str | None = None
+    kv_offload: bool = True
+    list_devices: bool = False
     threads: int = 0
     n_batch: int = 2048
     n_ubatch: int = 512
@@ -77,7 +81,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.capsule = environ["LLAMA_KVCAPSULE"]
     if not options.n_hot and environ.get("LLAMA_KVCAPSULE_HOT", "").isdigit():
         options.n_hot = int(environ["LLAMA_KVCAPSULE_HOT"])
-    if (options.model is None) == (options.hf_repo is None):
+    if not options.list_devices and (options.model is None) == (options.hf_repo is None):
         parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
     return options
 
@@ -133,6 +137,10 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("-n", "--predict", "--n-predict", dest="n_predict", type=_number(int, -1), metavar="N", env="LLAMA_ARG_N_PREDICT", help="longest answer in tokens, -1 = no limit (default: -1)")
     add("-c", "--ctx-size", dest="n_ctx", type=_number(int, 0), metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context in tokens, 0 = the model's (default: {DEFAULT_CTX} or the model's, if that is less)")
     add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", type=_number(int, -1), metavar="N", env="LLAMA_ARG_N_GPU_LAYERS", help="layers on the GPU (default: all that fit)")
+    add("-dev", "--device", metavar="NAME[,NAME]", env="LLAMA_ARG_DEVICE", help="devices for these layers, none = the CPU alone (default: all)")
+    add("--list-devices", action="store_true", help="print the devices and exit")
+    add("--rpc", metavar="HOST:PORT[,HOST:PORT]", env="LLAMA_ARG_RPC", help="use the devices of these RPC servers (only in a trusted network: the protocol has no password and no encryption)")
+    add("-nkvo", "--no-kv-offload", dest="kv_offload", action="store_false", help="keep the cache in the memory of the CPU")
     add("-t", "--threads", type=_number(int, 1), metavar="N", env="LLAMA_ARG_THREADS", help="CPU threads (default: by the number of cores)")
     add("-b", "--batch-size", dest="n_batch", type=_number(int, 1), metavar="N", env="LLAMA_ARG_BATCH", help=f"logical batch (default: {defaults.n_batch})")
     add("-ub", "--ubatch-size", dest="n_ubatch", type=_number(int, 1), metavar="N", env="LLAMA_ARG_UBATCH", help=f"physical batch (default: {defaults.n_ubatch})")

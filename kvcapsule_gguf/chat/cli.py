@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..native import CapsuleError, NativeError
+from ..native import CapsuleError, DeviceError, Devices, NativeError, load
 from . import args, images, repl, stats
 from .args import Options
 from .engine import Engine, say
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> int:
+    if options.list_devices:
+        list_devices(options)
+        return 0
     # before the model, which takes longer
     if "-" in options.images and options.prompt is None:
         raise ChatError("--image - reads the picture from stdin, so the question must come with -p")
@@ -58,6 +61,18 @@ def run(options: Options) -> int:
         if options.prompt is None:
             return repl.run(session, answer, pictures)
         return 130 if answer(options.prompt, pictures).finish_reason == "interrupted" else 0
+
+
+def list_devices(options: Options) -> None:
+    known = Devices(load().directory)
+    try:
+        if options.rpc:
+            known.add_rpc(options.rpc)
+    except DeviceError as error:
+        raise ChatError(str(error)) from None
+    print("Available devices:")
+    for device in known.offload():
+        print(f"  {device.name}: {device.description} ({device.total >> 20} MiB, {device.free >> 20} MiB free)")
 
 
 def write(text: str) -> None:

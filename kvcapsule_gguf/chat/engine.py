@@ -77,6 +77,9 @@ class Engine:
         params = self.llama.llama_model_default_params()
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
+        handles = self._choose_devices()
+        if handles is not None:
+            params.devices = ctypes.cast(handles, ctypes.c_void_p)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self.model:
             raise ChatError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")
@@ -88,10 +91,23 @@ class Engine:
             raise ChatError(f"{self.path} has no vocabulary, it cannot chat")
         self.architecture = metadata(self.model, "general.architecture") or ""
 
+    def _choose_devices(self) -> ctypes.Array | None:
+        """A list of devices that ends with NULL; None: all that there are."""
+        known = native.Devices(self.native.directory)
+        try:
+            if self.options.rpc:
+                known.add_rpc(self.options.rpc)
+            if self.options.device is None:
+                return None
+            handles = [device.handle for device in known.choose(self.options.device)]
+        except native.DeviceError as error:
+            raise ChatError(str(error)) from None
+        return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+
     def _open_projector(self, stack: ExitStack) -> None:
         mtmd = self.native.mtmd
         params = mtmd.mtmd_context_params_default()
-        params.use_gpu = self.options.n_gpu_layers != 0
+        params.use_gpu = self.options.n_gpu_layers != 0 and self.options.device != "none"
         params.print_timings = False
         params.warmup = False
         params.n_threads = self.threads()
@@ -134,6 +150,7 @@ class Engine:
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
+        params.offload_kqv = options.kv_offload
         if self.capsule is not None:
             native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
         self.ctx = self.llama.llama_init_from_model(self.model, params)

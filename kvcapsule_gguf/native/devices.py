@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,9 +54,13 @@ class Devices:
             host, _, port = server.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise DeviceError(f"--rpc {server}: expected host:port")
+            try:
+                socket.create_connection((host, int(port)), timeout=10).close()  # ggml itself aborts
+            except OSError as error:
+                raise DeviceError(f"no RPC server at {server}: {error.strerror or error}") from None
             found = add_server(server.encode())
             if not found or not self._ggml.ggml_backend_reg_dev_count(found):
-                raise DeviceError(f"no RPC server answers at {server}")
+                raise DeviceError(f"the RPC server at {server} has no devices")
             self._ggml.ggml_backend_register(found)
 
     def choose(self, names: str) -> list[Device]:

@@ -383,5 +383,12 @@ ggml_tensor * llama_capsule_store::build_attend(const llm_graph_context & g, uin
 
     capsule_kq_scale(cur) = kq_scale;
 
-    return n_parts == 1 ? cur : ggml_custom_4d(g.ctx0, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, &cur, 1, capsule_attn_combine, GGML_N_TASKS_MAX, nullptr);
+    ggml_backend_sched_set_tensor_backend(g.sched, cur, g.backend_cpu); // RPC devices claim to support every op
+
+    if (n_parts > 1) {
+        cur = ggml_custom_4d(g.ctx0, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, &cur, 1, capsule_attn_combine, GGML_N_TASKS_MAX, nullptr);
+        ggml_backend_sched_set_tensor_backend(g.sched, cur, g.backend_cpu);
+    }
+
+    return cur;
 }

@@ -635,7 +635,7 @@ std::string llama_capsule_store::find_unsupported(uint32_t i_layer) const {
 
     // one full chunk of each tier, as build_attn() does it
     build_args a = {
-        ctx.get(), ggml_new_graph_custom(ctx.get(), n_nodes, false), lctx.get_cparams(), i_layer,
+        ctx.get(), ggml_new_graph_custom(ctx.get(), n_nodes, false), lctx.get_cparams(), i_layer, nullptr, nullptr,
         ggml_new_tensor_2d(ctx.get(), kv.type_k(), n_embd_k, n),
         kv.v_trans ? ggml_new_tensor_2d(ctx.get(), kv.type_v(), n, n_embd_v) : ggml_new_tensor_2d(ctx.get(), kv.type_v(), n_embd_v, n),
         ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n_pos_chunk(n_chunk)),
@@ -729,7 +729,7 @@ ggml_tensor * llama_capsule_store::build_attn(
     // hot cells
     ggml_tensor * v_hot = v_trans ? ggml_view_2d(ctx, v, n_kv, n_embd_v, v->nb[2], 0) : ggml_view_2d(ctx, v, n_embd_v, n_kv, v->nb[2], 0);
 
-    build_args a = { ctx, g.gf, g.cparams, i_layer, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), nullptr, k_rot, v_rot };
+    build_args a = { ctx, g.gf, g.cparams, i_layer, g.sched, g.backend_cpu, k_cols(n_kv, n_cold()), v_cols(n_kv, n_cold()), nullptr, k_rot, v_rot };
 
     build_copy(a, ggml_view_2d(ctx, k, n_embd_k, n_kv, k->nb[2], 0), k_cols(0, n_kv));
     build_copy(a, v_hot, v_cols(0, n_kv));

@@ -402,6 +402,9 @@ private:
 
         uint32_t i_layer;
 
+        ggml_backend_sched_t sched; // nullptr if nothing is computed
+        ggml_backend_t       backend_cpu;
+
         ggml_tensor * k_cold; // the columns of the slots in the scratch
         ggml_tensor * v_cold;
         ggml_tensor * pos;

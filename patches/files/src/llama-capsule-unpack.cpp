@@ -147,7 +147,9 @@ void llama_capsule_store::build_unpack(const build_args & a) const {
     auto build = [&](ggml_tensor * dst, ggml_custom_op_t fn) {
         if (path(a.i_layer) == LLAMA_CAPSULE_PATH_HOST) {
             // into host memory, then to the device
-            build_copy(a, ggml_custom_4d(a.ctx, dst->type, dst->ne[0], dst->ne[1], 1, 1, blobs, n_blobs, fn, GGML_N_TASKS_MAX, arg), dst);
+            ggml_tensor * cur = ggml_custom_4d(a.ctx, dst->type, dst->ne[0], dst->ne[1], 1, 1, blobs, n_blobs, fn, GGML_N_TASKS_MAX, arg);
+            ggml_backend_sched_set_tensor_backend(a.sched, cur, a.backend_cpu); // RPC devices claim to support every op
+            build_copy(a, cur, dst);
         } else {
             ggml_build_forward_expand(a.gf, ggml_custom_inplace(a.ctx, dst, blobs, n_blobs, fn, GGML_N_TASKS_MAX, arg));
         }
