@@ -1,0 +1,132 @@
+"""Lossless capsules with layers on another device: against the same library, device and layers without a capsule. For test_backends.py and scripts/other_backends."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_runner import (
+    Case, Result, Step, clear, compress, image, lossless_limit, nmse, positions, rounded_limit, seq_add, seq_cp, seq_rm, state_load, state_save, stats, text)
+
+N, LAYERS = 16, 3
+Run = Callable[..., dict[str, Result]]
+
+CHAT = [text(7), image((8, 8), seed=1), compress(), text(6, seed=1), image((6, 10), seed=2), compress(), text(4, seed=3), text(3, seed=4, one_by_one=True), stats()]
+SCRIPTS: dict[str, list[Step]] = {
+    "chat": CHAT,
+    "growth": [s for i in range(5) for s in (image((8, 12), seed=i), compress(), text(2, seed=i))],
+    "sequences": [text(5), image((8, 8), seed=1), compress(), text(3), seq_cp(0, 1), text(4, seed=1), text(4, seed=2, seq=1),
+                  seq_rm(0, 0, 3), seq_add(0, 3, -1, -3), text(3, seed=3)],
+    "state": [text(7), image((8, 8), seed=1), compress(), text(3), state_save("s"), clear(), text(9, seed=5), image((4, 8), seed=5), compress(),
+              clear(), state_load("s"), text(5, seed=2)],
+}
+FILES: dict[str, dict[str, Any]] = {"pca": {}, "retain": {"key_codec": "retain", "mlp_width": 8, "neighbours": 4, "kept": 5}}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the layers go. `exact`: it computes as the CPU does, as the CPU of an RPC server; others round products to f16."""
+
+    name: str = ""  # --device
+    rpc: str = ""  # --rpc
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: NMSE of the logits, and splits of the graph with the capsule (slots in use) and without."""
+
+    case: str
+    ngl: int
+    nmse: float
+    limit: float
+    splits: int
+    splits_without: int
+    in_slots: int
+    error: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.error and self.nmse <= self.limit and self.splits == self.splits_without and self.in_slots > 0
+
+
+def limit(device: Device, type_k: str, fa: bool, ngl: int) -> float:
+    """As on the CPU, whose own layers use fused attention; a device that rounds to f16 does so once more where a key is rebuilt."""
+    if not device.exact:
+        return 1e-4
+    return rounded_limit(fa, type_k) if ngl > LAYERS else lossless_limit(fa, type_k)
+
+
+def settings(full: bool) -> Iterator[tuple[str, str, bool, str, str, int]]:
+    """(script, architecture, flash attention, type of K, capsule file, layers on the device)"""
+    for arch in ("llama", "qwen2vl"):
+        for fa in (False, True):
+            yield "chat", arch, fa, "f16", "pca", 99
+            yield "chat", arch, fa, "f16", "pca", 2  # one layer and what comes after the last one
+            if full:
+                yield "chat", arch, fa, "q8_0", "retain", 99
+                yield "chat", arch, fa, "f32", "pca", 99
+    for script in ("growth", "sequences", "state"):
+        yield script, "llama", True, "f16", "pca", 99
+        if full:
+            yield script, "qwen2vl", False, "f32", "retain", 2
+
+
+def compare(run: Run, models: Any, capsules: Any, device: Device, full: bool = True, env: Mapping[str, str] = {}) -> list[Row]:
+    """`env` selects a path, for the library with capsules only."""
+    ours, truth, limits = [], [], {}
+    for script, arch, fa, type_k, file, ngl in settings(full):
+        model = models(arch=arch, n_layer=LAYERS)
+        name = f"{script}, {arch}, {'FA' if fa else 'no FA'}, {type_k}, {file}"
+        common = {"n_ctx": 1024, "n_seq_max": 2, "flash_attn": fa, "type_k": type_k, "type_v": type_k if fa or type_k != "q8_0" else "f16",
+                  "ngl": ngl, "device": device.name, "rpc": device.rpc}
+        case = Case(f"{name}/{ngl}", model, SCRIPTS[script], capsule=capsules(model, block_size=N, **FILES[file]), **common)
+        plain = [positions() if s["op"] in ("compress", "stats") else s for s in case.steps]
+        ours.append(replace(case, steps=[*case.steps, stats()]))
+        truth.append(replace(case, capsule=None, steps=[*plain, positions()]))
+        limits[case.name] = limit(device, type_k, fa, ngl)
+    a, b = run(truth), run(ours, env=env)
+    return [_row(name, a[name], b[name], most) for name, most in limits.items()]
+
+
+def _row(name: str, truth: Result, ours: Result, most: float) -> Row:
+    case, ngl = name.rsplit("/", 1)
+    error = truth.error or ours.error
+    if error:
+        return Row(case, int(ngl), float("nan"), most, 0, 0, 0, error)
+    return Row(case, int(ngl), nmse(ours.logits(), truth.logits()), most, _splits(ours), _splits(truth), ours.values("stats")[-1]["n_cold"])
+
+
+def _splits(result: Result) -> int:
+    """Of the last graph that was reserved: with a capsule, after the pools grew for the slots that are in use."""
+    lines = [*result.log, *(line for step in result.steps for line in step.log)]
+    return max(int(n) for n in re.findall(r"splits = (\d+)", [line for line in lines if "splits" in line][-1]))
+
+
+@contextmanager
+def rpc_server(program: Path, threads: int = 1) -> Iterator[str]:
+    """A server on the loopback that offers its CPU -> "127.0.0.1:port"."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port), "-t", str(threads), "-d", "CPU"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if server.poll() is not None:
+                    raise RuntimeError(f"{program} ended with status {server.returncode}") from None
+                time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()

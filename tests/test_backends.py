@@ -1,0 +1,51 @@
+"""Layers on another device: a lossless capsule changes nothing there either, and adds no split to the graph (a split is a copy between devices in every step).
+
+The device is the CPU of an RPC server on the loopback, if the library has RPC (scripts/setup --backend rpc). scripts/other_backends runs more cases, and Vulkan.
+"""
+
+from __future__ import annotations
+
+import pytest
+from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server
+from conftest import library
+from llama_runner import Case, nmse, rounded_limit
+
+
+@pytest.fixture(scope="module")
+def server():
+    folder = library("patched")
+    program = next((p for p in (folder / "ggml-rpc-server", folder / "bin" / "ggml-rpc-server") if p.is_file()), None)
+    if program is None:
+        pytest.skip(f"no ggml-rpc-server in {folder}: scripts/setup --backend rpc builds it")
+    with rpc_server(program) as address:
+        yield address
+
+
+def test_rpc(models, capsules, patched, server):
+    rows = compare(patched, models, capsules, Device(rpc=server), full=False)
+    assert not [row for row in rows if not row.good]
+
+
+def test_a_device_that_lacks_an_op(models, capsules, patched, server):
+    """The slots stay in host memory; right, but with more splits."""
+    rows = compare(patched, models, capsules, Device(rpc=server), full=False, env={"LLAMA_KVCAPSULE_PATH": "host"})
+    assert not [row for row in rows if row.error or row.nmse > row.limit or not row.in_slots]
+    assert all(row.splits > row.splits_without for row in rows)
+
+
+def test_cache_in_host_memory(models, capsules, patched, server):
+    """-nkvo: the device claims to support the ops of the CPU, they must not get there."""
+    model = models(arch="llama", n_layer=LAYERS)
+    common = {"ngl": 99, "rpc": server, "offload_kqv": False, "flash_attn": True}
+    truth = patched([Case("a", model, [s for s in CHAT if s["op"] != "compress"], **common)])["a"]
+    ours = patched([Case("a", model, CHAT, capsule=capsules(model, block_size=N), **common)])["a"]
+    assert nmse(ours.logits(), truth.logits()) <= 5e-5
+
+
+@pytest.mark.parametrize("fa", [False, True])
+def test_slots_on_the_host_of_the_cpu(models, capsules, patched, fa):
+    """The same fallback without a device."""
+    model = models(arch="qwen2vl", n_layer=LAYERS)
+    truth = patched([Case("a", model, [s for s in CHAT if s["op"] != "compress"], flash_attn=fa)])["a"]
+    ours = patched([Case("a", model, CHAT, capsule=capsules(model, block_size=N), flash_attn=fa)], env={"LLAMA_KVCAPSULE_PATH": "host"})["a"]
+    assert nmse(ours.logits(), truth.logits()) <= rounded_limit(fa)
