@@ -56,8 +56,27 @@ def place_block(decoder: Decoder, eye: MergerVision, teacher: Vision, vision_sta
             q[head, 2 * pair], q[head, 2 * pair + 1] = height * cos(phase), -height * sin(phase)
             q[head, 2 * end - 4] = q[head, 2 * end - 2] = ahead
             block.o.weight[:, head * cfg.head_size] = steps[axis][side] - steps[axis][side + 1]
+    fill_unused(decoder)
     eye.mm2.bias += steps[0][2] + steps[1][2]
     return steps
+
+
+@torch.no_grad()
+def fill_unused(decoder: Decoder, seed: int = 0) -> None:
+    """Random contents in the channels of keys and values that no query and no output of the first block looks at.
+
+    The model computes the same, but its first layer's keys and values are like any others: nearly empty ones would be no measure of a cache's
+    precision (q4_0 stores a token of one channel all but exactly)."""
+    cfg, block = decoder.cfg, decoder.blocks[0]
+    draw = torch.Generator().manual_seed(seed)
+    group = cfg.heads // cfg.kv_heads
+    seen_by_q = block.q.bias.view(cfg.kv_heads, group, -1).abs().sum(1) > 0  # [kv_heads, head_size]
+    seen_by_o = block.o.weight.view(cfg.width, cfg.kv_heads, group, -1).abs().sum((0, 2)) > 0
+    pairs = seen_by_q.unflatten(-1, (-1, 2)).any(-1).repeat_interleave(2, -1)  # RoPE turns the other half of a pair into view
+    for linear, seen in ((block.k, pairs), (block.v, seen_by_o)):
+        weight = linear.weight.view(cfg.kv_heads, cfg.head_size, cfg.width)
+        contents = torch.randn(weight.shape, generator=draw) * cfg.width**-0.5
+        weight.copy_(torch.where(seen[..., None], weight, contents))
 
 
 def _pictures(count: int) -> tuple[Tensor, Tensor]:
