@@ -107,7 +107,7 @@ def second_model(args: argparse.Namespace) -> None:
     model = load_second(args.state, args.init_from, prompts).to(args.device)
     if args.phase == "joint":
         train_mixed(model, prompts, save_to, args.minutes, lr=args.rate, matrix_lr=3 * args.rate, batch=args.batch, budget=args.budget or 448,
-                    seed=args.seed, begin=args.begin, workers=args.workers)
+                    seed=args.seed, begin=args.begin, workers=args.workers, pairs=args.pairs)
     else:
         print(*export(model, args.out, args.full), sep="\n")
 
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8192, help="scenes to cache")
     parser.add_argument("--batch", type=int, default=4, help="joint with --mrope: sequences in a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="joint with --mrope: learning rate of AdamW, a third of Muon's")
+    parser.add_argument("--pairs", type=float, default=0.4, help="joint with --mrope: share of steps with two pictures")
     parser.add_argument("--workers", type=int, default=0, help="joint with --mrope: processes that draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,13 +16,12 @@ from .optim import Optimisers, schedule
 from .tokenizer import Prompts
 
 MIXED_SEEDS = 7_500_000
-PAIRS = 0.25  # share of steps with two pictures
 FROZEN = tuple(f"decoder.blocks.0.{part}." for part in ("attn_norm", "q", "k", "v", "o"))  # places.py: steep, a few steps of Muon blur them
 
 
-def training_batch(prompts: Prompts, rng: np.random.Generator, count: int, budget: int, cell: int) -> MixedBatch:
-    """`count` sequences of one picture, or fewer of two."""
-    pair = rng.random() < PAIRS
+def training_batch(prompts: Prompts, rng: np.random.Generator, count: int, budget: int, cell: int, pairs: float = 0.4) -> MixedBatch:
+    """`count` sequences of one picture, or, in a share `pairs` of the batches, fewer of two."""
+    pair = rng.random() < pairs
     rows = max(1, count * 3 // 4) if pair else count
     seeds = rng.integers(MIXED_SEEDS, TRAIN.stop, (rows, 1 + pair)).tolist()
     sizes = [random_size(rng) for _ in range(1 + pair)]
@@ -58,10 +57,10 @@ def score(model: MixedModel, prompts: Prompts, scenes: int = 24) -> dict[str, fl
 
 
 class TrainingBatches(torch.utils.data.IterableDataset):
-    """Endless batches, different in each worker."""
+    """Endless batches (arguments as training_batch takes them), different in each worker."""
 
-    def __init__(self, prompts: Prompts, seed: int, count: int, budget: int, cell: int):
-        self.arguments, self.prompts, self.seed = (count, budget, cell), prompts, seed
+    def __init__(self, prompts: Prompts, seed: int, *arguments: float):
+        self.arguments, self.prompts, self.seed = arguments, prompts, seed
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -72,11 +71,12 @@ class TrainingBatches(torch.utils.data.IterableDataset):
 
 
 def train_mixed(model: MixedModel, prompts: Prompts, save_to: Path, minutes: float, lr: float = 1.5e-3, matrix_lr: float = 3e-3, batch: int = 4,
-                budget: int = 448, seed: int = 0, begin: float = 0.0, workers: int = 0, aux: float = 0.1) -> None:
+                budget: int = 448, seed: int = 0, begin: float = 0.0, workers: int = 0, pairs: float = 0.4, aux: float = 0.1) -> None:
     """Train for so many minutes; `begin` skips ahead in the schedule. Saves every 50 steps: give the same folder to go on."""
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    data = iter(torch.utils.data.DataLoader(TrainingBatches(prompts, seed, batch, budget, model.vision.cfg.cell), None, num_workers=workers))
+    batches = TrainingBatches(prompts, seed, batch, budget, model.vision.cfg.cell, pairs)
+    data = iter(torch.utils.data.DataLoader(batches, None, num_workers=workers))
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(FROZEN))
     parameters = list(model.parameters())
