@@ -225,11 +225,11 @@ def test_libraries_are_copied_with_their_links(tmp_path: Path) -> None:
     (built / "libllama.so.0").symlink_to("libllama.so.0.5.0")
     (built / "libllama.so").symlink_to("libllama.so.0")
     (built / "llama-bench").write_bytes(b"elf")
-    native._install(built, lib, tools=False)
+    native._install(built, lib, [])
     assert (lib / "libllama.so").read_bytes() == b"elf" and (lib / "libllama.so").is_symlink()
     assert not (lib / "bin").exists()
     inode = (lib / "libllama.so.0.5.0").stat().st_ino
-    native._install(built, lib, tools=True)
+    native._install(built, lib, ["llama-bench"])
     assert (lib / "libllama.so.0.5.0").stat().st_ino == inode
     assert (lib / "bin" / "llama-bench").is_file()
 
@@ -242,6 +242,14 @@ def test_command_line() -> None:
         cli.parse(["-DGGML_CUDA"])
 
 
+def test_backends_are_options_of_cmake() -> None:
+    args = cli.parse(["--backend", "vulkan", "--backend", "rpc", "-DGGML_VULKAN=OFF"])
+    assert args.defines == {"GGML_VULKAN": "OFF", "GGML_RPC": "ON"}, "what -D says wins"
+    assert cli.parse([]).defines == {}
+    with pytest.raises(SystemExit):
+        cli.parse(["--backend", "abacus"])
+
+
 def test_the_pins_agree() -> None:
     from kvcapsule_gguf.native import library
 
@@ -251,7 +259,7 @@ def test_the_pins_agree() -> None:
 
 def test_scripts_explain_themselves() -> None:
     text = subprocess.run([sys.executable, ROOT / "scripts" / "setup", "--help"], capture_output=True, text=True, check=True).stdout
-    for flag in ("--train", "--tools", "--stock", "--source", "--jobs", "-D"):
+    for flag in ("--train", "--tools", "--stock", "--backend", "--source", "--jobs", "-D"):
         assert flag in text
 
 

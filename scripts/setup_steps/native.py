@@ -25,6 +25,13 @@ OPTIONS = {
     "LLAMA_BUILD_COMMIT": pins.LLAMA_CPP_REV,
     "LLAMA_BUILD_NUMBER": "0",
 }
+BACKENDS = {
+    "cuda": {"GGML_CUDA": "ON"},
+    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON"},
+    "rpc": {"GGML_RPC": "ON"},
+    "vulkan": {"GGML_VULKAN": "ON"},
+}
+RPC_SERVER = "ggml-rpc-server"
 TOOLS = ("llama-server", "llama-mtmd-cli", "llama-bench", "test-backend-ops")
 
 
@@ -45,13 +52,14 @@ def build(kind: str, *, defines: dict[str, str], tools: bool, jobs: int, digest:
         (folder / "configured.json").unlink(missing_ok=True)
         _configure(folder, kind, defines, tools)
         (folder / "configured.json").write_text(json.dumps(wanted, indent=1))
-    targets = ["llama"] if kind == "stock" else ["llama", "mtmd"] + (list(TOOLS) if tools else [])
+    programs = [*(TOOLS if tools else ()), *([RPC_SERVER] if _rpc(defines) else ())]
+    targets = ["llama"] if kind == "stock" else ["llama", "mtmd", *programs]
     first = not ((LIB / "stock" if kind == "stock" else LIB) / "build.json").is_file()
     if first:
         say(f"building llama.cpp ({kind}) with {jobs} jobs; the first time this takes minutes")
     command = ["cmake", "--build", folder / "build", "--config", "Release", "-j", str(jobs), "--target", *targets]
     run(f"building llama.cpp ({kind})", command, folder / "build.log", _environment(folder))
-    _install(folder / "build" / "bin", LIB / "stock" if kind == "stock" else LIB, tools)
+    _install(folder / "build" / "bin", LIB / "stock" if kind == "stock" else LIB, [] if kind == "stock" else programs)
     note = {"llama_cpp_python": pins.LLAMA_CPP_PYTHON, "llama_cpp": pins.LLAMA_CPP_REV, "series": digest, "defines": defines}
     write_if_changed((LIB / "stock" if kind == "stock" else LIB) / "build.json", json.dumps(note, indent=1).encode())
 
@@ -65,7 +73,8 @@ def _configure(folder: Path, kind: str, defines: dict[str, str], tools: bool) ->
     options = dict(OPTIONS)
     options["LLAMA_BUILD_MTMD"] = "OFF" if kind == "stock" else "ON"
     for name in ("COMMON", "TOOLS", "SERVER", "TESTS"):
-        options[f"LLAMA_BUILD_{name}"] = "ON" if tools else "OFF"
+        needed = tools or (kind == "patched" and name in ("COMMON", "TOOLS") and _rpc(defines))
+        options[f"LLAMA_BUILD_{name}"] = "ON" if needed else "OFF"
     if shutil.which("ccache"):
         options |= {"CMAKE_C_COMPILER_LAUNCHER": "ccache", "CMAKE_CXX_COMPILER_LAUNCHER": "ccache"}
     command: list[str | Path] = ["cmake", "-S", folder / "source", "-B", folder / "build"]
@@ -73,6 +82,10 @@ def _configure(folder: Path, kind: str, defines: dict[str, str], tools: bool) ->
         command += ["-G", "Ninja"]
     command += [f"-D{name}={value}" for name, value in {**options, **defines}.items()]
     run(f"configuring llama.cpp ({kind})", command, folder / "configure.log", _environment(folder))
+
+
+def _rpc(defines: dict[str, str]) -> bool:
+    return defines.get("GGML_RPC", "OFF").upper() in ("ON", "1", "TRUE", "YES")
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -98,12 +111,12 @@ def _require_tools() -> None:
         raise SetupError(f"{' and '.join(missing)} not found, please install ({hint})")
 
 
-def _install(built: Path, lib: Path, tools: bool) -> None:
+def _install(built: Path, lib: Path, programs: list[str]) -> None:
     """Copies libraries with their version links, and tools; equal files stay."""
     for path in sorted(built.rglob("*") if sys.platform == "win32" else built.iterdir()):
         if any(mark in path.name for mark in (".so", ".dylib", ".dll")):
             _copy(path, lib / path.name)
-        elif tools and path.name.removesuffix(".exe") in TOOLS:
+        elif path.name.removesuffix(".exe") in programs:
             _copy(path, (lib if sys.platform == "win32" else lib / "bin") / path.name)
 
 
