@@ -304,14 +304,18 @@ void llama_capsule_kv::read_v(int32_t il, const std::vector<uint32_t> & idxs, fl
     const size_t  kv_size = kv.get_size();
     const size_t  es      = ggml_type_size(layer.v->type);
 
-    std::vector<uint8_t> buf(idxs.size()*es);
+    const size_t stride = idxs.size()*es;
+
+    std::vector<uint8_t> buf(n_embd*stride);
     std::vector<float>   col(idxs.size());
 
+    // all channels of a run at once: a device is asked few times
+    capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
+        ggml_backend_tensor_get_2d(layer.v, buf.data() + first*es, cell*es, n*es, n_embd, kv_size*es, stride);
+    });
+
     for (int64_t j = 0; j < n_embd; ++j) {
-        capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
-            ggml_backend_tensor_get(layer.v, buf.data() + first*es, (j*kv_size + cell)*es, n*es);
-        });
-        capsule_to_f32(layer.v->type, buf.data(), col.data(), col.size());
+        capsule_to_f32(layer.v->type, buf.data() + j*stride, col.data(), col.size());
         for (size_t i = 0; i < col.size(); ++i) {
             v[i*n_embd + j] = col[i];
         }
