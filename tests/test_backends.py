@@ -5,9 +5,13 @@ The device is the CPU of an RPC server on the loopback, if the library has RPC (
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server
-from conftest import library
+from conftest import ROOT, library
 from llama_runner import Case, nmse, rounded_limit
 
 
@@ -49,3 +53,14 @@ def test_slots_on_the_host_of_the_cpu(models, capsules, patched, fa):
     truth = patched([Case("a", model, [s for s in CHAT if s["op"] != "compress"], flash_attn=fa)])["a"]
     ours = patched([Case("a", model, CHAT, capsule=capsules(model, block_size=N), flash_attn=fa)], env={"LLAMA_KVCAPSULE_PATH": "host"})["a"]
     assert nmse(ours.logits(), truth.logits()) <= rounded_limit(fa)
+
+
+@pytest.mark.parametrize(("flags", "line"), [(["--device", "Abacus"], "no device Abacus"), (["--rpc", "nowhere"], "expected host:port"), (["--rpc", "127.0.0.1:1"], "")])
+def test_mistakes_are_one_line(flags, line):
+    """Also where ggml itself would abort; a library without RPC says so."""
+    model = next((ROOT / "kvcapsule_gguf" / "demo").glob("kvdemo-*.gguf"))
+    env = os.environ | {"KVCAPSULE_LIB": str(library("patched"))}
+    done = subprocess.run([sys.executable, "-m", "kvcapsule_gguf.chat.cli", str(model), "-p", "x", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("kvcapsule-chat: error:")
+    assert line in done.stderr or "without RPC" in done.stderr

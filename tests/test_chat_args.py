@@ -30,6 +30,14 @@ def test_every_flag() -> None:
     assert (options.ratio, options.json, options.verbose) == (0.6, True, True)
 
 
+def test_devices() -> None:
+    options = parse(["m", "-dev", "Vulkan0", "--rpc", "host:1,host:2", "-nkvo"], {})
+    assert (options.device, options.rpc, options.kv_offload) == ("Vulkan0", "host:1,host:2", False)
+    assert (parse(["m"], {}).device, parse(["m"], {}).rpc, parse(["m"], {}).kv_offload) == (None, None, True)
+    assert parse(["m"], {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_RPC": "h:1"}).device == "none"
+    assert parse(["--list-devices"], {}).list_devices, "without a model"
+
+
 def test_a_data_url_keeps_its_comma() -> None:
     assert parse(["m", "--image", "data:image/png;base64,AA=="], {}).images == ["data:image/png;base64,AA=="]
 
