@@ -7,7 +7,7 @@ LLAMA_KVCAPSULE_SIMD=0 selects plain C++: sums of floats instead of products in 
 from __future__ import annotations
 
 import pytest
-from llama_runner import Case, compress, image, nmse, rounded_limit, text
+from llama_runner import Case, compress, image, lossless_limit, nmse, rounded_limit, text
 from test_lossless import CHAT, N, Script, label, mean, settings
 from test_lossless import both as run_both
 from test_lossy import GRID, KINDS
@@ -15,11 +15,12 @@ from test_lossy import GRID, KINDS
 RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
 UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}
 FUSED = {"LLAMA_KVCAPSULE_PATH": "fused"}
+OP = {"LLAMA_KVCAPSULE_PATH": "op"}  # GGML_OP_CAPSULE, on the CPU its reference
 PLAIN = {"LLAMA_KVCAPSULE_SIMD": "0"}
 MANY = 24  # images: more slots than one chunk of the reconstruction
 
 
-PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED}
+PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED, "op": OP}
 FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path
 SECOND = 5e-3  # the second image was computed with the first in view, so that some codes of its slots are the next ones: a random model makes much of that
 
@@ -68,18 +69,24 @@ SCRIPTS = {
 LOSSLESS = [(s, script) for s in SETTINGS for script in SCRIPTS if script != "many" or s[1] == 64]
 
 
-@pytest.fixture(scope="module", params=["reconstruct", "unpack"])
-def lossless(request, models, capsules, stock, patched):
+@pytest.fixture(scope="module", params=["reconstruct", "unpack", "op"])
+def path(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def lossless(path, models, capsules, stock, patched):
     todo = {label(s, script): (s, SCRIPTS[script]) for s, script in LOSSLESS}
-    return run_both(models, capsules, stock, lambda cases: patched(cases, env={"LLAMA_KVCAPSULE_PATH": request.param}), todo)
+    return run_both(models, capsules, stock, lambda cases: patched(cases, env={"LLAMA_KVCAPSULE_PATH": path}), todo)
 
 
 @pytest.mark.parametrize(("setting", "script"), LOSSLESS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
-def test_lossless_before_the_usual_attention(lossless, setting, script):
+def test_lossless(lossless, path, setting, script):
+    """Before the usual attention, or (op) with attention in f32."""
     pair = lossless[label(setting, script)]
-    assert nmse(pair[1].logits(), pair[0].logits()) <= rounded_limit(setting[2], setting[3])
+    assert nmse(pair[1].logits(), pair[0].logits()) <= (lossless_limit if path == "op" else rounded_limit)(setting[2], setting[3])
 
 
-def test_the_mean(lossless):
+def test_the_mean(lossless, path):
     """Of all cases without flash attention."""
-    assert mean(lossless) <= 1e-9
+    assert mean(lossless) <= (lossless_limit(fa=False) if path == "op" else 1e-9)

@@ -28,10 +28,17 @@ void llm_graph_input_capsule::set_input(const llama_ubatch * ubatch) {
     if (mask && mask->buffer) {
         store->set_input_mask(mask, ubatch, causal_attn);
     }
+    for (const auto & [i_table, t] : op_rope) {
+        if (t->buffer) {
+            store->set_input_op_rope(t, i_table);
+        }
+    }
 }
 
 bool llm_graph_input_capsule::can_reuse(const llm_graph_params & params) {
-    return version == store->version() && (!mask || mask->ne[1] == params.ubatch.n_tokens);
+    const auto fits = [this](const auto & it) { return it.second->ne[0] == store->op_rope_size(it.first); };
+
+    return version == store->version() && (!mask || mask->ne[1] == params.ubatch.n_tokens) && std::all_of(op_rope.begin(), op_rope.end(), fits);
 }
 
 //
@@ -694,6 +701,9 @@ ggml_tensor * llama_capsule_store::build_attn(
     if (can_attend(g, i_layer, q, kq_b, sinks)) {
         return build_attend(g, i_layer, q, k, v, kq_mask, inp->mask, kq_scale);
     }
+    if (can_op_attend(g, i_layer, q, kq_b, sinks)) {
+        return build_op_attend(g, *inp, i_layer, q, k, v, kq_mask, kq_scale);
+    }
 
     const auto & layer = data().layers[i_layer];
     const auto & s     = layer_scratch(i_layer);
@@ -745,6 +755,8 @@ ggml_tensor * llama_capsule_store::build_attn(
         a.pos = pos;
 
         build_reconstruct(a);
+    } else if (path(i_layer) == LLAMA_CAPSULE_PATH_OP) {
+        build_op_unpack(g, *inp, i_layer, a.k_cold, a.v_cold);
     } else {
         build_unpack(a);
     }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 static constexpr size_t CAPSULE_SPARE_PATTERNS = 64;
 
@@ -155,6 +156,42 @@ const float * llama_capsule_rope_cache::first(uint32_t i_layer, uint32_t i_pool,
 
 const float * llama_capsule_rope_cache::distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const {
     return tables[layer_table[i_layer]].distances[slots[i_pool][i_slot].pattern].data();
+}
+
+int llama_capsule_rope_cache::find_table(uint32_t i_layer) const {
+    return layer_table[i_layer];
+}
+
+size_t llama_capsule_rope_cache::packed_size(int i_table) const {
+    const size_t n_rot = tables[i_table].params.n_rot;
+
+    return (slots[0].size() + slots[1].size())*(n_rot + 1) + patterns.size()*N*n_rot;
+}
+
+std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
+    const auto & t = tables[i_table];
+
+    std::vector<int32_t> res;
+
+    auto add = [&](const std::vector<float> & x) {
+        const size_t n = res.size();
+        res.resize(n + x.size());
+        std::memcpy(res.data() + n, x.data(), x.size()*sizeof(float));
+    };
+
+    for (const auto & x : t.first) {
+        add(x);
+    }
+    for (const auto & list : slots) {
+        for (const auto & s : list) {
+            res.push_back(s.pattern);
+        }
+    }
+    for (const auto & x : t.distances) {
+        add(x);
+    }
+
+    return res;
 }
 
 bool llama_capsule_rope_cache::matches(const std::vector<llama_capsule_pos> & pos, const std::vector<bool> & empty, const llama_capsule_pos & first,

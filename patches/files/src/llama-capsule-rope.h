@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -68,6 +69,13 @@ public:
 
     const float * first    (uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const; // [n_rot]
     const float * distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const; // [N][n_rot]
+
+    // layers with the same angles have the same table, -1: no RoPE
+    int find_table(uint32_t i_layer) const;
+
+    // for GGML_OP_CAPSULE: first positions and patterns of all slots, pool by pool, then the distances of every pattern
+    std::vector<int32_t> packed     (int i_table) const;
+    size_t               packed_size(int i_table) const;
 
 private:
     struct table {

@@ -45,6 +45,11 @@ void llama_capsule_store::init_paths() {
             res = LLAMA_CAPSULE_PATH_HOST;
             continue;
         }
+        if (known && wanted == "op" && op_available(i)) {
+            init_op_weights(i);
+            res = LLAMA_CAPSULE_PATH_OP;
+            continue;
+        }
         if (known && wanted != "reconstruct" && ggml_backend_buft_is_host(buft)) {
             res = wanted == "unpack" ? LLAMA_CAPSULE_PATH_UNPACK : LLAMA_CAPSULE_PATH_FUSED;
             continue;

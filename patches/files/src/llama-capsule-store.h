@@ -6,6 +6,7 @@
 #include "llama-capsule-state.h"
 #include "llama-capsule-tile.h"
 
+#include "ggml-capsule.h"
 #include "llama-graph.h"
 #include "llama-io.h"
 #include "llama-kv-cells.h"
@@ -43,18 +44,22 @@ public:
     ggml_tensor * mask_kq = nullptr; // hot and cold
 
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> pos_dev; // in the scratch of each device
+
+    // of GGML_OP_CAPSULE: angles, by their table
+    std::map<int, ggml_tensor *> op_rope;
 };
 
 //
 // llama_capsule_store
 //
 
-// how attention gets at the slots of a layer; LLAMA_KVCAPSULE_PATH=reconstruct|host|unpack|fused
+// how attention gets at the slots of a layer; LLAMA_KVCAPSULE_PATH=reconstruct|host|unpack|fused|op
 enum llama_capsule_path {
     LLAMA_CAPSULE_PATH_RECONSTRUCT, // stock ops, any backend
     LLAMA_CAPSULE_PATH_HOST,        // the device lacks one of these ops: slots in host memory, unpacked there and copied to the device
     LLAMA_CAPSULE_PATH_UNPACK,      // CPU: one op each for K and V, then the usual attention
     LLAMA_CAPSULE_PATH_FUSED,       // CPU: attention on the slots for small batches, unpack for large ones
+    LLAMA_CAPSULE_PATH_OP,          // the same with GGML_OP_CAPSULE, on backends that have it
 };
 
 // the slots of one llama_kv_cache: blocks of vision tokens, compressed for every layer
@@ -149,6 +154,11 @@ public:
     void set_input_pos (ggml_tensor * dst) const;
     void set_input_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;
 
+    void set_input_op_rope(ggml_tensor * dst, int i_table) const;
+
+    // of the angles of this table, 4 bytes each
+    int64_t op_rope_size(int i_table) const;
+
     //
     // info
     //
@@ -233,6 +243,8 @@ private:
         std::array<weights_part, N_TIERS> v;
 
         weights_retain retain;
+
+        ggml_tensor * op = nullptr; // I32, of GGML_OP_CAPSULE, which needs none of the others
     };
 
     // shared by all layers of a device: f16 (or whatever the type of the hot cache) K and V of hot and cold cells
@@ -392,6 +404,21 @@ private:
 
     ggml_tensor * build_attend(const llm_graph_context & g, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
             ggml_tensor * mask, ggml_tensor * mask_cold, float kq_scale);
+
+    // llama-capsule-op.cpp
+
+    bool op_available(uint32_t i_layer) const; // asks the device
+    void init_op_weights(uint32_t i_layer);
+
+    ggml_capsule_params op_params(uint32_t i_layer) const;
+    ggml_tensor *       op_rope  (const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer) const;
+
+    bool can_op_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b, const ggml_tensor * sinks) const;
+
+    ggml_tensor * build_op_attend(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+            ggml_tensor * mask, float kq_scale) const;
+
+    void build_op_unpack(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
 
     // where a graph is built, and what it writes to
     struct build_args {

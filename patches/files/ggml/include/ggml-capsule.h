@@ -1,0 +1,111 @@
+#pragma once
+
+#include "ggml.h"
+
+//
+// GGML_OP_CAPSULE: K and V of blocks of N tokens that are stored as a few typed rows ("slots"), and attention straight on them
+//
+// slots lie in one I8 blob per tier:   [n_slots][K: heads][V: heads], the rows of a head by type: F32, F16, Q8_0, Q4_0, Q2_0
+// the constants of a layer in one I32 tensor ("weights", see ggml_capsule_weights), the angles of RoPE in another one ("rope"):
+//   F32 [n_slots][n_rot] of the first position of a slot, I32 [n_slots] its pattern, F32 [n_patterns][N][n_rot] of the distances from there
+//   (cos, sin) per pair of neighbours, or all cos, then all sin
+//
+
+#ifdef  __cplusplus
+extern "C" {
+#endif
+
+    enum ggml_capsule_op {
+        GGML_CAPSULE_OP_UNPACK,  // slots -> columns of a K or V cache
+        GGML_CAPSULE_OP_ATTN,    // attention over hot cells and slots, in parts
+        GGML_CAPSULE_OP_COMBINE, // parts -> result
+    };
+
+    enum ggml_capsule_flag {
+        GGML_CAPSULE_FLAG_V        = 1 << 0, // unpack: V
+        GGML_CAPSULE_FLAG_V_TRANS  = 1 << 1, // V of the cache is transposed
+        GGML_CAPSULE_FLAG_NORM     = 1 << 2, // RoPE of pairs of neighbours, otherwise of halves
+        GGML_CAPSULE_FLAG_ROT_K    = 1 << 3, // K of the cache is Hadamard-rotated, see llama_kv_cache::build_input_k_rot()
+        GGML_CAPSULE_FLAG_ROT_V    = 1 << 4,
+        GGML_CAPSULE_FLAG_TILE_F32 = 1 << 5, // tiles of K in F32 instead of F16
+        GGML_CAPSULE_FLAG_RETAIN   = 1 << 6, // keys of tier 0 (and 1: << 7) are kept tokens instead of components
+    };
+
+    #define GGML_CAPSULE_N_TIERS 2
+    #define GGML_CAPSULE_N_TYPES 5
+
+    // what is constant for a layer, and how many slots there are
+    struct ggml_capsule_params {
+        uint16_t op;
+        uint16_t flags;
+        float    scale; // of q*k
+        uint16_t n_block;
+        uint16_t n_kept;
+        uint16_t n_mlp;
+        uint16_t n_neighbours;
+        uint16_t n_rot; // 0: no RoPE
+        uint16_t n_head_kv;
+        uint16_t d_k;
+        uint16_t d_v;
+        uint32_t n_slots[GGML_CAPSULE_N_TIERS];
+        uint8_t  rows_k[GGML_CAPSULE_N_TIERS][GGML_CAPSULE_N_TYPES];
+        uint8_t  rows_v[GGML_CAPSULE_N_TIERS][GGML_CAPSULE_N_TYPES];
+        uint16_t n_parts_hot;
+        uint16_t n_parts_cold;
+    };
+
+    // where the constants of a layer lie, in units of 4 bytes; n_pad: N, rounded up to a multiple of 8
+    struct ggml_capsule_weights {
+        int32_t k_mean;      // F32 [n_head_kv][d_k]
+        int32_t v_mean;      // F32 [n_head_kv][d_v]
+        int32_t k_basis;     // F32 [N][n_pad], a row per component, zero behind N
+        int32_t v_basis;     // F32 [N][n_pad]
+        int32_t v_basis_t;   // F32 [N tokens][N components]
+        int32_t token_order; // I32 [N], the kept tokens first
+        int32_t neighbours;  // I32 [N - n_kept][n_neighbours]
+        int32_t gate;        // F32 [n_head_kv][N - n_kept][n_neighbours][d_k]
+        int32_t mlp_up;      // F32 [n_head_kv][n_neighbours*d_k][n_mlp]
+        int32_t mlp_up_bias; // F32 [n_head_kv][n_mlp]
+        int32_t mlp_down;    // F32 [n_head_kv][n_mlp][d_k]
+        int32_t size;
+    };
+
+    GGML_API struct ggml_capsule_weights ggml_capsule_weights_layout(const struct ggml_capsule_params * params);
+
+    // bytes of a slot
+    GGML_API size_t ggml_capsule_slot_size(const struct ggml_capsule_params * params, int tier);
+
+    // false: the op does not exist for this geometry (on no backend)
+    GGML_API bool ggml_capsule_valid(const struct ggml_capsule_params * params);
+
+    // blobs of tiers without slots, and rope without RoPE, are NULL
+
+    // writes the slots into dst [n_head_kv*d, >= n_slots*N], or transposed (V) [>= n_slots*N, n_head_kv*d]; returns a view of dst
+    GGML_API struct ggml_tensor * ggml_capsule_unpack(
+            struct ggml_context              * ctx,
+            const struct ggml_capsule_params * params,
+            struct ggml_tensor               * dst,
+            struct ggml_tensor               * blob0,
+            struct ggml_tensor               * blob1,
+            struct ggml_tensor               * weights,
+            struct ggml_tensor               * rope);
+
+    // q F32 [d_k, n_head, n_tokens], k [d_k, n_head_kv, n_kv], v [d_v, n_head_kv, n_kv] or transposed [n_kv, n_head_kv, d_v]
+    // mask [n_kv, n_tokens], mask_cold [>= n_slots*N, n_tokens], both F16 or both F32
+    // -> [d_v*n_head, n_tokens]; two nodes: parts [d_v + 2, n_head*n_tokens, n_parts], and their combination
+    GGML_API struct ggml_tensor * ggml_capsule_attn(
+            struct ggml_context              * ctx,
+            const struct ggml_capsule_params * params,
+            struct ggml_tensor               * q,
+            struct ggml_tensor               * k,
+            struct ggml_tensor               * v,
+            struct ggml_tensor               * mask,
+            struct ggml_tensor               * mask_cold,
+            struct ggml_tensor               * blob0,
+            struct ggml_tensor               * blob1,
+            struct ggml_tensor               * weights,
+            struct ggml_tensor               * rope);
+
+#ifdef  __cplusplus
+}
+#endif

@@ -1,0 +1,412 @@
+#pragma once
+
+#include "ggml-capsule-tile.h"
+
+//
+// attention: a part of the hot cells or of the slots, for at most MAX_Q queries of a KV head
+//
+
+struct capsule_item {
+    int part;
+    int head;
+    int q0; // first query, token by token
+    int n_q;
+};
+
+CAPSULE_FN capsule_item capsule_item_of(CAPSULE_ARGS, int item) {
+    capsule_item it;
+    it.head = item/a.n_tiles%a.n_head_kv;
+    it.part = item/a.n_tiles/a.n_head_kv;
+    it.q0   = item%a.n_tiles*CAPSULE_MAX_Q;
+    it.n_q  = a.n_group*a.n_tokens - it.q0;
+    it.n_q  = it.n_q < CAPSULE_MAX_Q ? it.n_q : CAPSULE_MAX_Q;
+    return it;
+}
+
+CAPSULE_FN int capsule_min(int x, int y) {
+    return x < y ? x : y;
+}
+
+// groups of 4 queries
+CAPSULE_FN int capsule_n_q4(capsule_item it) {
+    return (it.n_q + 3)/4;
+}
+
+CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const char * q, CAPSULE_SHARED char * sm) {
+    for (int i = tid/CAPSULE_LANES; i < CAPSULE_MAX_Q; i += nt/CAPSULE_LANES) {
+        const int i_token = (it.q0 + i)/a.n_group;
+        const int i_head  = (it.q0 + i)%a.n_group + it.head*a.n_group;
+
+        CAPSULE_GLOBAL const float * src = (CAPSULE_GLOBAL const float *) (q + i_head*a.q.nb1 + i_token*a.q.nb2);
+
+        for (int c = tid % CAPSULE_LANES; c < a.d_k; c += CAPSULE_LANES) {
+            CAPSULE_SM_F(a.s_q)[i*a.d_k + c] = i < it.n_q ? a.scale*src[c] : 0.0f;
+        }
+    }
+    for (int i = tid; i < a.n_o*CAPSULE_MAX_Q*a.d_v; i += nt) {
+        CAPSULE_SM_F(a.s_o)[i] = 0.0f;
+    }
+    for (int i = tid; i < CAPSULE_MAX_Q*CAPSULE_LANES; i += nt) {
+        CAPSULE_SM_F(a.s_red)[CAPSULE_MAX_Q*CAPSULE_LANES + i] = 0.0f;
+    }
+    for (int i = tid; i < 2*CAPSULE_MAX_Q; i += nt) {
+        CAPSULE_SM_F(a.s_m)[i] = CAPSULE_NEG;
+    }
+    for (int i = tid; i < 3; i += nt) {
+        ((CAPSULE_SHARED int *) (sm + a.s_flags))[i] = 0;
+    }
+}
+
+// is any of the columns [col, col + n) visible? the flag of the step after next is cleared: nobody reads that one any more
+CAPSULE_FN void capsule_attn_visible(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
+        int64_t col, int n, int step, CAPSULE_SHARED char * sm) {
+    CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
+
+    if (tid == 0) {
+        flags[(step + 1) % 3] = 0;
+    }
+
+    const int t0 = it.q0/a.n_group;
+    const int t1 = (it.q0 + it.n_q - 1)/a.n_group;
+
+    bool any = false;
+    for (int i = t0; i <= t1; ++i) {
+        for (int j = tid; j < n; j += nt) {
+            any = any || capsule_mask(mask.type, data + i*mask.nb1, (int) col + j) != CAPSULE_NEG;
+        }
+    }
+    if (any) {
+        CAPSULE_RAISE(flags[step % 3]);
+    }
+}
+
+// hot cells [col, col + n) -> tile
+template <typename T>
+CAPSULE_FN void capsule_attn_load_hot(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const char * k, int i_head, int64_t col, int n, CAPSULE_SHARED T * tile) {
+    for (int j = tid/CAPSULE_LANES; j < n; j += nt/CAPSULE_LANES) {
+        CAPSULE_GLOBAL const char * row = k + i_head*a.k.nb1 + (col + j)*a.k.nb2;
+        for (int c = tid % CAPSULE_LANES; c < a.d_k; c += CAPSULE_LANES) {
+            capsule_put(tile[j*a.ld_tile + c], capsule_value(a.k.type, row, c));
+        }
+    }
+}
+
+// s = q*tile + mask
+template <typename T>
+CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
+        int64_t col, int n, CAPSULE_SHARED const T * tile, CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < n*capsule_n_q4(it); u += nt) {
+        const int j = u%n;
+        const int i = u/n*4;
+
+        CAPSULE_SHARED const float * q = CAPSULE_SM_F(a.s_q) + i*a.d_k;
+        CAPSULE_SHARED const T     * x = tile + j*a.ld_tile;
+
+        float s[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        for (int c = 0; c < a.d_k; ++c) {
+            const float y = capsule_float(x[c]);
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < 4; ++b) {
+                s[b] += y*q[b*a.d_k + c];
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            if (i + b < it.n_q) {
+                const float m = capsule_mask(mask.type, data + (it.q0 + i + b)/a.n_group*mask.nb1, (int) col + j);
+                CAPSULE_SM_F(a.s_s)[(i + b)*a.N + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s[b] + m;
+            }
+        }
+    }
+}
+
+CAPSULE_FN void capsule_attn_max(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n, CAPSULE_SHARED char * sm) {
+    const int lane = tid % CAPSULE_LANES;
+
+    for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
+        float m = CAPSULE_NEG;
+        for (int j = lane; j < n; j += CAPSULE_LANES) {
+            const float s = CAPSULE_SM_F(a.s_s)[i*a.N + j];
+            m = s > m ? s : m;
+        }
+        CAPSULE_SM_F(a.s_red)[i*CAPSULE_LANES + lane] = m;
+    }
+}
+
+// s -> weights; the maxima are kept twice: this step reads [step] and writes [step + 1]
+CAPSULE_FN void capsule_attn_softmax(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n, int step, CAPSULE_SHARED char * sm) {
+    const int lane = tid % CAPSULE_LANES;
+
+    CAPSULE_SHARED float * m_old = CAPSULE_SM_F(a.s_m) + (step & 1)*CAPSULE_MAX_Q;
+    CAPSULE_SHARED float * m_new = CAPSULE_SM_F(a.s_m) + (~step & 1)*CAPSULE_MAX_Q;
+    CAPSULE_SHARED float * red   = CAPSULE_SM_F(a.s_red);
+    CAPSULE_SHARED float * sum   = red + CAPSULE_MAX_Q*CAPSULE_LANES;
+
+    for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
+        float m = m_old[i];
+        for (int b = 0; b < CAPSULE_LANES; ++b) {
+            const float x = red[i*CAPSULE_LANES + b];
+            m = x > m ? x : m;
+        }
+
+        float l = 0.0f;
+        for (int j = lane; j < n; j += CAPSULE_LANES) {
+            const float s = CAPSULE_SM_F(a.s_s)[i*a.N + j];
+            const float x = s == CAPSULE_NEG ? 0.0f : CAPSULE_EXP(s - m);
+            CAPSULE_SM_F(a.s_s)[i*a.N + j] = x;
+            l += x;
+        }
+
+        sum[i*CAPSULE_LANES + lane] = sum[i*CAPSULE_LANES + lane]*CAPSULE_EXP(m_old[i] - m) + l;
+        if (lane == 0) {
+            m_new[i] = m;
+        }
+    }
+}
+
+// what the sums so far are to be multiplied with
+CAPSULE_FN float capsule_attn_factor(CAPSULE_ARGS, int i, int step, CAPSULE_SHARED char * sm) {
+    return CAPSULE_EXP(CAPSULE_SM_F(a.s_m)[(step & 1)*CAPSULE_MAX_Q + i] - CAPSULE_SM_F(a.s_m)[(~step & 1)*CAPSULE_MAX_Q + i]);
+}
+
+// o += weights*V of hot cells
+CAPSULE_FN void capsule_attn_hot_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const char * v, int64_t col, int n, int step,
+        CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < a.d_v*capsule_n_q4(it); u += nt) {
+        const int c = u%a.d_v;
+        const int i = u/a.d_v*4;
+
+        CAPSULE_SHARED const float * w = CAPSULE_SM_F(a.s_s) + i*a.N;
+
+        float o[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        for (int j = 0; j < n; ++j) {
+            const float x = a.v_trans ?
+                capsule_value(a.v.type, v + it.head*a.v.nb1 + c*a.v.nb2, (int) col + j) :
+                capsule_value(a.v.type, v + it.head*a.v.nb1 + (col + j)*a.v.nb2, c);
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < 4; ++b) {
+                o[b] += x*w[b*a.N + j];
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            if (i + b < it.n_q) {
+                CAPSULE_SHARED float * dst = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
+                *dst = *dst*capsule_attn_factor(a, i + b, step, sm) + o[b];
+            }
+        }
+    }
+}
+
+// weights of tokens -> weights of rows
+CAPSULE_FN void capsule_attn_row_weights(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const float * basis_t, int n_rows, CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < n_rows*capsule_n_q4(it); u += nt) {
+        const int r = u%n_rows;
+        const int i = u/n_rows*4;
+
+        CAPSULE_SHARED const float * s = CAPSULE_SM_F(a.s_s) + i*a.N;
+
+        float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        for (int j = 0; j < a.N; ++j) {
+            const float x = basis_t[j*a.N + r];
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < 4; ++b) {
+                w[b] += x*s[b*a.N + j];
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            CAPSULE_SM_F(a.s_w)[(i + b)*a.ld_w + r] = w[b];
+        }
+    }
+}
+
+// o += weights*rows, apart for rows that are stored rotated
+CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * head, int step,
+        CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < a.d_v*capsule_n_q4(it); u += nt) {
+        const int c = u%a.d_v;
+        const int i = u/a.d_v*4;
+
+        float o0[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        float o1[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+
+        CAPSULE_SHARED const float * w = CAPSULE_SM_F(a.s_w) + i*a.ld_w;
+
+        CAPSULE_UNROLL
+        for (int type = 0; type < CAPSULE_MAX_TYPES; ++type) {
+            CAPSULE_GLOBAL const char * row = head + part.type_offs[type];
+
+            for (int r = 0; r < part.count[type]; ++r) {
+                const float x = capsule_value(type, row, c);
+
+                CAPSULE_UNROLL
+                for (int b = 0; b < 4; ++b) {
+                    o1[b] += x*w[b*a.ld_w + r];
+                }
+                row += part.row_size[type];
+            }
+            w += part.count[type];
+
+            if (type == CAPSULE_F16) {
+                CAPSULE_UNROLL
+                for (int b = 0; b < 4; ++b) {
+                    o0[b] = o1[b];
+                    o1[b] = 0.0f;
+                }
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            if (i + b < it.n_q) {
+                CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
+                CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*CAPSULE_MAX_Q*a.d_v;
+
+                const float f = capsule_attn_factor(a, i + b, step, sm);
+
+                if (a.n_o == 1) {
+                    *dst0 = *dst0*f + o0[b] + o1[b];
+                } else {
+                    *dst0 = *dst0*f + o0[b];
+                    *dst1 = *dst1*f + o1[b];
+                }
+            }
+        }
+    }
+}
+
+// l: the sums of all lanes
+CAPSULE_FN void capsule_attn_sum(int tid, CAPSULE_ARGS, CAPSULE_SHARED char * sm) {
+    if (tid < CAPSULE_MAX_Q) {
+        float l = 0.0f;
+        for (int b = 0; b < CAPSULE_LANES; ++b) {
+            l += CAPSULE_SM_F(a.s_red)[(CAPSULE_MAX_Q + tid)*CAPSULE_LANES + b];
+        }
+        CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + tid] = l;
+    }
+}
+
+// both accumulators, and what the mean adds
+CAPSULE_FN void capsule_attn_join(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < CAPSULE_MAX_Q*a.d_v; u += nt) {
+        CAPSULE_SHARED float * o = CAPSULE_SM_F(a.s_o) + u;
+
+        const float other = a.n_o == 1 ? 0.0f : o[CAPSULE_MAX_Q*a.d_v];
+
+        *o += other + CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + u/a.d_v]*mean[u%a.d_v];
+    }
+}
+
+CAPSULE_FN void capsule_attn_store(int tid, int nt, CAPSULE_ARGS, capsule_item it, int step, CAPSULE_GLOBAL char * dst, CAPSULE_SHARED char * sm) {
+    for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
+        const int row = (it.q0 + i)/a.n_group*a.n_group*a.n_head_kv + it.head*a.n_group + (it.q0 + i)%a.n_group;
+
+        CAPSULE_GLOBAL float * to = (CAPSULE_GLOBAL float *) (dst + row*a.dst.nb1 + it.part*a.dst.nb2);
+
+        for (int c = tid % CAPSULE_LANES; c < a.d_v; c += CAPSULE_LANES) {
+            to[c] = CAPSULE_SM_F(a.s_o)[i*a.d_v + c];
+        }
+        if (tid % CAPSULE_LANES == 0) {
+            to[a.d_v]     = CAPSULE_SM_F(a.s_m)[(step & 1)*CAPSULE_MAX_Q + i];
+            to[a.d_v + 1] = CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + i];
+        }
+    }
+}
+
+// item: (part*n_head_kv + head)*n_tiles + tile of queries
+template <typename T>
+CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
+    const capsule_item it = capsule_item_of(a, item);
+
+    CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
+    CAPSULE_SHARED T   * tile  = CAPSULE_SM_T(a.s_tile);
+
+    const bool hot     = it.part < a.n_parts_hot;
+    const int  n_units = hot ? (a.n_kv + a.N - 1)/a.N : a.n_slots;
+    const int  n_parts = hot ? a.n_parts_hot : a.n_parts - a.n_parts_hot;
+    const int  i_part  = hot ? it.part : it.part - a.n_parts_hot;
+
+    CAPSULE_PHASE(capsule_attn_init(tid, t.n, a, it, p.q, sm));
+    if (!hot) {
+        // slots know nothing of the rotation of a quantized cache
+        CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_q), CAPSULE_MAX_Q, a.d_k, a.d_k, a.rot_k);
+    }
+
+    int step  = 0; // units that are visible
+    int check = 0;
+    for (int i = (int) ((int64_t) n_units*i_part/n_parts); i < (int) ((int64_t) n_units*(i_part + 1)/n_parts); ++i) {
+        const int64_t col = (int64_t) i*a.N;
+        const int     n   = hot ? capsule_min(a.N, a.n_kv - (int) col) : a.N;
+
+        CAPSULE_PARAM const capsule_tensor & mask = hot ? a.mask : a.cold;
+        CAPSULE_GLOBAL const char          * data = hot ? p.mask : p.cold;
+
+        CAPSULE_PHASE(capsule_attn_visible(tid, t.n, a, it, mask, data, col, n, check, sm));
+        if (!flags[check++ % 3]) {
+            continue;
+        }
+
+        CAPSULE_GLOBAL const char * slot = hot ? p.k : capsule_slot(a, p.blob0, p.blob1, i);
+
+        if (hot) {
+            CAPSULE_PHASE((capsule_attn_load_hot<T>(tid, t.n, a, p.k, it.head, col, n, tile)));
+        } else {
+            capsule_tile_k<T>(t, a, slot, p.weights, p.rope, i, it.head, sm);
+        }
+
+        CAPSULE_PHASE((capsule_attn_scores<T>(tid, t.n, a, it, mask, data, col, n, tile, sm)));
+        CAPSULE_PHASE(capsule_attn_max       (tid, t.n, a, it, n, sm));
+        CAPSULE_PHASE(capsule_attn_softmax   (tid, t.n, a, it, n, step, sm));
+
+        if (hot) {
+            CAPSULE_PHASE(capsule_attn_hot_values(tid, t.n, a, it, p.v, col, n, step, sm));
+        } else {
+            CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i)].v;
+
+            CAPSULE_PHASE(capsule_attn_row_weights(tid, t.n, a, it, p.weights + a.w_v_basis_t, part.n_rows, sm));
+            CAPSULE_PHASE(capsule_attn_row_values (tid, t.n, a, it, part, slot + part.offs + it.head*part.head_stride, step, sm));
+        }
+        step++;
+    }
+
+    CAPSULE_PHASE(capsule_attn_sum(tid, a, sm));
+    if (!hot) {
+        CAPSULE_SHARED float * o = CAPSULE_SM_F(a.s_o);
+
+        CAPSULE_HADAMARD(float, o + (a.n_o - 1)*CAPSULE_MAX_Q*a.d_v, CAPSULE_MAX_Q, a.d_v, a.d_v, a.n_rot_o);
+        CAPSULE_PHASE(capsule_attn_join(tid, t.n, a, p.weights + a.w_v_mean + it.head*a.d_v, sm));
+        CAPSULE_HADAMARD(float, o, CAPSULE_MAX_Q, a.d_v, a.d_v, a.rot_v);
+    }
+    CAPSULE_PHASE(capsule_attn_store(tid, t.n, a, it, step, p.dst, sm));
+}
+
+//
+// the parts of a row -> the result, value c
+//
+
+CAPSULE_FN float capsule_combine(CAPSULE_ARGS, CAPSULE_GLOBAL const char * parts, int row, int c) {
+    float m = CAPSULE_NEG;
+    for (int p = 0; p < a.n_parts; ++p) {
+        const float x = ((CAPSULE_GLOBAL const float *) (parts + row*a.q.nb1 + p*a.q.nb2))[a.d_v];
+        m = x > m ? x : m;
+    }
+
+    float l = 0.0f;
+    float o = 0.0f;
+    for (int p = 0; p < a.n_parts; ++p) {
+        CAPSULE_GLOBAL const float * x = (CAPSULE_GLOBAL const float *) (parts + row*a.q.nb1 + p*a.q.nb2);
+
+        const float f = CAPSULE_EXP(x[a.d_v] - m);
+
+        l += f*x[a.d_v + 1];
+        o += f*x[c];
+    }
+    return l > 0.0f ? o/l : 0.0f;
+}

@@ -1,0 +1,346 @@
+#pragma once
+
+//
+// GGML_OP_CAPSULE: all its arithmetic, for every backend; compiles as C++, CUDA and Metal Shading Language
+//
+// A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
+// no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
+//
+// here: names of a backend, what a kernel is told, values of rows; ggml-capsule-tile.h: blocks, unpack; ggml-capsule-attn.h: attention
+//
+
+#if defined(__METAL_VERSION__)
+#define CAPSULE_FN     static inline
+#define CAPSULE_GLOBAL device
+#define CAPSULE_SHARED threadgroup
+#define CAPSULE_PARAM  constant
+#define CAPSULE_UNROLL _Pragma("unroll")
+#define CAPSULE_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define CAPSULE_PHASES
+#define CAPSULE_RAISE(x) (x) = 1
+#define CAPSULE_EXP(x) exp(x)
+typedef half capsule_half;
+CAPSULE_FN float capsule_float(float x) { return x; }
+CAPSULE_FN float capsule_float(half  x) { return (float) x; }
+CAPSULE_FN void capsule_put(threadgroup float & y, float x) { y = x; }
+CAPSULE_FN void capsule_put(threadgroup half  & y, float x) { y = (half) x; }
+CAPSULE_FN void capsule_put(device      half  & y, float x) { y = (half) x; }
+#elif defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
+#include <cstdint>
+#define CAPSULE_FN     static __device__ __forceinline__
+#define CAPSULE_GLOBAL
+#define CAPSULE_SHARED
+#define CAPSULE_PARAM
+#define CAPSULE_UNROLL _Pragma("unroll")
+#define CAPSULE_BARRIER() __syncthreads()
+#define CAPSULE_PHASES
+#define CAPSULE_RAISE(x) (x) = 1
+#define CAPSULE_EXP(x) expf(x)
+typedef half capsule_half;
+CAPSULE_FN float capsule_float(float x) { return x; }
+CAPSULE_FN float capsule_float(half  x) { return __half2float(x); }
+CAPSULE_FN void capsule_put(float & y, float x) { y = x; }
+CAPSULE_FN void capsule_put(half  & y, float x) { y = __float2half_rn(x); }
+#else
+#include "ggml.h"
+#include "ggml-impl.h"
+#include <cmath>
+#include <cstdint>
+#define CAPSULE_FN     static inline
+#define CAPSULE_GLOBAL
+#define CAPSULE_SHARED
+#define CAPSULE_PARAM
+#define CAPSULE_UNROLL
+#define CAPSULE_RAISE(x) __atomic_store_n(&(x), 1, __ATOMIC_RELAXED)
+#define CAPSULE_EXP(x) expf(x)
+struct capsule_half { ggml_fp16_t bits; };
+CAPSULE_FN float capsule_float(float x) { return x; }
+CAPSULE_FN float capsule_float(capsule_half x) { return ggml_compute_fp16_to_fp32(x.bits); }
+CAPSULE_FN void capsule_put(float & y, float x) { y = x; }
+CAPSULE_FN void capsule_put(capsule_half & y, float x) { y.bits = ggml_compute_fp32_to_fp16(x); }
+#endif
+
+#if defined(CAPSULE_PHASES)
+// every thread runs the kernel
+struct capsule_threads {
+    int n; // a multiple of 32
+    int id;
+};
+#define CAPSULE_PHASE(call) do { const int tid = t.id; call; CAPSULE_BARRIER(); } while (0)
+#else
+// one thread runs it for all
+struct capsule_threads {
+    int         n;
+    const int * order;
+};
+#define CAPSULE_PHASE(call) do { for (int i_ = 0; i_ < t.n; ++i_) { const int tid = t.order ? t.order[i_] : i_; call; } } while (0)
+#endif
+
+#define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
+#define CAPSULE_MAX_Q     8 // queries of a group of threads
+#define CAPSULE_LANES     32
+#define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
+
+enum capsule_type {
+    CAPSULE_F32,
+    CAPSULE_F16,
+    CAPSULE_Q8_0,
+    CAPSULE_Q4_0,
+    CAPSULE_Q2_0,
+};
+
+// K or V in the slots of a tier
+struct capsule_part {
+    int offs;
+    int head_stride;
+    int count    [CAPSULE_MAX_TYPES];
+    int type_offs[CAPSULE_MAX_TYPES];
+    int row_size [CAPSULE_MAX_TYPES];
+    int n_rows;
+    int n_plain; // the first rows: not rotated
+};
+
+struct capsule_tier {
+    capsule_part k;
+    capsule_part v;
+    int          slot_size;
+    int          n_slots;
+    int          retain;
+};
+
+// a tensor that is not one of rows in slots: element (i0, i1, i2) at i0*size + i1*nb1 + i2*nb2
+struct capsule_tensor {
+    int     type;
+    int64_t nb1;
+    int64_t nb2;
+};
+
+// everything that a kernel wants to know, see ggml_capsule_args_init()
+struct capsule_args {
+    int N;
+    int n_pad;
+    int n_head_kv;
+    int n_group;
+    int n_tokens;
+    int n_tiles;  // of queries per KV head
+    int n_kv;
+    int d_k;
+    int d_v;
+    int n_rot;
+    int norm;
+    int rot_k;    // size of the Hadamard transform of the cache, 0: none
+    int rot_v;
+    int is_v;
+    int v_trans;
+    int tile_f32;
+    int n_kept;
+    int n_mlp;
+    int n_neighbours;
+    int n_slots;
+    int n_parts_hot;
+    int n_parts;
+    float scale;
+
+    // weights and angles, in units of 4 bytes
+    int w_k_mean;
+    int w_v_mean;
+    int w_k_basis;
+    int w_v_basis;
+    int w_v_basis_t;
+    int w_token_order;
+    int w_neighbours;
+    int w_gate;
+    int w_mlp_up;
+    int w_mlp_up_bias;
+    int w_mlp_down;
+    int r_pattern;
+    int r_distances;
+
+    capsule_tensor q;
+    capsule_tensor k;
+    capsule_tensor v;
+    capsule_tensor mask;
+    capsule_tensor cold;
+    capsule_tensor dst;
+
+    capsule_tier tiers[2];
+
+    // shared memory, in bytes
+    int s_rows;  // [n_rows][d]
+    int s_tile;  // [N][ld_tile]
+    int s_z;     // F32 [N - n_kept][n_mlp]
+    int s_q;     // F32 [MAX_Q][d_k]
+    int s_s;     // F32 [MAX_Q][N]
+    int s_w;     // F32 [MAX_Q][n_rows]
+    int s_o;     // F32 [n_o][MAX_Q][d_v]
+    int s_red;   // F32 [2][MAX_Q][LANES], maxima and sums
+    int s_m;     // F32 [3][MAX_Q], m, m and l
+    int s_flags; // I32 [3]
+    int s_size;
+    int ld_tile;
+    int ld_w;
+    int n_o;     // accumulators: 2 if there are both plain and rotated rows of values
+    int n_rot_o; // size of the Hadamard transform that takes the last accumulator back, 0: none
+};
+
+struct capsule_ptrs {
+    CAPSULE_GLOBAL const char * q;
+    CAPSULE_GLOBAL const char * k;
+    CAPSULE_GLOBAL const char * v;
+    CAPSULE_GLOBAL const char * mask;
+    CAPSULE_GLOBAL const char * cold;
+    CAPSULE_GLOBAL const char * blob0;
+    CAPSULE_GLOBAL const char * blob1;
+    CAPSULE_GLOBAL const float * weights;
+    CAPSULE_GLOBAL const float * rope;
+    CAPSULE_GLOBAL char * dst;
+};
+
+#if !defined(__METAL_VERSION__)
+struct ggml_tensor;
+
+// of a node of GGML_OP_CAPSULE
+GGML_API void ggml_capsule_args_init(const ggml_tensor * op, capsule_args & args, capsule_ptrs & ptrs);
+
+// enum ggml_capsule_op
+GGML_API int ggml_capsule_op_of(const ggml_tensor * op);
+
+// the sources in the order of capsule_ptrs, NULL for those that are not there; the first one always is
+#define CAPSULE_N_SOURCES 9
+GGML_API const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i);
+
+// unpack, attention: groups of threads; combine: rows
+GGML_API int ggml_capsule_n_items(const ggml_tensor * op);
+#endif
+
+#define CAPSULE_ARGS CAPSULE_PARAM const capsule_args & a
+#define CAPSULE_SM_F(offs) ((CAPSULE_SHARED float *) (sm + (offs)))
+#define CAPSULE_SM_T(offs) ((CAPSULE_SHARED T *) (sm + (offs)))
+
+//
+// values
+//
+
+// Abramowitz and Stegun 7.1.26, absolute error below 2e-7; not every backend has erf
+CAPSULE_FN float capsule_erf(float x) {
+    const float y = x < 0.0f ? -x : x;
+    const float u = 1.0f/(1.0f + 0.3275911f*y);
+    const float r = 1.0f - ((((1.061405429f*u - 1.453152027f)*u + 1.421413741f)*u - 0.284496736f)*u + 0.254829592f)*u*CAPSULE_EXP(-y*y);
+
+    return x < 0.0f ? -r : r;
+}
+
+// value c of a row
+CAPSULE_FN float capsule_value(int type, CAPSULE_GLOBAL const char * row, int c) {
+    if (type == CAPSULE_F32) {
+        return ((CAPSULE_GLOBAL const float *) row)[c];
+    }
+    if (type == CAPSULE_F16) {
+        return capsule_float(((CAPSULE_GLOBAL const capsule_half *) row)[c]);
+    }
+
+    const bool q2 = type == CAPSULE_Q2_0;
+
+    CAPSULE_GLOBAL const char    * block = row + (q2 ? c/64 : c/32)*(type == CAPSULE_Q8_0 ? 34 : 18);
+    CAPSULE_GLOBAL const uint8_t * qs    = (CAPSULE_GLOBAL const uint8_t *) (block + 2);
+
+    const float d = capsule_float(*(CAPSULE_GLOBAL const capsule_half *) block);
+
+    if (type == CAPSULE_Q8_0) {
+        return d*(float) (int8_t) qs[c % 32];
+    }
+    if (type == CAPSULE_Q4_0) {
+        const int j = c % 32;
+        return d*(float) ((j < 16 ? qs[j] & 15 : qs[j - 16] >> 4) - 8);
+    }
+    const int j = c % 64;
+    return d*(float) (((qs[j/4] >> 2*(j % 4)) & 3) - 1);
+}
+
+// value i of a row of a mask, CAPSULE_NEG for -INFINITY
+CAPSULE_FN float capsule_mask(int type, CAPSULE_GLOBAL const char * row, int i) {
+    if (type == CAPSULE_F16) {
+        const uint16_t bits = ((CAPSULE_GLOBAL const uint16_t *) row)[i];
+        return bits == 0 ? 0.0f : bits == 0xfc00 ? CAPSULE_NEG : capsule_float(((CAPSULE_GLOBAL const capsule_half *) row)[i]);
+    }
+    const uint32_t bits = ((CAPSULE_GLOBAL const uint32_t *) row)[i];
+    return bits == 0xff800000u ? CAPSULE_NEG : ((CAPSULE_GLOBAL const float *) row)[i];
+}
+
+CAPSULE_FN CAPSULE_GLOBAL const char * capsule_slot(CAPSULE_ARGS, CAPSULE_GLOBAL const char * blob0, CAPSULE_GLOBAL const char * blob1, int i_slot) {
+    return i_slot < a.tiers[0].n_slots ?
+        blob0 + (int64_t) i_slot*a.tiers[0].slot_size :
+        blob1 + (int64_t) (i_slot - a.tiers[0].n_slots)*a.tiers[1].slot_size;
+}
+
+CAPSULE_FN int capsule_tier_of(CAPSULE_ARGS, int i_slot) {
+    return i_slot < a.tiers[0].n_slots ? 0 : 1;
+}
+
+//
+// Hadamard transform of rows of d values: a pass per 4 steps, normalised
+//
+
+// 1 << bits values with a distance of h
+template <int bits, typename T>
+CAPSULE_FN void capsule_butterfly(CAPSULE_SHARED T * x, int h) {
+    float y[1 << bits];
+
+    CAPSULE_UNROLL
+    for (int i = 0; i < 1 << bits; ++i) {
+        y[i] = capsule_float(x[i*h]);
+    }
+
+    float norm = 1.0f;
+
+    CAPSULE_UNROLL
+    for (int b = 0; b < bits; ++b) {
+        norm *= 0.70710678118654752f;
+
+        CAPSULE_UNROLL
+        for (int i = 0; i < 1 << bits; ++i) {
+            const int j = i | 1 << b;
+            if (j != i) {
+                const float u = y[i];
+                const float v = y[j];
+                y[i] = u + v;
+                y[j] = u - v;
+            }
+        }
+    }
+
+    CAPSULE_UNROLL
+    for (int i = 0; i < 1 << bits; ++i) {
+        capsule_put(x[i*h], norm*y[i]);
+    }
+}
+
+template <int bits, typename T>
+CAPSULE_FN void capsule_hadamard_rows(int tid, int nt, CAPSULE_SHARED T * x, int n_rows, int d, int ld, int h) {
+    const int n = d >> bits; // groups of a row
+
+    for (int r = tid/CAPSULE_LANES; r < n_rows; r += nt/CAPSULE_LANES) {
+        for (int g = tid % CAPSULE_LANES; g < n; g += CAPSULE_LANES) {
+            capsule_butterfly<bits, T>(x + r*ld + (g & ~(h - 1))*(1 << bits) + (g & (h - 1)), h);
+        }
+    }
+}
+
+template <typename T>
+CAPSULE_FN void capsule_hadamard_pass(int tid, int nt, CAPSULE_SHARED T * x, int n_rows, int d, int ld, int n, int h) {
+    const int left = n/h;
+    if (left >= 16) {
+        capsule_hadamard_rows<4, T>(tid, nt, x, n_rows, d, ld, h);
+    } else if (left == 8) {
+        capsule_hadamard_rows<3, T>(tid, nt, x, n_rows, d, ld, h);
+    } else if (left == 4) {
+        capsule_hadamard_rows<2, T>(tid, nt, x, n_rows, d, ld, h);
+    } else {
+        capsule_hadamard_rows<1, T>(tid, nt, x, n_rows, d, ld, h);
+    }
+}
+
+#define CAPSULE_HADAMARD(T_, x_, n_rows_, d_, ld_, n_) \
+    for (int h_ = 1; h_ < (n_); h_ *= 16) { \
+        CAPSULE_PHASE((capsule_hadamard_pass<T_>(tid, t.n, x_, n_rows_, d_, ld_, n_, h_))); \
+    }

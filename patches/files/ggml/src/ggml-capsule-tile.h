@@ -1,0 +1,330 @@
+#pragma once
+
+#include "ggml-capsule-impl.h"
+
+//
+// K or V of a block and head as a tile
+//
+
+// rows of a head -> [n_rows][d]
+template <typename T>
+CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED T * rows) {
+    int first = 0;
+
+    CAPSULE_UNROLL
+    for (int i = 0; i < CAPSULE_MAX_TYPES; ++i) {
+        CAPSULE_GLOBAL const char * src = head + p.type_offs[i];
+        for (int r = tid/CAPSULE_LANES; r < p.count[i]; r += nt/CAPSULE_LANES) {
+            for (int c = tid % CAPSULE_LANES; c < d; c += CAPSULE_LANES) {
+                capsule_put(rows[(first + r)*d + c], capsule_value(i, src + r*p.row_size[i], c));
+            }
+        }
+        first += p.count[i];
+    }
+}
+
+// RoPE: the angle of a token is that of the first position of the slot plus that of its distance from there
+struct capsule_rope {
+    CAPSULE_GLOBAL const float * first;     // 0: no RoPE
+    CAPSULE_GLOBAL const float * distances; // [N][n_rot]
+};
+
+CAPSULE_FN capsule_rope capsule_rope_of(CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot) {
+    capsule_rope res;
+    res.first     = 0;
+    res.distances = 0;
+    if (a.n_rot > 0) {
+        res.first     = tables + i_slot*a.n_rot;
+        res.distances = tables + a.r_distances + (int64_t) ((CAPSULE_GLOBAL const int32_t *) tables)[a.r_pattern + i_slot]*a.N*a.n_rot;
+    }
+    return res;
+}
+
+// the channels of pair p
+CAPSULE_FN int capsule_pair0(CAPSULE_ARGS, int p) {
+    return a.norm || p >= a.n_rot/2 ? 2*p : p;
+}
+
+CAPSULE_FN int capsule_pair1(CAPSULE_ARGS, int p) {
+    return a.norm || p >= a.n_rot/2 ? 2*p + 1 : p + a.n_rot/2;
+}
+
+// pair p of token j, with RoPE
+template <typename T>
+CAPSULE_FN void capsule_put_pair(CAPSULE_ARGS, capsule_rope rope, int j, int p, float x0, float x1, CAPSULE_SHARED T * tile) {
+    const int c0 = capsule_pair0(a, p);
+    const int c1 = capsule_pair1(a, p);
+
+    if (rope.first && p < a.n_rot/2) {
+        // (cos, sin) lie where the channels do
+        CAPSULE_GLOBAL const float * dist = rope.distances + j*a.n_rot;
+
+        const float co = rope.first[c0]*dist[c0] - rope.first[c1]*dist[c1];
+        const float si = rope.first[c1]*dist[c0] + rope.first[c0]*dist[c1];
+
+        const float y0 = x0*co - x1*si;
+        x1 = x0*si + x1*co;
+        x0 = y0;
+    }
+
+    capsule_put(tile[j*a.ld_tile + c0], x0);
+    capsule_put(tile[j*a.ld_tile + c1], x1);
+}
+
+// tile = mean + basis*rows
+template <typename T>
+CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_GLOBAL const float * basis, int n_rows, int d,
+        capsule_rope rope, CAPSULE_SHARED const T * rows, CAPSULE_SHARED T * tile) {
+    const int n_pairs = d/2;
+
+    for (int i = tid; i < a.n_pad/8*n_pairs; i += nt) {
+        const int j0 = i/n_pairs*8;
+        const int p  = i%n_pairs;
+        const int c0 = capsule_pair0(a, p);
+        const int c1 = capsule_pair1(a, p);
+
+        float x0[8];
+        float x1[8];
+
+        CAPSULE_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            x0[j] = mean[c0];
+            x1[j] = mean[c1];
+        }
+
+        for (int r = 0; r < n_rows; ++r) {
+            const float y0 = capsule_float(rows[r*d + c0]);
+            const float y1 = capsule_float(rows[r*d + c1]);
+
+            CAPSULE_GLOBAL const float * w = basis + r*a.n_pad + j0;
+
+            CAPSULE_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                x0[j] += w[j]*y0;
+                x1[j] += w[j]*y1;
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            if (j0 + j < a.N) {
+                capsule_put_pair<T>(a, rope, j0 + j, p, x0[j], x1[j], tile);
+            }
+        }
+    }
+}
+
+// hidden units of the key MLP -> [N - n_kept][n_mlp]
+template <typename T>
+CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, CAPSULE_SHARED const T * rows, CAPSULE_SHARED float * z) {
+    CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
+
+    for (int i = tid; i < (a.N - a.n_kept)*a.n_mlp; i += nt) {
+        const int j = i/a.n_mlp;
+        const int m = i%a.n_mlp;
+
+        float x = weights[a.w_mlp_up_bias + i_head*a.n_mlp + m];
+        for (int k = 0; k < a.n_neighbours; ++k) {
+            CAPSULE_SHARED const T     * row = rows + neighbours[j*a.n_neighbours + k]*a.d_k;
+            CAPSULE_GLOBAL const float * up  = weights + a.w_mlp_up + (i_head*a.n_neighbours + k)*a.d_k*a.n_mlp + m;
+
+            for (int c = 0; c < a.d_k; ++c) {
+                x += up[c*a.n_mlp]*capsule_float(row[c]);
+            }
+        }
+
+        z[i] = 0.5f*x*(1.0f + capsule_erf(x*0.70710678118654752f));
+    }
+}
+
+// kept tokens as they are, the others predicted from their neighbours, plus a residual
+template <typename T>
+CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int n_rows,
+        capsule_rope rope, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED T * tile) {
+    CAPSULE_GLOBAL const int32_t * order      = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
+    CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
+
+    const int d       = a.d_k;
+    const int n_pairs = d/2;
+    const int n_drop  = a.N - a.n_kept;
+
+    for (int u = tid; u < a.N*n_pairs; u += nt) {
+        const int i  = u/n_pairs;
+        const int p  = u%n_pairs;
+        const int c0 = capsule_pair0(a, p);
+        const int c1 = capsule_pair1(a, p);
+
+        float x0 = i < n_rows ? capsule_float(rows[i*d + c0]) : 0.0f;
+        float x1 = i < n_rows ? capsule_float(rows[i*d + c1]) : 0.0f;
+
+        if (i >= a.n_kept) {
+            const int j = i - a.n_kept;
+
+            for (int k = 0; k < a.n_neighbours; ++k) {
+                CAPSULE_SHARED const T     * row  = rows + neighbours[j*a.n_neighbours + k]*d;
+                CAPSULE_GLOBAL const float * gate = weights + a.w_gate + ((i_head*n_drop + j)*a.n_neighbours + k)*d;
+
+                x0 += gate[c0]*capsule_float(row[c0]);
+                x1 += gate[c1]*capsule_float(row[c1]);
+            }
+            for (int m = 0; m < a.n_mlp; ++m) {
+                CAPSULE_GLOBAL const float * down = weights + a.w_mlp_down + (i_head*a.n_mlp + m)*d;
+
+                x0 += down[c0]*z[j*a.n_mlp + m];
+                x1 += down[c1]*z[j*a.n_mlp + m];
+            }
+        }
+
+        capsule_put_pair<T>(a, rope, order[i], p, x0, x1, tile);
+    }
+}
+
+// keys of a head in a slot -> tile, with RoPE
+template <typename T>
+CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, CAPSULE_GLOBAL const float * tables,
+        int i_slot, int i_head, CAPSULE_SHARED char * sm) {
+    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
+    CAPSULE_PARAM const capsule_part & part = tier.k;
+
+    CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
+    CAPSULE_SHARED T * tile = CAPSULE_SM_T(a.s_tile);
+
+    const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
+
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, a.d_k, rows)));
+    if (part.n_rows > part.n_plain) {
+        CAPSULE_HADAMARD(T, rows + part.n_plain*a.d_k, part.n_rows - part.n_plain, a.d_k, a.d_k, a.d_k & -a.d_k);
+    }
+    if (tier.retain) {
+        if (a.n_mlp > 0) {
+            CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, rows, CAPSULE_SM_F(a.s_z))));
+        }
+        CAPSULE_PHASE((capsule_tile_retain<T>(tid, t.n, a, weights, i_head, part.n_rows, rope, rows, CAPSULE_SM_F(a.s_z), tile)));
+    } else {
+        CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, part.n_rows, a.d_k, rope, rows, tile)));
+    }
+}
+
+// values of a head in a slot -> tile
+template <typename T>
+CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head,
+        CAPSULE_SHARED char * sm) {
+    CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i_slot)].v;
+
+    CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
+    CAPSULE_SHARED T * tile = CAPSULE_SM_T(a.s_tile);
+
+    capsule_rope rope;
+    rope.first     = 0;
+    rope.distances = 0;
+
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, a.d_v, rows)));
+    if (part.n_rows > part.n_plain) {
+        CAPSULE_HADAMARD(T, rows + part.n_plain*a.d_v, part.n_rows - part.n_plain, a.d_v, a.d_v, a.d_v & -a.d_v);
+    }
+    CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, part.n_rows, a.d_v, rope, rows, tile)));
+}
+
+//
+// unpack: a slot and head -> columns of the cache
+//
+
+CAPSULE_FN float capsule_abs(float x) {
+    return x < 0.0f ? -x : x;
+}
+
+// a block of 32 values as ggml's quantize_row_q8_0_ref and quantize_row_q4_0_ref
+template <typename T>
+CAPSULE_FN void capsule_quantize(int type, CAPSULE_SHARED const T * x, CAPSULE_GLOBAL char * block) {
+    float amax = 0.0f;
+    float max  = 0.0f;
+    for (int c = 0; c < 32; ++c) {
+        const float y = capsule_float(x[c]);
+        if (capsule_abs(y) > amax) {
+            amax = capsule_abs(y);
+            max  = y;
+        }
+    }
+
+    const float d  = type == CAPSULE_Q8_0 ? amax/127.0f : max/-8.0f;
+    const float id = d != 0.0f ? 1.0f/d : 0.0f;
+
+    capsule_put(*(CAPSULE_GLOBAL capsule_half *) block, d);
+
+    CAPSULE_GLOBAL uint8_t * qs = (CAPSULE_GLOBAL uint8_t *) (block + 2);
+
+    if (type == CAPSULE_Q8_0) {
+        for (int c = 0; c < 32; ++c) {
+            const float y = capsule_float(x[c])*id;
+            qs[c] = (uint8_t) (int8_t) (int) (y < 0.0f ? y - 0.5f : y + 0.5f);
+        }
+        return;
+    }
+    for (int c = 0; c < 16; ++c) {
+        const int y0 = (int) (capsule_float(x[c     ])*id + 8.5f);
+        const int y1 = (int) (capsule_float(x[c + 16])*id + 8.5f);
+        qs[c] = (uint8_t) ((y0 < 15 ? y0 : 15) | (y1 < 15 ? y1 : 15) << 4);
+    }
+}
+
+// column j of the tile at j*nb1
+template <typename T>
+CAPSULE_FN void capsule_store(int tid, int nt, CAPSULE_ARGS, CAPSULE_SHARED const T * tile, int d, int i_slot, int i_head, CAPSULE_GLOBAL char * dst) {
+    const int type = a.dst.type;
+
+    if (a.is_v && a.v_trans) {
+        // a row per channel
+        for (int c = tid/CAPSULE_LANES; c < d; c += nt/CAPSULE_LANES) {
+            CAPSULE_GLOBAL char * row = dst + (int64_t) (i_head*d + c)*a.dst.nb1;
+            for (int j = tid % CAPSULE_LANES; j < a.N; j += CAPSULE_LANES) {
+                const float x = capsule_float(tile[j*a.ld_tile + c]);
+                if (type == CAPSULE_F32) {
+                    ((CAPSULE_GLOBAL float *) row)[i_slot*a.N + j] = x;
+                } else {
+                    capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[i_slot*a.N + j], x);
+                }
+            }
+        }
+        return;
+    }
+
+    for (int j = tid/CAPSULE_LANES; j < a.N; j += nt/CAPSULE_LANES) {
+        CAPSULE_GLOBAL char    * row = dst + (int64_t) (i_slot*a.N + j)*a.dst.nb1;
+        CAPSULE_SHARED const T * x   = tile + j*a.ld_tile;
+
+        if (type == CAPSULE_Q8_0 || type == CAPSULE_Q4_0) {
+            for (int b = tid % CAPSULE_LANES; b < d/32; b += CAPSULE_LANES) {
+                capsule_quantize<T>(type, x + b*32, row + (i_head*(d/32) + b)*(type == CAPSULE_Q8_0 ? 34 : 18));
+            }
+            continue;
+        }
+        for (int c = tid % CAPSULE_LANES; c < d; c += CAPSULE_LANES) {
+            if (type == CAPSULE_F32) {
+                ((CAPSULE_GLOBAL float *) row)[i_head*d + c] = capsule_float(x[c]);
+            } else {
+                capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[i_head*d + c], capsule_float(x[c]));
+            }
+        }
+    }
+}
+
+// item: slot*n_head_kv + head
+template <typename T>
+CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
+    const int i_slot = item/a.n_head_kv;
+    const int i_head = item%a.n_head_kv;
+
+    CAPSULE_GLOBAL const char * slot = capsule_slot(a, p.blob0, p.blob1, i_slot);
+    CAPSULE_SHARED T          * tile = CAPSULE_SM_T(a.s_tile);
+
+    const int d   = a.is_v ? a.d_v   : a.d_k;
+    const int rot = a.is_v ? a.rot_v : a.rot_k;
+
+    if (a.is_v) {
+        capsule_tile_v<T>(t, a, slot, p.weights, i_slot, i_head, sm);
+    } else {
+        capsule_tile_k<T>(t, a, slot, p.weights, p.rope, i_slot, i_head, sm);
+    }
+    CAPSULE_HADAMARD(T, tile, a.N, d, a.ld_tile, rot);
+    CAPSULE_PHASE((capsule_store<T>(tid, t.n, a, tile, d, i_slot, i_head, p.dst)));
+}

@@ -1,0 +1,403 @@
+#include "ggml-capsule.h"
+#include "ggml-capsule-impl.h"
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+
+static_assert(sizeof(ggml_capsule_params) <= GGML_MAX_OP_PARAMS, "the parameters do not fit");
+static_assert(GGML_CAPSULE_N_TYPES == CAPSULE_MAX_TYPES, "the row types differ");
+
+static constexpr ggml_type CAPSULE_GGML_TYPES[CAPSULE_MAX_TYPES] = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0 };
+
+static constexpr int CAPSULE_MAX_N = 128; // tokens of a block
+static constexpr int CAPSULE_MAX_D = 512;
+
+// where the sources of a node are, in the order of capsule_ptrs
+enum capsule_src {
+    CAPSULE_SRC_Q, // unpack: dst
+    CAPSULE_SRC_K,
+    CAPSULE_SRC_V,
+    CAPSULE_SRC_MASK,
+    CAPSULE_SRC_COLD,
+    CAPSULE_SRC_BLOB0,
+    CAPSULE_SRC_BLOB1,
+    CAPSULE_SRC_WEIGHTS,
+    CAPSULE_SRC_ROPE,
+    CAPSULE_SRC_COUNT,
+};
+
+static_assert(CAPSULE_SRC_COUNT <= GGML_MAX_SRC && CAPSULE_SRC_COUNT == CAPSULE_N_SOURCES, "too many sources");
+
+static int capsule_type_of(ggml_type type) {
+    return std::find(CAPSULE_GGML_TYPES, CAPSULE_GGML_TYPES + CAPSULE_MAX_TYPES, type) - CAPSULE_GGML_TYPES;
+}
+
+static ggml_capsule_params capsule_params_of(const ggml_tensor * op) {
+    ggml_capsule_params res;
+    memcpy(&res, op->op_params, sizeof(res));
+    return res;
+}
+
+//
+// layout of weights and slots
+//
+
+ggml_capsule_weights ggml_capsule_weights_layout(const ggml_capsule_params * p) {
+    const int N      = p->n_block;
+    const int n_pad  = GGML_PAD(N, 8);
+    const int n_drop = N - p->n_kept;
+
+    ggml_capsule_weights res;
+
+    int32_t size = 0;
+    auto add = [&](int32_t & offs, int64_t n) {
+        offs  = size;
+        size += GGML_PAD(n, 8);
+    };
+
+    add(res.k_mean,      p->n_head_kv*p->d_k);
+    add(res.v_mean,      p->n_head_kv*p->d_v);
+    add(res.k_basis,     N*n_pad);
+    add(res.v_basis,     N*n_pad);
+    add(res.v_basis_t,   N*N);
+    add(res.token_order, N);
+    add(res.neighbours,  n_drop*p->n_neighbours);
+    add(res.gate,        p->n_head_kv*n_drop*p->n_neighbours*p->d_k);
+    add(res.mlp_up,      p->n_head_kv*p->n_neighbours*p->d_k*p->n_mlp);
+    add(res.mlp_up_bias, p->n_head_kv*p->n_mlp);
+    add(res.mlp_down,    p->n_head_kv*p->n_mlp*p->d_k);
+
+    res.size = size;
+
+    return res;
+}
+
+// see llama_capsule_layout
+static int capsule_part_init(capsule_part & part, int offs, int n_head, int d, const uint8_t * rows) {
+    part.offs = offs;
+
+    int size = 0;
+    part.n_rows = 0;
+    for (int t = 0; t < CAPSULE_MAX_TYPES; ++t) {
+        part.count    [t] = rows[t];
+        part.type_offs[t] = size;
+        part.row_size [t] = rows[t] > 0 ? ggml_row_size(CAPSULE_GGML_TYPES[t], d) : 0;
+
+        size        += part.count[t]*part.row_size[t];
+        part.n_rows += part.count[t];
+    }
+    part.n_plain     = rows[CAPSULE_F32] + rows[CAPSULE_F16];
+    part.head_stride = rows[CAPSULE_F32] > 0 ? GGML_PAD(size, 4) : size;
+
+    return GGML_PAD(offs + n_head*part.head_stride, 4);
+}
+
+static void capsule_tier_init(capsule_tier & tier, const ggml_capsule_params & p, int i) {
+    tier.slot_size = capsule_part_init(tier.k, 0,              p.n_head_kv, p.d_k, p.rows_k[i]);
+    tier.slot_size = capsule_part_init(tier.v, tier.slot_size, p.n_head_kv, p.d_v, p.rows_v[i]);
+    tier.n_slots   = p.n_slots[i];
+    tier.retain    = (p.flags & (GGML_CAPSULE_FLAG_RETAIN << i)) != 0;
+}
+
+size_t ggml_capsule_slot_size(const ggml_capsule_params * params, int tier) {
+    capsule_tier res;
+    capsule_tier_init(res, *params, tier);
+    return res.slot_size;
+}
+
+bool ggml_capsule_valid(const ggml_capsule_params * p) {
+    if (p->n_block < 1 || p->n_block > CAPSULE_MAX_N || p->n_head_kv < 1 ||
+        p->d_k < 2 || p->d_k > CAPSULE_MAX_D || p->d_k % 2 != 0 ||
+        p->d_v < 2 || p->d_v > CAPSULE_MAX_D || p->d_v % 2 != 0 || p->n_rot > p->d_k || p->n_rot % 2 != 0) {
+        return false;
+    }
+    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+        int n_k = 0;
+        int n_v = 0;
+        for (int t = 0; t < CAPSULE_MAX_TYPES; ++t) {
+            const int block = ggml_blck_size(CAPSULE_GGML_TYPES[t]);
+            if ((p->rows_k[i][t] > 0 && p->d_k % block != 0) || (p->rows_v[i][t] > 0 && p->d_v % block != 0)) {
+                return false;
+            }
+            n_k += p->rows_k[i][t];
+            n_v += p->rows_v[i][t];
+        }
+        if (n_k > p->n_block || n_v > p->n_block) {
+            return false;
+        }
+        if ((p->flags & (GGML_CAPSULE_FLAG_RETAIN << i)) && (p->n_kept < 1 || p->n_kept > n_k || p->n_neighbours < 1)) {
+            return false;
+        }
+    }
+    return p->n_kept <= p->n_block;
+}
+
+//
+// constructors
+//
+
+static void capsule_set_op(ggml_tensor * res, const ggml_capsule_params & p, ggml_tensor * blob0, ggml_tensor * blob1, ggml_tensor * weights, ggml_tensor * rope) {
+    GGML_ASSERT(ggml_capsule_valid(&p));
+
+    ggml_tensor * blobs[GGML_CAPSULE_N_TIERS] = { blob0, blob1 };
+    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+        GGML_ASSERT(p.n_slots[i] == 0 || (blobs[i] && ggml_is_contiguous(blobs[i]) && ggml_nbytes(blobs[i]) >= p.n_slots[i]*ggml_capsule_slot_size(&p, i)));
+    }
+
+    const int64_t n_slots = p.n_slots[0] + p.n_slots[1];
+
+    GGML_ASSERT(weights->type == GGML_TYPE_I32 && ggml_is_contiguous(weights) && ggml_nelements(weights) == ggml_capsule_weights_layout(&p).size);
+    GGML_ASSERT(p.n_rot == 0 || n_slots == 0 || (rope->type == GGML_TYPE_I32 && ggml_is_contiguous(rope) && ggml_nelements(rope) >= n_slots*(p.n_rot + 1) + p.n_block*p.n_rot));
+
+    res->op = GGML_OP_CAPSULE;
+    memcpy(res->op_params, &p, sizeof(p));
+
+    res->src[CAPSULE_SRC_BLOB0]   = p.n_slots[0] > 0 ? blob0 : nullptr;
+    res->src[CAPSULE_SRC_BLOB1]   = p.n_slots[1] > 0 ? blob1 : nullptr;
+    res->src[CAPSULE_SRC_WEIGHTS] = weights;
+    res->src[CAPSULE_SRC_ROPE]    = p.n_rot > 0 && n_slots > 0 ? rope : nullptr;
+}
+
+ggml_tensor * ggml_capsule_unpack(ggml_context * ctx, const ggml_capsule_params * params, ggml_tensor * dst, ggml_tensor * blob0, ggml_tensor * blob1,
+        ggml_tensor * weights, ggml_tensor * rope) {
+    ggml_capsule_params p = *params;
+
+    p.op = GGML_CAPSULE_OP_UNPACK;
+
+    const bool is_v  = p.flags & GGML_CAPSULE_FLAG_V;
+    const bool trans = is_v && (p.flags & GGML_CAPSULE_FLAG_V_TRANS);
+
+    const int64_t n_embd = p.n_head_kv*(is_v ? p.d_v : p.d_k);
+    const int64_t n_cols = (p.n_slots[0] + p.n_slots[1])*p.n_block;
+
+    GGML_ASSERT(n_cols > 0);
+    GGML_ASSERT(dst->ne[trans ? 1 : 0] == n_embd && dst->ne[trans ? 0 : 1] >= n_cols && dst->ne[2] == 1 && dst->ne[3] == 1);
+    GGML_ASSERT(dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16 || (!trans && (dst->type == GGML_TYPE_Q8_0 || dst->type == GGML_TYPE_Q4_0) && n_embd/p.n_head_kv % 32 == 0));
+
+    if (is_v) {
+        p.n_rot = 0;
+    }
+
+    ggml_tensor * res = ggml_view_tensor(ctx, dst);
+
+    capsule_set_op(res, p, blob0, blob1, weights, rope);
+    res->src[CAPSULE_SRC_Q] = dst;
+
+    return res;
+}
+
+ggml_tensor * ggml_capsule_attn(ggml_context * ctx, const ggml_capsule_params * params, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+        ggml_tensor * mask, ggml_tensor * mask_cold, ggml_tensor * blob0, ggml_tensor * blob1, ggml_tensor * weights, ggml_tensor * rope) {
+    ggml_capsule_params p = *params;
+
+    p.op = GGML_CAPSULE_OP_ATTN;
+
+    const bool    trans    = p.flags & GGML_CAPSULE_FLAG_V_TRANS;
+    const int64_t n_kv     = k->ne[2];
+    const int64_t n_head   = q->ne[1];
+    const int64_t n_tokens = q->ne[2];
+    const int64_t n_cols   = (p.n_slots[0] + p.n_slots[1])*p.n_block;
+
+    GGML_ASSERT(p.n_parts_hot > 0 || n_kv == 0);
+    GGML_ASSERT(p.n_parts_cold > 0 || n_cols == 0);
+    GGML_ASSERT(p.n_parts_hot + p.n_parts_cold > 0);
+    GGML_ASSERT(n_head % p.n_head_kv == 0);
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->ne[0] == p.d_k && q->nb[0] == sizeof(float) && q->ne[3] == 1);
+    GGML_ASSERT(k->ne[0] == p.d_k && k->ne[1] == p.n_head_kv && k->ne[3] == 1 && k->nb[0] == ggml_type_size(k->type));
+    GGML_ASSERT(v->ne[trans ? 2 : 0] == p.d_v && v->ne[1] == p.n_head_kv && v->ne[trans ? 0 : 2] == n_kv && v->ne[3] == 1 && v->nb[0] == ggml_type_size(v->type));
+    GGML_ASSERT(capsule_type_of(k->type) < CAPSULE_MAX_TYPES && capsule_type_of(v->type) < CAPSULE_MAX_TYPES);
+
+    for (const auto * m : { mask, n_cols > 0 ? mask_cold : mask }) {
+        GGML_ASSERT((m->type == GGML_TYPE_F32 || m->type == GGML_TYPE_F16) && m->ne[1] >= n_tokens && m->nb[0] == ggml_type_size(m->type));
+    }
+    GGML_ASSERT(mask->ne[0] >= n_kv && (n_cols == 0 || mask_cold->ne[0] >= n_cols));
+
+    ggml_tensor * parts = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_v + 2, n_head*n_tokens, p.n_parts_hot + p.n_parts_cold);
+
+    capsule_set_op(parts, p, blob0, blob1, weights, rope);
+    parts->src[CAPSULE_SRC_Q]    = q;
+    parts->src[CAPSULE_SRC_K]    = k;
+    parts->src[CAPSULE_SRC_V]    = v;
+    parts->src[CAPSULE_SRC_MASK] = mask;
+    parts->src[CAPSULE_SRC_COLD] = n_cols > 0 ? mask_cold : nullptr;
+
+    p.op = GGML_CAPSULE_OP_COMBINE;
+
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, p.d_v*n_head, n_tokens);
+
+    res->op = GGML_OP_CAPSULE;
+    memcpy(res->op_params, &p, sizeof(p));
+    res->src[CAPSULE_SRC_Q] = parts;
+
+    return res;
+}
+
+//
+// for the backends
+//
+
+static void capsule_tensor_init(capsule_tensor & res, const ggml_tensor * t, int i1, int i2) {
+    if (t) {
+        res.type = capsule_type_of(t->type);
+        res.nb1  = t->nb[i1];
+        res.nb2  = t->nb[i2];
+    }
+}
+
+// shared memory
+static void capsule_shared_init(capsule_args & a, int op) {
+    const int size = a.tile_f32 ? 4 : 2;
+
+    int n = 0;
+    auto add = [&](int & offs, int bytes) {
+        offs = n;
+        n   += GGML_PAD(bytes, 16);
+    };
+
+    int n_rows_k = 0;
+    int n_rows_v = 0;
+    bool retain  = false;
+    bool plain   = false;
+    bool rotated = false;
+    for (const auto & tier : a.tiers) {
+        if (tier.n_slots == 0) {
+            continue;
+        }
+        n_rows_k = std::max(n_rows_k, tier.k.n_rows);
+        n_rows_v = std::max(n_rows_v, tier.v.n_rows);
+        retain   = retain  || tier.retain;
+        plain    = plain   || tier.v.n_plain > 0;
+        rotated  = rotated || tier.v.n_plain < tier.v.n_rows;
+    }
+
+    const int d = a.is_v ? a.d_v : a.d_k;
+
+    // an odd number of banks, so that threads can go through different rows side by side
+    a.ld_tile = d + (a.tile_f32 ? 1 : 2);
+    a.ld_w    = n_rows_v + 1;
+    a.n_o     = plain && rotated ? 2 : 1;
+    a.n_rot_o = rotated ? a.d_v & -a.d_v : 0;
+
+    add(a.s_rows, (a.is_v ? n_rows_v : n_rows_k)*d*size);
+    add(a.s_tile, a.N*a.ld_tile*size);
+    add(a.s_z,    retain && !a.is_v ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
+    if (op == GGML_CAPSULE_OP_ATTN) {
+        add(a.s_q,     CAPSULE_MAX_Q*a.d_k*4);
+        add(a.s_s,     CAPSULE_MAX_Q*a.N*4);
+        add(a.s_w,     CAPSULE_MAX_Q*a.ld_w*4);
+        add(a.s_o,     CAPSULE_MAX_Q*a.d_v*a.n_o*4);
+        add(a.s_red,   CAPSULE_MAX_Q*CAPSULE_LANES*2*4);
+        add(a.s_m,     CAPSULE_MAX_Q*3*4);
+        add(a.s_flags, 3*4);
+    }
+    a.s_size = n;
+}
+
+void ggml_capsule_args_init(const ggml_tensor * op, capsule_args & a, capsule_ptrs & ptrs) {
+    const auto p = capsule_params_of(op);
+    const auto w = ggml_capsule_weights_layout(&p);
+
+    const auto * src = op->src;
+
+    a = {};
+
+    a.N            = p.n_block;
+    a.n_pad        = GGML_PAD(p.n_block, 8);
+    a.n_head_kv    = p.n_head_kv;
+    a.d_k          = p.d_k;
+    a.d_v          = p.d_v;
+    a.n_rot        = p.n_rot;
+    a.norm         = (p.flags & GGML_CAPSULE_FLAG_NORM) != 0;
+    a.rot_k        = (p.flags & GGML_CAPSULE_FLAG_ROT_K) ? p.d_k & -p.d_k : 0;
+    a.rot_v        = (p.flags & GGML_CAPSULE_FLAG_ROT_V) ? 64 : 0;
+    a.is_v         = p.op == GGML_CAPSULE_OP_UNPACK && (p.flags & GGML_CAPSULE_FLAG_V);
+    a.v_trans      = (p.flags & GGML_CAPSULE_FLAG_V_TRANS) != 0;
+    a.tile_f32     = (p.flags & GGML_CAPSULE_FLAG_TILE_F32) != 0;
+    a.n_kept       = p.n_kept;
+    a.n_mlp        = p.n_mlp;
+    a.n_neighbours = p.n_neighbours;
+    a.n_slots      = p.n_slots[0] + p.n_slots[1];
+    a.n_parts_hot  = p.n_parts_hot;
+    a.n_parts      = p.n_parts_hot + p.n_parts_cold;
+    a.scale        = p.scale;
+
+    a.w_k_mean      = w.k_mean;
+    a.w_v_mean      = w.v_mean;
+    a.w_k_basis     = w.k_basis;
+    a.w_v_basis     = w.v_basis;
+    a.w_v_basis_t   = w.v_basis_t;
+    a.w_token_order = w.token_order;
+    a.w_neighbours  = w.neighbours;
+    a.w_gate        = w.gate;
+    a.w_mlp_up      = w.mlp_up;
+    a.w_mlp_up_bias = w.mlp_up_bias;
+    a.w_mlp_down    = w.mlp_down;
+    a.r_pattern     = a.n_slots*a.n_rot;
+    a.r_distances   = a.n_slots*(a.n_rot + 1);
+
+    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+        capsule_tier_init(a.tiers[i], p, i);
+    }
+
+    capsule_tensor_init(a.q,    src[CAPSULE_SRC_Q],    1, 2);
+    capsule_tensor_init(a.k,    src[CAPSULE_SRC_K],    1, 2);
+    capsule_tensor_init(a.v,    src[CAPSULE_SRC_V],    1, 2);
+    capsule_tensor_init(a.mask, src[CAPSULE_SRC_MASK], 1, 2);
+    capsule_tensor_init(a.cold, src[CAPSULE_SRC_COLD], 1, 2);
+    capsule_tensor_init(a.dst,  op,                    1, 2);
+
+    if (p.op == GGML_CAPSULE_OP_ATTN) {
+        const auto * q = src[CAPSULE_SRC_Q];
+
+        a.n_group  = q->ne[1]/p.n_head_kv;
+        a.n_tokens = q->ne[2];
+        a.n_tiles  = (a.n_group*a.n_tokens + CAPSULE_MAX_Q - 1)/CAPSULE_MAX_Q;
+        a.n_kv     = src[CAPSULE_SRC_K]->ne[2];
+    }
+    if (p.op != GGML_CAPSULE_OP_COMBINE) {
+        capsule_shared_init(a, p.op);
+    }
+
+    auto data = [](const ggml_tensor * t) {
+        return t ? (const char *) t->data : nullptr;
+    };
+
+    ptrs = {};
+    ptrs.q       = data(src[CAPSULE_SRC_Q]);
+    ptrs.k       = data(src[CAPSULE_SRC_K]);
+    ptrs.v       = data(src[CAPSULE_SRC_V]);
+    ptrs.mask    = data(src[CAPSULE_SRC_MASK]);
+    ptrs.cold    = data(src[CAPSULE_SRC_COLD]);
+    ptrs.blob0   = data(src[CAPSULE_SRC_BLOB0]);
+    ptrs.blob1   = data(src[CAPSULE_SRC_BLOB1]);
+    ptrs.weights = (const float *) data(src[CAPSULE_SRC_WEIGHTS]);
+    ptrs.rope    = (const float *) data(src[CAPSULE_SRC_ROPE]);
+    ptrs.dst     = (char *) op->data;
+}
+
+const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i) {
+    return op->src[i];
+}
+
+int ggml_capsule_op_of(const ggml_tensor * op) {
+    return capsule_params_of(op).op;
+}
+
+int ggml_capsule_n_items(const ggml_tensor * op) {
+    const auto p = capsule_params_of(op);
+
+    switch (p.op) {
+        case GGML_CAPSULE_OP_UNPACK:
+            return (p.n_slots[0] + p.n_slots[1])*p.n_head_kv;
+        case GGML_CAPSULE_OP_ATTN:
+            {
+                const auto * q = op->src[CAPSULE_SRC_Q];
+                const int n_q = q->ne[1]/p.n_head_kv*q->ne[2];
+                return (p.n_parts_hot + p.n_parts_cold)*p.n_head_kv*((n_q + CAPSULE_MAX_Q - 1)/CAPSULE_MAX_Q);
+            }
+        default:
+            return ggml_nrows(op->src[CAPSULE_SRC_Q])/(p.n_parts_hot + p.n_parts_cold);
+    }
+}

@@ -1,0 +1,73 @@
+#include "capsule.cuh"
+
+#include "../ggml-capsule-attn.h"
+#include "ggml-capsule.h"
+
+// compiled, never run on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
+
+static constexpr int CAPSULE_CUDA_THREADS = 128;
+
+template <typename T>
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS) capsule_unpack_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+    extern __shared__ float capsule_shared[];
+    capsule_unpack<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+    extern __shared__ float capsule_shared[];
+    capsule_attn<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
+}
+
+static __global__ void capsule_combine_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+    for (int c = threadIdx.x; c < args.d_v; c += blockDim.x) {
+        ((float *) ptrs.dst)[(int64_t) blockIdx.x*args.d_v + c] = capsule_combine(args, ptrs.q, blockIdx.x, c);
+    }
+}
+
+// a function per kernel: CUDA_SET_SHARED_MEMORY_LIMIT() remembers where it was called, not for what
+template <void (*kernel)(const capsule_args, const capsule_ptrs)>
+static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_args & args, const capsule_ptrs & ptrs, int n_items) {
+    CUDA_SET_SHARED_MEMORY_LIMIT(kernel, ggml_cuda_info().devices[ctx.device].smpbo);
+
+    kernel<<<n_items, CAPSULE_CUDA_THREADS, args.s_size, ctx.stream()>>>(args, ptrs);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    capsule_args args;
+    capsule_ptrs ptrs;
+    ggml_capsule_args_init(dst, args, ptrs);
+
+    const int n_items = ggml_capsule_n_items(dst);
+
+    switch (ggml_capsule_op_of(dst)) {
+        case GGML_CAPSULE_OP_UNPACK:
+            if (args.tile_f32) {
+                capsule_launch<capsule_unpack_kernel<float>>(ctx, args, ptrs, n_items);
+            } else {
+                capsule_launch<capsule_unpack_kernel<half>>(ctx, args, ptrs, n_items);
+            }
+            break;
+        case GGML_CAPSULE_OP_ATTN:
+            if (args.tile_f32) {
+                capsule_launch<capsule_attn_kernel<float>>(ctx, args, ptrs, n_items);
+            } else {
+                capsule_launch<capsule_attn_kernel<half>>(ctx, args, ptrs, n_items);
+            }
+            break;
+        case GGML_CAPSULE_OP_COMBINE:
+            capsule_launch<capsule_combine_kernel>(ctx, args, ptrs, n_items);
+            break;
+        default:
+            GGML_ABORT("fatal error");
+    }
+}
+
+bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
+    capsule_args args;
+    capsule_ptrs ptrs;
+    ggml_capsule_args_init(op, args, ptrs);
+
+    return (size_t) args.s_size <= ggml_cuda_info().devices[device].smpbo;
+}

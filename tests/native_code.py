@@ -1,0 +1,49 @@
+"""Compiling test code against the sources of the patched library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, library
+
+NATIVE = ROOT / "tests" / "native"
+
+
+def source() -> Path:
+    """llama.cpp's tree that the patched library was built from."""
+    tree = Path(os.environ.get("KVCAPSULE_TEST_SOURCE") or next(ROOT.glob(".cache/llama.cpp-*/patched/source"), ROOT))
+    if not (tree / "ggml" / "src").is_dir():
+        pytest.skip(f"no patched llama.cpp in {tree}: run scripts/setup, or set KVCAPSULE_TEST_SOURCE")
+    return tree
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++")
+    if not found:
+        pytest.skip("needs a C++ compiler")
+    return found
+
+
+def includes() -> list[str]:
+    tree = source() / "ggml"
+    return [f"-I{tree / 'include'}", f"-I{tree / 'src'}"]
+
+
+def libraries() -> list[str]:
+    folder = library("patched")
+    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lggml-base", "-lggml-cpu"]
+
+
+def run(*command: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+def build(code: Path, out: Path, *flags: str) -> Path:
+    """Raises AssertionError with the compiler's messages."""
+    done = run(compiler(), "-std=c++17", "-ffp-contract=off", *includes(), *flags, code, "-o", out, *libraries(), "-pthread")
+    assert done.returncode == 0, done.stderr
+    return out

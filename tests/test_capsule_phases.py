@@ -1,0 +1,127 @@
+"""The kernels of GGML_OP_CAPSULE are phases with barriers between them: the order of the threads in a phase, and their number, must not matter.
+
+Also: real threads under the thread sanitizer, the CUDA kernels by nvcc, and the headers with the address spaces of Metal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import native_code
+import numpy as np
+import pytest
+from capsule_op import Data, Graph, V, constants, ggml, graph, params
+from test_capsule_op import BASE, CASES, HEADS, of_rows
+
+SETTINGS = {
+    "pca": of_rows(HEADS[128], "mixed"),
+    "retain": replace(CASES["retain, q4_0 with residuals"], ragged=0.5, tokens=3),
+    "one tier": replace(CASES["one tier"], tokens=7, n_kv=70),
+    "rotated": replace(BASE, rotated=True),
+}
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory) -> ctypes.CDLL:
+    """tests/native/capsule_order.cpp."""
+    out = native_code.build(native_code.NATIVE / "capsule_order.cpp", tmp_path_factory.mktemp("order") / "order.so", "-O2", "-shared", "-fPIC")
+    lib = ctypes.CDLL(str(out))
+    lib.capsule_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    lib.capsule_parts.argtypes, lib.capsule_parts.restype = [ctypes.c_void_p], ctypes.c_void_p
+    return lib
+
+
+def run(lib: ctypes.CDLL, node: int, threads: int, order: np.ndarray | None = None) -> bytes:
+    """The bytes of the result of a node."""
+    data, size = ggml().ggml_get_data(node), ggml().ggml_nbytes(node)
+    ctypes.memset(data, 0xFF, size)
+    order = None if order is None else np.ascontiguousarray(order, np.int32)
+    lib.capsule_run(node, threads, None if order is None else order.ctypes.data)
+    return ctypes.string_at(data, size)
+
+
+def nodes(lib: ctypes.CDLL, g: Graph, data: Data) -> dict[str, int]:
+    """The parts of attention, and unpack of K and of V."""
+    s = data.s
+    shared = constants(g, data)
+    out = {}
+    for name, flag, width in (("k", 0, s.heads * s.d_k), ("v", V, s.heads * s.d_v)):
+        dst = g.tensor(np.zeros((s.n_slots * s.N, width), np.float32), "f32", width, s.n_slots * s.N)
+        out[name] = ggml().ggml_capsule_unpack(g.context, ctypes.byref(params(s, flag)), dst, *shared)
+    mask = np.where(data.visible, 0, -np.inf).astype(np.float32)
+    q = g.tensor(data.q, "f32", *data.q.shape[::-1])
+    hot = [g.tensor(x, "f32", *x.shape[::-1]) for x in (data.hot_k, data.hot_v)]
+    masks = [g.tensor(m, "f32", *m.shape[::-1]) for m in (mask[:, : s.n_kv], mask[:, s.n_kv :])]
+    combined = ggml().ggml_capsule_attn(g.context, ctypes.byref(params(s)), q, *hot, *masks, *shared)
+    out["attention"] = lib.capsule_parts(combined)
+    return out
+
+
+@pytest.mark.parametrize("tile_f32", [True, False], ids=["f32", "f16"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_order_of_the_threads_does_not_matter(lib, name, tile_f32):
+    rng = np.random.default_rng(0)
+    with graph() as g:
+        for node in nodes(lib, g, Data.of(replace(SETTINGS[name], tile_f32=tile_f32))).values():
+            expected = run(lib, node, 128)
+            for order in (np.arange(128)[::-1], rng.permutation(128), rng.permutation(128)):
+                assert run(lib, node, 128, order) == expected
+            for threads in (32, 64, 256):
+                assert run(lib, node, threads) == expected
+
+
+def test_real_threads(tmp_path):
+    """32 threads and barriers: what a GPU does, and no races. Without one of the barriers the result is wrong."""
+    code = native_code.NATIVE / "capsule_threads.cpp"
+    built = native_code.build(code, tmp_path / "threads", "-g", "-O1", "-fsanitize=thread")
+    done = native_code.run(built, TSAN_OPTIONS="exitcode=66")
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not run on this kernel")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert native_code.run(built, "0").returncode != 0
+    assert native_code.run(built, "9").returncode != 0
+
+
+CUDA_ARCH = "sm_80"
+
+
+def test_the_cuda_kernels_compile(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc: the CUDA kernels are not compiled here")
+    folder = native_code.source() / "ggml" / "src" / "ggml-cuda"
+    flags = ["-std=c++17", f"-arch={CUDA_ARCH}", "-DGGML_CUDA_PEER_MAX_BATCH_SIZE=128", *native_code.includes()]
+    if not (Path(nvcc).resolve().parents[1] / "include" / "cublas_v2.h").is_file():
+        flags.append(f"-I{native_code.NATIVE / 'cublas_stub'}")
+    done = native_code.run(nvcc, *flags, "-Werror", "all-warnings", "-Xptxas", "-v", "-c", folder / "capsule.cu", "-o", tmp_path / "capsule.o")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "capsule_attn_kernel" in done.stderr and not any(" bytes spill" in line and not line.strip().startswith("0 bytes stack frame, 0 bytes spill stores, 0")
+                                                            for line in done.stderr.splitlines())  # fmt: skip
+
+
+METAL_ORDER = ("ggml-capsule-impl.h", "ggml-capsule-tile.h", "ggml-capsule-attn.h", "ggml-metal/kernels/capsule.metal")
+
+
+def test_the_metal_source_keeps_to_its_address_spaces(tmp_path):
+    """There is no Metal compiler here: clang with the same qualifiers finds pointers of the wrong kind and names that Metal does not have."""
+    clang = shutil.which("clang++")
+    if not clang:
+        pytest.skip("no clang++: the Metal source is not checked here")
+    folder = native_code.source() / "ggml" / "src"
+    listed = re.findall(r"foreach\(name (.*)\)", (folder / "ggml-metal" / "capsule.cmake").read_text())[0].replace("../", "").replace("kernels/", "ggml-metal/kernels/")
+    assert listed.split() == list(METAL_ORDER)
+    # [[buffer(0)]] and the like mean nothing to clang
+    text = "\n".join(re.sub(r'#include "ggml-capsule-\w+\.h"|#pragma once|\[\[\w+(\(\d+\))?\]\]', "", (folder / name).read_text()) for name in METAL_ORDER)
+    assert ")capsule" not in text  # the end of the raw string that it becomes
+    command = [clang, "-x", "c++", "-std=c++14", "-fsyntax-only", "-Werror", "-ffreestanding", "--target=aarch64-none-elf", "-D__METAL_VERSION__=310", f"-I{native_code.NATIVE / 'metal_shim'}"]
+    good, bad = tmp_path / "capsule.metal", tmp_path / "wrong.metal"
+    good.write_text("#include <metal_stdlib>\nusing namespace metal;\n" + text)
+    bad.write_text(good.read_text().replace("CAPSULE_SHARED const T * x   = tile", "CAPSULE_GLOBAL const T * x   = tile"))
+    assert good.read_text() != bad.read_text()
+    done = native_code.run(*command, good)
+    assert done.returncode == 0, done.stderr[:3000]
+    assert native_code.run(*command, bad).returncode != 0
