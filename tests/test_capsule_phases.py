@@ -17,6 +17,8 @@ import pytest
 from capsule_op import Data, Graph, V, constants, ggml, graph, params
 from test_capsule_op import BASE, CASES, HEADS, of_rows
 
+from kvcapsule_gguf.codec.types import row_counts
+
 SETTINGS = {
     "pca": of_rows(HEADS[128], "mixed"),
     "retain": replace(CASES["retain, q4_0 with residuals"], ragged=0.5, tokens=3),
@@ -30,17 +32,20 @@ def lib(tmp_path_factory) -> ctypes.CDLL:
     """tests/native/capsule_order.cpp."""
     out = native_code.build(native_code.NATIVE / "capsule_order.cpp", tmp_path_factory.mktemp("order") / "order.so", "-O2", "-shared", "-fPIC")
     lib = ctypes.CDLL(str(out))
-    lib.capsule_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    lib.capsule_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     lib.capsule_parts.argtypes, lib.capsule_parts.restype = [ctypes.c_void_p], ctypes.c_void_p
     return lib
 
 
-def run(lib: ctypes.CDLL, node: int, threads: int, order: np.ndarray | None = None) -> bytes:
-    """The bytes of the result of a node."""
+DEFAULT = 48 * 1024
+
+
+def run(lib: ctypes.CDLL, node: int, threads: int, order: np.ndarray | None = None, shared: int = DEFAULT) -> bytes:
+    """The bytes of the result of a node. shared: bytes of shared memory."""
     data, size = ggml().ggml_get_data(node), ggml().ggml_nbytes(node)
     ctypes.memset(data, 0xFF, size)
     order = None if order is None else np.ascontiguousarray(order, np.int32)
-    lib.capsule_run(node, threads, None if order is None else order.ctypes.data)
+    assert lib.capsule_run(node, threads, None if order is None else order.ctypes.data, shared) <= shared or shared < 32 * 1024
     return ctypes.string_at(data, size)
 
 
@@ -72,6 +77,18 @@ def test_the_order_of_the_threads_does_not_matter(lib, name, tile_f32):
                 assert run(lib, node, 128, order) == expected
             for threads in (32, 64, 256):
                 assert run(lib, node, threads) == expected
+            for shared in (32 * 1024, 20 * 1024, 0):  # smaller pieces
+                assert run(lib, node, 128, shared=shared) == expected
+                assert run(lib, node, 128, rng.permutation(128), shared) == expected
+
+
+def test_the_usual_block_fits(lib):
+    """64 tokens with heads of 128: CUDA has 48 KB, Metal 32 KB. The numbers of docs/architecture.md."""
+    rows = (row_counts(q8_0=4, q4_0=16, q2_0=44),) * 2
+    s = replace(BASE, N=64, d_k=128, d_v=128, n_rot=128, heads=1, group=8, tokens=1, slots=(1, 1), rows_k=rows, rows_v=rows, tile_f32=False)
+    with graph() as g:
+        node = nodes(lib, g, Data.of(s))["attention"]
+        assert [round(lib.capsule_run(node, 32, None, limit * 1024) / 1024) for limit in (48, 32)] == [44, 30]
 
 
 def test_real_threads(tmp_path):

@@ -4,10 +4,11 @@
 
 #include <vector>
 
-extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order) {
+// returns the bytes of shared memory, of which there are max_shared
+extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order, int max_shared) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, args, ptrs);
+    ggml_capsule_args_init(op, max_shared, args, ptrs);
 
     // what a phase has not written is not to be relied on
     std::vector<float> shared(args.s_size/sizeof(float), NAN);
@@ -15,7 +16,7 @@ extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * or
 
     const capsule_threads threads = { n_threads, order };
 
-    for (int item = 0; item < ggml_capsule_n_items(op); ++item) {
+    for (int item = 0; item < args.n_items; ++item) {
         if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
             args.tile_f32 ? capsule_unpack<float>(threads, args, ptrs, sm, item) : capsule_unpack<capsule_half>(threads, args, ptrs, sm, item);
         } else {

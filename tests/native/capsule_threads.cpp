@@ -66,9 +66,7 @@ static float run_as_gpu(ggml_tensor * op) {
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, args, ptrs);
-
-    const int n_items = ggml_capsule_n_items(op);
+    ggml_capsule_args_init(op, 8*1024, args, ptrs); // pieces of tiles as well
 
     std::vector<float> shared(args.s_size/sizeof(float));
     char * sm = (char *) shared.data();
@@ -79,7 +77,7 @@ static float run_as_gpu(ggml_tensor * op) {
     for (int i = 0; i < N_THREADS; ++i) {
         threads.emplace_back([=]() {
             const capsule_threads t = { N_THREADS, i };
-            for (int item = 0; item < n_items; ++item) {
+            for (int item = 0; item < args.n_items; ++item) {
                 if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
                     capsule_unpack<capsule_half>(t, args, ptrs, sm, item);
                 } else {

@@ -3,7 +3,7 @@
 #include "ggml-capsule-tile.h"
 
 //
-// attention: a part of the hot cells or of the slots, for at most MAX_Q queries of a KV head
+// attention: a part of the hot cells or of the slots, for at most max_q queries of a KV head
 //
 
 struct capsule_item {
@@ -17,14 +17,10 @@ CAPSULE_FN capsule_item capsule_item_of(CAPSULE_ARGS, int item) {
     capsule_item it;
     it.head = item/a.n_tiles%a.n_head_kv;
     it.part = item/a.n_tiles/a.n_head_kv;
-    it.q0   = item%a.n_tiles*CAPSULE_MAX_Q;
+    it.q0   = item%a.n_tiles*a.max_q;
     it.n_q  = a.n_group*a.n_tokens - it.q0;
-    it.n_q  = it.n_q < CAPSULE_MAX_Q ? it.n_q : CAPSULE_MAX_Q;
+    it.n_q  = it.n_q < a.max_q ? it.n_q : a.max_q;
     return it;
-}
-
-CAPSULE_FN int capsule_min(int x, int y) {
-    return x < y ? x : y;
 }
 
 // groups of 4 queries
@@ -33,7 +29,7 @@ CAPSULE_FN int capsule_n_q4(capsule_item it) {
 }
 
 CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const char * q, CAPSULE_SHARED char * sm) {
-    for (int i = tid/CAPSULE_LANES; i < CAPSULE_MAX_Q; i += nt/CAPSULE_LANES) {
+    for (int i = tid/CAPSULE_LANES; i < a.max_q; i += nt/CAPSULE_LANES) {
         const int i_token = (it.q0 + i)/a.n_group;
         const int i_head  = (it.q0 + i)%a.n_group + it.head*a.n_group;
 
@@ -43,13 +39,13 @@ CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it
             CAPSULE_SM_F(a.s_q)[i*a.d_k + c] = i < it.n_q ? a.scale*src[c] : 0.0f;
         }
     }
-    for (int i = tid; i < a.n_o*CAPSULE_MAX_Q*a.d_v; i += nt) {
+    for (int i = tid; i < a.n_o*a.max_q*a.d_v; i += nt) {
         CAPSULE_SM_F(a.s_o)[i] = 0.0f;
     }
-    for (int i = tid; i < CAPSULE_MAX_Q*CAPSULE_LANES; i += nt) {
-        CAPSULE_SM_F(a.s_red)[CAPSULE_MAX_Q*CAPSULE_LANES + i] = 0.0f;
+    for (int i = tid; i < a.max_q*CAPSULE_LANES; i += nt) {
+        CAPSULE_SM_F(a.s_red)[a.max_q*CAPSULE_LANES + i] = 0.0f;
     }
-    for (int i = tid; i < 2*CAPSULE_MAX_Q; i += nt) {
+    for (int i = tid; i < 2*a.max_q; i += nt) {
         CAPSULE_SM_F(a.s_m)[i] = CAPSULE_NEG;
     }
     for (int i = tid; i < 3; i += nt) {
@@ -80,7 +76,7 @@ CAPSULE_FN void capsule_attn_visible(int tid, int nt, CAPSULE_ARGS, capsule_item
     }
 }
 
-// hot cells [col, col + n) -> tile
+// n hot cells from col on -> tile
 template <typename T>
 CAPSULE_FN void capsule_attn_load_hot(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const char * k, int i_head, int64_t col, int n, CAPSULE_SHARED T * tile) {
     for (int j = tid/CAPSULE_LANES; j < n; j += nt/CAPSULE_LANES) {
@@ -91,10 +87,10 @@ CAPSULE_FN void capsule_attn_load_hot(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLO
     }
 }
 
-// s = q*tile + mask
+// s = q*tile + mask, for n columns from col on, which go to s from first on
 template <typename T>
 CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
-        int64_t col, int n, CAPSULE_SHARED const T * tile, CAPSULE_SHARED char * sm) {
+        int64_t col, int first, int n, CAPSULE_SHARED const T * tile, CAPSULE_SHARED char * sm) {
     for (int u = tid; u < n*capsule_n_q4(it); u += nt) {
         const int j = u%n;
         const int i = u/n*4;
@@ -116,7 +112,7 @@ CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item 
         for (int b = 0; b < 4; ++b) {
             if (i + b < it.n_q) {
                 const float m = capsule_mask(mask.type, data + (it.q0 + i + b)/a.n_group*mask.nb1, (int) col + j);
-                CAPSULE_SM_F(a.s_s)[(i + b)*a.N + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s[b] + m;
+                CAPSULE_SM_F(a.s_s)[(i + b)*a.N + first + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s[b] + m;
             }
         }
     }
@@ -139,10 +135,10 @@ CAPSULE_FN void capsule_attn_max(int tid, int nt, CAPSULE_ARGS, capsule_item it,
 CAPSULE_FN void capsule_attn_softmax(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n, int step, CAPSULE_SHARED char * sm) {
     const int lane = tid % CAPSULE_LANES;
 
-    CAPSULE_SHARED float * m_old = CAPSULE_SM_F(a.s_m) + (step & 1)*CAPSULE_MAX_Q;
-    CAPSULE_SHARED float * m_new = CAPSULE_SM_F(a.s_m) + (~step & 1)*CAPSULE_MAX_Q;
+    CAPSULE_SHARED float * m_old = CAPSULE_SM_F(a.s_m) + (step & 1)*a.max_q;
+    CAPSULE_SHARED float * m_new = CAPSULE_SM_F(a.s_m) + (~step & 1)*a.max_q;
     CAPSULE_SHARED float * red   = CAPSULE_SM_F(a.s_red);
-    CAPSULE_SHARED float * sum   = red + CAPSULE_MAX_Q*CAPSULE_LANES;
+    CAPSULE_SHARED float * sum   = red + a.max_q*CAPSULE_LANES;
 
     for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
         float m = m_old[i];
@@ -168,7 +164,7 @@ CAPSULE_FN void capsule_attn_softmax(int tid, int nt, CAPSULE_ARGS, capsule_item
 
 // what the sums so far are to be multiplied with
 CAPSULE_FN float capsule_attn_factor(CAPSULE_ARGS, int i, int step, CAPSULE_SHARED char * sm) {
-    return CAPSULE_EXP(CAPSULE_SM_F(a.s_m)[(step & 1)*CAPSULE_MAX_Q + i] - CAPSULE_SM_F(a.s_m)[(~step & 1)*CAPSULE_MAX_Q + i]);
+    return CAPSULE_EXP(CAPSULE_SM_F(a.s_m)[(step & 1)*a.max_q + i] - CAPSULE_SM_F(a.s_m)[(~step & 1)*a.max_q + i]);
 }
 
 // o += weights*V of hot cells
@@ -267,7 +263,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
         for (int b = 0; b < 4; ++b) {
             if (i + b < it.n_q) {
                 CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
-                CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*CAPSULE_MAX_Q*a.d_v;
+                CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*a.max_q*a.d_v;
 
                 const float f = capsule_attn_factor(a, i + b, step, sm);
 
@@ -284,23 +280,23 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
 
 // l: the sums of all lanes
 CAPSULE_FN void capsule_attn_sum(int tid, CAPSULE_ARGS, CAPSULE_SHARED char * sm) {
-    if (tid < CAPSULE_MAX_Q) {
+    if (tid < a.max_q) {
         float l = 0.0f;
         for (int b = 0; b < CAPSULE_LANES; ++b) {
-            l += CAPSULE_SM_F(a.s_red)[(CAPSULE_MAX_Q + tid)*CAPSULE_LANES + b];
+            l += CAPSULE_SM_F(a.s_red)[(a.max_q + tid)*CAPSULE_LANES + b];
         }
-        CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + tid] = l;
+        CAPSULE_SM_F(a.s_m)[2*a.max_q + tid] = l;
     }
 }
 
 // both accumulators, and what the mean adds
 CAPSULE_FN void capsule_attn_join(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_SHARED char * sm) {
-    for (int u = tid; u < CAPSULE_MAX_Q*a.d_v; u += nt) {
+    for (int u = tid; u < a.max_q*a.d_v; u += nt) {
         CAPSULE_SHARED float * o = CAPSULE_SM_F(a.s_o) + u;
 
-        const float other = a.n_o == 1 ? 0.0f : o[CAPSULE_MAX_Q*a.d_v];
+        const float other = a.n_o == 1 ? 0.0f : o[a.max_q*a.d_v];
 
-        *o += other + CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + u/a.d_v]*mean[u%a.d_v];
+        *o += other + CAPSULE_SM_F(a.s_m)[2*a.max_q + u/a.d_v]*mean[u%a.d_v];
     }
 }
 
@@ -314,8 +310,8 @@ CAPSULE_FN void capsule_attn_store(int tid, int nt, CAPSULE_ARGS, capsule_item i
             to[c] = CAPSULE_SM_F(a.s_o)[i*a.d_v + c];
         }
         if (tid % CAPSULE_LANES == 0) {
-            to[a.d_v]     = CAPSULE_SM_F(a.s_m)[(step & 1)*CAPSULE_MAX_Q + i];
-            to[a.d_v + 1] = CAPSULE_SM_F(a.s_m)[2*CAPSULE_MAX_Q + i];
+            to[a.d_v]     = CAPSULE_SM_F(a.s_m)[(step & 1)*a.max_q + i];
+            to[a.d_v + 1] = CAPSULE_SM_F(a.s_m)[2*a.max_q + i];
         }
     }
 }
@@ -336,7 +332,7 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
     CAPSULE_PHASE(capsule_attn_init(tid, t.n, a, it, p.q, sm));
     if (!hot) {
         // slots know nothing of the rotation of a quantized cache
-        CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_q), CAPSULE_MAX_Q, a.d_k, a.d_k, a.rot_k);
+        CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_q), a.max_q, a.d_k, a.d_k, a.rot_k);
     }
 
     int step  = 0; // units that are visible
@@ -355,15 +351,21 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
 
         CAPSULE_GLOBAL const char * slot = hot ? p.k : capsule_slot(a, p.blob0, p.blob1, i);
 
-        if (hot) {
-            CAPSULE_PHASE((capsule_attn_load_hot<T>(tid, t.n, a, p.k, it.head, col, n, tile)));
-        } else {
-            capsule_tile_k<T>(t, a, slot, p.weights, p.rope, i, it.head, sm);
+        if (!hot) {
+            capsule_rows_k<T>(t, a, slot, p.weights, i, it.head, sm);
         }
+        for (int first = 0; first < n; first += a.n_chunk) {
+            const int n_tile = capsule_min(a.n_chunk, n - first);
 
-        CAPSULE_PHASE((capsule_attn_scores<T>(tid, t.n, a, it, mask, data, col, n, tile, sm)));
-        CAPSULE_PHASE(capsule_attn_max       (tid, t.n, a, it, n, sm));
-        CAPSULE_PHASE(capsule_attn_softmax   (tid, t.n, a, it, n, step, sm));
+            if (hot) {
+                CAPSULE_PHASE((capsule_attn_load_hot<T>(tid, t.n, a, p.k, it.head, col + first, n_tile, tile)));
+            } else {
+                capsule_tile_k<T>(t, a, p.weights, p.rope, i, it.head, first, n_tile, sm);
+            }
+            CAPSULE_PHASE((capsule_attn_scores<T>(tid, t.n, a, it, mask, data, col + first, first, n_tile, tile, sm)));
+        }
+        CAPSULE_PHASE(capsule_attn_max    (tid, t.n, a, it, n, sm));
+        CAPSULE_PHASE(capsule_attn_softmax(tid, t.n, a, it, n, step, sm));
 
         if (hot) {
             CAPSULE_PHASE(capsule_attn_hot_values(tid, t.n, a, it, p.v, col, n, step, sm));
@@ -380,9 +382,9 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
     if (!hot) {
         CAPSULE_SHARED float * o = CAPSULE_SM_F(a.s_o);
 
-        CAPSULE_HADAMARD(float, o + (a.n_o - 1)*CAPSULE_MAX_Q*a.d_v, CAPSULE_MAX_Q, a.d_v, a.d_v, a.n_rot_o);
+        CAPSULE_HADAMARD(float, o + (a.n_o - 1)*a.max_q*a.d_v, a.max_q, a.d_v, a.d_v, a.n_rot_o);
         CAPSULE_PHASE(capsule_attn_join(tid, t.n, a, p.weights + a.w_v_mean + it.head*a.d_v, sm));
-        CAPSULE_HADAMARD(float, o, CAPSULE_MAX_Q, a.d_v, a.d_v, a.rot_v);
+        CAPSULE_HADAMARD(float, o, a.max_q, a.d_v, a.d_v, a.rot_v);
     }
     CAPSULE_PHASE(capsule_attn_store(tid, t.n, a, it, step, p.dst, sm));
 }

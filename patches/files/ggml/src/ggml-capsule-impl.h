@@ -77,7 +77,6 @@ struct capsule_threads {
 #endif
 
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
-#define CAPSULE_MAX_Q     8 // queries of a group of threads
 #define CAPSULE_LANES     32
 #define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
 
@@ -122,7 +121,9 @@ struct capsule_args {
     int n_head_kv;
     int n_group;
     int n_tokens;
-    int n_tiles;  // of queries per KV head
+    int max_q;    // queries of a group of threads, a multiple of 4
+    int n_tiles;  // of max_q queries, per KV head
+    int n_chunk;  // tokens in the tile at a time, a multiple of 8
     int n_kv;
     int d_k;
     int d_v;
@@ -139,6 +140,7 @@ struct capsule_args {
     int n_slots;
     int n_parts_hot;
     int n_parts;
+    int n_items;  // unpack, attention: groups of threads; combine: rows
     float scale;
 
     // weights and angles, in units of 4 bytes
@@ -167,14 +169,14 @@ struct capsule_args {
 
     // shared memory, in bytes
     int s_rows;  // [n_rows][d]
-    int s_tile;  // [N][ld_tile]
+    int s_tile;  // [n_chunk][ld_tile]
     int s_z;     // F32 [N - n_kept][n_mlp]
-    int s_q;     // F32 [MAX_Q][d_k]
-    int s_s;     // F32 [MAX_Q][N]
-    int s_w;     // F32 [MAX_Q][n_rows]
-    int s_o;     // F32 [n_o][MAX_Q][d_v]
-    int s_red;   // F32 [2][MAX_Q][LANES], maxima and sums
-    int s_m;     // F32 [3][MAX_Q], m, m and l
+    int s_q;     // F32 [max_q][d_k]
+    int s_s;     // F32 [max_q][N]
+    int s_w;     // F32 [max_q][n_rows], where the rows of K were
+    int s_o;     // F32 [n_o][max_q][d_v]
+    int s_red;   // F32 [2][max_q][LANES], maxima and sums
+    int s_m;     // F32 [3][max_q], m, m and l
     int s_flags; // I32 [3]
     int s_size;
     int ld_tile;
@@ -199,8 +201,10 @@ struct capsule_ptrs {
 #if !defined(__METAL_VERSION__)
 struct ggml_tensor;
 
-// of a node of GGML_OP_CAPSULE
-GGML_API void ggml_capsule_args_init(const ggml_tensor * op, capsule_args & args, capsule_ptrs & ptrs);
+// of a node of GGML_OP_CAPSULE: args.s_size bytes of shared memory at most, if that is possible
+GGML_API void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_args & args, capsule_ptrs & ptrs);
+
+#define CAPSULE_SHARED_DEFAULT (48*1024) // every CUDA device has it
 
 // enum ggml_capsule_op
 GGML_API int ggml_capsule_op_of(const ggml_tensor * op);
@@ -209,8 +213,6 @@ GGML_API int ggml_capsule_op_of(const ggml_tensor * op);
 #define CAPSULE_N_SOURCES 9
 GGML_API const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i);
 
-// unpack, attention: groups of threads; combine: rows
-GGML_API int ggml_capsule_n_items(const ggml_tensor * op);
 #endif
 
 #define CAPSULE_ARGS CAPSULE_PARAM const capsule_args & a

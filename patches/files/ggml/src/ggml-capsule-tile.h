@@ -49,9 +49,9 @@ CAPSULE_FN int capsule_pair1(CAPSULE_ARGS, int p) {
     return a.norm || p >= a.n_rot/2 ? 2*p + 1 : p + a.n_rot/2;
 }
 
-// pair p of token j, with RoPE
+// pair p of token j -> a row of the tile, with RoPE
 template <typename T>
-CAPSULE_FN void capsule_put_pair(CAPSULE_ARGS, capsule_rope rope, int j, int p, float x0, float x1, CAPSULE_SHARED T * tile) {
+CAPSULE_FN void capsule_put_pair(CAPSULE_ARGS, capsule_rope rope, int j, int p, float x0, float x1, CAPSULE_SHARED T * row) {
     const int c0 = capsule_pair0(a, p);
     const int c1 = capsule_pair1(a, p);
 
@@ -67,18 +67,18 @@ CAPSULE_FN void capsule_put_pair(CAPSULE_ARGS, capsule_rope rope, int j, int p, 
         x0 = y0;
     }
 
-    capsule_put(tile[j*a.ld_tile + c0], x0);
-    capsule_put(tile[j*a.ld_tile + c1], x1);
+    capsule_put(row[c0], x0);
+    capsule_put(row[c1], x1);
 }
 
-// tile = mean + basis*rows
+// tile = mean + basis*rows, for n tokens from first (a multiple of 8) on
 template <typename T>
 CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_GLOBAL const float * basis, int n_rows, int d,
-        capsule_rope rope, CAPSULE_SHARED const T * rows, CAPSULE_SHARED T * tile) {
+        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED T * tile) {
     const int n_pairs = d/2;
 
-    for (int i = tid; i < a.n_pad/8*n_pairs; i += nt) {
-        const int j0 = i/n_pairs*8;
+    for (int i = tid; i < (n + 7)/8*n_pairs; i += nt) {
+        const int j0 = first + i/n_pairs*8;
         const int p  = i%n_pairs;
         const int c0 = capsule_pair0(a, p);
         const int c1 = capsule_pair1(a, p);
@@ -108,7 +108,7 @@ CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL c
         CAPSULE_UNROLL
         for (int j = 0; j < 8; ++j) {
             if (j0 + j < a.N) {
-                capsule_put_pair<T>(a, rope, j0 + j, p, x0[j], x1[j], tile);
+                capsule_put_pair<T>(a, rope, j0 + j, p, x0[j], x1[j], tile + (j0 + j - first)*a.ld_tile);
             }
         }
     }
@@ -140,7 +140,7 @@ CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const 
 // kept tokens as they are, the others predicted from their neighbours, plus a residual
 template <typename T>
 CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int n_rows,
-        capsule_rope rope, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED T * tile) {
+        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED T * tile) {
     CAPSULE_GLOBAL const int32_t * order      = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
     CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
 
@@ -153,6 +153,12 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
         const int p  = u%n_pairs;
         const int c0 = capsule_pair0(a, p);
         const int c1 = capsule_pair1(a, p);
+
+        // another chunk?
+        const int t = order[i] - first;
+        if (t < 0 || t >= n) {
+            continue;
+        }
 
         float x0 = i < n_rows ? capsule_float(rows[i*d + c0]) : 0.0f;
         float x1 = i < n_rows ? capsule_float(rows[i*d + c1]) : 0.0f;
@@ -175,54 +181,64 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
             }
         }
 
-        capsule_put_pair<T>(a, rope, order[i], p, x0, x1, tile);
+        capsule_put_pair<T>(a, rope, order[i], p, x0, x1, tile + t*a.ld_tile);
     }
 }
 
-// keys of a head in a slot -> tile, with RoPE
+// the rows of a head in a slot
 template <typename T>
-CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, CAPSULE_GLOBAL const float * tables,
-        int i_slot, int i_head, CAPSULE_SHARED char * sm) {
+CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * slot, int i_head, int d,
+        CAPSULE_SHARED T * rows) {
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, d, rows)));
+    if (part.n_rows > part.n_plain) {
+        CAPSULE_HADAMARD(T, rows + part.n_plain*d, part.n_rows - part.n_plain, d, d, d & -d);
+    }
+}
+
+template <typename T>
+CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head,
+        CAPSULE_SHARED char * sm) {
     CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
-    CAPSULE_PARAM const capsule_part & part = tier.k;
+
+    capsule_rows<T>(t, tier.k, slot, i_head, a.d_k, CAPSULE_SM_T(a.s_rows));
+    if (tier.retain && a.n_mlp > 0) {
+        CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_z))));
+    }
+}
+
+// rows -> tile of n keys from first on, with RoPE
+template <typename T>
+CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, CAPSULE_GLOBAL const float * tables, int i_slot, int i_head,
+        int first, int n, CAPSULE_SHARED char * sm) {
+    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
 
     CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
     CAPSULE_SHARED T * tile = CAPSULE_SM_T(a.s_tile);
 
     const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
 
-    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, a.d_k, rows)));
-    if (part.n_rows > part.n_plain) {
-        CAPSULE_HADAMARD(T, rows + part.n_plain*a.d_k, part.n_rows - part.n_plain, a.d_k, a.d_k, a.d_k & -a.d_k);
-    }
     if (tier.retain) {
-        if (a.n_mlp > 0) {
-            CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, rows, CAPSULE_SM_F(a.s_z))));
-        }
-        CAPSULE_PHASE((capsule_tile_retain<T>(tid, t.n, a, weights, i_head, part.n_rows, rope, rows, CAPSULE_SM_F(a.s_z), tile)));
+        CAPSULE_PHASE((capsule_tile_retain<T>(tid, t.n, a, weights, i_head, tier.k.n_rows, rope, first, n, rows, CAPSULE_SM_F(a.s_z), tile)));
     } else {
-        CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, part.n_rows, a.d_k, rope, rows, tile)));
+        CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, tier.k.n_rows, a.d_k, rope, first, n, rows, tile)));
     }
 }
 
-// values of a head in a slot -> tile
+// the same for values
 template <typename T>
-CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head,
-        CAPSULE_SHARED char * sm) {
+CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head, int first, int n, CAPSULE_SHARED char * sm) {
     CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i_slot)].v;
-
-    CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
-    CAPSULE_SHARED T * tile = CAPSULE_SM_T(a.s_tile);
 
     capsule_rope rope;
     rope.first     = 0;
     rope.distances = 0;
 
-    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, a.d_v, rows)));
-    if (part.n_rows > part.n_plain) {
-        CAPSULE_HADAMARD(T, rows + part.n_plain*a.d_v, part.n_rows - part.n_plain, a.d_v, a.d_v, a.d_v & -a.d_v);
-    }
-    CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, part.n_rows, a.d_v, rope, rows, tile)));
+    CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, part.n_rows, a.d_v, rope, first, n,
+            CAPSULE_SM_T(a.s_rows), CAPSULE_SM_T(a.s_tile))));
+}
+
+CAPSULE_FN int capsule_min(int x, int y) {
+    return x < y ? x : y;
 }
 
 //
@@ -267,29 +283,29 @@ CAPSULE_FN void capsule_quantize(int type, CAPSULE_SHARED const T * x, CAPSULE_G
     }
 }
 
-// column j of the tile at j*nb1
+// n columns, the first of them is col
 template <typename T>
-CAPSULE_FN void capsule_store(int tid, int nt, CAPSULE_ARGS, CAPSULE_SHARED const T * tile, int d, int i_slot, int i_head, CAPSULE_GLOBAL char * dst) {
+CAPSULE_FN void capsule_store(int tid, int nt, CAPSULE_ARGS, CAPSULE_SHARED const T * tile, int d, int i_head, int col, int n, CAPSULE_GLOBAL char * dst) {
     const int type = a.dst.type;
 
     if (a.is_v && a.v_trans) {
         // a row per channel
         for (int c = tid/CAPSULE_LANES; c < d; c += nt/CAPSULE_LANES) {
             CAPSULE_GLOBAL char * row = dst + (int64_t) (i_head*d + c)*a.dst.nb1;
-            for (int j = tid % CAPSULE_LANES; j < a.N; j += CAPSULE_LANES) {
+            for (int j = tid % CAPSULE_LANES; j < n; j += CAPSULE_LANES) {
                 const float x = capsule_float(tile[j*a.ld_tile + c]);
                 if (type == CAPSULE_F32) {
-                    ((CAPSULE_GLOBAL float *) row)[i_slot*a.N + j] = x;
+                    ((CAPSULE_GLOBAL float *) row)[col + j] = x;
                 } else {
-                    capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[i_slot*a.N + j], x);
+                    capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[col + j], x);
                 }
             }
         }
         return;
     }
 
-    for (int j = tid/CAPSULE_LANES; j < a.N; j += nt/CAPSULE_LANES) {
-        CAPSULE_GLOBAL char    * row = dst + (int64_t) (i_slot*a.N + j)*a.dst.nb1;
+    for (int j = tid/CAPSULE_LANES; j < n; j += nt/CAPSULE_LANES) {
+        CAPSULE_GLOBAL char    * row = dst + (int64_t) (col + j)*a.dst.nb1;
         CAPSULE_SHARED const T * x   = tile + j*a.ld_tile;
 
         if (type == CAPSULE_Q8_0 || type == CAPSULE_Q4_0) {
@@ -321,10 +337,20 @@ CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, 
     const int rot = a.is_v ? a.rot_v : a.rot_k;
 
     if (a.is_v) {
-        capsule_tile_v<T>(t, a, slot, p.weights, i_slot, i_head, sm);
+        capsule_rows<T>(t, a.tiers[capsule_tier_of(a, i_slot)].v, slot, i_head, d, CAPSULE_SM_T(a.s_rows));
     } else {
-        capsule_tile_k<T>(t, a, slot, p.weights, p.rope, i_slot, i_head, sm);
+        capsule_rows_k<T>(t, a, slot, p.weights, i_slot, i_head, sm);
     }
-    CAPSULE_HADAMARD(T, tile, a.N, d, a.ld_tile, rot);
-    CAPSULE_PHASE((capsule_store<T>(tid, t.n, a, tile, d, i_slot, i_head, p.dst)));
+
+    for (int first = 0; first < a.N; first += a.n_chunk) {
+        const int n = capsule_min(a.n_chunk, a.N - first);
+
+        if (a.is_v) {
+            capsule_tile_v<T>(t, a, p.weights, i_slot, i_head, first, n, sm);
+        } else {
+            capsule_tile_k<T>(t, a, p.weights, p.rope, i_slot, i_head, first, n, sm);
+        }
+        CAPSULE_HADAMARD(T, tile, n, d, a.ld_tile, rot);
+        CAPSULE_PHASE((capsule_store<T>(tid, t.n, a, tile, d, i_head, i_slot*a.N + first, n, p.dst)));
+    }
 }

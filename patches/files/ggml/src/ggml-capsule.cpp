@@ -246,15 +246,9 @@ static void capsule_tensor_init(capsule_tensor & res, const ggml_tensor * t, int
     }
 }
 
-// shared memory
+// layout of the shared memory for this max_q and n_chunk
 static void capsule_shared_init(capsule_args & a, int op) {
     const int size = a.tile_f32 ? 4 : 2;
-
-    int n = 0;
-    auto add = [&](int & offs, int bytes) {
-        offs = n;
-        n   += GGML_PAD(bytes, 16);
-    };
 
     int n_rows_k = 0;
     int n_rows_v = 0;
@@ -280,22 +274,30 @@ static void capsule_shared_init(capsule_args & a, int op) {
     a.n_o     = plain && rotated ? 2 : 1;
     a.n_rot_o = rotated ? a.d_v & -a.d_v : 0;
 
-    add(a.s_rows, (a.is_v ? n_rows_v : n_rows_k)*d*size);
-    add(a.s_tile, a.N*a.ld_tile*size);
+    int n = 0;
+    auto add = [&](int & offs, int bytes) {
+        offs = n;
+        n   += GGML_PAD(bytes, 16);
+    };
+
+    const bool attn = op == GGML_CAPSULE_OP_ATTN;
+
+    add(a.s_rows, std::max((a.is_v ? n_rows_v : n_rows_k)*d*size, attn ? a.max_q*a.ld_w*4 : 0));
+    add(a.s_tile, a.n_chunk*a.ld_tile*size);
     add(a.s_z,    retain && !a.is_v ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
-    if (op == GGML_CAPSULE_OP_ATTN) {
-        add(a.s_q,     CAPSULE_MAX_Q*a.d_k*4);
-        add(a.s_s,     CAPSULE_MAX_Q*a.N*4);
-        add(a.s_w,     CAPSULE_MAX_Q*a.ld_w*4);
-        add(a.s_o,     CAPSULE_MAX_Q*a.d_v*a.n_o*4);
-        add(a.s_red,   CAPSULE_MAX_Q*CAPSULE_LANES*2*4);
-        add(a.s_m,     CAPSULE_MAX_Q*3*4);
+    a.s_w = a.s_rows;
+    if (attn) {
+        add(a.s_q,     a.max_q*a.d_k*4);
+        add(a.s_s,     a.max_q*a.N*4);
+        add(a.s_o,     a.max_q*a.d_v*a.n_o*4);
+        add(a.s_red,   a.max_q*CAPSULE_LANES*2*4);
+        add(a.s_m,     a.max_q*3*4);
         add(a.s_flags, 3*4);
     }
     a.s_size = n;
 }
 
-void ggml_capsule_args_init(const ggml_tensor * op, capsule_args & a, capsule_ptrs & ptrs) {
+void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_args & a, capsule_ptrs & ptrs) {
     const auto p = capsule_params_of(op);
     const auto w = ggml_capsule_weights_layout(&p);
 
@@ -353,11 +355,25 @@ void ggml_capsule_args_init(const ggml_tensor * op, capsule_args & a, capsule_pt
 
         a.n_group  = q->ne[1]/p.n_head_kv;
         a.n_tokens = q->ne[2];
-        a.n_tiles  = (a.n_group*a.n_tokens + CAPSULE_MAX_Q - 1)/CAPSULE_MAX_Q;
         a.n_kv     = src[CAPSULE_SRC_K]->ne[2];
     }
-    if (p.op != GGML_CAPSULE_OP_COMBINE) {
-        capsule_shared_init(a, p.op);
+
+    if (p.op == GGML_CAPSULE_OP_COMBINE) {
+        a.n_items = src[CAPSULE_SRC_Q]->ne[1];
+    } else {
+        // the largest pieces that fit
+        static const struct { int max_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 4, 32 }, { 4, 16 }, { 4, 8 } };
+
+        for (const auto & option : options) {
+            a.max_q   = option.max_q;
+            a.n_chunk = std::min(option.n_chunk, a.n_pad);
+            capsule_shared_init(a, p.op);
+            if ((size_t) a.s_size <= max_shared) {
+                break;
+            }
+        }
+        a.n_tiles = (a.n_group*a.n_tokens + a.max_q - 1)/a.max_q;
+        a.n_items = p.n_head_kv*(p.op == GGML_CAPSULE_OP_ATTN ? a.n_parts*a.n_tiles : a.n_slots);
     }
 
     auto data = [](const ggml_tensor * t) {
@@ -383,21 +399,4 @@ const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i) {
 
 int ggml_capsule_op_of(const ggml_tensor * op) {
     return capsule_params_of(op).op;
-}
-
-int ggml_capsule_n_items(const ggml_tensor * op) {
-    const auto p = capsule_params_of(op);
-
-    switch (p.op) {
-        case GGML_CAPSULE_OP_UNPACK:
-            return (p.n_slots[0] + p.n_slots[1])*p.n_head_kv;
-        case GGML_CAPSULE_OP_ATTN:
-            {
-                const auto * q = op->src[CAPSULE_SRC_Q];
-                const int n_q = q->ne[1]/p.n_head_kv*q->ne[2];
-                return (p.n_parts_hot + p.n_parts_cold)*p.n_head_kv*((n_q + CAPSULE_MAX_Q - 1)/CAPSULE_MAX_Q);
-            }
-        default:
-            return ggml_nrows(op->src[CAPSULE_SRC_Q])/(p.n_parts_hot + p.n_parts_cold);
-    }
 }

@@ -17,17 +17,16 @@ void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tenso
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(dst, args, ptrs);
+    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, args, ptrs);
 
-    const int op      = ggml_capsule_op_of(dst);
-    const int n_items = ggml_capsule_n_items(dst);
+    const int op = ggml_capsule_op_of(dst);
 
     shared.resize(args.s_size/sizeof(float));
     char * sm = (char *) shared.data();
 
     const capsule_threads threads = { CAPSULE_CPU_THREADS, nullptr };
 
-    for (int item = params->ith; item < n_items; item += params->nth) {
+    for (int item = params->ith; item < args.n_items; item += params->nth) {
         switch (op) {
             case GGML_CAPSULE_OP_UNPACK:
                 if (args.tile_f32) {

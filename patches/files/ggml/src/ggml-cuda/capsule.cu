@@ -27,37 +27,35 @@ static __global__ void capsule_combine_kernel(const capsule_args args, const cap
 
 // a function per kernel: CUDA_SET_SHARED_MEMORY_LIMIT() remembers where it was called, not for what
 template <void (*kernel)(const capsule_args, const capsule_ptrs)>
-static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_args & args, const capsule_ptrs & ptrs, int n_items) {
+static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_args & args, const capsule_ptrs & ptrs) {
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, ggml_cuda_info().devices[ctx.device].smpbo);
 
-    kernel<<<n_items, CAPSULE_CUDA_THREADS, args.s_size, ctx.stream()>>>(args, ptrs);
+    kernel<<<args.n_items, CAPSULE_CUDA_THREADS, args.s_size, ctx.stream()>>>(args, ptrs);
     CUDA_CHECK(cudaGetLastError());
 }
 
 void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(dst, args, ptrs);
-
-    const int n_items = ggml_capsule_n_items(dst);
+    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, args, ptrs);
 
     switch (ggml_capsule_op_of(dst)) {
         case GGML_CAPSULE_OP_UNPACK:
             if (args.tile_f32) {
-                capsule_launch<capsule_unpack_kernel<float>>(ctx, args, ptrs, n_items);
+                capsule_launch<capsule_unpack_kernel<float>>(ctx, args, ptrs);
             } else {
-                capsule_launch<capsule_unpack_kernel<half>>(ctx, args, ptrs, n_items);
+                capsule_launch<capsule_unpack_kernel<half>>(ctx, args, ptrs);
             }
             break;
         case GGML_CAPSULE_OP_ATTN:
             if (args.tile_f32) {
-                capsule_launch<capsule_attn_kernel<float>>(ctx, args, ptrs, n_items);
+                capsule_launch<capsule_attn_kernel<float>>(ctx, args, ptrs);
             } else {
-                capsule_launch<capsule_attn_kernel<half>>(ctx, args, ptrs, n_items);
+                capsule_launch<capsule_attn_kernel<half>>(ctx, args, ptrs);
             }
             break;
         case GGML_CAPSULE_OP_COMBINE:
-            capsule_launch<capsule_combine_kernel>(ctx, args, ptrs, n_items);
+            capsule_launch<capsule_combine_kernel>(ctx, args, ptrs);
             break;
         default:
             GGML_ABORT("fatal error");
@@ -67,7 +65,7 @@ void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, args, ptrs);
+    ggml_capsule_args_init(op, CAPSULE_SHARED_DEFAULT, args, ptrs);
 
     return (size_t) args.s_size <= ggml_cuda_info().devices[device].smpbo;
 }
