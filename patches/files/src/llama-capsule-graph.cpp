@@ -220,10 +220,6 @@ void llama_capsule_store::init_weights(uint32_t i_layer) {
     w.buf = std::move(buf);
 }
 
-void llama_capsule_store::free_weights(uint32_t i_layer) {
-    weights[i_layer] = {};
-}
-
 //
 // scratch
 //

@@ -61,14 +61,15 @@ void llama_capsule_store::init_paths() {
         if (op.empty()) {
             continue;
         }
-        if (!known) {
-            llama_capsule_refuse(format("%s lacks %s", ggml_backend_buft_name(buft), op.c_str()));
-        }
-
-        free_weights(i);
-        res = LLAMA_CAPSULE_PATH_HOST;
 
         const std::string line = format("%s lacks %s", ggml_backend_buft_name(buft), op.c_str());
+        if (!known) {
+            llama_capsule_refuse(line);
+        }
+
+        weights[i] = {};
+        res = LLAMA_CAPSULE_PATH_HOST;
+
         if (line != warned) {
             LLAMA_LOG_INFO("%s: %s: the slots of its layers stay in host memory, attention over them is slower\n", __func__, line.c_str());
             warned = line;

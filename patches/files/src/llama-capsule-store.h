@@ -339,7 +339,6 @@ private:
     uint32_t find_layer(int il) const; // index in the capsule of the layer that holds the cells of layer il
 
     void init_weights(uint32_t i_layer);
-    void free_weights(uint32_t i_layer);
     void init_scratch_const();
 
     size_t n_bytes_grown() const; // of pools and scratch
