@@ -163,7 +163,6 @@ class Data:
     def weights(self) -> np.ndarray:
         """I32 [size]."""
         s = self.s
-        layout = Weights()
         layout = ggml().ggml_capsule_weights_layout(ctypes.byref(params(s)))
         out = np.zeros(layout.size, np.int32)
         r, pad = self.retain, -s.N % 8

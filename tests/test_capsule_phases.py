@@ -120,25 +120,32 @@ def test_the_cuda_kernels_compile(tmp_path):
                                                             for line in done.stderr.splitlines())  # fmt: skip
 
 
-METAL_ORDER = ("ggml-capsule-impl.h", "ggml-capsule-tile.h", "ggml-capsule-attn.h", "ggml-metal/kernels/capsule.metal")
-
-
 def test_the_metal_source_keeps_to_its_address_spaces(tmp_path):
     """There is no Metal compiler here: clang with the same qualifiers finds pointers of the wrong kind and names that Metal does not have."""
-    clang = shutil.which("clang++")
-    if not clang:
-        pytest.skip("no clang++: the Metal source is not checked here")
-    folder = native_code.source() / "ggml" / "src"
-    listed = re.findall(r"foreach\(name (.*)\)", (folder / "ggml-metal" / "capsule.cmake").read_text())[0].replace("../", "").replace("kernels/", "ggml-metal/kernels/")
-    assert listed.split() == list(METAL_ORDER)
-    # [[buffer(0)]] and the like mean nothing to clang
-    text = "\n".join(re.sub(r'#include "ggml-capsule-\w+\.h"|#pragma once|\[\[\w+(\(\d+\))?\]\]', "", (folder / name).read_text()) for name in METAL_ORDER)
-    assert ")capsule" not in text  # the end of the raw string that it becomes
-    command = [clang, "-x", "c++", "-std=c++14", "-fsyntax-only", "-Werror", "-ffreestanding", "--target=aarch64-none-elf", "-D__METAL_VERSION__=310", f"-I{native_code.NATIVE / 'metal_shim'}"]
+    clang, cmake = shutil.which("clang++"), shutil.which("cmake")
+    if not clang or not cmake:
+        pytest.skip("no clang++ or cmake: the Metal source is not checked here")
+    folder, shim = native_code.source() / "ggml" / "src" / "ggml-metal", native_code.NATIVE / "metal_shim"
+    rendered = native_code.run(cmake, f"-DTREE={folder}", f"-DOUT={tmp_path}", "-P", shim / "render.cmake")
+    assert rendered.returncode == 0, rendered.stderr
+    text = re.fullmatch(r'R"capsule\((.*)\)capsule"', (tmp_path / "ggml-metal-capsule-source.h").read_text(), re.DOTALL)[1]
+    text = re.sub(r"\[\[\w+(\(\d+\))?\]\]", "", text)  # [[buffer(0)]] and the like mean nothing to clang
+    command = [clang, "-x", "c++", "-std=c++14", "-fsyntax-only", "-Werror", "-ffreestanding", "--target=aarch64-none-elf", "-D__METAL_VERSION__=310", f"-I{shim}"]
     good, bad = tmp_path / "capsule.metal", tmp_path / "wrong.metal"
-    good.write_text("#include <metal_stdlib>\nusing namespace metal;\n" + text)
-    bad.write_text(good.read_text().replace("CAPSULE_SHARED const T * x   = tile", "CAPSULE_GLOBAL const T * x   = tile"))
+    good.write_text(text)
+    bad.write_text(text.replace("CAPSULE_SHARED const T * x   = tile", "CAPSULE_GLOBAL const T * x   = tile"))
     assert good.read_text() != bad.read_text()
     done = native_code.run(*command, good)
     assert done.returncode == 0, done.stderr[:3000]
     assert native_code.run(*command, bad).returncode != 0
+
+
+def test_the_metal_host_code_compiles(tmp_path):
+    """Pipelines, dispatch and supports_op, and the hook in ggml-metal-ops.cpp; the header also as C, for the Objective-C files."""
+    folder = native_code.source() / "ggml" / "src" / "ggml-metal"
+    (tmp_path / "ggml-metal-capsule-source.h").write_text('""')
+    (tmp_path / "header.c").write_text('#include "ggml-metal-capsule.h"\n')
+    flags = ["-fsyntax-only", *native_code.includes(), f"-I{folder}", f"-I{tmp_path}"]
+    for name, option in ((folder / "ggml-metal-capsule.cpp", "-DGGML_METAL_CAPSULE"), (folder / "ggml-metal-ops.cpp", "-DGGML_METAL_CAPSULE"), (tmp_path / "header.c", "-UX")):
+        done = native_code.run(native_code.compiler(), "-xc" if name.suffix == ".c" else "-std=c++17", option, *flags, name)
+        assert done.returncode == 0, done.stderr[:3000]
