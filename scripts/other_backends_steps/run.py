@@ -40,7 +40,7 @@ def build(backend: str, defines: list[str], jobs: int) -> Path:
     return folder / "build" / "bin"
 
 
-def run(backend: str, lib: Path, quick: bool, write: bool) -> int:
+def run(backend: str, lib: Path, quick: bool, with_demo: bool, write: bool) -> int:
     with ExitStack() as stack:
         if backend == "rpc":
             program = next((p for p in (lib / RPC_SERVER, lib / "bin" / RPC_SERVER) if p.is_file()), None)
@@ -53,8 +53,10 @@ def run(backend: str, lib: Path, quick: bool, write: bool) -> int:
         title = _title(backend, lib, device)
         say(f"{title}: lossless capsules")
         rows = lossless(lib, device, quick)
-        say(f"{title}: the demo")
-        answers = demo(lib, device)
+        answers = []
+        if with_demo:
+            say(f"{title}: the demo")
+            answers = demo(lib, device)
     text = page(backend, title, rows, answers)
     print(text)
     if write:
@@ -104,6 +106,8 @@ def page(backend: str, title: str, rows: list[Row], answers: list[dict[str, Any]
     lines += ["| case | -ngl | NMSE of the logits | at most | splits | tokens in slots | |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r.case} | {r.ngl} | {r.nmse:.1e} | {r.limit:.0e} | {r.splits} / {r.splits_without} | {r.in_slots} | {'ok' if r.good else r.error[:80] or 'DIFFERS'} |")
+    if not answers:
+        return "\n".join(lines) + "\n"
     lines += ["", f"The demo model: {', '.join(QUESTIONS)}", "", "| capsule | -ngl | answers | KV of the picture, MiB | smaller |", "|---|---|---|---|---|"]
     for a in answers:
         lines.append(f"| {a['capsule']} | {a['ngl']} | {', '.join(a['answers'])} | {a['now'] / 2**20:.2f} | {a['f16'] / a['now']:.1f}x |")
