@@ -1,5 +1,5 @@
 #pragma once
-// names of cuBLAS that ggml-cuda/common.cuh mentions: enough to compile a kernel file where the toolkit has no cuBLAS
+// names of cuBLAS that ggml-cuda mentions: enough to compile its files where the toolkit has no cuBLAS
 #include <cuda_runtime.h>
 #include <library_types.h>
 
@@ -27,6 +27,16 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream);
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void * workspace, size_t size);
 const char * cublasGetStatusString(cublasStatus_t status);
 
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT_TENSOR_OP };
+
+cublasStatus_t cublasDestroy_v2(cublasHandle_t handle);
+template <typename... T> cublasStatus_t cublasSgemm(T... args);
+template <typename... T> cublasStatus_t cublasGemmEx(T... args);
+template <typename... T> cublasStatus_t cublasGemmBatchedEx(T... args);
+template <typename... T> cublasStatus_t cublasGemmStridedBatchedEx(T... args);
+
+#define cublasDestroy      cublasDestroy_v2
 #define cublasCreate       cublasCreate_v2
 #define cublasSetStream    cublasSetStream_v2
 #define cublasSetWorkspace cublasSetWorkspace_v2

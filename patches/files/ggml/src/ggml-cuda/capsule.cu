@@ -6,15 +6,16 @@
 // compiled, never run on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
 
 static constexpr int CAPSULE_CUDA_THREADS = 128;
+static constexpr int CAPSULE_CUDA_BLOCKS  = 4; // on a multiprocessor: shared memory allows 1 to 5, registers are no limit then
 
 template <typename T>
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS) capsule_unpack_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_unpack_kernel(const capsule_args args, const capsule_ptrs ptrs) {
     extern __shared__ float capsule_shared[];
     capsule_unpack<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
 }
 
 template <typename T>
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
     extern __shared__ float capsule_shared[];
     capsule_attn<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
 }
