@@ -15,6 +15,8 @@
 //
 
 static constexpr uint32_t CAPSULE_HOT_CHUNK = 64; // hot cells at a time
+static constexpr uint32_t CAPSULE_GROUP_MAX = 32; // slots times queries at a time
+static constexpr uint32_t CAPSULE_QUERY_MAX = 32; // queries of a KV head; for more of them it is cheaper to rebuild the keys
 
 // a row of the mask as floats, false if nothing in it is visible
 static bool capsule_mask_row(const ggml_tensor * mask, int64_t col, int64_t row, uint32_t n, uint32_t n_pad, float * dst) {
@@ -46,7 +48,7 @@ struct capsule_attn {
     uint32_t n_group;
     uint32_t ld_k;
     uint32_t ld_v;
-    uint32_t ld_s;
+    uint32_t ld_s; // of the columns at hand
 
     llama_capsule_buf<float> q_hot;  // [n_q][ld_k]
     llama_capsule_buf<float> q_cold;
@@ -58,6 +60,8 @@ struct capsule_attn {
     llama_capsule_buf<float> w;      // [n_q][rows]
     llama_capsule_buf<float> angles; // of the first token of a slot, negative
 
+    llama_capsule_query query;
+
     // state of the softmax
     llama_capsule_buf<float> m;
     llama_capsule_buf<float> l;
@@ -65,18 +69,19 @@ struct capsule_attn {
     llama_capsule_buf<float> o_hot;  // [n_q][ld_v]
     llama_capsule_buf<float> o_cold; // in the space of the rows
 
-    void init(uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v, uint32_t n_cols_max, uint32_t n_rows_max) {
+    void init(uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v, uint32_t n_cols_max, uint32_t n_rows_max, uint32_t n_slots_max) {
         this->n_q     = n_q;
         this->n_group = n_group;
         this->ld_k    = ld_k;
         this->ld_v    = ld_v;
 
-        ld_s = GGML_PAD(n_cols_max, LLAMA_CAPSULE_VEC);
+        // room for columns, padded
+        n_cols_max = GGML_PAD(n_cols_max, LLAMA_CAPSULE_VEC);
 
-        mask.resize(n_q/n_group*ld_s);
-        s   .resize(n_q*ld_s);
-        x   .resize(std::max(std::max(ld_s, n_rows_max)*std::max(ld_k, ld_v), ld_v*ld_s));
-        w   .resize(n_q*std::max(n_rows_max, ld_v));
+        mask.resize(n_q/n_group*n_cols_max);
+        s   .resize(n_q*n_cols_max);
+        x   .resize(n_cols_max*std::max(ld_k, ld_v));
+        w   .resize(n_q*std::max(n_slots_max*n_rows_max, ld_v));
 
         q_slot.resize(n_q*ld_k);
         for (auto * buf : { &q_hot, &q_cold }) {
@@ -91,10 +96,11 @@ struct capsule_attn {
         std::fill_n(m.resize(n_q), n_q, -INFINITY);
     }
 
-    bool read_mask(const ggml_tensor * t, int64_t col, uint32_t n) {
+    // n columns from col on -> those from to on
+    bool read_mask(const ggml_tensor * t, int64_t col, uint32_t n, uint32_t to) {
         bool any = false;
         for (uint32_t i = 0; i < n_q/n_group; ++i) {
-            any = capsule_mask_row(t, col, i, n, GGML_PAD(n, LLAMA_CAPSULE_VEC), mask.data() + i*ld_s) || any;
+            any = capsule_mask_row(t, col, i, n, GGML_PAD(n, LLAMA_CAPSULE_VEC), mask.data() + i*ld_s + to) || any;
         }
         return any;
     }
@@ -171,33 +177,62 @@ struct capsule_attn {
         simd.mul(n_q, n, ld_v, s.data(), 1, ld_s, x.data(), ld_v, nullptr, o_hot.data(), ld_v);
     }
 
-    // one slot; first and distances are angles, NULL without RoPE
-    void cold(const llama_capsule_tile & tile_k, const llama_capsule_tile & tile_v, const uint8_t * slot, uint32_t i_head, uint32_t N,
-            const llama_capsule_rope_params * rope, const float * first, const float * distances, bool rotated_v) {
-        tile_k.decode(slot, i_head, x.data());
+    // fewer columns than the mask has been read for
+    void set_columns(uint32_t n) {
+        for (uint32_t i = 1; i < n_q/n_group; ++i) {
+            std::copy(mask.data() + i*ld_s, mask.data() + i*ld_s + n, mask.data() + i*n);
+        }
+        ld_s = n;
+    }
 
-        const float * q = q_cold.data();
+    // behind the N columns of each slot: no scores, and masked
+    void clear_padding(uint32_t N, uint32_t n_pad) {
+        for (uint32_t i = 0; i < n_q*ld_s && N < n_pad; i += n_pad) {
+            std::fill(s.data() + i + N, s.data() + i + n_pad, 0.0f);
+        }
+    }
+
+    // as a slot sees them that begins there; angles, NULL without RoPE
+    const float * turn_queries(const llama_capsule_rope_params * rope, const float * first) {
+        if (!rope) {
+            return q_cold.data();
+        }
+
+        angles.resize(rope->n_rot);
+        rope->negate(first, angles.data());
+
+        std::copy(q_cold.data(), q_cold.data() + n_q*ld_k, q_slot.data());
+        simd.rope(n_q, q_slot.data(), ld_k, angles.data(), 0, rope->n_rot, rope->norm);
+
+        return q_slot.data();
+    }
+
+    // scores of one slot -> columns from to on
+    void score(const llama_capsule_tile & tile, const uint8_t * slot, uint32_t i_head, uint32_t N,
+            const llama_capsule_rope_params * rope, const float * first, const float * distances, uint32_t to) {
+        tile.decode(slot, i_head, x.data());
+
+        // the key of a token is R(first) R(distance) k
+        const float * q = turn_queries(rope, first);
         if (rope) {
-            // the key of a token is R(first) R(distance) k
-            angles.resize(rope->n_rot);
-            rope->negate(first, angles.data());
-
-            std::copy(q_cold.data(), q_cold.data() + n_q*ld_k, q_slot.data());
-            simd.rope(n_q, q_slot.data(), ld_k, angles.data(), 0, rope->n_rot, rope->norm);
-            q = q_slot.data();
-
             simd.rope(N, x.data(), ld_k, distances, rope->n_rot, rope->n_rot, rope->norm);
         }
-        simd.dot(N, n_q, ld_k, x.data(), ld_k, q, ld_k, s.data(), ld_s);
+        simd.dot(N, n_q, ld_k, x.data(), ld_k, q, ld_k, s.data() + to, ld_s);
+    }
 
-        softmax(N, true);
+    // the rest of it, for slots whose scores lie side by side
+    void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, uint32_t i_head, bool rotated_v, bool fast) {
+        softmax(ld_s, true);
 
+        // s is [n_q][slots.size()][ld_basis]
         const uint32_t n_rows = tile_v.n_rows();
+        const uint32_t n      = slots.size();
 
-        simd.dot(n_rows, n_q, tile_v.ld_basis(), tile_v.basis(), tile_v.ld_basis(), s.data(), ld_s, w.data(), n_rows);
+        simd.dot(n_rows, n_q*n, tile_v.ld_basis(), tile_v.basis(), tile_v.ld_basis(), s.data(), tile_v.ld_basis(), w.data(), n_rows);
 
-        tile_v.decode_rows(slot, i_head, rotated_v, x.data());
-        simd.mul(n_q, n_rows, ld_v, w.data(), 1, n_rows, x.data(), ld_v, nullptr, o_cold.data(), ld_v);
+        for (uint32_t i = 0; i < n; ++i) {
+            tile_v.mul_rows(slots[i], i_head, rotated_v, fast, n_q, w.data() + i*n_rows, n*n_rows, o_cold.data());
+        }
     }
 };
 
@@ -208,9 +243,28 @@ static float & capsule_kq_scale(ggml_tensor * t) {
     return ((float *) t->op_params)[GGML_MAX_OP_PARAMS/sizeof(float) - 1];
 }
 
+// the slots, those that the same queries serve together
+void llama_capsule_store::attend_order(uint32_t i_layer, uint32_t n_q, std::vector<slot_ref> & res) const {
+    res.clear();
+
+    uint32_t col = 0;
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const bool usable = rotated(i_layer, ip) && variants[i_layer][ip].usable() && n_q <= CAPSULE_QUERY_MAX;
+
+        for (uint32_t s = 0; s < pools[ip].n_used; ++s, col += N()) {
+            res.push_back({ ip, s, col, usable && !rope.moved(ip, s) ? N_TIERS*rope.pattern(ip, s) + ip : -1 });
+        }
+    }
+
+    std::stable_sort(res.begin(), res.end(), [](const slot_ref & a, const slot_ref & b) { return a.pattern < b.pattern; });
+}
+
 // item: a KV head and a part of the columns; dst: the result [d_v*n_head, n_tokens], or [d_v + 2, n_head*n_tokens, n_parts] to be combined
 void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, int nth) const {
     static thread_local capsule_attn a;
+    static thread_local std::vector<slot_ref> order;
+    static thread_local std::vector<slot_ref> slots;
+    static thread_local std::vector<const uint8_t *> rows;
 
     const ggml_tensor * q    = dst->src[0]; // [d_k, n_head, n_tokens]
     const ggml_tensor * k    = dst->src[1]; // [d_k, n_head_kv, n_kv]
@@ -239,11 +293,22 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
         n_rows_max = std::max(n_rows_max, tile(i_layer, ip, true).n_rows());
     }
 
+    const auto * rope_params = rope.params(i_layer);
+
+    attend_order(i_layer, n_q, order);
+
+    const uint32_t n_pad       = GGML_PAD(N(), LLAMA_CAPSULE_VEC);
+    const uint32_t n_slots_max = std::clamp<uint32_t>(CAPSULE_GROUP_MAX/n_q, 1, CAPSULE_GROUP_MAX/4);
+
+    auto slot_data = [&](const slot_ref & s) {
+        return (const uint8_t *) pools[s.i_pool].layers[i_layer].blob->data + s.i_slot*pools[s.i_pool].codecs[i_layer].layout.slot_stride;
+    };
+
     for (uint32_t item = ith; item < layer.n_head_kv*n_parts; item += nth) {
         const uint32_t h = item/n_parts;
         const uint32_t p = item%n_parts;
 
-        a.init(n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld(), std::max(N(), CAPSULE_HOT_CHUNK), n_rows_max);
+        a.init(n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld(), std::max(n_slots_max*n_pad, CAPSULE_HOT_CHUNK), n_rows_max, n_slots_max);
 
         for (uint32_t i = 0; i < n_q; ++i) {
             const float * src = (const float *) ((const char *) q->data + (h*n_group + i%n_group)*q->nb[1] + i/n_group*q->nb[2]);
@@ -265,25 +330,58 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
             const uint32_t col = i*CAPSULE_HOT_CHUNK;
             const uint32_t n   = std::min<uint32_t>(CAPSULE_HOT_CHUNK, k->ne[2] - col);
 
-            if (a.read_mask(mask, col, n)) {
+            a.ld_s = CAPSULE_HOT_CHUNK;
+            if (a.read_mask(mask, col, n, 0)) {
                 a.hot(k, v, kv.v_trans, h, col, n);
             }
         }
 
-        for (uint32_t i = n_slots*p/n_parts; i < n_slots*(p + 1)/n_parts; ++i) {
-            const int      ip = i < pools[0].n_used ? 0 : 1;
-            const uint32_t s  = ip == 0 ? i : i - pools[0].n_used;
+        int pattern = -1; // that the queries have been made for
 
-            if (!a.read_mask(cold, i*N(), N())) {
+        const uint32_t n_end = n_slots*(p + 1)/n_parts;
+        for (uint32_t i = n_slots*p/n_parts; i < n_end;) {
+            const int  ip      = order[i].i_pool;
+            const bool rebuilt = order[i].pattern < 0;
+
+            // a group of slots: what they share stays in the cache of the core
+            slots.clear();
+            a.ld_s = n_slots_max*n_pad;
+            for (; i < n_end && order[i].i_pool == ip && (order[i].pattern < 0) == rebuilt && slots.size() < n_slots_max; ++i) {
+                if (a.read_mask(cold, order[i].col, N(), slots.size()*n_pad)) {
+                    slots.push_back(order[i]);
+                }
+            }
+            if (slots.empty()) {
                 continue;
             }
+            a.set_columns(slots.size()*n_pad);
 
-            const uint8_t * slot = (const uint8_t *) pools[ip].layers[i_layer].blob->data + s*pools[ip].codecs[i_layer].layout.slot_stride;
+            rows.clear();
+            for (const auto & cur : slots) {
+                const float * first     = rope_params ? rope.first(i_layer, ip, cur.i_slot, rotated(i_layer, ip)) : nullptr;
+                const float * distances = rope_params ? rope.distances(i_layer, ip, cur.i_slot) : nullptr;
 
-            const auto * rope_params = rope.params(i_layer);
+                const uint8_t * slot = slot_data(cur);
+                const uint32_t  to   = rows.size()*n_pad;
 
-            a.cold(tile(i_layer, ip, false), tile(i_layer, ip, true), slot, h, N(), rope_params,
-                    rope_params ? rope.first(i_layer, ip, s) : nullptr, rope_params ? rope.distances(i_layer, ip, s) : nullptr, rotated_v);
+                rows.push_back(slot);
+                tile(i_layer, ip, true).prefetch(slot, h);
+                if (rows.size() < slots.size()) {
+                    tile(i_layer, ip, false).prefetch(slot_data(slots[rows.size()]), h);
+                }
+
+                if (cur.pattern < 0) {
+                    a.score(tile(i_layer, ip, false), slot, h, N(), rope_params, first, distances, to);
+                    continue;
+                }
+                if (cur.pattern != pattern) {
+                    pattern = cur.pattern;
+                    a.query.init(variants[i_layer][ip], h, n_q, a.turn_queries(rope_params, first), a.ld_k, distances, *rope_params);
+                }
+                a.query.scores(tile(i_layer, ip, false), slot, a.s.data() + to, a.ld_s);
+            }
+            a.clear_padding(N(), n_pad);
+            a.values(tile(i_layer, ip, true), rows, h, rotated_v, !rebuilt);
         }
 
         for (uint32_t i = 0; i < n_q; ++i) {

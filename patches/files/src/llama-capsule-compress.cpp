@@ -86,6 +86,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         for (auto & b : blocks) {
             if (fn(b)) {
                 todo.push_back(&b);
+                llama_capsule_rope_pos(kv.v_cells[0], b.idxs[0], kv.hparams.n_pos_per_embd(), pools[b.i_pool].stored[b.i_slot].data(), 1);
                 cells.insert(cells.end(), b.idxs.begin(), b.idxs.end());
             }
         }
@@ -130,6 +131,10 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
 
                 if (b->failed && b->i_pool == 0) {
                     continue;
+                }
+
+                if (rotated(l, b->i_pool)) {
+                    rotate(l, pool.stored[b->i_slot], false, n, kb);
                 }
 
                 slot.resize(codec.layout.slot_stride);

@@ -237,7 +237,7 @@ const llama_capsule_store::scratch & llama_capsule_store::layer_scratch(uint32_t
 // room for all hot cells and all slots
 bool llama_capsule_store::reserve_scratch() {
     const int64_t n_cols = GGML_PAD((pools[0].n_slots + pools[1].n_slots)*N(), 256) + kv.get_size();
-    const int64_t n_pos  = n_pos_total(pools[0].n_slots, pools[1].n_slots);
+    const int64_t n_pos  = 2*n_pos_total(pools[0].n_slots, pools[1].n_slots);
 
     uint32_t n_embd_k = 0;
     uint32_t n_embd_v = 0;
@@ -301,6 +301,7 @@ size_t llama_capsule_store::n_pos_total(uint32_t n_slots_0, uint32_t n_slots_1) 
     return res;
 }
 
+// the positions, and then what is left of them for layers with rotated keys
 void llama_capsule_store::set_input_pos(ggml_tensor * dst) const {
     const uint32_t n_pos = kv.hparams.n_pos_per_embd();
 
@@ -308,15 +309,22 @@ void llama_capsule_store::set_input_pos(ggml_tensor * dst) const {
 
     // section-major within a chunk
     int32_t * data = res.data();
-    for (const auto & pool : pools) {
-        for (uint32_t s = 0; s < pool.n_used; s += n_chunk) {
-            const uint32_t n_slots = std::min(n_chunk, pool.n_used - s);
-            const uint32_t n       = n_slots*N();
+    for (bool rotated : { false, true }) {
+        for (const auto & pool : pools) {
+            for (uint32_t s = 0; s < pool.n_used; s += n_chunk) {
+                const uint32_t n_slots = std::min(n_chunk, pool.n_used - s);
+                const uint32_t n       = n_slots*N();
 
-            for (uint32_t j = 0; j < n; ++j) {
-                llama_capsule_rope_pos(pool.cells, s*N() + j, n_pos, data + j, n);
+                for (uint32_t j = 0; j < n; ++j) {
+                    const uint32_t i = s*N() + j;
+
+                    llama_capsule_rope_pos(pool.cells, i, n_pos, data + j, n);
+                    for (uint32_t k = 0; k < n_pos && rotated && !pool.cells.is_empty(i); ++k) {
+                        data[k*n + j] = (uint32_t) data[k*n + j] - (uint32_t) pool.stored[i/N()][k]; // a saved state may hold any position
+                    }
+                }
+                data += n_pos_chunk(n_slots);
             }
-            data += n_pos_chunk(n_slots);
         }
     }
 
@@ -385,7 +393,7 @@ llm_graph_input_capsule * llama_capsule_store::graph_input(const llm_graph_conte
     auto inp = std::make_unique<llm_graph_input_capsule>(shared_from_this(), causal);
 
     if (n_cold() > 0) {
-        inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, n_pos_total(pools[0].n_used, pools[1].n_used));
+        inp->pos = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, 2*n_pos_total(pools[0].n_used, pools[1].n_used));
         ggml_set_input(inp->pos);
         ggml_set_name(inp->pos, "capsule_inp_pos");
 
@@ -596,13 +604,15 @@ void llama_capsule_store::build_reconstruct(const build_args & a) const {
     int64_t col   = 0;
     int64_t i_pos = 0;
 
+    const int64_t n_pos_all = n_pos_total(pools[0].n_used, pools[1].n_used);
+
     for (int ip = 0; ip < N_TIERS; ++ip) {
         const auto & pool = pools[ip];
 
         for (uint32_t i_slot = 0; i_slot < pool.n_used; i_slot += n_chunk) {
             const uint32_t n_slots = std::min(n_chunk, pool.n_used - i_slot);
 
-            build_chunk(a, ip, pool.layers[a.i_layer], i_slot, n_slots, col, i_pos);
+            build_chunk(a, ip, pool.layers[a.i_layer], i_slot, n_slots, col, rotated(a.i_layer, ip) ? n_pos_all + i_pos : i_pos);
 
             col   += n_slots*N();
             i_pos += n_pos_chunk(n_slots);

@@ -196,7 +196,7 @@ ggml_tensor * llama_capsule_store::op_rope(const llm_graph_context & g, llm_grap
 
     update_rope(); // the patterns
 
-    const int i_table = rope.find_table(i_layer);
+    const int i_table = rope.find_table(i_layer, rotated(i_layer, 0), rotated(i_layer, 1));
 
     ggml_tensor *& res = inp.op_rope[i_table];
     if (!res) {

@@ -140,7 +140,7 @@ void llama_capsule_rope_cache::init(std::vector<llama_capsule_rope_params> param
 
     layer_table = layer_params;
     for (auto & p : params) {
-        tables.push_back({ std::move(p), {}, {} });
+        tables.push_back({ std::move(p), {}, {}, {} });
     }
 }
 
@@ -149,27 +149,27 @@ const llama_capsule_rope_params * llama_capsule_rope_cache::params(uint32_t i_la
     return i < 0 ? nullptr : &tables[i].params;
 }
 
-const float * llama_capsule_rope_cache::first(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const {
+const float * llama_capsule_rope_cache::first(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot, bool rotated) const {
     const auto & t = tables[layer_table[i_layer]];
-    return t.first[i_pool].data() + i_slot*t.params.n_rot;
+    return (rotated ? t.rest : t.first)[i_pool].data() + i_slot*t.params.n_rot;
 }
 
 const float * llama_capsule_rope_cache::distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const {
     return tables[layer_table[i_layer]].distances[slots[i_pool][i_slot].pattern].data();
 }
 
-int llama_capsule_rope_cache::find_table(uint32_t i_layer) const {
-    return layer_table[i_layer];
+int llama_capsule_rope_cache::find_table(uint32_t i_layer, bool rotated_0, bool rotated_1) const {
+    return layer_table[i_layer] < 0 ? -1 : 4*layer_table[i_layer] + 2*rotated_1 + rotated_0;
 }
 
 size_t llama_capsule_rope_cache::packed_size(int i_table) const {
-    const size_t n_rot = tables[i_table].params.n_rot;
+    const size_t n_rot = tables[i_table/4].params.n_rot;
 
     return (slots[0].size() + slots[1].size())*(n_rot + 1) + patterns.size()*N*n_rot;
 }
 
 std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
-    const auto & t = tables[i_table];
+    const auto & t = tables[i_table/4];
 
     std::vector<int32_t> res;
 
@@ -179,9 +179,8 @@ std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
         std::memcpy(res.data() + n, x.data(), x.size()*sizeof(float));
     };
 
-    for (const auto & x : t.first) {
-        add(x);
-    }
+    add((i_table & 1 ? t.rest : t.first)[0]);
+    add((i_table & 2 ? t.rest : t.first)[1]);
     for (const auto & list : slots) {
         for (const auto & s : list) {
             res.push_back(s.pattern);
@@ -192,6 +191,15 @@ std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
     }
 
     return res;
+}
+
+int llama_capsule_rope_cache::pattern(uint32_t i_pool, uint32_t i_slot) const {
+    return slots[i_pool][i_slot].pattern;
+}
+
+bool llama_capsule_rope_cache::moved(uint32_t i_pool, uint32_t i_slot) const {
+    const auto & s = slots[i_pool][i_slot];
+    return s.first != s.stored;
 }
 
 bool llama_capsule_rope_cache::matches(const std::vector<llama_capsule_pos> & pos, const std::vector<bool> & empty, const llama_capsule_pos & first,
@@ -206,7 +214,8 @@ bool llama_capsule_rope_cache::matches(const std::vector<llama_capsule_pos> & po
     return true;
 }
 
-void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & cells, uint32_t n_slots, uint32_t n_pos) {
+void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & cells, const std::vector<llama_capsule_pos> & stored,
+        uint32_t n_slots, uint32_t n_pos) {
     if (tables.empty()) {
         return;
     }
@@ -216,6 +225,7 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
     list.resize(n_slots);
     for (auto & t : tables) {
         t.first[i_pool].resize(n_slots*t.params.n_rot);
+        t.rest [i_pool].resize(n_slots*t.params.n_rot);
     }
 
     std::vector<llama_capsule_pos> pos(N);
@@ -233,9 +243,11 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
         }
 
         auto & cur = list[s];
-        if (cur.pattern >= 0 && matches(pos, empty, cur.first, patterns[cur.pattern])) {
+        if (cur.pattern >= 0 && cur.stored == stored[s] && matches(pos, empty, cur.first, patterns[cur.pattern])) {
             continue;
         }
+
+        cur.stored = stored[s];
 
         cur.pattern = -1;
         for (size_t i = 0; i < patterns.size() && cur.pattern < 0; ++i) {
@@ -272,7 +284,8 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
         }
 
         for (auto & t : tables) {
-            t.params.fill(cur.first, true, t.first[i_pool].data() + s*t.params.n_rot);
+            t.params.fill(cur.first,                                      true, t.first[i_pool].data() + s*t.params.n_rot);
+            t.params.fill(llama_capsule_pos_sub(cur.first, cur.stored), true, t.rest [i_pool].data() + s*t.params.n_rot);
         }
     }
 }

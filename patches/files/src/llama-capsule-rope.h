@@ -13,6 +13,15 @@ class llama_kv_cells;
 // position of a token: t, y, x, z; only t without M-RoPE
 using llama_capsule_pos = std::array<int32_t, 4>;
 
+// a - b; the positions of a saved state may be anything
+inline llama_capsule_pos llama_capsule_pos_sub(const llama_capsule_pos & a, const llama_capsule_pos & b) {
+    llama_capsule_pos res;
+    for (size_t k = 0; k < res.size(); ++k) {
+        res[k] = (int32_t) ((uint32_t) a[k] - (uint32_t) b[k]);
+    }
+    return res;
+}
+
 //
 // RoPE of a layer on the host, see ggml_rope_cache_init() and ggml_mrope_cache_init()
 //
@@ -63,19 +72,25 @@ public:
     void init(std::vector<llama_capsule_rope_params> params, const std::vector<int> & layer_params, uint32_t N);
 
     // the cells of n_slots slots, pool by pool; false positives are impossible: every position is compared
-    void update(uint32_t i_pool, const llama_kv_cells & cells, uint32_t n_slots, uint32_t n_pos);
+    //   stored: the position by which the rows of a slot are rotated already, if those of the layer are
+    void update(uint32_t i_pool, const llama_kv_cells & cells, const std::vector<llama_capsule_pos> & stored, uint32_t n_slots, uint32_t n_pos);
 
     const llama_capsule_rope_params * params(uint32_t i_layer) const; // nullptr: no RoPE
 
-    const float * first    (uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const; // [n_rot]
+    // rows that are rotated already lack only what the slot has been moved by since
+    const float * first    (uint32_t i_layer, uint32_t i_pool, uint32_t i_slot, bool rotated) const; // [n_rot]
     const float * distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const; // [N][n_rot]
 
-    // layers with the same angles have the same table, -1: no RoPE
-    int find_table(uint32_t i_layer) const;
+    // layers with the same angles, and rows rotated already in the same pools, have the same table, -1: no RoPE
+    int find_table(uint32_t i_layer, bool rotated_0, bool rotated_1) const;
 
     // for GGML_OP_CAPSULE: first positions and patterns of all slots, pool by pool, then the distances of every pattern
     std::vector<int32_t> packed     (int i_table) const;
     size_t               packed_size(int i_table) const;
+
+    // slots with the same pattern have the same distances
+    int  pattern(uint32_t i_pool, uint32_t i_slot) const;
+    bool moved  (uint32_t i_pool, uint32_t i_slot) const;
 
 private:
     struct table {
@@ -83,10 +98,12 @@ private:
 
         std::vector<std::vector<float>> distances; // per pattern
         std::array<std::vector<float>, 2> first;   // per pool, [n_slots][n_rot]
+        std::array<std::vector<float>, 2> rest;    // the same less what is stored
     };
 
     struct slot {
         llama_capsule_pos first   = {};
+        llama_capsule_pos stored  = {};
         int               pattern = -1;
     };
 

@@ -1,22 +1,10 @@
-#include "llama-capsule-simd.h"
+#include "llama-capsule-simd-avx2.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CAPSULE_AVX2
-#include <immintrin.h>
-#endif
-
-// the blocks of ggml-common.h
-static constexpr uint32_t QK  = 32; // q8_0, q4_0
-static constexpr uint32_t QK2 = 64; // q2_0
-
-static constexpr size_t Q8_SIZE = 2 + QK;
-static constexpr size_t Q4_SIZE = 2 + QK/2;
-static constexpr size_t Q2_SIZE = 2 + QK2/4;
 
 //
 // plain C++
@@ -118,7 +106,7 @@ static void to_float_plain(ggml_type type, const void * src, float * dst, uint32
 }
 
 static const llama_capsule_simd simd_plain = {
-    "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain, nullptr,
+    "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain, nullptr, nullptr, nullptr, nullptr, nullptr,
 };
 
 //
@@ -126,9 +114,6 @@ static const llama_capsule_simd simd_plain = {
 //
 
 #ifdef CAPSULE_AVX2
-
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
 
 // the compiler may not gather products before it adds them up: they would not fit into the registers
 #define KEEP(x) __asm__("" : "+x"(x))
@@ -207,26 +192,6 @@ TARGET static void mul_avx2(uint32_t n_out, uint32_t n_rows, uint32_t d, const f
     for (; i < d; i += 8) {
         mul_cols<1>(n_out, n_rows, w, w_r, w_t, x + i, ld_x, init ? init + i : nullptr, out + i, ld_out);
     }
-}
-
-INLINE __m128 sum4(__m256 a0, __m256 a1, __m256 a2, __m256 a3) {
-    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a0, a1), _mm256_hadd_ps(a2, a3));
-
-    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-}
-
-INLINE float sum1(__m256 a) {
-    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));
-
-    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
-}
-
-INLINE float max1(__m256 a) {
-    const __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 t = _mm_max_ps(s, _mm_movehl_ps(s, s));
-
-    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
 
 // 4 rows of x against Q rows of y
@@ -420,39 +385,6 @@ TARGET static void hadamard_avx2(float * x, uint32_t n, size_t n_values) {
             }
         }
     }
-}
-
-INLINE float half_at(const uint8_t * p) {
-    uint16_t h;
-    memcpy(&h, p, sizeof(h));
-    return _cvtsh_ss(h);
-}
-
-// the codes 0..15 of 32 values
-INLINE __m256i codes_q4(const uint8_t * qs) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) qs);
-    const __m128i m = _mm_set1_epi8(15);
-
-    return _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(x, 4), m), _mm_and_si128(x, m));
-}
-
-// the codes 0..3 of 64 values
-INLINE void codes_q2(const uint8_t * qs, __m256i & lo, __m256i & hi) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) qs);
-    const __m128i m = _mm_set1_epi8(3);
-
-    const __m128i c0 = _mm_and_si128(x, m);
-    const __m128i c1 = _mm_and_si128(_mm_srli_epi16(x, 2), m);
-    const __m128i c2 = _mm_and_si128(_mm_srli_epi16(x, 4), m);
-    const __m128i c3 = _mm_and_si128(_mm_srli_epi16(x, 6), m);
-
-    const __m128i a0 = _mm_unpacklo_epi8(c0, c1);
-    const __m128i a1 = _mm_unpackhi_epi8(c0, c1);
-    const __m128i b0 = _mm_unpacklo_epi8(c2, c3);
-    const __m128i b1 = _mm_unpackhi_epi8(c2, c3);
-
-    lo = _mm256_set_m128i(_mm_unpackhi_epi16(a0, b0), _mm_unpacklo_epi16(a0, b0));
-    hi = _mm256_set_m128i(_mm_unpackhi_epi16(a1, b1), _mm_unpacklo_epi16(a1, b1));
 }
 
 // dst[i] = scale*(code - offset), 32 values
@@ -791,6 +723,7 @@ TARGET static void mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basi
 
 static const llama_capsule_simd simd_avx2 = {
     "avx2", mul_avx2, dot_avx2, fma_avx2, scale_avx2, rope_avx2, add_max_avx2, exp_sum_avx2, hadamard_avx2, to_float_avx2, mul_int_avx2,
+    llama_capsule_to_codes_avx2, llama_capsule_score_rows_avx2, llama_capsule_sum_avx2, llama_capsule_mul_rows_avx2,
 };
 
 #endif // CAPSULE_AVX2

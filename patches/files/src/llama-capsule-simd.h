@@ -15,6 +15,7 @@
 
 static constexpr uint32_t LLAMA_CAPSULE_VEC = 8;
 
+
 // memory for vectors: aligned to cache lines, grows only, the contents are lost when it does
 template<typename T>
 class llama_capsule_buf {
@@ -52,6 +53,21 @@ struct llama_capsule_int_rows {
     uint32_t n_q2;
 };
 
+// queries in 8 bits, for rows that are read as they are stored: variants of a query, ordered by the row that they meet
+struct llama_capsule_score {
+    uint32_t d;
+    uint32_t n_q;
+    uint32_t n_tokens;
+    uint32_t n_variants;
+
+    const uint32_t * first; // [n_rows + 1] variants of a row
+    const uint32_t * token; // [n_variants] whose score they add to
+
+    const int8_t * codes;   // [n_q][n_variants][d]
+    const float  * scales;  // [n_q][n_variants]
+    const float  * offsets; // [n_q][n_variants][LLAMA_CAPSULE_VEC], sums of 32 codes each times what stands for 0 in the row
+};
+
 struct llama_capsule_simd {
     const char * name;
 
@@ -84,6 +100,20 @@ struct llama_capsule_simd {
 
     // out[t][i] += sum_r basis[r][t] rows[r][i] in integers, see llama_capsule_int_basis; nullptr if there is no such kernel
     void (*mul_int)(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows,
+            float * out, size_t ld_out);
+
+    // the others are nullptr together with the one above: x in 8 bits and the sums of 32 codes each; returns the scale
+    float (*to_codes)(uint32_t d, const float * x, int8_t * codes, float * sums);
+
+    // rows [i_row, i_row + n_rows) of a list, of type q8_0, q4_0 or q2_0, d 64, 128 or 256; adds to acc [n_q][n_tokens][LLAMA_CAPSULE_VEC], whose sums are the scores
+    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc);
+
+    // out[i] = sum of the LLAMA_CAPSULE_VEC values of row i of x
+    void (*sum)(uint32_t n, const float * x, float * out);
+
+    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation;
+    //   n_terms: times that what is lost of the weights in 8 bits is added
+    void (*mul_rows)(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src,
             float * out, size_t ld_out);
 };
 

@@ -84,6 +84,7 @@ std::vector<uint8_t> llama_capsule_state_format(const llama_capsule_state & stat
     for (const auto & slots : state.slots) {
         for (const auto & slot : slots) {
             out.put(slot.hash);
+            out.put(slot.stored);
             for (const auto & cell : slot.cells) {
                 out.put(state_cell { cell.pos, cell.x, cell.y, (uint32_t) cell.seqs.count() });
                 for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
@@ -163,7 +164,8 @@ llama_capsule_state llama_capsule_state_parse(const uint8_t * data, size_t size,
         for (uint32_t n = 0; n < counts.n_slots[ip]; ++n) {
             llama_capsule_state_slot slot;
 
-            slot.hash = in.get<uint64_t>();
+            slot.hash   = in.get<uint64_t>();
+            slot.stored = in.get<std::array<int32_t, 4>>();
 
             bool empty = true;
             for (uint32_t j = 0; j < limits.block_size; ++j) {

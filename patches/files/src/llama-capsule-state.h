@@ -32,6 +32,8 @@ struct llama_capsule_state_cell {
 struct llama_capsule_state_slot {
     uint64_t hash = 0; // of the data
 
+    std::array<int32_t, 4> stored = {}; // position by which the keys are rotated
+
     std::vector<llama_capsule_state_cell> cells;
 };
 

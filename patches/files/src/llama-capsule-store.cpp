@@ -45,6 +45,7 @@ llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & 
         pool.cells.resize(n_slots_max*N());
         pool.used.resize(n_slots_max, false);
         pool.hash.resize(n_slots_max, 0);
+        pool.stored.resize(n_slots_max);
         pool.layers.resize(data().layers.size());
 
         for (uint32_t i = 0; i < data().layers.size(); ++i) {
@@ -67,6 +68,14 @@ const llama_capsule_data & llama_capsule_store::data() const {
 
 uint32_t llama_capsule_store::N() const {
     return p.data->block_size;
+}
+
+bool llama_capsule_store::rotated(uint32_t i_layer, int i_pool) const {
+    const auto & layer = data().layers[i_layer];
+
+    // gates are equal within a pair and commute with RoPE, a key MLP does not
+    return layer.rope && layer.n_mlp == 0 && pools[i_pool].codecs[i_layer].tl.key_codec == LLAMA_CAPSULE_KEY_CODEC_RETAIN &&
+        llama_capsule_rope_params::supported(kv.model);
 }
 
 uint64_t llama_capsule_store::version() const {
@@ -360,7 +369,7 @@ void llama_capsule_store::memory_breakdown(std::map<ggml_backend_buffer_type_t, 
 //
 
 static constexpr uint32_t CAPSULE_STATE_MAGIC   = 0x5343564b; // "KVCS"
-static constexpr uint32_t CAPSULE_STATE_VERSION = 2;
+static constexpr uint32_t CAPSULE_STATE_VERSION = 3;
 
 // followed by the description of the slots (llama-capsule-state.h), then the data of each slot, layer by layer
 struct capsule_state_header {
@@ -409,7 +418,8 @@ llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::arr
 
         for (uint32_t s = 0; s < pools[ip].n_used; ++s) {
             llama_capsule_state_slot slot;
-            slot.hash = pools[ip].hash[s];
+            slot.hash   = pools[ip].hash[s];
+            slot.stored = pools[ip].stored[s];
             slot.cells.resize(N());
 
             bool wanted = false;
@@ -591,7 +601,8 @@ void llama_capsule_store::state_set_cold(const llama_capsule_state & state, llam
                 }
             }
 
-            pool.hash[s] = slot.hash;
+            pool.hash[s]   = slot.hash;
+            pool.stored[s] = slot.stored;
             slots[ip].push_back(s);
         }
     }
@@ -677,7 +688,8 @@ std::vector<llama_capsule_store::cold_token> llama_capsule_store::read(llama_seq
     std::vector<float> k(N()*n_k);
     std::vector<float> v(N()*n_v);
 
-    for (const auto & pool : pools) {
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & pool  = pools[ip];
         const auto & codec = pool.codecs[i_layer];
 
         std::vector<uint8_t> slot(codec.layout.slot_stride);
@@ -694,6 +706,9 @@ std::vector<llama_capsule_store::cold_token> llama_capsule_store::read(llama_seq
                 if (!decoded) {
                     slot_get(pool, i_layer, s, slot.data());
                     codec.decode(slot.data(), k.data(), v.data());
+                    if (rotated(i_layer, ip)) {
+                        rotate(i_layer, pool.stored[s], true, N(), k.data());
+                    }
                     decoded = true;
                 }
 

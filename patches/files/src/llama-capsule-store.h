@@ -2,6 +2,7 @@
 
 #include "llama-capsule-codec.h"
 #include "llama-capsule-kv.h"
+#include "llama-capsule-query.h"
 #include "llama-capsule-rope.h"
 #include "llama-capsule-state.h"
 #include "llama-capsule-tile.h"
@@ -39,7 +40,7 @@ public:
     const uint64_t version;
     const bool     causal_attn;
 
-    ggml_tensor * pos     = nullptr; // I32, chunk by chunk
+    ggml_tensor * pos     = nullptr; // I32, chunk by chunk, twice: see set_input_pos()
     ggml_tensor * mask    = nullptr; // F32/F16 [n_cold_pad, n_tokens]
     ggml_tensor * mask_kq = nullptr; // hot and cold
 
@@ -216,6 +217,8 @@ private:
 
         std::vector<bool>     used;
         std::vector<uint64_t> hash; // of the data of a slot
+
+        std::vector<llama_capsule_pos> stored; // position by which the keys of a slot are rotated, in the layers where they are
     };
 
     // constants of the reconstruction of one layer in one tier
@@ -297,7 +300,8 @@ private:
     // of the CPU paths, made when a graph first needs them
     mutable llama_capsule_rope_cache rope;
 
-    mutable std::vector<std::vector<llama_capsule_tile>> tiles; // per layer: K and V of each tier
+    mutable std::vector<std::vector<llama_capsule_tile>>     tiles;    // per layer: K and V of each tier
+    mutable std::vector<std::vector<llama_capsule_variants>> variants; // per layer and tier
 
     std::vector<llama_capsule_path> paths; // per layer
 
@@ -337,6 +341,12 @@ private:
     const scratch &            layer_scratch(uint32_t i_layer) const;
 
     uint32_t find_layer(int il) const; // index in the capsule of the layer that holds the cells of layer il
+
+    // are the keys stored with the RoPE of the first token of a slot?
+    bool rotated(uint32_t i_layer, int i_pool) const;
+
+    // k [n][n_head_kv][d], all by the same position
+    void rotate(uint32_t i_layer, const llama_capsule_pos & pos, bool inverse, uint32_t n, float * k) const;
 
     void init_weights(uint32_t i_layer);
     void init_scratch_const();
@@ -394,7 +404,17 @@ private:
 
     llama_capsule_path path(uint32_t i_layer) const;
 
+    void init_tiles() const;
+
     const llama_capsule_tile & tile(uint32_t i_layer, int i_pool, bool is_v) const;
+
+    struct slot_ref {
+        int      i_pool;
+        uint32_t i_slot;
+        uint32_t col;     // in the mask
+        int      pattern; // slots that the same queries serve have the same, < 0: the keys are rebuilt
+    };
+    void attend_order(uint32_t i_layer, uint32_t n_q, std::vector<slot_ref> & res) const;
 
     // returns their number
     int blobs_in_use(uint32_t i_layer, ggml_tensor ** blobs) const;

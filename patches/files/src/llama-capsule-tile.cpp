@@ -74,6 +74,15 @@ uint32_t llama_capsule_tile::ld_basis() const {
     return GGML_PAD(codec.data.block_size, LLAMA_CAPSULE_VEC);
 }
 
+void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head) const {
+#ifdef __GNUC__
+    const uint8_t * p = rows_at(slot, i_head, 0);
+    for (size_t i = 0; i < part.head_stride; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+#endif
+}
+
 bool llama_capsule_tile::has_rotated() const {
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
         if (counts[t] > 0 && ggml_is_quantized(LLAMA_CAPSULE_TYPES[t])) {
@@ -116,6 +125,32 @@ float * llama_capsule_tile::decode_types(const uint8_t * slot, uint32_t i_head, 
 
 void llama_capsule_tile::decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const {
     decode_types(slot, i_head, 0, LLAMA_CAPSULE_N_TYPES, rotated, out);
+}
+
+void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, bool fast, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
+    static thread_local llama_capsule_buf<float> rows;
+
+    const auto & simd = llama_capsule_simd_get();
+
+    // the first type that is read as it is stored, without padding; for several queries it pays to decode rows of 4 bits
+    const int t0 = !rotated || !simd.mul_rows ? LLAMA_CAPSULE_N_TYPES : n_q > 2 || !fast ? T_Q2 : T_Q4;
+
+    uint32_t n_float = n_rows();
+    for (int t = t0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+        n_float -= counts[t];
+    }
+
+    decode_types(slot, i_head, 0, t0, rotated, rows.resize(n_float*ld()));
+
+    simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
+
+    w += n_float;
+    for (int t = t0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+        if (counts[t] > 0) {
+            simd.mul_rows(LLAMA_CAPSULE_TYPES[t], n_q, counts[t], fast ? 1 : 2, d(), w, ld_w, rows_at(slot, i_head, t), out, ld());
+        }
+        w += counts[t];
+    }
 }
 
 void llama_capsule_tile::decode(const uint8_t * slot, uint32_t i_head, float * out) const {

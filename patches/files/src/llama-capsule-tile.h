@@ -26,6 +26,15 @@ public:
     // [n_rows][ld]: x = mean + basis*rows, or its Hadamard transform
     void decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const;
 
+    // out[q][i] += sum_r w[q][r] rows[r][i], the rows as decode_rows() gives them; fast: weights in 8 bits
+    void mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, bool fast, uint32_t n_q, const float * w, size_t ld_w, float * out) const;
+
+    // those of a type as they are stored
+    const uint8_t * rows_at(const uint8_t * slot, uint32_t i_head, int t) const;
+
+    // the rows of a head are needed soon
+    void prefetch(const uint8_t * slot, uint32_t i_head) const;
+
     // are there rows that are stored rotated?
     bool has_rotated() const;
 
@@ -44,8 +53,6 @@ private:
     std::vector<float>   basis_max;
 
     std::vector<float> mlp_down; // [n_head_kv][n_mlp][d]
-
-    const uint8_t * rows_at(const uint8_t * slot, uint32_t i_head, int t) const;
 
     // rows of the types [t0, t1)
     float * decode_types(const uint8_t * slot, uint32_t i_head, int t0, int t1, bool rotated, float * out) const;

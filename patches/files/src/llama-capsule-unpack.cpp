@@ -12,8 +12,7 @@
 // slots -> K and V in the scratch, on the CPU: what the reconstruction in llama-capsule-graph.cpp does, as one node and without intermediates
 //
 
-// before a graph is computed
-void llama_capsule_store::update_rope() const {
+void llama_capsule_store::init_tiles() const {
     if (tiles.empty()) {
         std::vector<llama_capsule_rope_params> params;
         std::vector<int> layer_params;
@@ -34,17 +33,40 @@ void llama_capsule_store::update_rope() const {
         rope.init(std::move(params), layer_params, N());
 
         tiles.resize(data().layers.size());
+        variants.resize(tiles.size());
         for (uint32_t i = 0; i < tiles.size(); ++i) {
             for (const auto & pool : pools) {
+                variants[i].emplace_back(pool.codecs[i]);
                 tiles[i].emplace_back(pool.codecs[i], false);
                 tiles[i].emplace_back(pool.codecs[i], true);
             }
         }
     }
 
+}
+
+// before a graph is computed
+void llama_capsule_store::update_rope() const {
+    init_tiles();
+
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        rope.update(ip, pools[ip].cells, pools[ip].n_used, kv.hparams.n_pos_per_embd());
+        rope.update(ip, pools[ip].cells, pools[ip].stored, pools[ip].n_used, kv.hparams.n_pos_per_embd());
     }
+}
+
+void llama_capsule_store::rotate(uint32_t i_layer, const llama_capsule_pos & pos, bool inverse, uint32_t n, float * k) const {
+    init_tiles();
+
+    const auto & layer  = data().layers[i_layer];
+    const auto * params = rope.params(i_layer);
+
+    std::vector<float> cs(params->n_rot);
+    params->fill(pos, false, cs.data());
+    if (inverse) {
+        params->negate(cs.data(), cs.data());
+    }
+
+    llama_capsule_simd_get().rope(n*layer.n_head_kv, k, layer.n_embd_head_k, cs.data(), 0, params->n_rot, params->norm);
 }
 
 const llama_capsule_tile & llama_capsule_store::tile(uint32_t i_layer, int i_pool, bool is_v) const {
@@ -96,7 +118,7 @@ void llama_capsule_store::unpack(ggml_tensor * dst, uint32_t i_layer, bool is_v,
                 angles.resize(N()*rope_params->n_rot);
                 for (uint32_t j = 0; j < N(); ++j) {
                     const uint32_t offs = j*rope_params->n_rot;
-                    rope_params->add(rope.first(i_layer, ip, s), rope.distances(i_layer, ip, s) + offs, angles.data() + offs);
+                    rope_params->add(rope.first(i_layer, ip, s, rotated(i_layer, ip)), rope.distances(i_layer, ip, s) + offs, angles.data() + offs);
                 }
             }
 

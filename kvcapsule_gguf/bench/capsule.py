@@ -1,0 +1,79 @@
+"""Capsules with random contents at 5x, with the rows that training on the demo model chose there (docs/results/codec-study.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..codec.types import RowCounts, row_counts
+from ..format.base_model import base_of, read_base_model
+from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
+from ..format.writer import write_capsule
+from ..train.pattern import kept_tokens, neighbours
+from ..train.schedule import faithful_rows
+
+BLOCK, WIDTH, KEPT, NEIGHBOURS = 64, 24, 33, 2
+VALUES = row_counts(q8_0=2, q4_0=15, q2_0=47)
+PCA_KEYS = row_counts(q8_0=3, q4_0=25, q2_0=36)
+RETAIN_KEYS = row_counts(q4_0=KEPT, q2_0=BLOCK - KEPT)
+
+
+def make_capsule(model: Path, path: Path, codec: str, mlp_width: int = 0) -> Path:
+    """codec: "pca" or "retain"; mlp_width is that of the key MLP of `retain`."""
+    base = read_base_model(model)
+    retain = codec == "retain"
+    layers = [_layer(base, i, retain, mlp_width) for i in base.kv_layers]
+
+    def tier(name: str, keys: RowCounts, values: RowCounts, key_codec: int) -> Tier:
+        n = len(layers)
+        return Tier(name=name, key_codec=[key_codec] * n, key_rows=[keys] * n, value_rows=[values] * n, kappa=[0.0] * n)
+
+    faithful = faithful_rows(BLOCK, layers[0].key_length)
+    capsule = Capsule(
+        base=base_of(base),
+        block_size=BLOCK,
+        layers=layers,
+        tiers=[tier("faithful", faithful, faithful, PCA), tier("economy", RETAIN_KEYS if retain else PCA_KEYS, VALUES, RETAIN if retain else PCA)],
+        name=f"random {codec} capsule for {base.name}",
+        block_width=WIDTH,
+        neighbour_count=NEIGHBOURS if retain else 0,
+    )
+    capsule.set_ratios()
+    capsule.default_ratio = capsule.tiers[1].ratio
+    return write_capsule(path, capsule)
+
+
+def _layer(base, i: int, retain: bool, h: int) -> Layer:
+    heads, d = base.head_count_kv[i], base.key_length[i]
+    rng = np.random.default_rng(i)
+
+    def basis() -> np.ndarray:
+        return np.linalg.qr(rng.standard_normal((BLOCK, BLOCK)))[0].astype(np.float32)
+
+    layer = Layer(
+        index=i,
+        head_count_kv=heads,
+        key_length=d,
+        value_length=base.value_length[i],
+        k_mean=rng.standard_normal((heads, d)).astype(np.float32),
+        v_mean=rng.standard_normal((heads, base.value_length[i])).astype(np.float32),
+        k_basis=basis(),
+        v_basis=basis(),
+        k_query_weight=np.ones((heads, d), np.float32),
+        freq_base=base.freq_base[i],
+        rope=base.layer_rope[i],
+    )
+    if retain:
+        kept = kept_tokens(BLOCK, KEPT, WIDTH)
+        dropped, nearest = neighbours(BLOCK, kept, NEIGHBOURS, WIDTH)
+        layer.kept_count, layer.mlp_width = KEPT, h
+        layer.token_order = np.concatenate([kept, dropped]).astype(np.uint16)
+        layer.k_neighbours = nearest
+        gate = rng.random((heads, BLOCK - KEPT, NEIGHBOURS, 1)) / NEIGHBOURS
+        layer.k_gate = np.broadcast_to(gate, (heads, BLOCK - KEPT, NEIGHBOURS, d)).astype(np.float16)
+    if retain and h:
+        layer.k_mlp_up = (rng.standard_normal((heads, h, NEIGHBOURS * d)) / (NEIGHBOURS * d) ** 0.5).astype(np.float16)
+        layer.k_mlp_up_bias = np.zeros((heads, h), np.float32)
+        layer.k_mlp_down = (0.1 * rng.standard_normal((heads, d, h))).astype(np.float16)
+    return layer

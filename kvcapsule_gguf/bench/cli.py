@@ -1,0 +1,116 @@
+"""kvcapsule-bench op|model|demo"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..chat.errors import ChatError
+from ..format.capsule import CapsuleError as FileError
+from ..native import CapsuleError, NativeError
+from . import demo, op, report, whole
+from .geometry import GEOMETRIES
+from .settings import SETTINGS
+from .timing import BenchError
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+def listed(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        unknown = [name for name in names if known is not None and name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}, there are: {', '.join(known or ())}")
+        return names
+
+    return parse
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 1 on")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="kvcapsule-bench",
+        description="Times decoding with compressed images against llama.cpp's own caches, in turns in one process. Weights and caches are random: speed does not depend on them.",
+    )
+    sub = p.add_subparsers(dest="what", required=True)
+
+    def add(name: str, text: str, settings: Sequence[str], default: Sequence[str]) -> argparse.ArgumentParser:
+        q = sub.add_parser(name, help=text, description=text)
+        q.add_argument("-s", "--settings", type=listed(settings), default=tuple(default), metavar="A,B,...", help="caches (default: %(default)s)")
+        q.add_argument("-r", "--rounds", type=int, default=9, metavar="N", help="each of them once a round (default: %(default)s)")
+        q.add_argument("--json", action="store_true", help="results as JSON instead of a table")
+        if name != "demo":
+            q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
+            q.add_argument("-t", "--threads", type=int, default=1, metavar="N")
+            q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
+            q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
+        return q
+
+    q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
+    q.add_argument("--tokens", type=numbers, default=(2048, 4096, 8192, 16384), metavar="N,...", help="vision tokens (default: %(default)s)")
+    q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
+    q.add_argument("--capsule", choices=[n for n, s in SETTINGS.items() if s.capsule and not s.hot], default="retain", help="what they are compared with (default: %(default)s)")
+    q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
+    q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
+    q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
+    q.add_argument("--model", type=Path, default=DEMO, metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
+    return p
+
+
+def run(args: argparse.Namespace) -> list[Any]:
+    """Prints what it is at on stderr. Raises BenchError, ChatError, NativeError, CapsuleError."""
+    rows: list[Any] = []
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if args.what == "demo":
+        model = args.model if args.model.is_file() else next((p for p in sorted(args.model.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule-"))), None)
+        if model is None:
+            raise BenchError(f"no model in {args.model}")
+        for n in args.images:
+            say(f"{n} pictures")
+            rows += demo.measure_demo(model, n, args.settings, args.rounds)
+        return rows
+    unknown = [name for name in args.geometry if name not in GEOMETRIES]
+    if unknown:
+        raise BenchError(f"no geometry {unknown[0]!r}, there are: {', '.join(GEOMETRIES)}")
+    for name in args.geometry or GEOMETRIES:
+        for n in args.tokens if args.what == "op" else args.images:
+            say(f"{name}, {n} {'tokens' if args.what == 'op' else 'images'}")
+            if args.what == "op":
+                rows += op.measure_op(GEOMETRIES[name], args.folder, n, args.settings, args.rounds, args.threads)
+            else:
+                rows += whole.measure_whole(GEOMETRIES[name], args.folder, n, args.capsule, args.settings, args.rounds, args.threads)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        rows = run(args)
+        if getattr(args, "plot", None):
+            (report.op_plot if args.what == "op" else report.whole_plot)(rows, args.plot)
+    except (BenchError, ChatError, NativeError, CapsuleError, FileError, OSError, ValueError) as error:
+        print(f"kvcapsule-bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    tables = {"op": report.op_table, "model": report.whole_table, "demo": report.demo_table}
+    print(json.dumps([asdict(r) for r in rows], indent=1) if args.json else tables[args.what](rows))
+    return 0

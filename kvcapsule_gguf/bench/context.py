@@ -1,0 +1,120 @@
+"""A context with one of the settings, filled with images, and the time that a batch takes in it."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import struct
+import time
+from pathlib import Path
+
+from .. import native
+from .capsule import make_capsule
+from .fill import TYPES, ImageState, vision_part
+from .geometry import Geometry
+from .settings import Setting
+from .timing import BenchError, decode
+
+TEXT_ROOM, SEQ = 512, 1  # cells; images are read into this sequence and move to 0
+
+
+class Bench:
+    """The model of a geometry, loaded; capsules are made beside its file."""
+
+    def __init__(self, geometry: Geometry, path: Path) -> None:
+        self.geometry, self.path = geometry, path
+        self.native = native.load()
+        self.native.require_capsule()
+        self.llama = self.native.llama
+        self.log = self.llama.llama_log_callback(lambda level, text, user: None)  # must outlive the library's use of it
+        self.llama.llama_log_set(self.log, c.c_void_p(0))
+        self.llama.llama_backend_init()
+        options = self.llama.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), options)
+        if not self.model:
+            raise BenchError(f"{path} cannot be loaded as a model")
+        self.capsules: dict[Path, native.Capsule] = {}
+
+    def capsule(self, setting: Setting) -> native.Capsule:
+        path = self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}.gguf")
+        if path not in self.capsules:
+            if not path.exists():
+                make_capsule(self.path, path, setting.capsule, setting.mlp_width)
+            self.capsules[path] = native.Capsule.load(self.model, path)
+        return self.capsules[path]
+
+    def close(self) -> None:
+        for capsule in self.capsules.values():
+            capsule.close()
+        self.llama.llama_model_free(self.model)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Context:
+    """n images of a setting. Raises BenchError."""
+
+    def __init__(self, bench: Bench, setting: Setting, n: int, threads: int = 1) -> None:
+        self.bench, self.setting, self.llama, self.n = bench, setting, bench.llama, n
+        g = bench.geometry
+        self.compressed_s = 0.0
+        p = self.llama.llama_context_default_params()
+        p.n_ctx = n * g.image_tokens + TEXT_ROOM
+        p.n_batch = p.n_ubatch = 512
+        p.n_seq_max, p.kv_unified = 2, True
+        p.type_k = p.type_v = TYPES[setting.cache]
+        p.flash_attn_type = int(setting.flash)
+        p.n_threads = p.n_threads_batch = threads
+        if setting.capsule:
+            hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
+            native.next_context(bench.capsule(setting), n_hot=hot, auto_compress=False, guard=False)
+        self.ctx = self.llama.llama_init_from_model(bench.model, p)
+        if not self.ctx:
+            raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")
+        self.memory = self.llama.llama_get_memory(self.ctx)
+        self._fill(n)
+
+    def _fill(self, n: int) -> None:
+        g, setting, llama = self.bench.geometry, self.setting, self.llama
+        image = ImageState(g, setting.cache, not setting.flash)
+        data = image.data() if n else b""
+        empty = self._save()  # magic, sequence, number of streams, 0 cells; what a capsule adds
+        for i in range(n):
+            first = i * g.image_positions
+            tail = vision_part(empty[16:], first, first + g.image_positions) if setting.capsule and not g.mrope else empty[16:]
+            state = empty[:12] + struct.pack("<I", g.image_tokens) + image.cells(first) + data + tail
+            read = llama.llama_state_seq_set_data(self.ctx, (c.c_uint8 * len(state)).from_buffer_copy(state), len(state), SEQ)
+            if read != len(state):
+                raise BenchError(f"{setting.name}: the state of an image of {len(state)} bytes was not read")
+            if setting.capsule and (i == 0 or not setting.hot):
+                before = time.process_time()
+                moved = native.compress(self.ctx, SEQ, first, first + g.image_positions)
+                self.compressed_s += time.process_time() - before
+                if moved != g.image_tokens:
+                    raise BenchError(f"{setting.name}: {moved} of {g.image_tokens} tokens were compressed")
+            llama.llama_memory_seq_cp(self.memory, SEQ, 0, 0, -1)
+            llama.llama_memory_seq_rm(self.memory, SEQ, -1, -1)
+
+    def _save(self) -> bytes:
+        size = self.llama.llama_state_seq_get_size(self.ctx, SEQ)
+        buffer = (c.c_uint8 * size)()
+        self.llama.llama_state_seq_get_data(self.ctx, buffer, size, SEQ)
+        return bytes(buffer)
+
+    def decode(self, n: int) -> float:
+        return decode(self.llama, self.ctx, n)
+
+    def kv_bytes(self) -> int:
+        """Of all images: slots, or cells."""
+        g = self.bench.geometry
+        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[self.setting.cache]
+        cells = int(self.n * g.image_tokens * g.kv_bytes_f16 / 2 * width)
+        return native.stats(self.ctx).kv_bytes if self.setting.capsule else cells
+
+    def close(self) -> None:
+        self.llama.llama_free(self.ctx)

@@ -1,0 +1,68 @@
+"""The bundled demo model with pictures that it has really read, all settings open at once."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .timing import QUESTION, decode, in_turns, speedup
+
+SETTINGS = {  # flags of kvcapsule-chat
+    "f16 FA": ["--capsule", "off", "-fa", "on"],
+    "f16 no FA": ["--capsule", "off", "-fa", "off"],
+    "q8_0 FA": ["--capsule", "off", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"],
+    "q4_0 FA": ["--capsule", "off", "-fa", "on", "-ctk", "q4_0", "-ctv", "q4_0"],
+    "capsule FA": ["--capsule", "auto", "-fa", "on"],
+    "capsule no FA": ["--capsule", "auto", "-fa", "off"],
+}
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """Milliseconds of a token and of a question of QUESTION tokens, and how many times faster than the first setting."""
+
+    pictures: int
+    setting: str
+    token_ms: float
+    question_ms: float
+    token_speedup: float
+    question_speedup: float
+
+
+def open_session(stack: ExitStack, model: Path, flags: list[str], n: int, folder: Path) -> Any:
+    """A conversation that has seen n pictures -> its engine."""
+    from ..chat import args, images
+    from ..chat.engine import Engine
+    from ..chat.session import Session
+    from ..scenes import HELD_OUT, make_scene
+
+    options = args.parse([str(model), "-c", str(640 * n + 512), "--hot", "1024", "-b", "576", "-ub", "576", "--temp", "0", "-n", "1", "-t", "1", *flags])
+    engine = stack.enter_context(Engine(options, lambda text: None))
+    session = Session(engine, options)
+    picture = folder / "picture.png"
+    for i in range(n):
+        make_scene(HELD_OUT[i]).draw().save(picture)
+        session.ask("How many objects are there?", [images.load(str(picture))], lambda text: None)
+    return engine
+
+
+def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int) -> list[DemoRow]:
+    """Raises ChatError, BenchError."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        timers = {}
+        for name in names:
+            engine = open_session(stack, model, SETTINGS[name], n, folder)
+            for size in (1, QUESTION):
+                timers[f"{name} {size}"] = lambda e=engine, size=size: decode(e.llama, e.ctx, size)
+        times = in_turns(timers, rounds)
+    rows = []
+    for name in names:
+        token, question = times[f"{name} 1"], times[f"{name} {QUESTION}"]
+        base = times[f"{names[0]} 1"], times[f"{names[0]} {QUESTION}"]
+        rows.append(DemoRow(n, name, 1e3 * median(token), 1e3 * median(question), speedup(token, base[0]), speedup(question, base[1])))
+    return rows

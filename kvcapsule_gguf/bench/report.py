@@ -1,0 +1,62 @@
+"""Tables for the terminal (markdown) and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import plot
+from .demo import DemoRow
+from .op import REFERENCES, OpRow
+from .whole import MIB, WholeRow
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def op_table(rows: Sequence[OpRow]) -> str:
+    head = ["heads of", "tokens", "cache", "ms a layer", "ns a token and KV head", *(f"x {name}" for name in REFERENCES)]
+    body = []
+    for r in rows:
+        faster = [f"{r.faster_than[name]:.2f}" if name in r.faster_than else "" for name in REFERENCES]
+        body.append([r.geometry, str(r.tokens), r.setting, f"{1e3 * r.seconds:.2f}", f"{r.ns_per_token_and_head:.1f}", *faster])
+    return table(head, body)
+
+
+def whole_table(rows: Sequence[WholeRow]) -> str:
+    head = ["model", "images", "cache", "tokens/s", "the capsule is x faster", "first token, s", "the capsule is x faster", "KV of the images, MiB", "memory, MiB"]
+    body = []
+    for r in rows:
+        first = "" if r.setting == rows[0].setting else f"{r.token_ratio:.2f}"
+        second = "" if r.setting == rows[0].setting else f"{r.first_token_ratio:.2f}"
+        body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}", second,
+                     f"{r.kv_bytes / MIB:.0f}", f"{r.memory_bytes / MIB:.0f}"])
+    return table(head, body)
+
+
+def demo_table(rows: Sequence[DemoRow]) -> str:
+    head = ["pictures", "cache", "ms a token", "speed-up", "ms for 64 tokens", "speed-up"]
+    return table(head, [[str(r.pictures), r.setting, f"{r.token_ms:.2f}", f"{r.token_speedup:.2f}", f"{r.question_ms:.1f}", f"{r.question_speedup:.2f}"]
+                        for r in rows])
+
+
+def op_plot(rows: Sequence[OpRow], path: Path) -> None:
+    """Milliseconds against tokens, a panel for each geometry."""
+    panels = []
+    for geometry in dict.fromkeys(r.geometry for r in rows):
+        mine = [r for r in rows if r.geometry == geometry]
+        series = [plot.Series(name, [(r.tokens / 1024, 1e3 * r.seconds) for r in mine if r.setting == name]) for name in dict.fromkeys(r.setting for r in mine)]
+        panels.append(plot.Panel(geometry, "vision tokens, thousands", "ms of attention a token and layer", series, log_y=True))
+    plot.draw(path, panels)
+
+
+def whole_plot(rows: Sequence[WholeRow], path: Path) -> None:
+    """Tokens a second against images, a panel for each geometry."""
+    panels = []
+    for geometry in dict.fromkeys(r.geometry for r in rows):
+        mine = [r for r in rows if r.geometry == geometry]
+        series = [plot.Series(name, [(r.images, r.tokens_per_s) for r in mine if r.setting == name]) for name in dict.fromkeys(r.setting for r in mine)]
+        panels.append(plot.Panel(geometry, "images", "tokens/s", series))
+    plot.draw(path, panels)

@@ -1,0 +1,34 @@
+"""The caches that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """cache: type of the hot cache; capsule: codec that images are compressed with, "" = none; hot: only one image is, the others stay hot:
+    our kernel on an uncompressed cache."""
+
+    name: str
+    flash: bool = True
+    cache: str = "f16"
+    capsule: str = ""
+    mlp_width: int = 0
+    hot: bool = False
+
+
+SETTINGS = {
+    s.name: s
+    for s in (
+        Setting("f16 FA"),
+        Setting("f16 no FA", flash=False),
+        Setting("q8_0 FA", cache="q8_0"),
+        Setting("q4_0 FA", cache="q4_0"),
+        Setting("own f16", capsule="pca", hot=True),
+        Setting("own q8_0", cache="q8_0", capsule="pca", hot=True),
+        Setting("pca", capsule="pca"),
+        Setting("retain", capsule="retain"),
+        *(Setting(f"retain MLP {h}", capsule="retain", mlp_width=h) for h in (8, 16, 32)),
+    )
+}

@@ -1,0 +1,46 @@
+"""Processor time of batches, in turns: what else the machine does hits all contexts alike. One thread, or it is the sum over threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+TOKEN, QUESTION = 5, 64  # any token; tokens of a question
+WARM_UP = 2  # rounds: the graphs are built
+
+
+class BenchError(RuntimeError):
+    """The text is one line for the user."""
+
+
+def decode(llama: Any, ctx: int, n: int) -> float:
+    """Seconds of processor time of a batch of n tokens behind sequence 0; its cells are freed again."""
+    memory = llama.llama_get_memory(ctx)
+    start = llama.llama_memory_seq_pos_max(memory, 0) + 1
+    tokens = (llama.llama_token * n)(*([TOKEN] * n))
+    before = time.process_time()
+    failed = llama.llama_decode(ctx, llama.llama_batch_get_one(tokens, n))
+    llama.llama_synchronize(ctx)
+    took = time.process_time() - before
+    if failed:
+        raise BenchError(f"llama_decode returned {failed}")
+    llama.llama_memory_seq_rm(memory, 0, start, -1)
+    return took
+
+
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """name -> seconds of each round; within a round every timer runs once, in their order."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for i in range(rounds + WARM_UP):
+        for name, timer in timers.items():
+            took = timer()
+            if i >= WARM_UP:
+                times[name].append(took)
+    return times
+
+
+def speedup(times: list[float], base: list[float]) -> float:
+    """How many times faster than `base`: median of the ratios within a round."""
+    return median(b / max(a, 1e-9) for a, b in zip(times, base))

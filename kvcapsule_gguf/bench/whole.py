@@ -1,0 +1,76 @@
+"""Whole models: decoding, the first token of a question, and memory against the number of images."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from .context import Bench, Context
+from .geometry import Geometry
+from .model import get_model
+from .settings import SETTINGS
+from .timing import QUESTION, in_turns, speedup
+
+DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q4_0 FA")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class WholeRow:
+    """A cache with images: decoding, the first token of a question of QUESTION tokens, and how much slower (above 1) each is than with the capsule."""
+
+    geometry: str
+    images: int
+    setting: str
+    tokens_per_s: float
+    first_token_s: float
+    token_ratio: float
+    first_token_ratio: float
+    kv_bytes: int
+    memory_bytes: int
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def measure_whole(geometry: Geometry, folder: Path, images: int, capsule: str, rivals: tuple[str, ...], rounds: int, threads: int) -> list[WholeRow]:
+    """The capsule's row first; each rival is open at the same time as the capsule, one after the other. Raises BenchError."""
+    rows: list[WholeRow] = []
+    with Bench(geometry, get_model(geometry, folder)) as bench:
+        ours, memory = _open(bench, capsule, images, threads)
+        with closing(ours):
+            for name in rivals:
+                other, other_memory = _open(bench, name, images, threads)
+                with closing(other):
+                    timers = {}
+                    for who, context in (("ours", ours), ("other", other)):
+                        timers[who] = lambda c=context: c.decode(1)
+                        timers[who + " first"] = lambda c=context: c.decode(QUESTION)
+                    t = in_turns(timers, rounds)
+                    if not rows:
+                        rows.append(_row(geometry, images, capsule, ours, memory, t["ours"], t["ours first"], 1.0, 1.0))
+                    ratios = speedup(t["ours"], t["other"]), speedup(t["ours first"], t["other first"])
+                    rows.append(_row(geometry, images, name, other, other_memory, t["other"], t["other first"], *ratios))
+    return rows
+
+
+def _open(bench: Bench, name: str, images: int, threads: int) -> tuple[Context, int]:
+    gc.collect()
+    before = anonymous_bytes()
+    context = Context(bench, SETTINGS[name], images, threads)
+    context.decode(1)
+    gc.collect()
+    return context, anonymous_bytes() - before
+
+
+def _row(g: Geometry, images: int, name: str, context: Context, memory: int, token: list[float], first: list[float], token_ratio: float, first_ratio: float) -> WholeRow:
+    return WholeRow(g.name, images, name, 1 / median(token), median(first), token_ratio, first_ratio, context.kv_bytes(), memory)

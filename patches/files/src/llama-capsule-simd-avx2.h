@@ -1,0 +1,86 @@
+#pragma once
+
+#include "llama-capsule-simd.h"
+
+#include <cstring>
+
+// what the files with AVX2 share
+
+// the blocks of ggml-common.h
+static constexpr uint32_t QK  = 32; // q8_0, q4_0
+static constexpr uint32_t QK2 = 64; // q2_0
+
+static constexpr size_t Q8_SIZE = 2 + QK;
+static constexpr size_t Q4_SIZE = 2 + QK/2;
+static constexpr size_t Q2_SIZE = 2 + QK2/4;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CAPSULE_AVX2
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define INLINE TARGET __attribute__((always_inline)) static inline
+
+INLINE __m128 sum4(__m256 a0, __m256 a1, __m256 a2, __m256 a3) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a0, a1), _mm256_hadd_ps(a2, a3));
+
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+INLINE float sum1(__m256 a) {
+    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));
+
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+
+INLINE float max1(__m256 a) {
+    const __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 t = _mm_max_ps(s, _mm_movehl_ps(s, s));
+
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+}
+
+INLINE float half_at(const uint8_t * p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof(h));
+    return _cvtsh_ss(h);
+}
+
+// the codes 0..15 of 32 values
+INLINE __m256i codes_q4(const uint8_t * qs) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) qs);
+    const __m128i m = _mm_set1_epi8(15);
+
+    return _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(x, 4), m), _mm_and_si128(x, m));
+}
+
+// the codes 0..3 of 64 values
+INLINE void codes_q2(const uint8_t * qs, __m256i & lo, __m256i & hi) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) qs);
+    const __m128i m = _mm_set1_epi8(3);
+
+    const __m128i c0 = _mm_and_si128(x, m);
+    const __m128i c1 = _mm_and_si128(_mm_srli_epi16(x, 2), m);
+    const __m128i c2 = _mm_and_si128(_mm_srli_epi16(x, 4), m);
+    const __m128i c3 = _mm_and_si128(_mm_srli_epi16(x, 6), m);
+
+    const __m128i a0 = _mm_unpacklo_epi8(c0, c1);
+    const __m128i a1 = _mm_unpackhi_epi8(c0, c1);
+    const __m128i b0 = _mm_unpacklo_epi8(c2, c3);
+    const __m128i b1 = _mm_unpackhi_epi8(c2, c3);
+
+    lo = _mm256_set_m128i(_mm_unpackhi_epi16(a0, b0), _mm_unpacklo_epi16(a0, b0));
+    hi = _mm256_set_m128i(_mm_unpackhi_epi16(a1, b1), _mm_unpacklo_epi16(a1, b1));
+}
+
+// llama-capsule-simd-rows.cpp
+float llama_capsule_to_codes_avx2(uint32_t d, const float * x, int8_t * codes, float * sums);
+
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc);
+
+void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out);
+
+void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+
+#endif // CAPSULE_AVX2
