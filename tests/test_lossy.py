@@ -42,7 +42,7 @@ KINDS = {
     "one of each": Kind(TinyModel("llama"), {"rows": (1, 1, 1, 1, 1), "value_rows": (0, 0, 2, 0, 3)}),
     "retain": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 0, 0, 8, 0)}),
     "retain, residuals": Kind(TinyModel("qwen2"), {"key_codec": "retain", "rows": (0, 0, 2, 6, 6)}),
-    "retain, M-RoPE": Kind(TinyModel("qwen3vl"), {"key_codec": "retain", "neighbours": 3, "rows": (0, 0, 2, 8, 6)}),
+    "retain, M-RoPE": Kind(TinyModel("qwen3vl"), {"key_codec": "retain", "neighbours": 3, "rows": (0, 0, 3, 13, 0)}),
     "retain, head 128": Kind(TinyModel("llama", head=128), {"key_codec": "retain", "kept": 6, "rows": (0, 0, 1, 7, 8)}),
     "retain, f16 rows": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 1, 1, 6, 6)}),
     "retain, q8_0 cache": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 0, 0, 8, 8)}, cache="q8_0"),

@@ -1,3 +1,5 @@
+"""python -m kvcapsule_gguf.bench"""
+
 import sys
 
 from .cli import main

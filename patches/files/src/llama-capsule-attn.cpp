@@ -221,7 +221,7 @@ struct capsule_attn {
     }
 
     // the rest of it, for slots whose scores lie side by side
-    void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, uint32_t i_head, bool rotated_v, bool fast) {
+    void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, uint32_t i_head, bool rotated_v) {
         softmax(ld_s, true);
 
         // s is [n_q][slots.size()][ld_basis]
@@ -231,7 +231,7 @@ struct capsule_attn {
         simd.dot(n_rows, n_q*n, tile_v.ld_basis(), tile_v.basis(), tile_v.ld_basis(), s.data(), tile_v.ld_basis(), w.data(), n_rows);
 
         for (uint32_t i = 0; i < n; ++i) {
-            tile_v.mul_rows(slots[i], i_head, rotated_v, fast, n_q, w.data() + i*n_rows, n*n_rows, o_cold.data());
+            tile_v.mul_rows(slots[i], i_head, rotated_v, n_q, w.data() + i*n_rows, n*n_rows, o_cold.data());
         }
     }
 };
@@ -340,13 +340,12 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
 
         const uint32_t n_end = n_slots*(p + 1)/n_parts;
         for (uint32_t i = n_slots*p/n_parts; i < n_end;) {
-            const int  ip      = order[i].i_pool;
-            const bool rebuilt = order[i].pattern < 0;
+            const int ip = order[i].i_pool;
 
             // a group of slots: what they share stays in the cache of the core
             slots.clear();
             a.ld_s = n_slots_max*n_pad;
-            for (; i < n_end && order[i].i_pool == ip && (order[i].pattern < 0) == rebuilt && slots.size() < n_slots_max; ++i) {
+            for (; i < n_end && order[i].i_pool == ip && slots.size() < n_slots_max; ++i) {
                 if (a.read_mask(cold, order[i].col, N(), slots.size()*n_pad)) {
                     slots.push_back(order[i]);
                 }
@@ -381,7 +380,7 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
                 a.query.scores(tile(i_layer, ip, false), slot, a.s.data() + to, a.ld_s);
             }
             a.clear_padding(N(), n_pad);
-            a.values(tile(i_layer, ip, true), rows, h, rotated_v, !rebuilt);
+            a.values(tile(i_layer, ip, true), rows, h, rotated_v);
         }
 
         for (uint32_t i = 0; i < n_q; ++i) {

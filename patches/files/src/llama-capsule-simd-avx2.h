@@ -81,6 +81,6 @@ void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type
 
 void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out);
 
-void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+void llama_capsule_mul_q2_avx2(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
 
 #endif // CAPSULE_AVX2

@@ -170,33 +170,22 @@ TARGET void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out) {
 }
 
 //
-// weighted sums of rows of q4_0 and q2_0: four rows at a time, two of them in each half of a vector, weights and scales together in 8 bits
+// weighted sums of rows of q2_0: four rows at a time, two of them in each half of a vector; weights and scales together in 8 bits, and what they lose in 8 bits again
 //
 
-static constexpr uint32_t MUL_MAX_ROWS = 128;
+static constexpr uint32_t MUL_MAX_ROWS = 128; // sums of 2*127*3 for every fourth row stay below 2^15
+static constexpr int      MUL_N_VEC    = 8;   // accumulators of a block of columns
+static constexpr int      MUL_N_TERMS  = 2;
 
-template<bool Q4>
-struct mul_type {
-    static constexpr uint32_t cols   = Q4 ? QK : QK2; // of a block
-    static constexpr uint32_t size   = Q4 ? Q4_SIZE : Q2_SIZE;
-    static constexpr int      n_vec  = cols/8;
-    static constexpr int      offset = Q4 ? 8 : 1;
-    static constexpr uint32_t max    = Q4 ? 32 : MUL_MAX_ROWS; // rows: sums of 2*127*15 or 2*127*3 for every fourth one stay below 2^15
-};
-
-// codes of a block of columns of four rows, rows 0 and 1 (2 and 3) side by side: [n_vec][32 bytes]
-//   q4_0: vector j holds columns 8*j..; q2_0: vector 2*p + h columns 4*i + p, i from 8*h on
-template<bool Q4>
+// codes of a block of columns of four rows, rows 0 and 1 (2 and 3) side by side: [MUL_N_VEC][32 bytes], vector 2*p + h holds columns 4*i + p, i from 8*h on
 INLINE void mul_quad(const uint8_t * r0, const uint8_t * r1, const uint8_t * r2, const uint8_t * r3, __m256i * dst) {
-    static constexpr int bits = Q4 ? 4 : 2;
-
     const __m256i x = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) r2), _mm_loadu_si128((const __m128i *) r0));
     const __m256i y = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) r3), _mm_loadu_si128((const __m128i *) r1));
-    const __m256i m = _mm256_set1_epi8((1 << bits) - 1);
+    const __m256i m = _mm256_set1_epi8(3);
 
-    for (int p = 0; p < 8/bits; ++p) {
-        const __m256i xp = _mm256_and_si256(_mm256_srli_epi16(x, bits*p), m);
-        const __m256i yp = _mm256_and_si256(_mm256_srli_epi16(y, bits*p), m);
+    for (int p = 0; p < 4; ++p) {
+        const __m256i xp = _mm256_and_si256(_mm256_srli_epi16(x, 2*p), m);
+        const __m256i yp = _mm256_and_si256(_mm256_srli_epi16(y, 2*p), m);
 
         dst[2*p]     = _mm256_unpacklo_epi8(xp, yp);
         dst[2*p + 1] = _mm256_unpackhi_epi8(xp, yp);
@@ -242,14 +231,7 @@ INLINE void mul_add(__m256i x, __m256i offset, __m256 scale, float * y) {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, offset)), _mm256_loadu_ps(y)));
 }
 
-template<bool Q4>
 INLINE void mul_store(const __m256i * acc, __m256i offset, __m256 scale, float * out) {
-    if (Q4) {
-        for (int j = 0; j < 4; ++j) {
-            mul_add(acc[j], offset, scale, out + 8*j);
-        }
-        return;
-    }
     for (int h = 0; h < 2; ++h, out += 32) {
         const __m256i a0 = _mm256_unpacklo_epi16(acc[h],     acc[2 + h]);
         const __m256i a1 = _mm256_unpackhi_epi16(acc[h],     acc[2 + h]);
@@ -263,7 +245,6 @@ INLINE void mul_store(const __m256i * acc, __m256i offset, __m256 scale, float *
     }
 }
 
-template<bool Q4>
 INLINE void mul_acc(const __m256i * codes, const int8_t * w, __m256i * acc) {
     const __m256i pairs = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
 
@@ -271,41 +252,37 @@ INLINE void mul_acc(const __m256i * codes, const int8_t * w, __m256i * acc) {
     memcpy(&quad, w, sizeof(quad));
 
     const __m256i f = _mm256_shuffle_epi8(_mm256_set1_epi32(quad), pairs);
-    for (int j = 0; j < mul_type<Q4>::n_vec; ++j) {
+    for (int j = 0; j < MUL_N_VEC; ++j) {
         acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(codes[j], f));
     }
 }
 
 // a block of columns of four rows or fewer
-template<bool Q4>
 INLINE void mul_block(const uint8_t * src, size_t stride, uint32_t n_rows, __m256i * dst) {
     static const uint8_t none[QK] = { 0 };
 
     src += 2;
     if (n_rows >= 4) {
-        mul_quad<Q4>(src, src + stride, src + 2*stride, src + 3*stride, dst);
+        mul_quad(src, src + stride, src + 2*stride, src + 3*stride, dst);
     } else {
-        mul_quad<Q4>(src, n_rows > 1 ? src + stride : none, n_rows > 2 ? src + 2*stride : none, none, dst);
+        mul_quad(src, n_rows > 1 ? src + stride : none, n_rows > 2 ? src + 2*stride : none, none, dst);
     }
 }
 
-template<bool Q4>
-TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
-    using type = mul_type<Q4>;
+TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
+    const size_t stride = d/QK2*Q2_SIZE;
 
-    const size_t stride = d/type::cols*type::size;
-
-    __m256i codes[type::n_vec*type::max/4];
-    alignas(32) float  scales[type::max];
-    alignas(32) float  f     [type::max];
-    alignas(32) int8_t w8    [type::max];
+    __m256i codes[MUL_N_VEC*MUL_MAX_ROWS/4];
+    alignas(32) float  scales[MUL_MAX_ROWS];
+    alignas(32) float  f     [MUL_MAX_ROWS];
+    alignas(32) int8_t w8    [MUL_MAX_ROWS];
 
     const uint32_t n_pad = GGML_PAD(n_rows, 8);
 
     std::fill_n(scales, n_pad, 0.0f);
     std::fill_n(f,      n_pad, 0.0f);
 
-    for (uint32_t b = 0; b < d/type::cols; ++b, src += type::size) {
+    for (uint32_t b = 0; b < d/QK2; ++b, src += Q2_SIZE) {
         uint32_t r = 0;
         for (; r + 8 <= n_rows; r += 8) {
             _mm256_store_ps(scales + r, load_scales<8>(src + r*stride, stride));
@@ -314,10 +291,8 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t n_terms, u
             scales[r] = half_at(src + r*stride);
         }
 
-        const bool once = n_out*n_terms == 1;
-
-        for (r = 0; r < n_rows && !once; r += 4) {
-            mul_block<Q4>(src + r*stride, stride, n_rows - r, codes + type::n_vec*r/4);
+        for (r = 0; r < n_rows; r += 4) {
+            mul_block(src + r*stride, stride, n_rows - r, codes + MUL_N_VEC*r/4);
         }
 
         for (uint32_t i = 0; i < n_out; ++i) {
@@ -326,46 +301,26 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t n_terms, u
                 _mm256_store_ps(f + r, _mm256_mul_ps(_mm256_load_ps(f + r), _mm256_load_ps(scales + r)));
             }
 
-            for (uint32_t k = 0; k < n_terms; ++k) {
+            for (int k = 0; k < MUL_N_TERMS; ++k) {
                 int32_t sum;
                 const float scale = mul_weights(n_pad, f, w8, sum);
 
-                __m256i acc[type::n_vec];
+                __m256i acc[MUL_N_VEC];
                 for (auto & x : acc) {
                     x = _mm256_setzero_si256();
                 }
-                if (!once) {
-                    for (r = 0; r < n_rows; r += 4) {
-                        mul_acc<Q4>(codes + type::n_vec*r/4, w8 + r, acc);
-                    }
-                } else {
-                    for (r = 0; r < n_rows; r += 4) {
-                        __m256i cur[type::n_vec];
-                        mul_block<Q4>(src + r*stride, stride, n_rows - r, cur);
-                        mul_acc<Q4>(cur, w8 + r, acc);
-                    }
+                for (r = 0; r < n_rows; r += 4) {
+                    mul_acc(codes + MUL_N_VEC*r/4, w8 + r, acc);
                 }
-                mul_store<Q4>(acc, _mm256_set1_epi32(type::offset*sum), _mm256_set1_ps(scale), out + i*ld_out + b*type::cols);
+                mul_store(acc, _mm256_set1_epi32(sum), _mm256_set1_ps(scale), out + i*ld_out + b*QK2);
             }
         }
     }
 }
 
-template<bool Q4>
-static void mul_rows_any(uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
-    using type = mul_type<Q4>;
-
-    for (uint32_t r = 0; r < n_rows; r += type::max) {
-        mul_rows<Q4>(n_out, std::min(n_rows - r, +type::max), n_terms, d, w + r, ld_w, src + r*(d/type::cols)*type::size, out, ld_out);
-    }
-}
-
-void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w,
-        const uint8_t * src, float * out, size_t ld_out) {
-    if (type == GGML_TYPE_Q4_0) {
-        mul_rows_any<true> (n_out, n_rows, n_terms, d, w, ld_w, src, out, ld_out);
-    } else {
-        mul_rows_any<false>(n_out, n_rows, n_terms, d, w, ld_w, src, out, ld_out);
+void llama_capsule_mul_q2_avx2(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
+    for (uint32_t r = 0; r < n_rows; r += MUL_MAX_ROWS) {
+        mul_rows(n_out, std::min(n_rows - r, +MUL_MAX_ROWS), d, w + r, ld_w, src + r*(d/QK2)*Q2_SIZE, out, ld_out);
     }
 }
 

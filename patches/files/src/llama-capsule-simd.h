@@ -111,10 +111,8 @@ struct llama_capsule_simd {
     // out[i] = sum of the LLAMA_CAPSULE_VEC values of row i of x
     void (*sum)(uint32_t n, const float * x, float * out);
 
-    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation;
-    //   n_terms: times that what is lost of the weights in 8 bits is added
-    void (*mul_rows)(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t n_terms, uint32_t d, const float * w, size_t ld_w, const uint8_t * src,
-            float * out, size_t ld_out);
+    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q2_0 without undoing the Hadamard rotation
+    void (*mul_q2)(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
 };
 
 // of this machine; LLAMA_KVCAPSULE_SIMD=0 selects plain C++

@@ -127,29 +127,20 @@ void llama_capsule_tile::decode_rows(const uint8_t * slot, uint32_t i_head, bool
     decode_types(slot, i_head, 0, LLAMA_CAPSULE_N_TYPES, rotated, out);
 }
 
-void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, bool fast, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
+void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
     static thread_local llama_capsule_buf<float> rows;
 
     const auto & simd = llama_capsule_simd_get();
 
-    // the first type that is read as it is stored, without padding; for several queries it pays to decode rows of 4 bits
-    const int t0 = !rotated || !simd.mul_rows ? LLAMA_CAPSULE_N_TYPES : n_q > 2 || !fast ? T_Q2 : T_Q4;
+    // rows of 2 bits are read as they are stored, without padding
+    const bool     as_stored = rotated && simd.mul_q2 && counts[T_Q2] > 0;
+    const uint32_t n_float   = n_rows() - (as_stored ? counts[T_Q2] : 0);
 
-    uint32_t n_float = n_rows();
-    for (int t = t0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        n_float -= counts[t];
-    }
-
-    decode_types(slot, i_head, 0, t0, rotated, rows.resize(n_float*ld()));
+    decode_types(slot, i_head, 0, as_stored ? T_Q2 : LLAMA_CAPSULE_N_TYPES, rotated, rows.resize(n_float*ld()));
 
     simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
-
-    w += n_float;
-    for (int t = t0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        if (counts[t] > 0) {
-            simd.mul_rows(LLAMA_CAPSULE_TYPES[t], n_q, counts[t], fast ? 1 : 2, d(), w, ld_w, rows_at(slot, i_head, t), out, ld());
-        }
-        w += counts[t];
+    if (as_stored) {
+        simd.mul_q2(n_q, counts[T_Q2], d(), w + n_float, ld_w, rows_at(slot, i_head, T_Q2), out, ld());
     }
 }
 

@@ -26,8 +26,8 @@ public:
     // [n_rows][ld]: x = mean + basis*rows, or its Hadamard transform
     void decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const;
 
-    // out[q][i] += sum_r w[q][r] rows[r][i], the rows as decode_rows() gives them; fast: weights in 8 bits
-    void mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, bool fast, uint32_t n_q, const float * w, size_t ld_w, float * out) const;
+    // out[q][i] += sum_r w[q][r] rows[r][i], the rows as decode_rows() gives them
+    void mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const;
 
     // those of a type as they are stored
     const uint8_t * rows_at(const uint8_t * slot, uint32_t i_head, int t) const;

@@ -1,0 +1,93 @@
+"""kvcapsule-bench: images get into caches without being decoded, and what it prints holds together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import library
+
+SMALL = """
+from pathlib import Path
+import sys
+import numpy as np
+from kvcapsule_gguf import native
+from kvcapsule_gguf.bench.context import Bench, Context
+from kvcapsule_gguf.bench.fill import cache_rows
+from kvcapsule_gguf.bench.geometry import Geometry
+from kvcapsule_gguf.bench.model import get_model
+from kvcapsule_gguf.bench.settings import SETTINGS
+from kvcapsule_gguf.bench.whole import measure_whole
+
+folder = Path(sys.argv[1])
+plain = Geometry("plain", "llama", 2, 4, 2, 64, 256, 256, n_vocab=64, side=8)
+grid = Geometry("grid", "qwen3vl", 2, 4, 2, 64, 256, 256, n_vocab=64, rope="imrope", sections=(12, 10, 10, 0), qk_norm=True, side=8)
+"""
+
+FILLED = SMALL + """
+for g in (plain, grid):
+    rows = cache_rows(64, 128, "f16").view(np.float16).reshape(64, 2, 64).astype(np.float32)
+    with Bench(g, get_model(g, folder)) as bench:
+        for name in ("f16 FA", "f16 no FA", "own f16"):
+            context = Context(bench, SETTINGS[name], 2)
+            _, v = native.read_kv(context.ctx, 1, (2, 64, 64))
+            assert np.array_equal(v[-64:], rows), name
+            context.close()
+        compressed = Context(bench, SETTINGS["retain"], 2)
+        found = native.stats(compressed.ctx)
+        assert (found.n_cold, found.n_hot_vision, found.n_slots) == (128, 0, (2, 0))
+        assert compressed.decode(1) > 0 and native.stats(compressed.ctx) == found
+        compressed.close()
+"""
+
+WHOLE = SMALL + """
+rows = measure_whole(plain, folder, 2, "retain", ("f16 FA", "q4_0 FA"), 3, 1)
+assert [r.setting for r in rows] == ["retain", "f16 FA", "q4_0 FA"]
+assert rows[1].kv_bytes == 2 * 64 * plain.kv_bytes_f16 and 4.5 < rows[1].kv_bytes / rows[0].kv_bytes < 5.5
+assert all(r.tokens_per_s > 0 and r.first_token_s > 0 for r in rows)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+def python(*arguments):
+    env = os.environ | {"KVCAPSULE_LIB": str(library("patched")), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("script", [FILLED, WHOLE], ids=["filled", "whole"])
+def test_in_small(folder, script):
+    done = python("-c", script, folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_attention(folder):
+    picture = folder / "op.png"
+    done = python("-m", "kvcapsule_gguf.bench", "op", "qwen2.5-vl-7b", "--tokens", 576, "-r", 3, "-s", "f16 FA,own f16,pca,retain",
+                  "--folder", folder, "--plot", picture, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {r["setting"]: r for r in json.loads(done.stdout)}
+    assert list(rows) == ["f16 FA", "own f16", "pca", "retain"] and picture.stat().st_size > 1000
+    for row in rows.values():
+        assert row["tokens"] == 576 and set(row["faster_than"]) == {"f16 FA", "own f16"}
+        assert row["ns_per_token_and_head"] == pytest.approx(1e9 * row["seconds"] / (576 * 4))
+    assert rows["f16 FA"]["kv_bytes"] == 576 * 4 * 512 and rows["f16 FA"]["faster_than"]["f16 FA"] == 1
+    for name in ("pca", "retain"):
+        assert 4.9 < rows["f16 FA"]["kv_bytes"] / rows[name]["kv_bytes"] < 5.1
+
+
+@pytest.mark.parametrize(("arguments", "line"), [
+    (("op", "gpt-5"), "kvcapsule-bench: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b"),
+    (("op", "-s", "f8"), "no 'f8', there are: f16 FA"),
+    (("model", "--images", "0"), "'0' is not a list of numbers from 1 on"),
+    (("demo", "--model", "/nowhere"), "kvcapsule-bench: no model in /nowhere"),
+])
+def test_refused(arguments, line):
+    done = python("-m", "kvcapsule_gguf.bench", *arguments)
+    assert done.returncode != 0 and line in done.stderr and "Traceback" not in done.stderr
