@@ -140,14 +140,32 @@ struct capsule_attn {
         }
     }
 
+    // the rows of a head lie far apart in the hot cache
+    static void prefetch(const ggml_tensor * t, uint32_t i_head, int64_t col, uint32_t n) {
+#ifdef __GNUC__
+        const size_t size = ggml_row_size(t->type, t->ne[0]);
+        for (int64_t j = col; j < std::min<int64_t>(col + n, t->ne[2]); ++j) {
+            for (size_t i = 0; i < size; i += 64) {
+                __builtin_prefetch((const char *) t->data + i_head*t->nb[1] + j*t->nb[2] + i);
+            }
+        }
+#endif
+    }
+
     // n hot cells from col on
     void hot(const ggml_tensor * k, const ggml_tensor * v, bool v_trans, uint32_t i_head, int64_t col, uint32_t n) {
+        if (!v_trans) {
+            prefetch(v, i_head, col, n);
+        }
+
         const int64_t d_k = k->ne[0];
         for (uint32_t j = 0; j < n; ++j) {
             simd.to_float(k->type, (const char *) k->data + i_head*k->nb[1] + (col + j)*k->nb[2], x.data() + j*ld_k, d_k);
             std::fill(x.data() + j*ld_k + d_k, x.data() + (j + 1)*ld_k, 0.0f);
         }
         simd.dot(n, n_q, ld_k, x.data(), ld_k, q_hot.data(), ld_k, s.data(), ld_s);
+
+        prefetch(k, i_head, col + n, n);
 
         softmax(n, false);
 

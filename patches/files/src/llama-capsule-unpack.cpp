@@ -42,7 +42,6 @@ void llama_capsule_store::init_tiles() const {
             }
         }
     }
-
 }
 
 // before a graph is computed
