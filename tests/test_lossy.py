@@ -42,7 +42,7 @@ KINDS = {
     "one of each": Kind(TinyModel("llama"), {"rows": (1, 1, 1, 1, 1), "value_rows": (0, 0, 2, 0, 3)}),
     "retain": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 0, 0, 8, 0)}),
     "retain, residuals": Kind(TinyModel("qwen2"), {"key_codec": "retain", "rows": (0, 0, 2, 6, 6)}),
-    "retain, M-RoPE": Kind(TinyModel("qwen3vl"), {"key_codec": "retain", "neighbours": 3, "rows": (0, 0, 3, 13, 0)}),
+    "retain, M-RoPE": Kind(TinyModel("qwen3vl"), {"key_codec": "retain", "kept": 6, "neighbours": 3, "rows": (0, 0, 4, 12, 0)}),
     "retain, head 128": Kind(TinyModel("llama", head=128), {"key_codec": "retain", "kept": 6, "rows": (0, 0, 1, 7, 8)}),
     "retain, f16 rows": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 1, 1, 6, 6)}),
     "retain, q8_0 cache": Kind(TinyModel("llama"), {"key_codec": "retain", "rows": (0, 0, 0, 8, 8)}, cache="q8_0"),
@@ -86,8 +86,10 @@ def test_a_slot_holds_what_the_reference_encodes(results, models, capsules, kind
             wanted = wanted.swapaxes(1, 2).reshape(x.shape)
             loss = nmse(wanted, x)
             assert loss > 1e-8  # it is lossy
-            # a value halfway between two codes may go either way
-            assert nmse(ours, wanted) <= 1e-6 + 1e-3 * loss
+            # a value halfway between two codes may go either way; rotated keys are not the reference's to the last bit, and others are predicted from them
+            assert nmse(ours, wanted) <= 1e-6 + (2e-2 if stored_rotated(KINDS[kind]) else 1e-3) * loss
+            off = ((ours - wanted) ** 2).sum((1, 2)) > 1e-5 * (wanted**2).sum((1, 2))
+            assert off.mean() <= 0.15
 
 
 def stored_rotated(kind: Kind) -> bool:
