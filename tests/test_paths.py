@@ -49,7 +49,9 @@ def lossy(models, capsules, patched):
 @pytest.mark.parametrize(("kind", "fa"), GRID)
 def test_the_cpu_is_reconstruct(lossy, kind, fa, path):
     ours, reconstruct = (lossy[p][f"{kind}-{fa}"].logits() for p in (path, "reconstruct"))
-    assert nmse(ours[:FIRST], reconstruct[:FIRST]) <= limit(path, KINDS[kind].cache, fa)
+    # the first key of a slot is stored as it is attended to: its values lie halfway between two codes of a q8_0 scratch
+    halfway = kind == "retain, q8_0 cache" and path == "unpack"
+    assert nmse(ours[:FIRST], reconstruct[:FIRST]) <= (1e-5 if halfway else limit(path, KINDS[kind].cache, fa))
     assert nmse(ours, reconstruct) <= SECOND
 
 
