@@ -13,7 +13,7 @@ from test_chat import Run, chat, environment  # noqa: F401  (chat is a fixture)
 from test_native import require_capsules
 
 DEMO = ROOT / "kvcapsule_gguf" / "demo"
-TOKENS, BLOCK = 576, 48
+TOKENS = 576
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +31,17 @@ def test_a_picture_is_compressed_and_answered(chat: Run) -> None:
     assert ours["images"][0]["tokens_compressed"] == TOKENS
     assert ours["kv_bytes_f16_equivalent"] == plain["kv_bytes"] > 3 * ours["kv_bytes"]
     assert ours["answer"].strip() == plain["answer"].strip()
+
+
+def test_a_wide_and_a_tall_picture(chat: Run) -> None:
+    """The second model, M-RoPE: each picture is compressed in tiles of its own grid, and the answer stays."""
+    model = next((DEMO / "mrope").glob("kvdemo-mrope-*.gguf"))
+    pictures = [DEMO / "mrope" / f"scene-{kind}.jpg" for kind in ("wide", "tall")]
+    arguments = (model, "--image", pictures[0], "--image", pictures[1], "-p", "Which image has more objects?", "-n", "16", "--json")
+    plain, ours = (json.loads(chat(*arguments, "--capsule", setting).stdout) for setting in ("off", "auto"))
+    assert ours["capsule"] and ours["vision_tokens"] == plain["vision_tokens"] == sum(image["tokens"] for image in ours["images"])
+    assert len(ours["images"]) == 2 and all(image["tokens_compressed"] > image["tokens"] / 2 for image in ours["images"])
+    assert plain["kv_bytes"] > 2 * ours["kv_bytes"] and ours["answer"].strip() == plain["answer"].strip()
 
 
 def test_the_demo() -> None:
