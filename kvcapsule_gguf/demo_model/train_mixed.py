@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..scenes import HELD_OUT, TASKS, TRAIN, compare_questions, make_questions, make_scene, random_size
+from ..scenes import HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, random_size
 from .features import training_scene
 from .mixed import MixedBatch, MixedModel, forward_mixed, make_mixed, save_mixed
 from .optim import Optimisers, schedule
+from .scoring import Scores
 from .tokenizer import Prompts
 
 MIXED_SEEDS = 7_500_000
@@ -43,17 +44,11 @@ def held_out_batches(prompts: Prompts, scenes: int, cell: int):
 @torch.no_grad()
 def score(model: MixedModel, prompts: Prompts, scenes: int = 24) -> dict[str, float]:
     """Exact match per task on held-out scenes: every answer token, end included, is the most likely one."""
-    hits: dict[str, list[bool]] = defaultdict(list)
+    scores = Scores()
     for batch, asked in held_out_batches(prompts, scenes, model.vision.cfg.cell):
         _, _, right = forward_mixed(model, prompts, batch.to(model.decoder.embed.weight.device))
-        right = (right.cpu() | (batch.targets < 0)).numpy()
-        for row, questions in enumerate(asked):
-            for i, question in enumerate(questions):
-                where = batch.segments[row] == i
-                if where.any():
-                    hits[question.task].append(bool(right[row][where].all()))
-    out = {task: float(np.mean(hits[task])) for task in TASKS if hits[task]}
-    return out | {"all": float(np.mean([h for v in hits.values() for h in v]))}
+        scores.add(right, batch.targets, batch.segments, asked)
+    return scores.shares()
 
 
 class TrainingBatches(torch.utils.data.IterableDataset):

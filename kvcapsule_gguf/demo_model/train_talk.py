@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..scenes import HELD_OUT, TASKS, TRAIN, Question, Scene, make_questions, make_scene
+from ..scenes import HELD_OUT, TRAIN, Question, Scene, make_questions, make_scene
 from .features import FeatureStore, training_scene
 from .optim import Optimisers, schedule
+from .scoring import Scores
 from .talk import Batch, DemoModel, forward, make_batch
 from .threads import spare_threads
 from .tokenizer import Prompts
@@ -43,7 +43,7 @@ def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore | Non
     """Exact match per task on held-out scenes: every answer token, end included, is the most likely one.
 
     Without a `store` of features the model's own eye looks at the pictures."""
-    hits: dict[str, list[bool]] = defaultdict(list)
+    scores = Scores()
     device = next(model.parameters()).device
     rng = np.random.default_rng(0)
     for at in range(0, scenes, 8):
@@ -54,14 +54,8 @@ def held_out_score(model: DemoModel, prompts: Prompts, store: FeatureStore | Non
         if store is None:
             batch.features = pictures_of(drawn)
         _, _, right = forward(model, prompts, to_device(batch, device))
-        right = (right.cpu() | (batch.targets < 0)).numpy()
-        for row, questions in enumerate(asked):
-            for i, question in enumerate(questions):
-                where = batch.segments[row] == i
-                if where.any():
-                    hits[question.task].append(bool(right[row][where].all()))
-    out = {task: float(np.mean(hits[task])) for task in TASKS if hits[task]}
-    return out | {"all": float(np.mean([h for v in hits.values() for h in v]))}
+        scores.add(right, batch.targets, batch.segments, asked)
+    return scores.shares()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
