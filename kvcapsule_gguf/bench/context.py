@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from .. import native
+from ..chat.args import CACHE_TYPES
+from ..chat.stats import BITS
 from .capsule import make_capsule
-from .fill import TYPES, ImageState, vision_part
+from .fill import ImageState, vision_part
 from .geometry import Geometry
 from .settings import Setting
 from .timing import BenchError, decode
@@ -67,7 +69,7 @@ class Context:
         p.n_ctx = n * g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = 512
         p.n_seq_max, p.kv_unified = 2, True
-        p.type_k = p.type_v = TYPES[setting.cache]
+        p.type_k = p.type_v = CACHE_TYPES[setting.cache]
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = threads
         if setting.capsule:
@@ -112,8 +114,7 @@ class Context:
     def kv_bytes(self) -> int:
         """Of all images: slots, or cells."""
         g = self.bench.geometry
-        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[self.setting.cache]
-        cells = int(self.n * g.image_tokens * g.kv_bytes_f16 / 2 * width)
+        cells = int(self.n * g.image_tokens * g.kv_bytes_f16 * BITS[self.setting.cache] / 16)
         return native.stats(self.ctx).kv_bytes if self.setting.capsule else cells
 
     def close(self) -> None:

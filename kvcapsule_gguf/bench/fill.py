@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
+from ..chat.args import CACHE_TYPES
 from .geometry import Geometry
 
-TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
 HEADER = struct.Struct("<IIQIIQQ")  # magic, version, capsule, tiers, size and hash of what follows
 NULL_TOKEN = -1
 MASK = (1 << 64) - 1
@@ -40,11 +40,11 @@ class ImageState:
         g = self.geometry
         width = g.n_head_kv * g.head
         rows = cache_rows(g.image_tokens, width, self.cache)
-        keys = struct.pack("<iQ", TYPES[self.cache], rows.shape[1]) + rows.tobytes()
+        keys = struct.pack("<iQ", CACHE_TYPES[self.cache], rows.shape[1]) + rows.tobytes()
         values = keys
         if self.v_trans:
             columns = np.ascontiguousarray(rows.view(np.float16).T)
-            values = struct.pack("<iII", TYPES[self.cache], 2, width) + columns.tobytes()
+            values = struct.pack("<iII", CACHE_TYPES[self.cache], 2, width) + columns.tobytes()
         return struct.pack("<II", self.v_trans, g.n_layer) + keys * g.n_layer + values * g.n_layer
 
     def cells(self, first: int) -> bytes:

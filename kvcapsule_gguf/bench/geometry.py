@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..format.capsule import GRID_ROPE_TYPES
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -30,7 +32,7 @@ class Geometry:
 
     @property
     def mrope(self) -> bool:
-        return self.rope in ("mrope", "imrope")
+        return self.rope in GRID_ROPE_TYPES
 
     @property
     def image_positions(self) -> int:

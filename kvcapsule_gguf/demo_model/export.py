@@ -67,16 +67,20 @@ def release_of(model: DemoModel | MixedModel) -> Release:
     return SECOND if model.decoder.cfg.sections else FIRST
 
 
+def _mrope_turns(name: str, decoder: Decoder) -> bool:
+    return decoder.cfg.sections is not None and name.startswith("decoder") and name.split(".")[-2] in ("q", "k")
+
+
 def _split_pairs(name: str, p: Tensor, decoder: Decoder) -> Tensor:
     """Rows of queries and keys with the pairs (2i, 2i + 1) as (i, i + head_size / 2), which M-RoPE turns."""
-    if not decoder.cfg.sections or name.split(".")[-2] not in ("q", "k") or not name.startswith("decoder"):
+    if not _mrope_turns(name, decoder):
         return p
     return p.unflatten(0, (-1, decoder.cfg.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _join_pairs(name: str, p: Tensor, decoder: Decoder) -> Tensor:
     """The inverse of _split_pairs."""
-    if not decoder.cfg.sections or name.split(".")[-2] not in ("q", "k") or not name.startswith("decoder"):
+    if not _mrope_turns(name, decoder):
         return p
     return p.unflatten(0, (-1, 2, decoder.cfg.head_size // 2)).transpose(1, 2).flatten(0, 2)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..codec.block import BlockCodec
+from ..codec.retain import gelu
 from ..codec.rows import decode_rows
 from ..codec.types import RowCounts, total_rows
 from ..format.capsule import PCA
@@ -26,12 +27,8 @@ class PredictedRows(BlockCodec):
         basis, kept = self.layer.k_basis, total_rows(self.key_rows)
         rows = decode_rows(data, self.key_rows, self.layer.key_length)
         hidden = np.matmul(self.up, rows) + self.bias[:, None]
-        guess = np.matmul(self.down, _gelu(hidden))
+        guess = np.matmul(self.down, gelu(hidden))
         return np.matmul(basis[:kept].T, rows) + np.matmul(basis[kept:].T, guess) + self.layer.k_mean[:, None]
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3)))
 
 
 def predicted(f: FittedLayer, keys: RowCounts, values: RowCounts, blocks: np.ndarray, h: int) -> PredictedRows:
