@@ -16,6 +16,7 @@ import sys
 import numpy as np
 from kvcapsule_gguf import native
 from kvcapsule_gguf.bench.context import Bench, Context
+from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.bench.fill import cache_rows
 from kvcapsule_gguf.bench.geometry import Geometry
 from kvcapsule_gguf.bench.model import get_model
@@ -44,7 +45,7 @@ for g in (plain, grid):
 """
 
 WHOLE = SMALL + """
-rows = measure_whole(plain, folder, 2, "retain", ("f16 FA", "q4_0 FA"), 3, 1)
+rows = measure_whole(plain, folder, 2, "retain", ("f16 FA", "q4_0 FA"), 3, 1, BlockShape(64))
 assert [r.setting for r in rows] == ["retain", "f16 FA", "q4_0 FA"]
 assert rows[1].kv_bytes == 2 * 64 * plain.kv_bytes_f16 and 4.5 < rows[1].kv_bytes / rows[0].kv_bytes < 5.5
 assert all(r.tokens_per_s > 0 and r.first_token_s > 0 for r in rows)

@@ -57,6 +57,7 @@ ARCHS: dict[str, Arch] = {
     "gemma4": Arch("neox", layers="sfsf", qk_norm=True, tied=True, scaled=True, post_norm=True, causal=False, swa_head=0.5,
                    keys=SWA | {"rope.freq_base_swa": 500.0, "embedding_length_per_layer_input": 0, "final_logit_softcapping": 30.0}),
     "qwen2vl": Arch("mrope", bias=True),
+    "paddleocr": Arch("mrope"),
     "qwen3vl": Arch("imrope", qk_norm=True, keys={"n_deepstack_layers": 1}),
     "qwen3vlmoe": Arch("imrope", qk_norm=True, experts=4, keys=MOE | {"n_deepstack_layers": 1}),
     "qwen35": Arch("imrope", layers="rfrf", qk_norm=True, gate=True, n_rot=0.5, names={"ffn_norm": "post_attention_norm"},

@@ -6,24 +6,25 @@ from pathlib import Path
 
 import numpy as np
 
+from ..codec.cut import BlockShape
 from ..codec.types import RowCounts, row_counts
 from ..format.base_model import base_of, read_base_model
-from ..format.capsule import PCA, RETAIN, Capsule, Layer, Tier
+from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from ..format.writer import write_capsule
 from ..train.pattern import kept_tokens, neighbours
 from ..train.schedule import faithful_rows
 
-BLOCK, WIDTH, KEPT, NEIGHBOURS = 64, 24, 33, 2
+BLOCK, KEPT, NEIGHBOURS = 64, 33, 2
 VALUES = row_counts(q8_0=2, q4_0=15, q2_0=47)
 PCA_KEYS = row_counts(q8_0=3, q4_0=25, q2_0=36)
 RETAIN_KEYS = row_counts(q4_0=KEPT, q2_0=BLOCK - KEPT)
 
 
-def make_capsule(model: Path, path: Path, codec: str, mlp_width: int = 0) -> Path:
-    """codec: "pca" or "retain"; mlp_width is that of the key MLP of `retain`."""
+def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: int, mlp_width: int = 0) -> Path:
+    """codec: "pca" or "retain"; shape: of BLOCK tokens; side: of the images, in tokens; mlp_width is that of the key MLP of `retain`."""
     base = read_base_model(model)
     retain = codec == "retain"
-    layers = [_layer(base, i, retain, mlp_width) for i in base.kv_layers]
+    layers = [_layer(base, i, retain, mlp_width, shape.tile_width or side) for i in base.kv_layers]
 
     def tier(name: str, keys: RowCounts, values: RowCounts, key_codec: int) -> Tier:
         n = len(layers)
@@ -33,10 +34,12 @@ def make_capsule(model: Path, path: Path, codec: str, mlp_width: int = 0) -> Pat
     capsule = Capsule(
         base=base_of(base),
         block_size=BLOCK,
+        block_shape=shape.kind,
         layers=layers,
         tiers=[tier("faithful", faithful, faithful, PCA), tier("economy", RETAIN_KEYS if retain else PCA_KEYS, VALUES, RETAIN if retain else PCA)],
         name=f"random {codec} capsule for {base.name}",
-        block_width=WIDTH,
+        block_width=shape.tile_width or side,
+        image_tokens=0 if base.rope_type in GRID_ROPE_TYPES else side * side,
         neighbour_count=NEIGHBOURS if retain else 0,
     )
     capsule.set_ratios()
@@ -44,7 +47,7 @@ def make_capsule(model: Path, path: Path, codec: str, mlp_width: int = 0) -> Pat
     return write_capsule(path, capsule)
 
 
-def _layer(base, i: int, retain: bool, h: int) -> Layer:
+def _layer(base, i: int, retain: bool, h: int, width: int) -> Layer:
     heads, d = base.head_count_kv[i], base.key_length[i]
     rng = np.random.default_rng(i)
 
@@ -65,8 +68,8 @@ def _layer(base, i: int, retain: bool, h: int) -> Layer:
         rope=base.layer_rope[i],
     )
     if retain:
-        kept = kept_tokens(BLOCK, KEPT, WIDTH)
-        dropped, nearest = neighbours(BLOCK, kept, NEIGHBOURS, WIDTH)
+        kept = kept_tokens(BLOCK, KEPT, width)
+        dropped, nearest = neighbours(BLOCK, kept, NEIGHBOURS, width)
         layer.kept_count, layer.mlp_width = KEPT, h
         layer.token_order = np.concatenate([kept, dropped]).astype(np.uint16)
         layer.k_neighbours = nearest

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..chat.errors import ChatError
+from ..codec.cut import BlockShape
 from ..format.capsule import CapsuleError as FileError
 from ..native import CapsuleError, NativeError
 from . import demo, op, report, whole
+from .capsule import BLOCK
+from .context import TILES
 from .geometry import GEOMETRIES
 from .settings import SETTINGS
 from .timing import BenchError
@@ -42,6 +45,16 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
+def block(text: str) -> BlockShape:
+    try:
+        shape = BlockShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if shape.size != BLOCK:
+        raise argparse.ArgumentTypeError(f"{text}: a block has {BLOCK} tokens here, not {shape.size}")
+    return shape
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="kvcapsule-bench",
@@ -57,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         if name != "demo":
             q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
             q.add_argument("-t", "--threads", type=int, default=1, metavar="N")
+            q.add_argument("--block", type=block, default=TILES, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
             q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
         return q
@@ -64,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
     q.add_argument("--tokens", type=numbers, default=(2048, 4096, 8192, 16384), metavar="N,...", help="vision tokens (default: %(default)s)")
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
-    q.add_argument("--capsule", choices=[n for n, s in SETTINGS.items() if s.capsule and not s.hot], default="retain", help="what they are compared with (default: %(default)s)")
+    q.add_argument("--capsule", choices=[n for n, s in SETTINGS.items() if s.capsule and not s.hot], default="pca", help="what they are compared with (default: %(default)s)")
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
@@ -94,9 +108,9 @@ def run(args: argparse.Namespace) -> list[Any]:
         for n in args.tokens if args.what == "op" else args.images:
             say(f"{name}, {n} {'tokens' if args.what == 'op' else 'images'}")
             if args.what == "op":
-                rows += op.measure_op(GEOMETRIES[name], args.folder, n, args.settings, args.rounds, args.threads)
+                rows += op.measure_op(GEOMETRIES[name], args.folder, n, args.settings, args.rounds, args.threads, args.block)
             else:
-                rows += whole.measure_whole(GEOMETRIES[name], args.folder, n, args.capsule, args.settings, args.rounds, args.threads)
+                rows += whole.measure_whole(GEOMETRIES[name], args.folder, n, args.capsule, args.settings, args.rounds, args.threads, args.block)
     return rows
 
 

@@ -11,20 +11,22 @@ from pathlib import Path
 from .. import native
 from ..chat.args import CACHE_TYPES
 from ..chat.stats import BITS
+from ..codec.cut import BlockShape
 from .capsule import make_capsule
 from .fill import ImageState, vision_part
 from .geometry import Geometry
 from .settings import Setting
 from .timing import BenchError, decode
 
+TILES = BlockShape(64, 8)
 TEXT_ROOM, SEQ = 512, 1  # cells; images are read into this sequence and move to 0
 
 
 class Bench:
     """The model of a geometry, loaded; capsules are made beside its file."""
 
-    def __init__(self, geometry: Geometry, path: Path) -> None:
-        self.geometry, self.path = geometry, path
+    def __init__(self, geometry: Geometry, path: Path, shape: BlockShape = TILES) -> None:
+        self.geometry, self.path, self.shape = geometry, path, shape
         self.native = native.load()
         self.native.require_capsule()
         self.llama = self.native.llama
@@ -39,10 +41,11 @@ class Bench:
         self.capsules: dict[Path, native.Capsule] = {}
 
     def capsule(self, setting: Setting) -> native.Capsule:
-        path = self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}.gguf")
+        shape = str(self.shape).replace(":", "-")
+        path = self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}-{shape}.gguf")
         if path not in self.capsules:
             if not path.exists():
-                make_capsule(self.path, path, setting.capsule, setting.mlp_width)
+                make_capsule(self.path, path, setting.capsule, self.shape, self.geometry.side, setting.mlp_width)
             self.capsules[path] = native.Capsule.load(self.model, path)
         return self.capsules[path]
 
@@ -65,6 +68,7 @@ class Context:
         self.bench, self.setting, self.llama, self.n = bench, setting, bench.llama, n
         g = bench.geometry
         self.compressed_s = 0.0
+        self.clock = time.process_time if threads == 1 else time.perf_counter
         p = self.llama.llama_context_default_params()
         p.n_ctx = n * g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = 512
@@ -109,7 +113,7 @@ class Context:
         return bytes(buffer)
 
     def decode(self, n: int) -> float:
-        return decode(self.llama, self.ctx, n)
+        return decode(self.llama, self.ctx, n, self.clock)
 
     def kv_bytes(self) -> int:
         """Of all images: slots, or cells."""

@@ -25,6 +25,7 @@ class Geometry:
     bias: bool = False
     qk_norm: bool = False
     side: int = 24
+    freq_base: float = 10000.0
 
     @property
     def image_tokens(self) -> int:
@@ -45,16 +46,16 @@ class Geometry:
         return 2 * 2 * self.n_layer * self.n_head_kv * self.head
 
     def attention_only(self) -> Geometry:
-        """One layer with the same heads and next to nothing else; with M-RoPE in an architecture that does not tie the heads to n_embd."""
+        """One layer with the same heads and RoPE and next to nothing else, in an architecture that does not tie the heads to n_embd."""
         small = replace(self, name=self.name + "-attention", n_layer=1, n_embd=256, n_ff=256, n_vocab=64)
-        return replace(small, arch="qwen3vl", rope="imrope", sections=(24, 20, 20, 0), bias=False, qk_norm=True) if self.mrope else small
+        return replace(small, arch="paddleocr", bias=False) if small.arch == "qwen2vl" else small
 
 
 GEOMETRIES = {
     g.name: g
     for g in (
         Geometry("llava-1.5-7b", "llama", 32, 32, 32, 128, 4096, 11008),
-        Geometry("qwen2.5-vl-7b", "qwen2vl", 28, 28, 4, 128, 3584, 18944, rope="mrope", sections=(16, 24, 24, 0), bias=True),
-        Geometry("qwen3-vl-8b", "qwen3vl", 36, 32, 8, 128, 4096, 12288, rope="imrope", sections=(24, 20, 20, 0), qk_norm=True),
+        Geometry("qwen2.5-vl-7b", "qwen2vl", 28, 28, 4, 128, 3584, 18944, rope="mrope", sections=(16, 24, 24, 0), bias=True, freq_base=1e6),
+        Geometry("qwen3-vl-8b", "qwen3vl", 36, 32, 8, 128, 4096, 12288, rope="imrope", sections=(24, 20, 20, 0), qk_norm=True, freq_base=5e6),
     )
 }

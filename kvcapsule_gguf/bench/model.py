@@ -62,7 +62,7 @@ def write_model(g: Geometry, path: Path) -> Path:
     w.add_value_length(g.head)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_dimension_count(g.head)
-    w.add_rope_freq_base(10000.0 if g.rope == "norm" else 1000000.0)
+    w.add_rope_freq_base(g.freq_base)
     if g.mrope:
         w.add_rope_dimension_sections(g.sections)
     if g.arch == "qwen3vl":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from ..codec.cut import BlockShape
 from .context import Bench, Context
 from .geometry import Geometry
 from .model import get_model
@@ -30,12 +31,12 @@ class OpRow:
     faster_than: dict[str, float]
 
 
-def measure_op(geometry: Geometry, folder: Path, tokens: int, names: tuple[str, ...], rounds: int, threads: int) -> list[OpRow]:
+def measure_op(geometry: Geometry, folder: Path, tokens: int, names: tuple[str, ...], rounds: int, threads: int, shape: BlockShape) -> list[OpRow]:
     """Raises BenchError."""
     g = geometry.attention_only()
     n = max(1, round(tokens / g.image_tokens))
     with ExitStack() as stack:
-        bench = stack.enter_context(Bench(g, get_model(g, folder)))
+        bench = stack.enter_context(Bench(g, get_model(g, folder), shape))
         timers, contexts = {}, {}
         for name in names:
             full, empty = (stack.enter_context(closing(Context(bench, SETTINGS[name], count, threads))) for count in (n, 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import plot
 from .demo import DemoRow
 from .op import REFERENCES, OpRow
-from .whole import MIB, WholeRow
+from .whole import MIB, TEXT_SHARES, WholeRow
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,13 +26,14 @@ def op_table(rows: Sequence[OpRow]) -> str:
 
 
 def whole_table(rows: Sequence[WholeRow]) -> str:
-    head = ["model", "images", "cache", "tokens/s", "the capsule is x faster", "first token, s", "the capsule is x faster", "KV of the images, MiB", "memory, MiB"]
+    head = ["model", "images", "cache", "tokens/s", "the capsule is x faster", "first token, s", "the capsule is x faster", "KV of the images, MiB",
+            *(f"with {share:.0%} text" for share in TEXT_SHARES), "memory, MiB"]
     body = []
     for r in rows:
         first = "" if r.setting == rows[0].setting else f"{r.token_ratio:.2f}"
         second = "" if r.setting == rows[0].setting else f"{r.first_token_ratio:.2f}"
         body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}", second,
-                     f"{r.kv_bytes / MIB:.0f}", f"{r.memory_bytes / MIB:.0f}"])
+                     f"{r.kv_bytes / MIB:.0f}", *(f"{n / MIB:.0f}" for n in r.text_kv_bytes), f"{r.memory_bytes / MIB:.0f}"])
     return table(head, body)
 
 

@@ -28,6 +28,7 @@ SETTINGS = {
         Setting("own f16", capsule="pca", hot=True),
         Setting("own q8_0", cache="q8_0", capsule="pca", hot=True),
         Setting("pca", capsule="pca"),
+        Setting("pca q8_0", cache="q8_0", capsule="pca"),
         Setting("retain", capsule="retain"),
         *(Setting(f"retain MLP {h}", capsule="retain", mlp_width=h) for h in (8, 16, 32)),
     )

@@ -1,4 +1,4 @@
-"""Processor time of batches, in turns: what else the machine does hits all contexts alike. One thread, or it is the sum over threads."""
+"""Time of batches, in turns: what else the machine does hits all contexts alike. With one thread it is processor time, with more of them the clock's."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class BenchError(RuntimeError):
     """The text is one line for the user."""
 
 
-def decode(llama: Any, ctx: int, n: int) -> float:
-    """Seconds of processor time of a batch of n tokens behind sequence 0; its cells are freed again."""
+def decode(llama: Any, ctx: int, n: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of a batch of n tokens behind sequence 0; its cells are freed again."""
     memory = llama.llama_get_memory(ctx)
     start = llama.llama_memory_seq_pos_max(memory, 0) + 1
     tokens = (llama.llama_token * n)(*([TOKEN] * n))
-    before = time.process_time()
+    before = clock()
     failed = llama.llama_decode(ctx, llama.llama_batch_get_one(tokens, n))
     llama.llama_synchronize(ctx)
-    took = time.process_time() - before
+    took = clock() - before
     if failed:
         raise BenchError(f"llama_decode returned {failed}")
     llama.llama_memory_seq_rm(memory, 0, start, -1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from ..chat.stats import BITS
+from ..codec.cut import BlockShape
 from .context import Bench, Context
 from .geometry import Geometry
 from .model import get_model
@@ -16,6 +18,7 @@ from .timing import QUESTION, in_turns, speedup
 
 DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q4_0 FA")
 MIB = 1 << 20
+TEXT_SHARES = (0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class WholeRow:
     first_token_ratio: float
     kv_bytes: int
     memory_bytes: int
+    text_kv_bytes: tuple[int, ...]  # kv_bytes and text besides: TEXT_SHARES of all tokens
 
 
 def anonymous_bytes() -> int:
@@ -42,10 +46,10 @@ def anonymous_bytes() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def measure_whole(geometry: Geometry, folder: Path, images: int, capsule: str, rivals: tuple[str, ...], rounds: int, threads: int) -> list[WholeRow]:
+def measure_whole(geometry: Geometry, folder: Path, images: int, capsule: str, rivals: tuple[str, ...], rounds: int, threads: int, shape: BlockShape) -> list[WholeRow]:
     """The capsule's row first; each rival is open at the same time as the capsule, one after the other. Raises BenchError."""
     rows: list[WholeRow] = []
-    with Bench(geometry, get_model(geometry, folder)) as bench:
+    with Bench(geometry, get_model(geometry, folder), shape) as bench:
         ours, memory = _open(bench, capsule, images, threads)
         with closing(ours):
             for name in rivals:
@@ -73,4 +77,7 @@ def _open(bench: Bench, name: str, images: int, threads: int) -> tuple[Context, 
 
 
 def _row(g: Geometry, images: int, name: str, context: Context, memory: int, token: list[float], first: list[float], token_ratio: float, first_ratio: float) -> WholeRow:
-    return WholeRow(g.name, images, name, 1 / median(token), median(first), token_ratio, first_ratio, context.kv_bytes(), memory)
+    kv = context.kv_bytes()
+    text = images * g.image_tokens * g.kv_bytes_f16 * BITS[SETTINGS[name].cache] / 16  # as many tokens of text as of images
+    totals = tuple(int(kv + text * share / (1 - share)) for share in TEXT_SHARES)
+    return WholeRow(g.name, images, name, 1 / median(token), median(first), token_ratio, first_ratio, kv, memory, totals)

@@ -33,6 +33,7 @@ static bool capsule_arch_is_tested(llm_arch arch) {
         case LLM_ARCH_SMOLLM3:
         case LLM_ARCH_QWEN2:
         case LLM_ARCH_QWEN2VL:
+        case LLM_ARCH_PADDLEOCR:
         case LLM_ARCH_QWEN3:
         case LLM_ARCH_QWEN3MOE:
         case LLM_ARCH_QWEN3VL:
