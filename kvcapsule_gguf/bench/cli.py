@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat.errors import ChatError
+from ..chat.files import demo_folder, model_in
 from ..codec.cut import BlockShape
 from ..format.capsule import CapsuleError as FileError
 from ..native import CapsuleError, NativeError
@@ -20,8 +21,6 @@ from .context import TILES
 from .geometry import GEOMETRIES
 from .settings import SETTINGS
 from .timing import BenchError
-
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 def listed(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
@@ -82,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
-    q.add_argument("--model", type=Path, default=DEMO, metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
+    q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
     return p
 
 
@@ -94,9 +93,7 @@ def run(args: argparse.Namespace) -> list[Any]:
         print(text, file=sys.stderr, flush=True)
 
     if args.what == "demo":
-        model = args.model if args.model.is_file() else next((p for p in sorted(args.model.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule-"))), None)
-        if model is None:
-            raise BenchError(f"no model in {args.model}")
+        model = args.model if args.model.is_file() else model_in(args.model)
         for n in args.images:
             say(f"{n} pictures")
             rows += demo.measure_demo(model, n, args.settings, args.rounds)

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..native import CapsuleError, DeviceError, Devices, NativeError, load
+from ..native import CapsuleError, NativeError
 from . import args, images, repl, stats
 from .args import Options
+from .devices import list_devices
 from .engine import Engine, say
 from .errors import ChatError
 from .images import Picture
@@ -61,18 +62,6 @@ def run(options: Options) -> int:
         if options.prompt is None:
             return repl.run(session, answer, pictures)
         return 130 if answer(options.prompt, pictures).finish_reason == "interrupted" else 0
-
-
-def list_devices(options: Options) -> None:
-    known = Devices(load().directory)
-    try:
-        if options.rpc:
-            known.add_rpc(options.rpc)
-    except DeviceError as error:
-        raise ChatError(str(error)) from None
-    print("Available devices:")
-    for device in known.offload():
-        print(f"  {device.name}: {device.description} ({device.total >> 20} MiB, {device.free >> 20} MiB free)")
 
 
 def write(text: str) -> None:

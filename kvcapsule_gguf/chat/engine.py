@@ -17,6 +17,7 @@ from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
+from .devices import choose_devices
 from .errors import ChatError
 from .log import Log
 
@@ -77,7 +78,7 @@ class Engine:
         params = self.llama.llama_model_default_params()
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
-        handles = self._choose_devices()
+        handles = choose_devices(self.options)
         if handles is not None:
             params.devices = ctypes.cast(handles, ctypes.c_void_p)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), params)
@@ -90,19 +91,6 @@ class Engine:
         if self.llama.llama_vocab_type(self.vocab) == self.llama.LLAMA_VOCAB_TYPE_NONE:
             raise ChatError(f"{self.path} has no vocabulary, it cannot chat")
         self.architecture = metadata(self.model, "general.architecture") or ""
-
-    def _choose_devices(self) -> ctypes.Array | None:
-        """A list of devices that ends with NULL; None: all that there are."""
-        known = native.Devices(self.native.directory)
-        try:
-            if self.options.rpc:
-                known.add_rpc(self.options.rpc)
-            if self.options.device is None:
-                return None
-            handles = [device.handle for device in known.choose(self.options.device)]
-        except native.DeviceError as error:
-            raise ChatError(str(error)) from None
-        return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
     def _open_projector(self, stack: ExitStack) -> None:
         mtmd = self.native.mtmd

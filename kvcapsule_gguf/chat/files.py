@@ -12,6 +12,7 @@ from .errors import ChatError
 from .hub import _likeness
 
 MAGIC = b"GGUF"
+NOT_MODELS = ("mmproj", "kvcapsule-")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,25 @@ class CapsuleInfo:
 def check_model(path: Path) -> Path:
     """Raises ChatError unless this is a GGUF file that can be the model."""
     check_file(path, "the model")
-    if path.name.startswith(("mmproj", "kvcapsule-")):
+    if path.name.startswith(NOT_MODELS):
         raise ChatError(f"{path} is {'a projector' if path.name.startswith('mmproj') else 'a capsule'}, not a model: give the model file, this one is found beside it")
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise ChatError(f"{path} is not a GGUF file")
     return path
+
+
+def demo_folder() -> Path:
+    """The bundled demo model, or $KVCAPSULE_DEMO."""
+    return Path(os.environ.get("KVCAPSULE_DEMO") or Path(__file__).resolve().parents[1] / "demo")
+
+
+def model_in(folder: Path) -> Path:
+    """The first model of a folder, projectors and capsules left out. Raises ChatError."""
+    for path in sorted(folder.glob("*.gguf")):
+        if not path.name.startswith(NOT_MODELS):
+            return path
+    raise ChatError(f"no model in {folder}")
 
 
 def check_file(path: Path, what: str) -> Path:

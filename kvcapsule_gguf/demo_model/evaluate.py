@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..chat.errors import ChatError
+from ..chat.files import find_mmproj, model_in
 from ..scenes import HELD_OUT, TASKS, Question, compare_questions, is_correct, make_questions, make_scene, size_of
 from .native import MARKER, NativeModel
 
@@ -63,11 +65,14 @@ def main() -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print every miss")
     args = parser.parse_args()
     folder = args.folder or (DEMO / "mrope" if args.mrope else DEMO)
-    models = [p for p in sorted(folder.glob("*.gguf")) if not p.name.startswith(("mmproj", "kvcapsule"))]
-    projectors = sorted(folder.glob("mmproj-*.gguf"))
-    if not models or not projectors:
-        parser.error(f"{folder} holds no model with its projector")
-    native = NativeModel(models[0], projectors[0], threads=args.threads)
+    try:
+        model = model_in(folder)
+    except ChatError as error:
+        parser.error(str(error))
+    projector = find_mmproj(model, None)
+    if projector is None:
+        parser.error(f"{folder} holds no projector")
+    native = NativeModel(model, projector, threads=args.threads)
     print(table(evaluate(native, args.scenes, args.questions, args.first, args.verbose, args.mrope)))
 
 

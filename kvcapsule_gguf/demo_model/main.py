@@ -26,15 +26,16 @@ from ..scenes import HELD_OUT
 from .align import align_words
 from .export import FIRST, export, init_from
 from .features import SHARD, load_eye, write_shard
-from .mixed import MixedModel, load_mixed, mixed_prompts, save_mixed
+from .mixed import MixedModel, mixed_prompts
 from .places import place_block
 from .talk import DemoModel
 from .tokenizer import Prompts
 from .train_distil import train_distil
 from .train_eye import train_eye
 from .train_mixed import train_mixed
-from .train_talk import load_model, train_talk
+from .train_talk import train_talk
 from .transplant import transplant_decoder, transplant_eye
+from .weights import load_weights, save_weights
 
 FEATURE_SEEDS = 5_000_000  # the eye is trained on seeds from 0, the decoder on seeds from here
 PHASES = {False: ("eye", "features", "talk", "joint", "export"), True: ("distil", "joint", "export")}
@@ -46,7 +47,7 @@ def load(state: Path, given: list[Path], prompts: Prompts) -> DemoModel:
     if given:
         init_from(model, *given)
     elif (state / "model.safetensors").exists():
-        load_model(state / "model.safetensors", model)
+        load_weights(state / "model.safetensors", model)
     elif (state / "eye.safetensors").exists():
         eye = load_eye(state / "eye.safetensors")
         model.vision.load_state_dict(eye.vision.state_dict())
@@ -61,7 +62,7 @@ def load_second(state: Path, given: list[Path], prompts: Prompts) -> MixedModel:
     if given:
         init_from(model, *given)
     else:
-        load_mixed(state / "model.safetensors", model)
+        load_weights(state / "model.safetensors", model)
     return model
 
 
@@ -94,7 +95,7 @@ def distil(args: argparse.Namespace, prompts: Prompts, save_to: Path) -> None:
     transplant_eye(first.vision, model.vision)
     train_distil(model.to(args.device), first.vision.to(args.device), save_to, args.minutes, seed=args.seed)
     place_block(model.decoder.cpu(), model.vision.cpu(), first.vision.cpu(), prompts.around_image()[0][0])
-    save_mixed(model, save_to)
+    save_weights(model, save_to)
 
 
 def second_model(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..scenes import Question, Scene, compare_questions
@@ -135,14 +134,3 @@ def forward_mixed(model: MixedModel, prompts: Prompts, batch: MixedBatch) -> tup
     logits = model.decoder(x, batch.positions, batch.mask, batch.ids.shape[1], shown if found else None).float()
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     return loss, sum(found, loss.new_zeros(())), logits.argmax(-1) == batch.targets
-
-
-def save_mixed(model: MixedModel, path: Path) -> None:
-    """Write all weights, training heads included; whole or not at all."""
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def load_mixed(path: Path, model: MixedModel) -> None:
-    """Read what save_mixed wrote."""
-    model.load_state_dict(load_file(path))

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..scenes import TRAIN, make_scene
 from .labels import patch_labels
 from .merger import MergerVision, grid_positions
-from .mixed import MixedModel, save_mixed
+from .mixed import MixedModel
 from .optim import Optimisers, schedule
 from .train_eye import to_input
 from .vision import Vision
+from .weights import save_weights
 
 DISTIL_SEEDS = 3_000_000
 
@@ -85,5 +86,5 @@ def train_distil(model: MixedModel, old: Vision, save_to: Path, minutes: float, 
         if step % 10 == 0:
             print(f"{step} {time.time() - began:.0f}s {step * batch} pictures, loss {loss.item():.3f}, missed of tokens {missed.item():.3f}", flush=True)
         if step % 100 == 0:
-            save_mixed(model, save_to)
-    save_mixed(model, save_to)
+            save_weights(model, save_to)
+    save_weights(model, save_to)

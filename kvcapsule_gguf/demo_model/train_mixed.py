@@ -11,10 +11,11 @@ import torch
 
 from ..scenes import HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, random_size
 from .features import training_scene
-from .mixed import MixedBatch, MixedModel, forward_mixed, make_mixed, save_mixed
+from .mixed import MixedBatch, MixedModel, forward_mixed, make_mixed
 from .optim import Optimisers, schedule
 from .scoring import Scores
 from .tokenizer import Prompts
+from .weights import save_weights
 
 MIXED_SEEDS = 7_500_000
 FROZEN = tuple(f"decoder.blocks.0.{part}." for part in ("attn_norm", "q", "k", "v", "o"))  # places.py: steep, a few steps of Muon blur them
@@ -91,7 +92,7 @@ def train_mixed(model: MixedModel, prompts: Prompts, save_to: Path, minutes: flo
             print(f"{step} {time.time() - began:.0f}s", " ".join(f"{k} {v:.3f}" for k, v in sums.items()), flush=True)
             sums.clear()
         if step % 50 == 0:
-            save_mixed(model, save_to)
+            save_weights(model, save_to)
         if step % 100 == 0:
             print("held out:", " ".join(f"{k} {v:.2f}" for k, v in score(model, prompts).items()), flush=True)
-    save_mixed(model, save_to)
+    save_weights(model, save_to)

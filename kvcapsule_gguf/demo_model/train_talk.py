@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from ..scenes import HELD_OUT, TRAIN, Question, Scene, make_questions, make_scene
 from .features import FeatureStore, training_scene
@@ -17,6 +16,7 @@ from .talk import Batch, DemoModel, forward, make_batch
 from .threads import spare_threads
 from .tokenizer import Prompts
 from .train_eye import to_input
+from .weights import save_weights
 
 # (share of the time, image tokens shown, pictures per step)
 STAGES = ((0.3, 32, 6), (0.15, 96, 6), (0.27, 192, 6), (0.28, 576, 4))
@@ -104,17 +104,7 @@ def train_talk(model: DemoModel, prompts: Prompts, features: Path, held_out: Pat
         if step % 100 == 0:
             scores = held_out_score(model, prompts, test, image=image)
             print("held out:", " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
-            save_model(model, save_to)
+            save_weights(model, save_to)
             if on_save:
                 on_save(model)
-    save_model(model, save_to)
-
-
-def save_model(model: DemoModel, path: Path) -> None:
-    """Write all weights, training heads included."""
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}, path)
-
-
-def load_model(path: Path, model: DemoModel) -> None:
-    """Read what save_model wrote."""
-    model.load_state_dict(load_file(path))
+    save_weights(model, save_to)
