@@ -252,19 +252,23 @@ void llama_capsule_quantize_row_q2_0(const float * x, void * dst, uint32_t d) {
     }
 }
 
-void llama_capsule_row_encode(ggml_type type, float * x, void * dst, uint32_t d) {
-    if (ggml_is_quantized(type)) {
-        llama_capsule_hadamard(x, llama_capsule_hadamard_size(d), d);
-    }
-
+void llama_capsule_row_quantize(ggml_type type, const float * x, void * dst, uint32_t d) {
     switch (type) {
         case GGML_TYPE_F32:  memcpy(dst, x, d*sizeof(float));                        break;
-        case GGML_TYPE_F16:  ggml_fp32_to_fp16_row(x, (ggml_fp16_t *) dst, d);       break;
+        case GGML_TYPE_F16:  llama_capsule_to_f16(x, (ggml_fp16_t *) dst, d);        break;
         case GGML_TYPE_Q8_0:
         case GGML_TYPE_Q4_0: ggml_quantize_chunk(type, x, dst, 0, 1, d, nullptr);    break;
         case GGML_TYPE_Q2_0: llama_capsule_quantize_row_q2_0(x, dst, d);             break;
         default:             GGML_ABORT("unsupported row type");
     }
+}
+
+void llama_capsule_row_encode(ggml_type type, float * x, void * dst, uint32_t d) {
+    if (ggml_is_quantized(type)) {
+        llama_capsule_hadamard(x, llama_capsule_hadamard_size(d), d);
+    }
+
+    llama_capsule_row_quantize(type, x, dst, d);
 }
 
 void llama_capsule_row_decode(ggml_type type, const void * src, float * x, uint32_t d) {

@@ -74,6 +74,9 @@ INLINE void codes_q2(const uint8_t * qs, __m256i & lo, __m256i & hi) {
     hi = _mm256_set_m128i(_mm_unpackhi_epi16(a1, b1), _mm_unpacklo_epi16(a1, b1));
 }
 
+// llama-capsule-simd-encode.cpp
+void llama_capsule_from_float_avx2(ggml_type type, const float * x, void * dst, uint32_t d);
+
 // llama-capsule-simd-rows.cpp
 float llama_capsule_to_codes_avx2(uint32_t d, const float * x, int8_t * codes, float * sums);
 

@@ -107,6 +107,7 @@ static void to_float_plain(ggml_type type, const void * src, float * dst, uint32
 
 static const llama_capsule_simd simd_plain = {
     "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain, nullptr, nullptr, nullptr, nullptr, nullptr,
+    llama_capsule_row_quantize,
 };
 
 //
@@ -331,11 +332,11 @@ TARGET static float exp_sum_avx2(float * s, float max, uint32_t n) {
     return sum1(sum);
 }
 
-// 64 values in registers
+// 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
 INLINE void hadamard_64(float * x, float scale) {
     const __m256 s1 = _mm256_setr_ps(1, -1,  1, -1,  1, -1,  1, -1);
     const __m256 s2 = _mm256_setr_ps(1,  1, -1, -1,  1,  1, -1, -1);
-    const __m256 s4 = _mm256_mul_ps(_mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_set1_ps(scale));
+    const __m256 s4 = _mm256_setr_ps(1,  1,  1,  1, -1, -1, -1, -1);
     const __m256 sc = _mm256_set1_ps(scale);
 
     __m256 v[8];
@@ -343,7 +344,7 @@ INLINE void hadamard_64(float * x, float scale) {
         v[i] = _mm256_loadu_ps(x + 8*i);
         v[i] = _mm256_fmadd_ps(v[i], s1, _mm256_permute_ps(v[i], 0xb1));
         v[i] = _mm256_fmadd_ps(v[i], s2, _mm256_permute_ps(v[i], 0x4e));
-        v[i] = _mm256_fmadd_ps(v[i], s4, _mm256_mul_ps(_mm256_permute2f128_ps(v[i], v[i], 0x01), sc));
+        v[i] = _mm256_fmadd_ps(v[i], s4, _mm256_permute2f128_ps(v[i], v[i], 0x01));
     }
     for (int h = 1; h < 8; h *= 2) {
         for (int i = 0; i < 8; ++i) {
@@ -357,7 +358,7 @@ INLINE void hadamard_64(float * x, float scale) {
         }
     }
     for (int i = 0; i < 8; ++i) {
-        _mm256_storeu_ps(x + 8*i, v[i]);
+        _mm256_storeu_ps(x + 8*i, _mm256_mul_ps(v[i], sc));
     }
 }
 
@@ -371,16 +372,18 @@ TARGET static void hadamard_avx2(float * x, uint32_t n, size_t n_values) {
 
     for (size_t i = 0; i < n_values; i += n) {
         for (uint32_t j = 0; j < n; j += 64) {
-            hadamard_64(x + i + j, scale);
+            hadamard_64(x + i + j, n == 64 ? scale : 1.0f);
         }
         for (uint32_t h = 64; h < n; h *= 2) {
+            const __m256 f = _mm256_set1_ps(2*h == n ? scale : 1.0f);
+
             for (uint32_t j = 0; j < n; j += 2*h) {
                 for (float * y = x + i + j; y < x + i + j + h; y += 8) {
                     const __m256 a = _mm256_loadu_ps(y);
                     const __m256 b = _mm256_loadu_ps(y + h);
 
-                    _mm256_storeu_ps(y,     _mm256_add_ps(a, b));
-                    _mm256_storeu_ps(y + h, _mm256_sub_ps(a, b));
+                    _mm256_storeu_ps(y,     _mm256_mul_ps(_mm256_add_ps(a, b), f));
+                    _mm256_storeu_ps(y + h, _mm256_mul_ps(_mm256_sub_ps(a, b), f));
                 }
             }
         }
@@ -724,6 +727,7 @@ TARGET static void mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basi
 static const llama_capsule_simd simd_avx2 = {
     "avx2", mul_avx2, dot_avx2, fma_avx2, scale_avx2, rope_avx2, add_max_avx2, exp_sum_avx2, hadamard_avx2, to_float_avx2, mul_int_avx2,
     llama_capsule_to_codes_avx2, llama_capsule_score_rows_avx2, llama_capsule_sum_avx2, llama_capsule_mul_q2_avx2,
+    llama_capsule_from_float_avx2,
 };
 
 #endif // CAPSULE_AVX2

@@ -113,6 +113,9 @@ struct llama_capsule_simd {
 
     // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q2_0 without undoing the Hadamard rotation
     void (*mul_q2)(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+
+    // a row without rotating it: byte for byte what llama_capsule_row_quantize() writes
+    void (*from_float)(ggml_type type, const float * x, void * dst, uint32_t d);
 };
 
 // of this machine; LLAMA_KVCAPSULE_SIMD=0 selects plain C++
