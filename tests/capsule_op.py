@@ -23,14 +23,14 @@ from kvcapsule_gguf.codec.rope import apply_rope, frequencies
 from kvcapsule_gguf.codec.types import ROW_TYPES, RowCounts, row_counts, total_rows
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "i8": 24, "i32": 26}  # enum ggml_type
-V, V_TRANS, NORM, ROT_K, ROT_V, TILE_F32, RETAIN = (1 << i for i in range(7))  # enum ggml_capsule_flag
+V, V_TRANS, NORM, ROT_K, ROT_V, TILE_F32, RETAIN, _, QUERY = (1 << i for i in range(9))  # enum ggml_capsule_flag
 
 F32 = row_counts(f32=16)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """rows_k, rows_v: of both tiers; slots: per tier; rotated: a hot cache with Hadamard-rotated K and V."""
+    """rows_k, rows_v: of both tiers; slots: per tier; rotated: a hot cache with Hadamard-rotated K and V; query: keys are not rebuilt; terms: per pattern, `pca`."""
 
     rows_k: tuple[RowCounts, RowCounts] = (F32, F32)
     rows_v: tuple[RowCounts, RowCounts] = (F32, F32)
@@ -53,6 +53,8 @@ class Setting:
     v_trans: bool = False
     rotated: bool = False
     tile_f32: bool = True
+    query: bool = False
+    terms: tuple[int, int, int] = (0, 0, 0)
     parts: tuple[int, int] = (2, 2)
     sequences: int = 1
     ragged: float = 0.0  # share of the columns that no query sees
@@ -60,7 +62,7 @@ class Setting:
 
     @property
     def flags(self) -> int:
-        chosen = {V_TRANS: self.v_trans, NORM: self.rope == "norm", ROT_K: self.rotated, ROT_V: self.rotated, TILE_F32: self.tile_f32}
+        chosen = {V_TRANS: self.v_trans, NORM: self.rope == "norm", ROT_K: self.rotated, ROT_V: self.rotated, TILE_F32: self.tile_f32, QUERY: self.query}
         return sum(flag for flag, on in chosen.items() if on) + sum(RETAIN << i for i in range(2) if self.retain[i])
 
     @property
@@ -75,7 +77,7 @@ class Params(ctypes.Structure):
         ("op", ctypes.c_uint16), ("flags", ctypes.c_uint16), ("scale", ctypes.c_float),
         *((name, ctypes.c_uint16) for name in ("n_block", "n_kept", "n_mlp", "n_neighbours", "n_rot", "n_head_kv", "d_k", "d_v")),
         ("n_slots", ctypes.c_uint32 * 2), ("rows_k", ctypes.c_uint8 * 10), ("rows_v", ctypes.c_uint8 * 10),
-        ("n_parts_hot", ctypes.c_uint16), ("n_parts_cold", ctypes.c_uint16),
+        ("n_parts_hot", ctypes.c_uint16), ("n_parts_cold", ctypes.c_uint16), ("n_terms", ctypes.c_uint16),
     ]  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def params(s: Setting, flags: int = 0) -> Params:
     rows = [(ctypes.c_uint8 * 10)(*(n for tier in both for n in tier)) for both in (s.rows_k, s.rows_v)]
     return Params(flags=s.flags | flags, scale=1 / np.sqrt(s.d_k), n_block=s.N, n_kept=s.kept, n_mlp=s.mlp, n_neighbours=s.neighbours, n_rot=s.n_rot,
                   n_head_kv=s.heads, d_k=s.d_k, d_v=s.d_v, n_slots=(ctypes.c_uint32 * 2)(*s.slots), rows_k=rows[0], rows_v=rows[1],
-                  n_parts_hot=s.parts[0] if s.n_kv else 0, n_parts_cold=s.parts[1] if s.n_slots else 0)  # fmt: skip
+                  n_parts_hot=s.parts[0] if s.n_kv else 0, n_parts_cold=s.parts[1] if s.n_slots else 0, n_terms=max(s.terms))  # fmt: skip
 
 
 @dataclass
@@ -177,11 +179,13 @@ class Data:
         return out
 
     def rope(self) -> np.ndarray:
-        """I32: angles of the first positions, patterns, angles of the distances."""
+        """I32: angles of the first positions, patterns; angles of the distances and terms per pattern."""
         s = self.s
         if not s.n_rot:
             return np.zeros(0, np.int32)
-        parts = [angles(self.first, s), self.pattern.astype(np.int32), angles(self.patterns, s)]
+        parts = [angles(self.first, s), self.pattern.astype(np.int32)]
+        for pattern, n in zip(self.patterns, s.terms, strict=True):
+            parts += [angles(pattern, s), *(terms_of(pattern, s, n) if max(s.terms) else [])]
         return np.concatenate([np.ascontiguousarray(p).reshape(-1).view(np.int32) for p in parts])
 
     def attention(self) -> np.ndarray:
@@ -221,6 +225,18 @@ def angles(pos: np.ndarray, s: Setting) -> np.ndarray:
     angle = pos[..., None] * frequencies(s.n_rot, 10000.0)
     both = np.stack([np.cos(angle), np.sin(angle)], -1 if s.rope == "norm" else -2)
     return both.reshape(*pos.shape, s.n_rot).astype(np.float32)
+
+
+def terms_of(pattern: np.ndarray, s: Setting, n: int) -> list[np.ndarray]:
+    """How many, phi f32 [terms, N], ab f32 [terms, d_k]: the n best, the rest is zero."""
+    angle = pattern[:, None] * np.concatenate([frequencies(s.n_rot, 10000.0), np.zeros((s.d_k - s.n_rot) // 2)])
+    cos, sin = np.cos(angle), np.sin(angle)
+    phi = np.linalg.svd(np.concatenate([cos, sin], 1))[0][:, :n].T
+    both, half = np.stack([phi @ cos, phi @ sin], -1), s.n_rot // 2
+    turned = both[:, :half] if s.rope == "norm" else both[:, :half].swapaxes(1, 2)
+    ab = np.concatenate([turned.reshape(n, s.n_rot), both[:, half:].reshape(n, s.d_k - s.n_rot)], 1)
+    rest = ((0, max(s.terms) - n), (0, 0))
+    return [np.array([n], np.int32), np.pad(phi, rest).astype(np.float32), np.pad(ab, rest).astype(np.float32)]
 
 
 # --- ggml ------------------------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from capsule_op import Data, Graph, V, constants, ggml, graph, params
 from test_capsule_op import BASE, CASES, HEADS, of_rows
+from test_capsule_query import PCA, RETAIN
 
 from kvcapsule_gguf.codec.types import row_counts
 
@@ -81,6 +82,24 @@ def test_the_order_of_the_threads_does_not_matter(lib, name, tile_f32):
             for shared in (32 * 1024, 20 * 1024, 0):  # smaller pieces
                 assert run(lib, node, 128, shared=shared) == expected
                 assert run(lib, node, 128, rng.permutation(128), shared) == expected
+
+
+@pytest.mark.parametrize("s", [PCA, replace(RETAIN, tokens=3, ragged=0.5), replace(RETAIN, tokens=1, group=1)], ids=["pca", "retain", "one query"])
+def test_nor_does_it_where_keys_are_not_rebuilt(lib, s):
+    """With less memory there are fewer queries in a group, in the end the keys are rebuilt."""
+    rng = np.random.default_rng(0)
+    data = Data.of(replace(s, slots=(6, 3), tile_f32=False))
+    data.first[2:5] = 0  # vectors that are kept from slot to slot
+    with graph() as g:
+        node = nodes(lib, g, data)["attention"]
+        expected = run(lib, node, 128)
+        data.s = replace(data.s, query=False)
+        rebuilt = run(lib, nodes(lib, g, data)["attention"], 128)
+        assert expected != rebuilt
+        for threads in (32, 64, 128, 256):
+            assert run(lib, node, threads, rng.permutation(threads)) == expected
+        found = [run(lib, node, 128, rng.permutation(128), shared) for shared in (40 * 1024, 32 * 1024, 24 * 1024, 16 * 1024, 12 * 1024, 0)]
+        assert set(found) == {expected, rebuilt}
 
 
 def test_the_usual_block_fits(lib):

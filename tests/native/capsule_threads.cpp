@@ -60,13 +60,13 @@ static void fill_slots(ggml_tensor * blob, const ggml_capsule_params & p, int ti
     GGML_ASSERT(dst == (char *) blob->data + p.n_slots[tier]*ggml_capsule_slot_size(&p, tier));
 }
 
-static float run_as_gpu(ggml_tensor * op) {
+static float run_as_gpu(ggml_tensor * op, size_t max_shared) {
     std::vector<char> expected((char *) op->data, (char *) op->data + ggml_nbytes(op));
     memset(op->data, 0, ggml_nbytes(op));
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, 8*1024, args, ptrs); // pieces of tiles as well
+    ggml_capsule_args_init(op, max_shared, args, ptrs);
 
     std::vector<float> shared(args.s_size/sizeof(float));
     char * sm = (char *) shared.data();
@@ -99,7 +99,7 @@ static float run_as_gpu(ggml_tensor * op) {
     return res;
 }
 
-static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack) {
+static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack, size_t max_shared = 8*1024) { // pieces of tiles
     ggml_context * ctx = ggml_init({ 1u << 24, nullptr, false });
 
     ggml_tensor * blobs[GGML_CAPSULE_N_TIERS];
@@ -121,9 +121,16 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
         ((int32_t *) weights->data)[layout.neighbours + i] = i % std::max<int>(p.n_kept, 1);
     }
 
-    ggml_tensor * rope = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_slots*(p.n_rot + 1) + p.n_block*p.n_rot);
+    const int n_angles = n_slots*(p.n_rot + 1) + p.n_block*p.n_rot;
+
+    ggml_tensor * rope = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_angles + (p.n_terms > 0 ? 1 + p.n_terms*(p.n_block + p.d_k) : 0));
     fill(rope);
     memset((int32_t *) rope->data + n_slots*p.n_rot, 0, n_slots*sizeof(int32_t));
+    if (p.n_terms > 0) {
+        ((int32_t *) rope->data)[n_angles] = p.n_terms - 1;
+    }
+    // slots that begin at the same position
+    memcpy((float *) rope->data + p.n_rot, rope->data, p.n_rot*sizeof(float));
 
     ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_k, p.n_head_kv*n_group, n_tokens);
     ggml_tensor * k    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_k, p.n_head_kv, n_kv);
@@ -148,7 +155,7 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
     ggml_build_forward_expand(gf, out);
     ggml_graph_compute_with_ctx(ctx, gf, 1);
 
-    const float res = run_as_gpu(out);
+    const float res = run_as_gpu(out, max_shared);
 
     ggml_free(ctx);
 
@@ -181,10 +188,23 @@ int main(int argc, char ** argv) {
     retain.n_neighbours = 2;
     retain.n_mlp        = 8;
 
+    ggml_capsule_params project = pca;
+    project.flags         = GGML_CAPSULE_FLAG_QUERY;
+    project.n_terms       = 4;
+    project.rows_k[1][1]  = 0;
+    project.rows_v[1][1]  = 0;
+
+    ggml_capsule_params turn = project;
+    turn.flags        = GGML_CAPSULE_FLAG_QUERY | GGML_CAPSULE_FLAG_RETAIN | (GGML_CAPSULE_FLAG_RETAIN << 1);
+    turn.n_kept       = 6;
+    turn.n_neighbours = 2;
+
     float res = 0.0f;
     res = std::max(res, run_case(pca,    40, 3, 3, false));
     res = std::max(res, run_case(retain, 16, 1, 1, false));
     res = std::max(res, run_case(retain, 16, 1, 1, true));
+    res = std::max(res, run_case(project, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT));
+    res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     printf("largest difference from the CPU backend: %g\n", res);
     return res < 2e-3f ? 0 : 1; // tiles of f16, with and without fused multiply-add
 }

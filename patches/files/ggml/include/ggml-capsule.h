@@ -7,8 +7,9 @@
 //
 // slots lie in one I8 blob per tier:   [n_slots][K: heads][V: heads], the rows of a head by type: F32, F16, Q8_0, Q4_0, Q2_0
 // the constants of a layer in one I32 tensor ("weights", see ggml_capsule_weights), the angles of RoPE in another one ("rope"):
-//   F32 [n_slots][n_rot] of the first position of a slot, I32 [n_slots] its pattern, F32 [n_patterns][N][n_rot] of the distances from there
-//   (cos, sin) per pair of neighbours, or all cos, then all sin
+//   F32 [n_slots][n_rot] of the first position of a slot, I32 [n_slots] its pattern; for every pattern F32 [N][n_rot] of the distances from there, and if n_terms > 0
+//   I32 number of terms (0: these keys are rebuilt), F32 phi [n_terms][N], F32 ab [n_terms][d_k]: exp(-i angle of a distance) ~= sum_m phi_m(token)(a_m - i b_m)
+//   (cos, sin), (a, b) per pair of neighbours, or all cos, then all sin
 //
 
 #ifdef  __cplusplus
@@ -29,6 +30,7 @@ extern "C" {
         GGML_CAPSULE_FLAG_ROT_V    = 1 << 4,
         GGML_CAPSULE_FLAG_TILE_F32 = 1 << 5, // tiles of K in F32 instead of F16
         GGML_CAPSULE_FLAG_RETAIN   = 1 << 6, // keys of tier 0 (and 1: << 7) are kept tokens instead of components
+        GGML_CAPSULE_FLAG_QUERY    = 1 << 8, // attention: keys are not rebuilt where queries in 8 bits can meet their rows instead
     };
 
     #define GGML_CAPSULE_N_TIERS 2
@@ -52,6 +54,7 @@ extern "C" {
         uint8_t  rows_v[GGML_CAPSULE_N_TIERS][GGML_CAPSULE_N_TYPES];
         uint16_t n_parts_hot;
         uint16_t n_parts_cold;
+        uint16_t n_terms; // pca: of a pattern, at most
     };
 
     // where the constants of a layer lie, in units of 4 bytes; n_pad: N, rounded up to a multiple of 8

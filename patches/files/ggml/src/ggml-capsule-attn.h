@@ -1,9 +1,9 @@
 #pragma once
 
-#include "ggml-capsule-tile.h"
+#include "ggml-capsule-query.h"
 
 //
-// attention: a part of the hot cells or of the slots, for at most max_q queries of a KV head
+// attention: a part of the hot cells or of the slots, for at most n_q queries of a KV head
 //
 
 struct capsule_item {
@@ -17,16 +17,27 @@ CAPSULE_FN capsule_item capsule_item_of(CAPSULE_ARGS, int item) {
     capsule_item it;
     it.head = item/a.n_tiles%a.n_head_kv;
     it.part = item/a.n_tiles/a.n_head_kv;
-    it.q0   = item%a.n_tiles*a.max_q;
+    it.q0   = item%a.n_tiles*a.n_q;
     it.n_q  = a.n_group*a.n_tokens - it.q0;
-    it.n_q  = it.n_q < a.max_q ? it.n_q : a.max_q;
+    it.n_q  = capsule_min(it.n_q, a.n_q);
     return it;
 }
 
-// groups of 4 queries
-CAPSULE_FN int capsule_n_q4(capsule_item it) {
-    return (it.n_q + 3)/4;
+// groups of B queries
+template <int B>
+CAPSULE_FN int capsule_n_groups(capsule_item it) {
+    return (it.n_q + B - 1)/B;
 }
+
+// of 4, if there is more than one
+#define CAPSULE_PHASE_Q(name, ...) \
+    do { \
+        if (it.n_q == 1) { \
+            CAPSULE_PHASE((name<1>(__VA_ARGS__))); \
+        } else { \
+            CAPSULE_PHASE((name<4>(__VA_ARGS__))); \
+        } \
+    } while (0)
 
 CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const char * q, CAPSULE_SHARED char * sm) {
     for (int i = tid/CAPSULE_LANES; i < a.max_q; i += nt/CAPSULE_LANES) {
@@ -48,18 +59,19 @@ CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it
     for (int i = tid; i < 2*a.max_q; i += nt) {
         CAPSULE_SM_F(a.s_m)[i] = CAPSULE_NEG;
     }
-    for (int i = tid; i < 3; i += nt) {
+    for (int i = tid; i < 6; i += nt) {
         ((CAPSULE_SHARED int *) (sm + a.s_flags))[i] = 0;
     }
 }
 
-// is any of the columns [col, col + n) visible? the flag of the step after next is cleared: nobody reads that one any more
+// is any of the columns [col, col + n) visible? the flags of the step after next are cleared: nobody reads those any more
 CAPSULE_FN void capsule_attn_visible(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
         int64_t col, int n, int step, CAPSULE_SHARED char * sm) {
     CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
 
     if (tid == 0) {
-        flags[(step + 1) % 3] = 0;
+        flags[    (step + 1) % 3] = 0;
+        flags[3 + (step + 1) % 3] = 0;
     }
 
     const int t0 = it.q0/a.n_group;
@@ -76,6 +88,17 @@ CAPSULE_FN void capsule_attn_visible(int tid, int nt, CAPSULE_ARGS, capsule_item
     }
 }
 
+// do the first positions of two slots differ?
+CAPSULE_FN void capsule_attn_moved(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot, int j_slot, int step, CAPSULE_SHARED char * sm) {
+    bool any = false;
+    for (int c = tid; c < a.n_rot; c += nt) {
+        any = any || tables[i_slot*a.n_rot + c] != tables[j_slot*a.n_rot + c];
+    }
+    if (any) {
+        CAPSULE_RAISE(((CAPSULE_SHARED int *) (sm + a.s_flags))[3 + step % 3]);
+    }
+}
+
 // n hot cells from col on -> tile
 template <typename T>
 CAPSULE_FN void capsule_attn_load_hot(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const char * k, int i_head, int64_t col, int n, CAPSULE_SHARED T * tile) {
@@ -87,34 +110,53 @@ CAPSULE_FN void capsule_attn_load_hot(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLO
     }
 }
 
+CAPSULE_FN void capsule_attn_put_score(CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data, int i, int j, int col,
+        float s, CAPSULE_SHARED char * sm) {
+    const float m = capsule_mask(mask.type, data + (it.q0 + i)/a.n_group*mask.nb1, col);
+    CAPSULE_SM_F(a.s_s)[i*a.N + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s + m;
+}
+
 // s = q*tile + mask, for n columns from col on, which go to s from first on
-template <typename T>
+template <int B, typename T>
 CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
         int64_t col, int first, int n, CAPSULE_SHARED const T * tile, CAPSULE_SHARED char * sm) {
-    for (int u = tid; u < n*capsule_n_q4(it); u += nt) {
+    for (int u = tid; u < n*capsule_n_groups<B>(it); u += nt) {
         const int j = u%n;
-        const int i = u/n*4;
+        const int i = u/n*B;
 
         CAPSULE_SHARED const float * q = CAPSULE_SM_F(a.s_q) + i*a.d_k;
         CAPSULE_SHARED const T     * x = tile + j*a.ld_tile;
 
-        float s[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        float s[B] = { 0.0f };
         for (int c = 0; c < a.d_k; ++c) {
             const float y = capsule_float(x[c]);
 
             CAPSULE_UNROLL
-            for (int b = 0; b < 4; ++b) {
+            for (int b = 0; b < B; ++b) {
                 s[b] += y*q[b*a.d_k + c];
             }
         }
 
         CAPSULE_UNROLL
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < B; ++b) {
             if (i + b < it.n_q) {
-                const float m = capsule_mask(mask.type, data + (it.q0 + i + b)/a.n_group*mask.nb1, (int) col + j);
-                CAPSULE_SM_F(a.s_s)[(i + b)*a.N + first + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s[b] + m;
+                capsule_attn_put_score(a, it, mask, data, i + b, first + j, (int) col + j, s[b], sm);
             }
         }
+    }
+}
+
+// the same from vectors, for a whole slot
+CAPSULE_FN void capsule_attn_query_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, capsule_vectors vs, int n_rows, CAPSULE_GLOBAL const char * data, int64_t col,
+        CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
+    CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
+
+    for (int u = tid; u < a.N*it.n_q; u += nt) {
+        const int i = u/a.N;
+        const int j = u%a.N;
+        const int x = vs.retain ? order[j] : j;
+
+        capsule_attn_put_score(a, it, a.cold, data, i, x, (int) col + x, capsule_query_score(a, vs, n_rows, i, j, weights, sm), sm);
     }
 }
 
@@ -168,28 +210,29 @@ CAPSULE_FN float capsule_attn_factor(CAPSULE_ARGS, int i, int step, CAPSULE_SHAR
 }
 
 // o += weights*V of hot cells
+template <int B>
 CAPSULE_FN void capsule_attn_hot_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const char * v, int64_t col, int n, int step,
         CAPSULE_SHARED char * sm) {
-    for (int u = tid; u < a.d_v*capsule_n_q4(it); u += nt) {
+    for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
         const int c = u%a.d_v;
-        const int i = u/a.d_v*4;
+        const int i = u/a.d_v*B;
 
         CAPSULE_SHARED const float * w = CAPSULE_SM_F(a.s_s) + i*a.N;
 
-        float o[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        float o[B] = { 0.0f };
         for (int j = 0; j < n; ++j) {
             const float x = a.v_trans ?
                 capsule_value(a.v.type, v + it.head*a.v.nb1 + c*a.v.nb2, (int) col + j) :
                 capsule_value(a.v.type, v + it.head*a.v.nb1 + (col + j)*a.v.nb2, c);
 
             CAPSULE_UNROLL
-            for (int b = 0; b < 4; ++b) {
+            for (int b = 0; b < B; ++b) {
                 o[b] += x*w[b*a.N + j];
             }
         }
 
         CAPSULE_UNROLL
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < B; ++b) {
             if (i + b < it.n_q) {
                 CAPSULE_SHARED float * dst = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
                 *dst = *dst*capsule_attn_factor(a, i + b, step, sm) + o[b];
@@ -199,39 +242,41 @@ CAPSULE_FN void capsule_attn_hot_values(int tid, int nt, CAPSULE_ARGS, capsule_i
 }
 
 // weights of tokens -> weights of rows
+template <int B>
 CAPSULE_FN void capsule_attn_row_weights(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const float * basis_t, int n_rows, CAPSULE_SHARED char * sm) {
-    for (int u = tid; u < n_rows*capsule_n_q4(it); u += nt) {
+    for (int u = tid; u < n_rows*capsule_n_groups<B>(it); u += nt) {
         const int r = u%n_rows;
-        const int i = u/n_rows*4;
+        const int i = u/n_rows*B;
 
         CAPSULE_SHARED const float * s = CAPSULE_SM_F(a.s_s) + i*a.N;
 
-        float w[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        float w[B] = { 0.0f };
         for (int j = 0; j < a.N; ++j) {
             const float x = basis_t[j*a.N + r];
 
             CAPSULE_UNROLL
-            for (int b = 0; b < 4; ++b) {
+            for (int b = 0; b < B; ++b) {
                 w[b] += x*s[b*a.N + j];
             }
         }
 
         CAPSULE_UNROLL
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < B; ++b) {
             CAPSULE_SM_F(a.s_w)[(i + b)*a.ld_w + r] = w[b];
         }
     }
 }
 
 // o += weights*rows, apart for rows that are stored rotated
+template <int B>
 CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * head, int step,
         CAPSULE_SHARED char * sm) {
-    for (int u = tid; u < a.d_v*capsule_n_q4(it); u += nt) {
+    for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
         const int c = u%a.d_v;
-        const int i = u/a.d_v*4;
+        const int i = u/a.d_v*B;
 
-        float o0[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-        float o1[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        float o0[B] = { 0.0f };
+        float o1[B] = { 0.0f };
 
         CAPSULE_SHARED const float * w = CAPSULE_SM_F(a.s_w) + i*a.ld_w;
 
@@ -243,7 +288,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
                 const float x = capsule_value(type, row, c);
 
                 CAPSULE_UNROLL
-                for (int b = 0; b < 4; ++b) {
+                for (int b = 0; b < B; ++b) {
                     o1[b] += x*w[b*a.ld_w + r];
                 }
                 row += part.row_size[type];
@@ -252,7 +297,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
 
             if (type == CAPSULE_F16) {
                 CAPSULE_UNROLL
-                for (int b = 0; b < 4; ++b) {
+                for (int b = 0; b < B; ++b) {
                     o0[b] = o1[b];
                     o1[b] = 0.0f;
                 }
@@ -260,7 +305,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
         }
 
         CAPSULE_UNROLL
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < B; ++b) {
             if (i + b < it.n_q) {
                 CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
                 CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*a.max_q*a.d_v;
@@ -273,6 +318,44 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
                     *dst0 = *dst0*f + o0[b];
                     *dst1 = *dst1*f + o1[b];
                 }
+            }
+        }
+    }
+}
+
+// o += weights*rows that are integers
+template <int B>
+CAPSULE_FN void capsule_attn_code_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n_rows, int step, CAPSULE_SHARED char * sm) {
+    for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
+        const int c = u%a.d_v;
+        const int i = u/a.d_v*B;
+
+        CAPSULE_SHARED const int8_t * x     = (CAPSULE_SHARED const int8_t *) (sm + a.s_codes) + c;
+        CAPSULE_SHARED const float  * scale = CAPSULE_SM_F(a.s_scales) + c/32;
+        CAPSULE_SHARED const float  * w     = CAPSULE_SM_F(a.s_w) + i*a.ld_w;
+
+        float o[B] = { 0.0f };
+        for (int r = 0; r < n_rows; ++r) {
+            const float y = scale[r*(a.d_v/32)]*(float) x[r*4*a.ld_codes];
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < B; ++b) {
+                o[b] += y*w[b*a.ld_w + r];
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            if (i + b < it.n_q) {
+                CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
+                CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*a.max_q*a.d_v;
+
+                const float f = capsule_attn_factor(a, i + b, step, sm);
+
+                if (a.n_o == 2) {
+                    *dst0 *= f;
+                }
+                *dst1 = *dst1*f + o[b];
             }
         }
     }
@@ -337,6 +420,7 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
 
     int step  = 0; // units that are visible
     int check = 0;
+    int made  = -1; // the slot that the vectors are for
     for (int i = (int) ((int64_t) n_units*i_part/n_parts); i < (int) ((int64_t) n_units*(i_part + 1)/n_parts); ++i) {
         const int64_t col = (int64_t) i*a.N;
         const int     n   = hot ? capsule_min(a.N, a.n_kv - (int) col) : a.N;
@@ -344,17 +428,40 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
         CAPSULE_PARAM const capsule_tensor & mask = hot ? a.mask : a.cold;
         CAPSULE_GLOBAL const char          * data = hot ? p.mask : p.cold;
 
-        CAPSULE_PHASE(capsule_attn_visible(tid, t.n, a, it, mask, data, col, n, check, sm));
+        CAPSULE_PHASE(
+            capsule_attn_visible(tid, t.n, a, it, mask, data, col, n, check, sm);
+            if (made >= 0) {
+                capsule_attn_moved(tid, t.n, a, p.rope, i, made, check, sm);
+            }
+        );
+        const int moved = flags[3 + check % 3];
         if (!flags[check++ % 3]) {
             continue;
         }
 
         CAPSULE_GLOBAL const char * slot = hot ? p.k : capsule_slot(a, p.blob0, p.blob1, i);
 
+        CAPSULE_PARAM const capsule_tier & tier = a.tiers[hot ? 0 : capsule_tier_of(a, i)];
+
+        capsule_vectors vs;
+        vs.n_var = 0;
         if (!hot) {
+            vs = capsule_vectors_of(a, p.rope, i);
+        }
+        if (vs.n_var > 0) {
+            const int n_vec = it.n_q*vs.n_var;
+
+            if (made < 0 || moved || !capsule_same_vectors(a, p.rope, i, made)) {
+                capsule_vectors_init(t, a, vs, n_vec, p.weights, p.rope, i, it.head, sm);
+                made = i;
+            }
+            CAPSULE_PHASE((capsule_load_codes(tid, t.n, a, tier.k, slot + tier.k.offs + it.head*tier.k.head_stride, a.d_k, sm)));
+            CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, n_vec, tier.k.n_rows, p.weights, sm)));
+            CAPSULE_PHASE((capsule_attn_query_scores(tid, t.n, a, it, vs, tier.k.n_rows, data, col, p.weights, sm)));
+        } else if (!hot) {
             capsule_rows_k<T>(t, a, slot, p.weights, i, it.head, sm);
         }
-        for (int first = 0; first < n; first += a.n_chunk) {
+        for (int first = 0; first < n && vs.n_var == 0; first += a.n_chunk) {
             const int n_tile = capsule_min(a.n_chunk, n - first);
 
             if (hot) {
@@ -362,18 +469,27 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             } else {
                 capsule_tile_k<T>(t, a, p.weights, p.rope, i, it.head, first, n_tile, sm);
             }
-            CAPSULE_PHASE((capsule_attn_scores<T>(tid, t.n, a, it, mask, data, col + first, first, n_tile, tile, sm)));
+            CAPSULE_PHASE_Q(capsule_attn_scores, tid, t.n, a, it, mask, data, col + first, first, n_tile, tile, sm);
         }
-        CAPSULE_PHASE(capsule_attn_max    (tid, t.n, a, it, n, sm));
+
+        CAPSULE_GLOBAL const char * head = slot + tier.v.offs + it.head*tier.v.head_stride; // values
+        CAPSULE_PHASE(
+            capsule_attn_max(tid, t.n, a, it, n, sm);
+            if (!hot && tier.codes) {
+                capsule_load_codes(tid, t.n, a, tier.v, head, a.d_v, sm);
+            }
+        );
         CAPSULE_PHASE(capsule_attn_softmax(tid, t.n, a, it, n, step, sm));
 
         if (hot) {
-            CAPSULE_PHASE(capsule_attn_hot_values(tid, t.n, a, it, p.v, col, n, step, sm));
+            CAPSULE_PHASE_Q(capsule_attn_hot_values, tid, t.n, a, it, p.v, col, n, step, sm);
         } else {
-            CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i)].v;
-
-            CAPSULE_PHASE(capsule_attn_row_weights(tid, t.n, a, it, p.weights + a.w_v_basis_t, part.n_rows, sm));
-            CAPSULE_PHASE(capsule_attn_row_values (tid, t.n, a, it, part, slot + part.offs + it.head*part.head_stride, step, sm));
+            CAPSULE_PHASE_Q(capsule_attn_row_weights, tid, t.n, a, it, p.weights + a.w_v_basis_t, tier.v.n_rows, sm);
+            if (tier.codes) {
+                CAPSULE_PHASE_Q(capsule_attn_code_values, tid, t.n, a, it, tier.v.n_rows, step, sm);
+            } else {
+                CAPSULE_PHASE_Q(capsule_attn_row_values, tid, t.n, a, it, tier.v, head, step, sm);
+            }
         }
         step++;
     }

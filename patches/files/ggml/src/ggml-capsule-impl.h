@@ -6,7 +6,8 @@
 // A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
 // no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
 //
-// here: names of a backend, what a kernel is told, values of rows; ggml-capsule-tile.h: blocks, unpack; ggml-capsule-attn.h: attention
+// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks, unpack; -query.h: keys that are not rebuilt;
+// -attn.h: attention
 //
 
 #if defined(__METAL_VERSION__)
@@ -14,6 +15,7 @@
 #define CAPSULE_GLOBAL device
 #define CAPSULE_SHARED threadgroup
 #define CAPSULE_PARAM  constant
+#define CAPSULE_PRIVATE thread
 #define CAPSULE_UNROLL _Pragma("unroll")
 #define CAPSULE_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define CAPSULE_PHASES
@@ -31,6 +33,7 @@ CAPSULE_FN void capsule_put(device      half  & y, float x) { y = (half) x; }
 #define CAPSULE_GLOBAL
 #define CAPSULE_SHARED
 #define CAPSULE_PARAM
+#define CAPSULE_PRIVATE
 #define CAPSULE_UNROLL _Pragma("unroll")
 #define CAPSULE_BARRIER() __syncthreads()
 #define CAPSULE_PHASES
@@ -50,6 +53,7 @@ CAPSULE_FN void capsule_put(half  & y, float x) { y = __float2half_rn(x); }
 #define CAPSULE_GLOBAL
 #define CAPSULE_SHARED
 #define CAPSULE_PARAM
+#define CAPSULE_PRIVATE
 #define CAPSULE_UNROLL
 #define CAPSULE_RAISE(x) __atomic_store_n(&(x), 1, __ATOMIC_RELAXED)
 #define CAPSULE_EXP(x) expf(x)
@@ -78,6 +82,7 @@ struct capsule_threads {
 
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
 #define CAPSULE_LANES     32
+#define CAPSULE_N_MAKE    16 // vectors that are made at a time, see ggml-capsule-query.h
 #define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
 
 enum capsule_type {
@@ -105,6 +110,8 @@ struct capsule_tier {
     int          slot_size;
     int          n_slots;
     int          retain;
+    int          query;  // keys need not be rebuilt
+    int          codes;  // values stay integers
 };
 
 // a tensor that is not one of rows in slots: element (i0, i1, i2) at i0*size + i1*nb1 + i2*nb2
@@ -121,8 +128,9 @@ struct capsule_args {
     int n_head_kv;
     int n_group;
     int n_tokens;
-    int max_q;    // queries of a group of threads, a multiple of 4
-    int n_tiles;  // of max_q queries, per KV head
+    int max_q;    // queries of a group of threads: room for them, a multiple of 4
+    int n_q;      // at most as many of them
+    int n_tiles;  // of n_q queries, per KV head
     int n_chunk;  // tokens in the tile at a time, a multiple of 8
     int n_kv;
     int d_k;
@@ -137,6 +145,8 @@ struct capsule_args {
     int n_kept;
     int n_mlp;
     int n_neighbours;
+    int n_terms;  // of the projected-query form, at most
+    int mma;      // tensor cores
     int n_slots;
     int n_parts_hot;
     int n_parts;
@@ -147,6 +157,7 @@ struct capsule_args {
     int w_k_mean;
     int w_v_mean;
     int w_k_basis;
+    int w_k_basis_h;
     int w_v_basis;
     int w_v_basis_t;
     int w_token_order;
@@ -157,6 +168,7 @@ struct capsule_args {
     int w_mlp_down;
     int r_pattern;
     int r_distances;
+    int r_stride;  // from pattern to pattern
 
     capsule_tensor q;
     capsule_tensor k;
@@ -168,18 +180,31 @@ struct capsule_args {
     capsule_tier tiers[2];
 
     // shared memory, in bytes
-    int s_rows;  // [n_rows][d]
+    int s_rows;  // [n_rows][ld_rows]
     int s_tile;  // [n_chunk][ld_tile]
     int s_z;     // F32 [N - n_kept][n_mlp]
+    int s_acc;   // F32 [CAPSULE_STRIP][ld_acc], tensor cores
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
     int s_w;     // F32 [max_q][n_rows], where the rows of K were
+    int s_codes;    // I8 [n_rows][4*ld_codes], where the rows and the tile were
+    int s_scales;   // F32 [n_rows][d/32]
+    int s_dots;     // F32 [n_vec][n_rows] or [n_vec]
+    int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where the dots are
+    int s_make_red; // F32 [CAPSULE_N_MAKE][LANES]
+    int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
+    int s_v_scales; // F32 [n_vec][d_k/32]
+    int s_v_mean;   // F32 [n_vec]
     int s_o;     // F32 [n_o][max_q][d_v]
     int s_red;   // F32 [2][max_q][LANES], maxima and sums
     int s_m;     // F32 [3][max_q], m, m and l
-    int s_flags; // I32 [3]
+    int s_flags; // I32 [2][3]
     int s_size;
+    int ld_rows;
     int ld_tile;
+    int ld_acc;
+    int ld_codes; // in words
+    int ld_make;
     int ld_w;
     int n_o;     // accumulators: 2 if there are both plain and rotated rows of values
     int n_rot_o; // size of the Hadamard transform that takes the last accumulator back, 0: none
@@ -222,6 +247,14 @@ GGML_API const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i);
 //
 // values
 //
+
+CAPSULE_FN int capsule_min(int x, int y) {
+    return x < y ? x : y;
+}
+
+CAPSULE_FN float capsule_abs(float x) {
+    return x < 0.0f ? -x : x;
+}
 
 // Abramowitz and Stegun 7.1.26, absolute error below 2e-7; not every backend has erf
 CAPSULE_FN float capsule_erf(float x) {

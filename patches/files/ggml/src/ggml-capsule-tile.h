@@ -6,9 +6,9 @@
 // K or V of a block and head as a tile
 //
 
-// rows of a head -> [n_rows][d]
+// rows of a head -> [n_rows][ld]
 template <typename T>
-CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED T * rows) {
+CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, int ld, CAPSULE_SHARED T * rows) {
     int first = 0;
 
     CAPSULE_UNROLL
@@ -16,7 +16,7 @@ CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_p
         CAPSULE_GLOBAL const char * src = head + p.type_offs[i];
         for (int r = tid/CAPSULE_LANES; r < p.count[i]; r += nt/CAPSULE_LANES) {
             for (int c = tid % CAPSULE_LANES; c < d; c += CAPSULE_LANES) {
-                capsule_put(rows[(first + r)*d + c], capsule_value(i, src + r*p.row_size[i], c));
+                capsule_put(rows[(first + r)*ld + c], capsule_value(i, src + r*p.row_size[i], c));
             }
         }
         first += p.count[i];
@@ -29,13 +29,18 @@ struct capsule_rope {
     CAPSULE_GLOBAL const float * distances; // [N][n_rot]
 };
 
+// what is known of the pattern of a slot
+CAPSULE_FN CAPSULE_GLOBAL const float * capsule_pattern(CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot) {
+    return tables + a.r_distances + (int64_t) ((CAPSULE_GLOBAL const int32_t *) tables)[a.r_pattern + i_slot]*a.r_stride;
+}
+
 CAPSULE_FN capsule_rope capsule_rope_of(CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot) {
     capsule_rope res;
     res.first     = 0;
     res.distances = 0;
     if (a.n_rot > 0) {
         res.first     = tables + i_slot*a.n_rot;
-        res.distances = tables + a.r_distances + (int64_t) ((CAPSULE_GLOBAL const int32_t *) tables)[a.r_pattern + i_slot]*a.N*a.n_rot;
+        res.distances = capsule_pattern(a, tables, i_slot);
     }
     return res;
 }
@@ -93,8 +98,8 @@ CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL c
         }
 
         for (int r = 0; r < n_rows; ++r) {
-            const float y0 = capsule_float(rows[r*d + c0]);
-            const float y1 = capsule_float(rows[r*d + c1]);
+            const float y0 = capsule_float(rows[r*a.ld_rows + c0]);
+            const float y1 = capsule_float(rows[r*a.ld_rows + c1]);
 
             CAPSULE_GLOBAL const float * w = basis + r*a.n_pad + j0;
 
@@ -125,7 +130,7 @@ CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const 
 
         float x = weights[a.w_mlp_up_bias + i_head*a.n_mlp + m];
         for (int k = 0; k < a.n_neighbours; ++k) {
-            CAPSULE_SHARED const T     * row = rows + neighbours[j*a.n_neighbours + k]*a.d_k;
+            CAPSULE_SHARED const T     * row = rows + neighbours[j*a.n_neighbours + k]*a.ld_rows;
             CAPSULE_GLOBAL const float * up  = weights + a.w_mlp_up + (i_head*a.n_neighbours + k)*a.d_k*a.n_mlp + m;
 
             for (int c = 0; c < a.d_k; ++c) {
@@ -160,14 +165,14 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
             continue;
         }
 
-        float x0 = i < n_rows ? capsule_float(rows[i*d + c0]) : 0.0f;
-        float x1 = i < n_rows ? capsule_float(rows[i*d + c1]) : 0.0f;
+        float x0 = i < n_rows ? capsule_float(rows[i*a.ld_rows + c0]) : 0.0f;
+        float x1 = i < n_rows ? capsule_float(rows[i*a.ld_rows + c1]) : 0.0f;
 
         if (i >= a.n_kept) {
             const int j = i - a.n_kept;
 
             for (int k = 0; k < a.n_neighbours; ++k) {
-                CAPSULE_SHARED const T     * row  = rows + neighbours[j*a.n_neighbours + k]*d;
+                CAPSULE_SHARED const T     * row  = rows + neighbours[j*a.n_neighbours + k]*a.ld_rows;
                 CAPSULE_GLOBAL const float * gate = weights + a.w_gate + ((i_head*n_drop + j)*a.n_neighbours + k)*d;
 
                 x0 += gate[c0]*capsule_float(row[c0]);
@@ -187,11 +192,11 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
 
 // the rows of a head in a slot
 template <typename T>
-CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * slot, int i_head, int d,
+CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * slot, int i_head, int d,
         CAPSULE_SHARED T * rows) {
-    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, d, rows)));
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, d, a.ld_rows, rows)));
     if (part.n_rows > part.n_plain) {
-        CAPSULE_HADAMARD(T, rows + part.n_plain*d, part.n_rows - part.n_plain, d, d, d & -d);
+        CAPSULE_HADAMARD(T, rows + part.n_plain*a.ld_rows, part.n_rows - part.n_plain, d, a.ld_rows, d & -d);
     }
 }
 
@@ -200,7 +205,7 @@ CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
         CAPSULE_SHARED char * sm) {
     CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
 
-    capsule_rows<T>(t, tier.k, slot, i_head, a.d_k, CAPSULE_SM_T(a.s_rows));
+    capsule_rows<T>(t, a, tier.k, slot, i_head, a.d_k, CAPSULE_SM_T(a.s_rows));
     if (tier.retain && a.n_mlp > 0) {
         CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_z))));
     }
@@ -237,17 +242,9 @@ CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
             CAPSULE_SM_T(a.s_rows), CAPSULE_SM_T(a.s_tile))));
 }
 
-CAPSULE_FN int capsule_min(int x, int y) {
-    return x < y ? x : y;
-}
-
 //
 // unpack: a slot and head -> columns of the cache
 //
-
-CAPSULE_FN float capsule_abs(float x) {
-    return x < 0.0f ? -x : x;
-}
 
 // a block of 32 values as ggml's quantize_row_q8_0_ref and quantize_row_q4_0_ref
 template <typename T>
@@ -337,7 +334,7 @@ CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, 
     const int rot = a.is_v ? a.rot_v : a.rot_k;
 
     if (a.is_v) {
-        capsule_rows<T>(t, a.tiers[capsule_tier_of(a, i_slot)].v, slot, i_head, d, CAPSULE_SM_T(a.s_rows));
+        capsule_rows<T>(t, a, a.tiers[capsule_tier_of(a, i_slot)].v, slot, i_head, d, CAPSULE_SM_T(a.s_rows));
     } else {
         capsule_rows_k<T>(t, a, slot, p.weights, i_slot, i_head, sm);
     }

@@ -13,6 +13,8 @@ static constexpr ggml_type CAPSULE_GGML_TYPES[CAPSULE_MAX_TYPES] = { GGML_TYPE_F
 static constexpr int CAPSULE_MAX_N = 128; // tokens of a block
 static constexpr int CAPSULE_MAX_D = 512;
 
+static constexpr int CAPSULE_MAX_VECTORS = 48; // pca: with more of them it is less work to rebuild the keys
+
 // where the sources of a node are, in the order of capsule_ptrs
 enum capsule_src {
     CAPSULE_SRC_Q, // unpack: dst
@@ -137,6 +139,11 @@ bool ggml_capsule_valid(const ggml_capsule_params * p) {
 // constructors
 //
 
+// what is known of a pattern of positions, in units of 4 bytes
+static int64_t capsule_pattern_size(const ggml_capsule_params & p) {
+    return p.n_block*p.n_rot + (p.n_terms > 0 ? 1 + p.n_terms*(p.n_block + p.d_k) : 0);
+}
+
 static void capsule_set_op(ggml_tensor * res, const ggml_capsule_params & p, ggml_tensor * blob0, ggml_tensor * blob1, ggml_tensor * weights, ggml_tensor * rope) {
     GGML_ASSERT(ggml_capsule_valid(&p));
 
@@ -148,7 +155,7 @@ static void capsule_set_op(ggml_tensor * res, const ggml_capsule_params & p, ggm
     const int64_t n_slots = p.n_slots[0] + p.n_slots[1];
 
     GGML_ASSERT(weights->type == GGML_TYPE_I32 && ggml_is_contiguous(weights) && ggml_nelements(weights) == ggml_capsule_weights_layout(&p).size);
-    GGML_ASSERT(p.n_rot == 0 || n_slots == 0 || (rope->type == GGML_TYPE_I32 && ggml_is_contiguous(rope) && ggml_nelements(rope) >= n_slots*(p.n_rot + 1) + p.n_block*p.n_rot));
+    GGML_ASSERT(p.n_rot == 0 || n_slots == 0 || (rope->type == GGML_TYPE_I32 && ggml_is_contiguous(rope) && ggml_nelements(rope) >= n_slots*(p.n_rot + 1) + capsule_pattern_size(p)));
 
     res->op = GGML_OP_CAPSULE;
     memcpy(res->op_params, &p, sizeof(p));
@@ -246,22 +253,44 @@ static void capsule_tensor_init(capsule_tensor & res, const ggml_tensor * t, int
     }
 }
 
-// layout of the shared memory for this max_q and n_chunk
-static void capsule_shared_init(capsule_args & a, int op) {
-    const int size = a.tile_f32 ? 4 : 2;
+// vectors that a query becomes
+static int capsule_n_vectors(const capsule_args & a, const capsule_tier & tier) {
+    return tier.retain ? a.N + (a.N - a.n_kept)*a.n_neighbours : a.n_rot == 0 ? 1 : a.n_terms > 2 ? GGML_PAD(a.n_terms, 4) : a.n_terms;
+}
 
-    int n_rows_k = 0;
+// layout of the shared memory for these n_q, max_q and n_chunk
+static void capsule_shared_init(capsule_args & a, int op) {
+    const int  size = a.tile_f32 ? 4 : 2;
+    const bool attn = op == GGML_CAPSULE_OP_ATTN;
+
+    int n_rows_k = 0; // of keys that are rebuilt
     int n_rows_v = 0;
-    bool retain  = false;
+    int n_codes  = 0;
+    int n_vec    = 0;
+    int n_dots   = 0;
+    bool mlp     = false;
     bool plain   = false;
     bool rotated = false;
     for (const auto & tier : a.tiers) {
         if (tier.n_slots == 0) {
             continue;
         }
-        n_rows_k = std::max(n_rows_k, tier.k.n_rows);
+        // pca: a pattern may have no terms
+        if (!tier.query || !tier.retain) {
+            n_rows_k = std::max(n_rows_k, tier.k.n_rows);
+        }
+        if (tier.query) {
+            const int n = a.n_q*capsule_n_vectors(a, tier);
+
+            n_codes = std::max(n_codes, tier.k.n_rows);
+            n_vec   = std::max(n_vec,   n);
+            n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
+        }
+        if (tier.codes && attn) {
+            n_codes = std::max(n_codes, tier.v.n_rows);
+        }
         n_rows_v = std::max(n_rows_v, tier.v.n_rows);
-        retain   = retain  || tier.retain;
+        mlp      = mlp     || (tier.retain && !a.is_v);
         plain    = plain   || tier.v.n_plain > 0;
         rotated  = rotated || tier.v.n_plain < tier.v.n_rows;
     }
@@ -269,10 +298,13 @@ static void capsule_shared_init(capsule_args & a, int op) {
     const int d = a.is_v ? a.d_v : a.d_k;
 
     // an odd number of banks, so that threads can go through different rows side by side
-    a.ld_tile = d + (a.tile_f32 ? 1 : 2);
-    a.ld_w    = n_rows_v + 1;
-    a.n_o     = plain && rotated ? 2 : 1;
-    a.n_rot_o = rotated ? a.d_v & -a.d_v : 0;
+    a.ld_rows  = d;
+    a.ld_tile  = d + (a.tile_f32 ? 1 : 2);
+    a.ld_w     = n_rows_v + 1;
+    a.ld_codes = std::max(a.d_k, a.d_v)/4 + 1;
+    a.ld_make  = a.d_k + 1;
+    a.n_o      = plain && rotated ? 2 : 1;
+    a.n_rot_o  = rotated ? a.d_v & -a.d_v : 0;
 
     int n = 0;
     auto add = [&](int & offs, int bytes) {
@@ -280,21 +312,67 @@ static void capsule_shared_init(capsule_args & a, int op) {
         n   += GGML_PAD(bytes, 16);
     };
 
-    const bool attn = op == GGML_CAPSULE_OP_ATTN;
-
-    add(a.s_rows, std::max((a.is_v ? n_rows_v : n_rows_k)*d*size, attn ? a.max_q*a.ld_w*4 : 0));
+    add(a.s_rows, (a.is_v ? n_rows_v : n_rows_k)*a.ld_rows*size);
     add(a.s_tile, a.n_chunk*a.ld_tile*size);
-    add(a.s_z,    retain && !a.is_v ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
-    a.s_w = a.s_rows;
+    add(a.s_z,    mlp ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
     if (attn) {
+        // in the same place
+        const int n_tile = n;
+        n = 0;
+        add(a.s_w,        a.max_q*a.ld_w*4);
+        add(a.s_codes,    n_codes*a.ld_codes*4);
+        add(a.s_scales,   n_codes*(std::max(a.d_k, a.d_v)/32)*4);
+        add(a.s_dots,     std::max(n_dots, n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make : 0)*4);
+        add(a.s_make_red, n_vec > 0 ? CAPSULE_N_MAKE*CAPSULE_LANES*4 : 0);
+        a.s_make = a.s_dots;
+        n = std::max(n, n_tile);
+
+        add(a.s_v_codes,  n_vec*a.ld_codes*4);
+        add(a.s_v_scales, n_vec*(a.d_k/32)*4);
+        add(a.s_v_mean,   n_vec*4);
+
         add(a.s_q,     a.max_q*a.d_k*4);
         add(a.s_s,     a.max_q*a.N*4);
         add(a.s_o,     a.max_q*a.d_v*a.n_o*4);
         add(a.s_red,   a.max_q*CAPSULE_LANES*2*4);
         add(a.s_m,     a.max_q*3*4);
-        add(a.s_flags, 3*4);
+        add(a.s_flags, 6*4);
     }
     a.s_size = n;
+}
+
+// the largest pieces that fit; false if vectors do not, or only at the price of reading a slot for each query
+static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_shared) {
+    static const struct { int n_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 4, 32 }, { 4, 16 }, { 4, 8 }, { 2, 16 }, { 1, 16 } };
+
+    const bool query = a.tiers[0].query || a.tiers[1].query;
+
+    for (const auto & option : options) {
+        if (option.n_q < (query ? std::min(n_q, 2) : 4)) {
+            break;
+        }
+        a.n_q     = option.n_q;
+        a.max_q   = GGML_PAD(a.n_q, 4);
+        a.n_chunk = std::min(option.n_chunk, a.n_pad);
+        capsule_shared_init(a, op);
+        if ((size_t) a.s_size <= max_shared) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// which keys need not be rebuilt, and which values stay integers
+static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, int n_q) {
+    for (auto & tier : a.tiers) {
+        tier.codes = tier.v.n_plain == 0;
+        tier.query = (p.flags & GGML_CAPSULE_FLAG_QUERY) && tier.k.n_plain == 0 && tier.n_slots > 0 && p.op == GGML_CAPSULE_OP_ATTN;
+        if (tier.retain) {
+            tier.query = tier.query && a.n_mlp == 0;
+        } else {
+            tier.query = tier.query && (a.n_rot == 0 || a.n_terms > 0) && std::min(n_q, 8)*capsule_n_vectors(a, tier) <= CAPSULE_MAX_VECTORS;
+        }
+    }
 }
 
 void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_args & a, capsule_ptrs & ptrs) {
@@ -320,6 +398,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
     a.n_kept       = p.n_kept;
     a.n_mlp        = p.n_mlp;
     a.n_neighbours = p.n_neighbours;
+    a.n_terms      = p.n_terms;
     a.n_slots      = p.n_slots[0] + p.n_slots[1];
     a.n_parts_hot  = p.n_parts_hot;
     a.n_parts      = p.n_parts_hot + p.n_parts_cold;
@@ -338,6 +417,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
     a.w_mlp_down    = w.mlp_down;
     a.r_pattern     = a.n_slots*a.n_rot;
     a.r_distances   = a.n_slots*(a.n_rot + 1);
+    a.r_stride      = capsule_pattern_size(p);
 
     for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
         capsule_tier_init(a.tiers[i], p, i);
@@ -361,18 +441,16 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
     if (p.op == GGML_CAPSULE_OP_COMBINE) {
         a.n_items = src[CAPSULE_SRC_Q]->ne[1];
     } else {
-        // the largest pieces that fit
-        static const struct { int max_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 4, 32 }, { 4, 16 }, { 4, 8 } };
+        const int n_q = a.n_group*a.n_tokens;
 
-        for (const auto & option : options) {
-            a.max_q   = option.max_q;
-            a.n_chunk = std::min(option.n_chunk, a.n_pad);
-            capsule_shared_init(a, p.op);
-            if ((size_t) a.s_size <= max_shared) {
-                break;
+        capsule_forms_init(a, p, n_q);
+        if (!capsule_pieces_init(a, p.op, n_q, max_shared)) {
+            for (auto & tier : a.tiers) {
+                tier.query = 0;
             }
+            capsule_pieces_init(a, p.op, n_q, max_shared);
         }
-        a.n_tiles = (a.n_group*a.n_tokens + a.max_q - 1)/a.max_q;
+        a.n_tiles = (n_q + a.n_q - 1)/a.n_q;
         a.n_items = p.n_head_kv*(p.op == GGML_CAPSULE_OP_ATTN ? a.n_parts*a.n_tiles : a.n_slots);
     }
 

@@ -1,0 +1,387 @@
+#pragma once
+
+#include "ggml-capsule-tile.h"
+
+//
+// keys that are not rebuilt: rows stay the integers they are stored as, and the queries are turned into vectors of 8 bits that meet them
+//   retain (no key MLP): a token is its own row plus gated rows of its neighbours; the gates commute with RoPE, so the query is turned back by the distance of
+//     the token, and gated
+//   pca: exp(-i angle of token t) ~= sum_m phi_m(t)(a_m - i b_m) for every pair of channels, so
+//     q*k_t = sum_m phi_m(t) (q_m*mean + sum_r basis[r][t] q_m*row_r), where q_m is the query with its pairs times (a_m - i b_m)
+// everywhere the query is turned back by the first position of the slot, and Hadamard-transformed as the rows are
+//
+
+// rows of a head as integers, 4 in a word, and a scale per 32 of them; a thread reads 4 bytes of a row at a time
+CAPSULE_FN void capsule_load_codes(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED char * sm) {
+    CAPSULE_SHARED int   * codes  = (CAPSULE_SHARED int *) (sm + a.s_codes);
+    CAPSULE_SHARED float * scales = CAPSULE_SM_F(a.s_scales);
+
+    int first = 0;
+
+    CAPSULE_UNROLL
+    for (int type = CAPSULE_Q8_0; type < CAPSULE_MAX_TYPES; ++type) {
+        const int bits    = type == CAPSULE_Q8_0 ? 8 : type == CAPSULE_Q4_0 ? 4 : 2;
+        const int size    = type == CAPSULE_Q2_0 ? 64 : 32; // values of a block
+        const int n_block = size*bits/32;                   // words of a block
+        const int n_words = d*bits/32;
+
+        CAPSULE_GLOBAL const char * src = head + p.type_offs[type];
+
+        for (int u = tid; u < p.count[type]*n_words; u += nt) {
+            const int r = u/n_words;
+            const int b = u%n_words/n_block;
+            const int w = u%n_block;
+
+            // blocks begin at multiples of 2 bytes
+            CAPSULE_GLOBAL const uint16_t * block = (CAPSULE_GLOBAL const uint16_t *) (src + r*p.row_size[type]) + b*(1 + 2*n_block);
+
+            const uint32_t x = block[1 + 2*w] | (uint32_t) block[2 + 2*w] << 16;
+
+            CAPSULE_SHARED int * dst = codes + (first + r)*a.ld_codes + b*(size/4);
+
+            if (type == CAPSULE_Q8_0) {
+                dst[w] = (int) x;
+            } else if (type == CAPSULE_Q4_0) {
+                // less 8, in every byte
+                dst[w    ] = (int) (((x      & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u);
+                dst[w + 4] = (int) (((x >> 4 & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u);
+            } else {
+                CAPSULE_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t y = x >> 8*i;
+                    const uint32_t z = (y & 3) | (y & 12) << 6 | (y & 48) << 12 | (y & 192) << 18;
+                    dst[4*w + i] = (int) ((z + 0x7f7f7f7fu) ^ 0x80808080u);
+                }
+            }
+            if (w == 0) {
+                const float scale = capsule_float(*(CAPSULE_GLOBAL const capsule_half *) block);
+                for (int i = 0; i < size/32; ++i) {
+                    scales[(first + r)*(d/32) + b*(size/32) + i] = scale;
+                }
+            }
+        }
+        first += p.count[type];
+    }
+}
+
+// 4 products of 8 bits
+CAPSULE_FN int capsule_dot4(int x, int y, int sum) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 610
+    return __dp4a(x, y, sum);
+#else
+    CAPSULE_UNROLL
+    for (int i = 0; i < 32; i += 8) {
+        sum += (int) (int8_t) ((uint32_t) x >> i)*(int) (int8_t) ((uint32_t) y >> i);
+    }
+    return sum;
+#endif
+}
+
+// a row and n_b vectors, n_b <= B
+template <int B>
+CAPSULE_FN void capsule_dot(CAPSULE_ARGS, int row, int vec, int n_b, CAPSULE_SHARED const char * sm, CAPSULE_PRIVATE float * res) {
+    const int n_blocks = a.d_k/32;
+
+    CAPSULE_SHARED const int   * x  = (CAPSULE_SHARED const int *) (sm + a.s_codes) + row*a.ld_codes;
+    CAPSULE_SHARED const int   * y  = (CAPSULE_SHARED const int *) (sm + a.s_v_codes) + vec*a.ld_codes;
+    CAPSULE_SHARED const float * xs = (CAPSULE_SHARED const float *) (sm + a.s_scales) + row*n_blocks;
+    CAPSULE_SHARED const float * ys = (CAPSULE_SHARED const float *) (sm + a.s_v_scales) + vec*n_blocks;
+
+    CAPSULE_UNROLL
+    for (int b = 0; b < B; ++b) {
+        res[b] = 0.0f;
+    }
+
+    for (int i = 0; i < n_blocks; ++i) {
+        int sum[B] = { 0 };
+
+        CAPSULE_UNROLL
+        for (int w = 0; w < 8; ++w) {
+            const int c = x[8*i + w];
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < B; ++b) {
+                sum[b] = capsule_dot4(c, y[(b < n_b ? b : 0)*a.ld_codes + 8*i + w], sum[b]);
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            res[b] += xs[i]*ys[(b < n_b ? b : 0)*n_blocks + i]*(float) sum[b];
+        }
+    }
+}
+
+//
+// the vectors of the queries of an item: it.n_q times n_var of them
+//
+
+struct capsule_vectors {
+    int retain;
+    int n_var;   // retain: a token each in the order that they are stored in, then a neighbour each; pca: terms, padded to a multiple of n_at
+    int n_at;    // pca: terms at a time
+    int n_terms;
+    CAPSULE_GLOBAL const float * phi; // [n_terms][N], 0: there is no RoPE
+    CAPSULE_GLOBAL const float * ab;  // [n_terms][d_k], (a, b) where the channels of a pair are
+};
+
+// n_var == 0: the keys of this slot have to be rebuilt
+CAPSULE_FN capsule_vectors capsule_vectors_of(CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot) {
+    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
+
+    capsule_vectors res;
+    res.retain  = tier.retain;
+    res.n_var   = 0;
+    res.n_at    = 1;
+    res.n_terms = 0;
+    res.phi     = 0;
+    res.ab      = 0;
+
+    if (!tier.query) {
+        return res;
+    }
+    if (tier.retain) {
+        res.n_var = a.N + (a.N - a.n_kept)*a.n_neighbours;
+        return res;
+    }
+
+    res.n_terms = 1;
+    if (a.n_rot > 0) {
+        CAPSULE_GLOBAL const float * terms = capsule_pattern(a, tables, i_slot) + a.N*a.n_rot;
+
+        res.n_terms = ((CAPSULE_GLOBAL const int32_t *) terms)[0];
+        res.phi     = terms + 1;
+        res.ab      = terms + 1 + a.n_terms*a.N;
+    }
+    res.n_at  = res.n_terms > 2 ? 4 : res.n_terms;
+    res.n_var = res.n_terms > 2 ? (res.n_terms + 3)/4*4 : res.n_terms;
+
+    return res;
+}
+
+// of slots that begin at the same position
+CAPSULE_FN bool capsule_same_vectors(CAPSULE_ARGS, CAPSULE_GLOBAL const float * tables, int i_slot, int j_slot) {
+    CAPSULE_GLOBAL const int32_t * patterns = (CAPSULE_GLOBAL const int32_t *) tables + a.r_pattern;
+
+    return a.tiers[capsule_tier_of(a, i_slot)].retain == a.tiers[capsule_tier_of(a, j_slot)].retain && (a.n_rot == 0 || patterns[i_slot] == patterns[j_slot]);
+}
+
+// vectors [v0, v0 + CAPSULE_N_MAKE) -> [][ld_make], and what a lane adds to their products with the mean
+CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int n_vec, int v0, int i_head, CAPSULE_GLOBAL const float * weights,
+        capsule_rope rope, CAPSULE_SHARED char * sm) {
+    const int lane = tid % CAPSULE_LANES;
+
+    CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
+    CAPSULE_GLOBAL const float   * mean  = weights + a.w_k_mean + i_head*a.d_k;
+
+    for (int v = v0 + tid/CAPSULE_LANES; v < v0 + CAPSULE_N_MAKE && v < n_vec; v += nt/CAPSULE_LANES) {
+        const int var = v%vs.n_var;
+
+        CAPSULE_SHARED const float * q   = CAPSULE_SM_F(a.s_q) + v/vs.n_var*a.d_k;
+        CAPSULE_SHARED float       * dst = CAPSULE_SM_F(a.s_make) + (v - v0)*a.ld_make;
+
+        const int i = var < a.N ? var : a.n_kept + (var - a.N)/(a.n_neighbours > 0 ? a.n_neighbours : 1);
+
+        CAPSULE_GLOBAL const float * gate = vs.retain && var >= a.N ? weights + a.w_gate + (i_head*(a.N - a.n_kept)*a.n_neighbours + var - a.N)*a.d_k : 0;
+        CAPSULE_GLOBAL const float * turn = vs.retain && rope.first ? rope.distances + order[i]*a.n_rot : 0;
+
+        float sum = 0.0f;
+        for (int p = lane; p < a.d_k/2; p += CAPSULE_LANES) {
+            const int c0 = capsule_pair0(a, p);
+            const int c1 = capsule_pair1(a, p);
+
+            float x0 = q[c0];
+            float x1 = q[c1];
+
+            if (rope.first && p < a.n_rot/2) {
+                const float y0 = x0*rope.first[c0] + x1*rope.first[c1];
+                x1 = x1*rope.first[c0] - x0*rope.first[c1];
+                x0 = y0;
+            }
+            if (vs.retain) {
+                if (turn && p < a.n_rot/2) {
+                    const float y0 = x0*turn[c0] + x1*turn[c1];
+                    x1 = x1*turn[c0] - x0*turn[c1];
+                    x0 = y0;
+                }
+                if (gate) {
+                    x0 *= gate[c0];
+                    x1 *= gate[c1];
+                }
+            } else {
+                if (vs.ab && var < vs.n_terms) {
+                    CAPSULE_GLOBAL const float * ab = vs.ab + var*a.d_k;
+
+                    const float y0 = x0*ab[c0] + x1*ab[c1];
+                    x1 = x1*ab[c0] - x0*ab[c1];
+                    x0 = y0;
+                }
+                if (var >= vs.n_terms) {
+                    x0 = 0.0f;
+                    x1 = 0.0f;
+                }
+                sum += x0*mean[c0] + x1*mean[c1];
+            }
+            dst[c0] = x0;
+            dst[c1] = x1;
+        }
+        CAPSULE_SM_F(a.s_make_red)[(v - v0)*CAPSULE_LANES + lane] = sum;
+    }
+}
+
+// -> integers of 8 bits with a scale per 32
+CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int n_vec, int v0, CAPSULE_SHARED char * sm) {
+    const int n_blocks = a.d_k/32;
+    const int n        = n_vec - v0 < CAPSULE_N_MAKE ? n_vec - v0 : CAPSULE_N_MAKE;
+
+    for (int u = tid; u < n*n_blocks; u += nt) {
+        const int v = u/n_blocks;
+        const int b = u%n_blocks;
+
+        CAPSULE_SHARED const float * x   = CAPSULE_SM_F(a.s_make) + v*a.ld_make + 32*b;
+        CAPSULE_SHARED int         * dst = (CAPSULE_SHARED int *) (sm + a.s_v_codes) + (v0 + v)*a.ld_codes + 8*b;
+
+        float amax = 0.0f;
+        for (int c = 0; c < 32; ++c) {
+            amax = capsule_abs(x[c]) > amax ? capsule_abs(x[c]) : amax;
+        }
+        const float id = amax > 0.0f ? 127.0f/amax : 0.0f;
+
+        for (int w = 0; w < 8; ++w) {
+            uint32_t word = 0;
+            for (int i = 0; i < 4; ++i) {
+                const float y = x[4*w + i]*id;
+                word |= ((uint32_t) (int) (y < 0.0f ? y - 0.5f : y + 0.5f) & 255) << 8*i;
+            }
+            dst[w] = (int) word;
+        }
+        CAPSULE_SM_F(a.s_v_scales)[(v0 + v)*n_blocks + b] = amax/127.0f;
+
+        if (b == 0) {
+            float sum = 0.0f;
+            for (int i = 0; i < CAPSULE_LANES; ++i) {
+                sum += CAPSULE_SM_F(a.s_make_red)[v*CAPSULE_LANES + i];
+            }
+            CAPSULE_SM_F(a.s_v_mean)[v0 + v] = sum;
+        }
+    }
+}
+
+//
+// scores of n_q queries
+//
+
+// products of rows and vectors: pca [n_vec][n_rows], retain [n_vec]
+CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int n_vec, int n_rows, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
+    CAPSULE_SHARED float * dots = CAPSULE_SM_F(a.s_dots);
+
+    if (vs.retain) {
+        CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
+
+        for (int v = tid; v < n_vec; v += nt) {
+            const int var = v%vs.n_var;
+            const int row = var < a.N ? var : neighbours[var - a.N];
+            if (row < n_rows) {
+                float x[1];
+                capsule_dot<1>(a, row, v, 1, sm, x);
+                dots[v] = x[0];
+            }
+        }
+        return;
+    }
+
+    for (int u = tid; u < (n_vec + 3)/4*n_rows; u += nt) {
+        const int r = u%n_rows;
+        const int v = u/n_rows*4;
+        const int n = n_vec - v < 4 ? n_vec - v : 4;
+
+        float x[4];
+        if (n == 1) {
+            capsule_dot<1>(a, r, v, 1, sm, x);
+        } else {
+            capsule_dot<4>(a, r, v, n, sm, x);
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            if (b < n) {
+                dots[(v + b)*n_rows + r] = x[b];
+            }
+        }
+    }
+}
+
+// query i and token t of pca, B terms at a time
+template <int B>
+CAPSULE_FN float capsule_query_terms(CAPSULE_ARGS, capsule_vectors vs, int n_rows, int i, int t, CAPSULE_GLOBAL const float * basis, CAPSULE_SHARED const char * sm) {
+    float res = 0.0f;
+    for (int m = 0; m < vs.n_var; m += B) {
+        const int v = i*vs.n_var + m;
+
+        CAPSULE_SHARED const float * dots = (CAPSULE_SHARED const float *) (sm + a.s_dots) + v*n_rows;
+
+        float x[B];
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            x[b] = ((CAPSULE_SHARED const float *) (sm + a.s_v_mean))[v + b];
+        }
+        for (int r = 0; r < n_rows; ++r) {
+            const float w = basis[r*a.n_pad + t];
+
+            CAPSULE_UNROLL
+            for (int b = 0; b < B; ++b) {
+                x[b] += w*dots[b*n_rows + r];
+            }
+        }
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            if (m + b < vs.n_terms) {
+                res += vs.phi ? vs.phi[(m + b)*a.N + t]*x[b] : x[b];
+            }
+        }
+    }
+    return res;
+}
+
+// query i and token j of those in order
+CAPSULE_FN float capsule_query_retain(CAPSULE_ARGS, capsule_vectors vs, int n_rows, int i, int j, CAPSULE_SHARED const char * sm) {
+    CAPSULE_SHARED const float * dots = (CAPSULE_SHARED const float *) (sm + a.s_dots) + i*vs.n_var;
+
+    float res = j < n_rows ? dots[j] : 0.0f;
+    if (j >= a.n_kept) {
+        for (int k = 0; k < a.n_neighbours; ++k) {
+            res += dots[a.N + (j - a.n_kept)*a.n_neighbours + k];
+        }
+    }
+    return res;
+}
+
+// the score of token t is that of place j in the order of the rows
+CAPSULE_FN float capsule_query_score(CAPSULE_ARGS, capsule_vectors vs, int n_rows, int i, int j, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED const char * sm) {
+    if (vs.retain) {
+        return capsule_query_retain(a, vs, n_rows, i, j, sm);
+    }
+    if (vs.n_at == 4) {
+        return capsule_query_terms<4>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
+    }
+    if (vs.n_at == 2) {
+        return capsule_query_terms<2>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
+    }
+    return capsule_query_terms<1>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
+}
+
+// the vectors of a slot
+CAPSULE_FN void capsule_vectors_init(capsule_threads t, CAPSULE_ARGS, capsule_vectors vs, int n_vec, CAPSULE_GLOBAL const float * weights,
+        CAPSULE_GLOBAL const float * tables, int i_slot, int i_head, CAPSULE_SHARED char * sm) {
+    const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
+
+    for (int v0 = 0; v0 < n_vec; v0 += CAPSULE_N_MAKE) {
+        const int n = capsule_min(n_vec - v0, CAPSULE_N_MAKE);
+
+        CAPSULE_PHASE((capsule_vectors_make(tid, t.n, a, vs, n_vec, v0, i_head, weights, rope, sm)));
+        CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_make), n, a.d_k, a.ld_make, a.d_k & -a.d_k);
+        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, n_vec, v0, sm)));
+    }
+}
