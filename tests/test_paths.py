@@ -20,7 +20,7 @@ PLAIN = {"LLAMA_KVCAPSULE_SIMD": "0"}
 MANY = 24  # images: more slots than one chunk of the reconstruction
 
 
-PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED, "op": OP}
+PATHS = {"reconstruct": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED, "op": OP | PLAIN, "op, 8 bits": OP}
 FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path
 SECOND = 5e-3  # the second image was computed with the first in view, so that some codes of its slots are the next ones: a random model makes much of that
 

@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 //
@@ -14,6 +15,13 @@
 
 static constexpr int64_t CAPSULE_OP_MAX_TOKENS = 64;  // larger batches unpack
 static constexpr int64_t CAPSULE_OP_GROUPS     = 512; // of threads: enough to fill a large GPU
+
+// LLAMA_KVCAPSULE_SIMD=0, for tests: sums of floats instead of products in 8 bits, here as in llama_capsule_simd_get()
+static bool capsule_op_floats() {
+    static const char * env = getenv("LLAMA_KVCAPSULE_SIMD");
+
+    return env && atoi(env) == 0;
+}
 
 ggml_capsule_params llama_capsule_store::op_params(uint32_t i_layer) const {
     const auto & layer = data().layers[i_layer];
@@ -41,6 +49,7 @@ ggml_capsule_params llama_capsule_store::op_params(uint32_t i_layer) const {
     res.flags |= kv.attn_rot_k                                ? GGML_CAPSULE_FLAG_ROT_K    : 0;
     res.flags |= kv.attn_rot_v                                ? GGML_CAPSULE_FLAG_ROT_V    : 0;
     res.flags |= exact                                        ? GGML_CAPSULE_FLAG_TILE_F32 : 0;
+    res.flags |= !capsule_op_floats()                         ? GGML_CAPSULE_FLAG_QUERY    : 0;
 
     res.n_block      = N();
     res.n_kept       = layer.n_kept;
