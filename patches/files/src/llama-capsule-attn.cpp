@@ -1,3 +1,4 @@
+#include "llama-capsule-hot.h"
 #include "llama-capsule-store.h"
 
 #include "llama-context.h"
@@ -14,29 +15,8 @@
 //   K of a block exists only as a tile in the cache of the core, V not at all: the weights go through the basis instead
 //
 
-static constexpr uint32_t CAPSULE_HOT_CHUNK = 64; // hot cells at a time
 static constexpr uint32_t CAPSULE_GROUP_MAX = 32; // slots times queries at a time
 static constexpr uint32_t CAPSULE_QUERY_MAX = 32; // queries of a KV head; for more of them it is cheaper to rebuild the keys
-
-// a row of the mask as floats, false if nothing in it is visible
-static bool capsule_mask_row(const ggml_tensor * mask, int64_t col, int64_t row, uint32_t n, uint32_t n_pad, float * dst) {
-    const char * src = (const char *) mask->data + row*mask->nb[1];
-
-    bool any = false;
-    for (uint32_t i = 0; i < n; ++i) {
-        // -inf and 0 are nearly all there is
-        if (mask->type == GGML_TYPE_F16) {
-            const ggml_fp16_t x = ((const ggml_fp16_t *) src)[col + i];
-            dst[i] = x == 0 ? 0.0f : x == 0xfc00 ? -INFINITY : ggml_fp16_to_fp32(x);
-        } else {
-            dst[i] = ((const float *) src)[col + i];
-        }
-        any = any || dst[i] != -INFINITY;
-    }
-    std::fill(dst + n, dst + n_pad, -INFINITY);
-
-    return any;
-}
 
 namespace {
 
@@ -50,8 +30,7 @@ struct capsule_attn {
     uint32_t ld_v;
     uint32_t ld_s; // of the columns at hand
 
-    llama_capsule_buf<float> q_hot;  // [n_q][ld_k]
-    llama_capsule_buf<float> q_cold;
+    llama_capsule_buf<float> q_cold; // [n_q][ld_k]
     llama_capsule_buf<float> q_slot;
 
     llama_capsule_buf<float> mask;   // [n_q/n_group][ld_s]
@@ -62,14 +41,15 @@ struct capsule_attn {
 
     llama_capsule_query query;
 
-    // state of the softmax
-    llama_capsule_buf<float> m;
-    llama_capsule_buf<float> l;
-    llama_capsule_buf<float> l_cold; // part of l
+    llama_capsule_buf<llama_capsule_softmax> sums;
+
+    llama_capsule_buf<float> l_cold; // part of the sums
     llama_capsule_buf<float> o_hot;  // [n_q][ld_v]
     llama_capsule_buf<float> o_cold; // in the space of the rows
 
-    void init(uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v, uint32_t n_cols_max, uint32_t n_rows_max, uint32_t n_slots_max) {
+    // continues what has been done for a head
+    void init(const llama_capsule_hot & hot, uint32_t i, uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v,
+            uint32_t n_cols_max, uint32_t n_rows_max, uint32_t n_slots_max) {
         this->n_q     = n_q;
         this->n_group = n_group;
         this->ld_k    = ld_k;
@@ -81,118 +61,35 @@ struct capsule_attn {
         mask.resize(n_q/n_group*n_cols_max);
         s   .resize(n_q*n_cols_max);
         x   .resize(n_cols_max*std::max(ld_k, ld_v));
-        w   .resize(n_q*std::max(n_slots_max*n_rows_max, ld_v));
+        w   .resize(n_q*n_slots_max*n_rows_max);
 
         q_slot.resize(n_q*ld_k);
-        for (auto * buf : { &q_hot, &q_cold }) {
-            std::fill_n(buf->resize(n_q*ld_k), n_q*ld_k, 0.0f);
-        }
-        for (auto * buf : { &o_hot, &o_cold }) {
-            std::fill_n(buf->resize(n_q*ld_v), n_q*ld_v, 0.0f);
-        }
-        for (auto * buf : { &l, &l_cold }) {
-            std::fill_n(buf->resize(n_q), n_q, 0.0f);
-        }
-        std::fill_n(m.resize(n_q), n_q, -INFINITY);
+
+        std::copy_n(hot.query  (i), n_q*ld_k, q_cold.resize(n_q*ld_k));
+        std::copy_n(hot.out    (i), n_q*ld_v, o_hot .resize(n_q*ld_v));
+        std::copy_n(hot.softmax(i), n_q,      sums  .resize(n_q));
+
+        std::fill_n(o_cold.resize(n_q*ld_v), n_q*ld_v, 0.0f);
+        std::fill_n(l_cold.resize(n_q),      n_q,      0.0f);
     }
 
     // n columns from col on -> those from to on
     bool read_mask(const ggml_tensor * t, int64_t col, uint32_t n, uint32_t to) {
-        bool any = false;
-        for (uint32_t i = 0; i < n_q/n_group; ++i) {
-            any = capsule_mask_row(t, col, i, n, GGML_PAD(n, LLAMA_CAPSULE_VEC), mask.data() + i*ld_s + to) || any;
-        }
-        return any;
+        return llama_capsule_read_mask(t, col, n, n_q/n_group, mask.data() + to, ld_s);
     }
 
-    // s: scores of n columns -> weights
-    void softmax(uint32_t n, bool cold) {
-        const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
-
+    // s: scores -> weights
+    void softmax() {
         for (uint32_t i = 0; i < n_q; ++i) {
-            float * row = s.data() + i*ld_s;
+            float added;
+            const float f = sums.data()[i].add(s.data() + i*ld_s, mask.data() + i/n_group*ld_s, ld_s, added);
 
-            std::fill(row + n, row + n_pad, 0.0f);
-
-            const float max = simd.add_max(row, mask.data() + i/n_group*ld_s, n_pad);
-            if (max == -INFINITY) {
-                std::fill(row, row + n_pad, 0.0f);
-                continue;
-            }
-
-            float & m_i = m.data()[i];
-            if (max > m_i) {
-                const float f = expf(m_i - max);
-
-                m_i = max;
-                l     .data()[i] *= f;
-                l_cold.data()[i] *= f;
+            if (f != 1.0f) {
                 simd.scale(ld_v, f, o_hot .data() + i*ld_v);
                 simd.scale(ld_v, f, o_cold.data() + i*ld_v);
             }
-
-            const float sum = simd.exp_sum(row, m_i, n_pad);
-
-            l.data()[i] += sum;
-            if (cold) {
-                l_cold.data()[i] += sum;
-            }
+            l_cold.data()[i] = f*l_cold.data()[i] + added;
         }
-    }
-
-    // the rows of a head lie far apart in the hot cache
-    static void prefetch(const ggml_tensor * t, uint32_t i_head, int64_t col, uint32_t n) {
-#ifdef __GNUC__
-        const size_t size = ggml_row_size(t->type, t->ne[0]);
-        for (int64_t j = col; j < std::min<int64_t>(col + n, t->ne[2]); ++j) {
-            for (size_t i = 0; i < size; i += 64) {
-                __builtin_prefetch((const char *) t->data + i_head*t->nb[1] + j*t->nb[2] + i);
-            }
-        }
-#endif
-    }
-
-    // n hot cells from col on
-    void hot(const ggml_tensor * k, const ggml_tensor * v, bool v_trans, uint32_t i_head, int64_t col, uint32_t n) {
-        if (!v_trans) {
-            prefetch(v, i_head, col, n);
-        }
-
-        const int64_t d_k = k->ne[0];
-        for (uint32_t j = 0; j < n; ++j) {
-            simd.to_float(k->type, (const char *) k->data + i_head*k->nb[1] + (col + j)*k->nb[2], x.data() + j*ld_k, d_k);
-            std::fill(x.data() + j*ld_k + d_k, x.data() + (j + 1)*ld_k, 0.0f);
-        }
-        simd.dot(n, n_q, ld_k, x.data(), ld_k, q_hot.data(), ld_k, s.data(), ld_s);
-
-        prefetch(k, i_head, col + n, n);
-
-        softmax(n, false);
-
-        if (v_trans) {
-            // [n_kv, n_head, d]
-            const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
-            const int64_t  d_v   = v->ne[2];
-
-            for (int64_t c = 0; c < d_v; ++c) {
-                simd.to_float(v->type, (const char *) v->data + i_head*v->nb[1] + c*v->nb[2] + col*ggml_type_size(v->type), x.data() + c*n_pad, n);
-                std::fill(x.data() + c*n_pad + n, x.data() + (c + 1)*n_pad, 0.0f);
-            }
-            simd.dot(d_v, n_q, n_pad, x.data(), n_pad, s.data(), ld_s, w.data(), ld_v);
-            for (uint32_t i = 0; i < n_q; ++i) {
-                for (int64_t c = 0; c < d_v; ++c) {
-                    o_hot.data()[i*ld_v + c] += w.data()[i*ld_v + c];
-                }
-            }
-            return;
-        }
-
-        const int64_t d_v = v->ne[0];
-        for (uint32_t j = 0; j < n; ++j) {
-            simd.to_float(v->type, (const char *) v->data + i_head*v->nb[1] + (col + j)*v->nb[2], x.data() + j*ld_v, d_v);
-            std::fill(x.data() + j*ld_v + d_v, x.data() + (j + 1)*ld_v, 0.0f);
-        }
-        simd.mul(n_q, n, ld_v, s.data(), 1, ld_s, x.data(), ld_v, nullptr, o_hot.data(), ld_v);
     }
 
     // fewer columns than the mask has been read for
@@ -240,7 +137,7 @@ struct capsule_attn {
 
     // the rest of it, for slots whose scores lie side by side
     void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, uint32_t i_head, bool rotated_v) {
-        softmax(ld_s, true);
+        softmax();
 
         // s is [n_q][slots.size()][ld_basis]
         const uint32_t n_rows = tile_v.n_rows();
@@ -279,6 +176,7 @@ void llama_capsule_store::attend_order(uint32_t i_layer, uint32_t n_q, std::vect
 
 // item: a KV head and a part of the columns; dst: the result [d_v*n_head, n_tokens], or [d_v + 2, n_head*n_tokens, n_parts] to be combined
 void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, int nth) const {
+    static thread_local llama_capsule_hot hot;
     static thread_local capsule_attn a;
     static thread_local std::vector<slot_ref> order;
     static thread_local std::vector<slot_ref> slots;
@@ -301,7 +199,6 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
     const uint32_t n_parts  = dst->ne[2];
     const bool     partial  = dst->ne[0] == d_v + 2;
 
-    const uint32_t n_hot   = (k->ne[2] + CAPSULE_HOT_CHUNK - 1)/CAPSULE_HOT_CHUNK;
     const uint32_t n_slots = pools[0].n_used + pools[1].n_used;
 
     const bool rotated_v = tile(i_layer, 0, true).has_rotated() || tile(i_layer, 1, true).has_rotated();
@@ -322,109 +219,109 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
         return (const uint8_t *) pools[s.i_pool].layers[i_layer].blob->data + s.i_slot*pools[s.i_pool].codecs[i_layer].layout.slot_stride;
     };
 
-    for (uint32_t item = ith; item < layer.n_head_kv*n_parts; item += nth) {
-        const uint32_t h = item/n_parts;
-        const uint32_t p = item%n_parts;
+    // a range of items for each thread: neighbouring heads of a part
+    const uint32_t n_items = layer.n_head_kv*n_parts;
 
-        a.init(n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld(), std::max(n_slots_max*n_pad, CAPSULE_HOT_CHUNK), n_rows_max, n_slots_max);
+    for (uint32_t item = (uint64_t) n_items*ith/nth, item_end = (uint64_t) n_items*(ith + 1)/nth; item < item_end;) {
+        const uint32_t p       = item/layer.n_head_kv;
+        const uint32_t h0      = item%layer.n_head_kv;
+        const uint32_t n_heads = std::min(layer.n_head_kv - h0, item_end - item);
 
-        for (uint32_t i = 0; i < n_q; ++i) {
-            const float * src = (const float *) ((const char *) q->data + (h*n_group + i%n_group)*q->nb[1] + i/n_group*q->nb[2]);
+        item += n_heads;
 
-            float * hot = a.q_hot.data() + i*a.ld_k;
+        float * to_q = hot.init(n_heads, n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld());
+
+        for (uint32_t i = 0; i < n_heads*n_q; ++i, to_q += tile(i_layer, 0, false).ld()) {
+            const uint32_t h = h0 + i/n_q;
+            const uint32_t t = i%n_q/n_group;
+
+            const float * src = (const float *) ((const char *) q->data + (h*n_group + i%n_group)*q->nb[1] + t*q->nb[2]);
             for (uint32_t c = 0; c < d_k; ++c) {
-                hot[c] = src[c]*capsule_kq_scale(dst);
+                to_q[c] = src[c]*capsule_kq_scale(dst);
             }
+        }
+        hot.attend(k, v, kv.v_trans, mask, h0, k->ne[2]*p/n_parts, k->ne[2]*(p + 1)/n_parts);
+
+        for (uint32_t h = h0; h < h0 + n_heads; ++h) {
+            a.init(hot, h - h0, n_q, n_group, tile(i_layer, 0, false).ld(), tile(i_layer, 0, true).ld(), n_slots_max*n_pad, n_rows_max, n_slots_max);
 
             // slots know nothing of the rotation of a quantized hot cache
-            float * to = a.q_cold.data() + i*a.ld_k;
-            std::copy(hot, hot + d_k, to);
-            if (kv.attn_rot_k) {
-                a.simd.hadamard(to, llama_capsule_hadamard_size(d_k), d_k);
+            for (uint32_t i = 0; i < n_q && kv.attn_rot_k; ++i) {
+                a.simd.hadamard(a.q_cold.data() + i*a.ld_k, llama_capsule_hadamard_size(d_k), d_k);
             }
-        }
 
-        for (uint32_t i = n_hot*p/n_parts; i < n_hot*(p + 1)/n_parts; ++i) {
-            const uint32_t col = i*CAPSULE_HOT_CHUNK;
-            const uint32_t n   = std::min<uint32_t>(CAPSULE_HOT_CHUNK, k->ne[2] - col);
+            int pattern = -1; // that the queries have been made for
 
-            a.ld_s = CAPSULE_HOT_CHUNK;
-            if (a.read_mask(mask, col, n, 0)) {
-                a.hot(k, v, kv.v_trans, h, col, n);
-            }
-        }
+            const uint32_t n_end = n_slots*(p + 1)/n_parts;
+            for (uint32_t i = n_slots*p/n_parts; i < n_end;) {
+                const int ip = order[i].i_pool;
 
-        int pattern = -1; // that the queries have been made for
-
-        const uint32_t n_end = n_slots*(p + 1)/n_parts;
-        for (uint32_t i = n_slots*p/n_parts; i < n_end;) {
-            const int ip = order[i].i_pool;
-
-            // a group of slots: what they share stays in the cache of the core
-            slots.clear();
-            a.ld_s = n_slots_max*n_pad;
-            for (; i < n_end && order[i].i_pool == ip && slots.size() < n_slots_max; ++i) {
-                if (a.read_mask(cold, order[i].col, N(), slots.size()*n_pad)) {
-                    slots.push_back(order[i]);
+                // a group of slots: what they share stays in the cache of the core
+                slots.clear();
+                a.ld_s = n_slots_max*n_pad;
+                for (; i < n_end && order[i].i_pool == ip && slots.size() < n_slots_max; ++i) {
+                    if (a.read_mask(cold, order[i].col, N(), slots.size()*n_pad)) {
+                        slots.push_back(order[i]);
+                    }
                 }
-            }
-            if (slots.empty()) {
-                continue;
-            }
-            a.set_columns(slots.size()*n_pad);
-
-            rows.clear();
-            for (const auto & cur : slots) {
-                const float * first     = rope_params ? rope.first(i_layer, ip, cur.i_slot, rotated(i_layer, ip)) : nullptr;
-                const float * distances = rope_params ? rope.distances(i_layer, ip, cur.i_slot) : nullptr;
-
-                const uint8_t * slot = slot_data(cur);
-                const uint32_t  to   = rows.size()*n_pad;
-
-                rows.push_back(slot);
-                tile(i_layer, ip, true).prefetch(slot, h);
-                if (rows.size() < slots.size()) {
-                    tile(i_layer, ip, false).prefetch(slot_data(slots[rows.size()]), h);
-                }
-
-                if (cur.pattern < 0) {
-                    a.score(tile(i_layer, ip, false), slot, h, N(), rope_params, first, distances, to);
+                if (slots.empty()) {
                     continue;
                 }
-                if (cur.pattern != pattern) {
-                    pattern = cur.pattern;
-                    a.query.init(variants[i_layer][ip], h, n_q, a.turn_queries(rope_params, first), a.ld_k, distances, *rope_params);
+                a.set_columns(slots.size()*n_pad);
+
+                rows.clear();
+                for (const auto & cur : slots) {
+                    const float * first     = rope_params ? rope.first(i_layer, ip, cur.i_slot, rotated(i_layer, ip)) : nullptr;
+                    const float * distances = rope_params ? rope.distances(i_layer, ip, cur.i_slot) : nullptr;
+
+                    const uint8_t * slot = slot_data(cur);
+                    const uint32_t  to   = rows.size()*n_pad;
+
+                    rows.push_back(slot);
+                    tile(i_layer, ip, true).prefetch(slot, h);
+                    if (rows.size() < slots.size()) {
+                        tile(i_layer, ip, false).prefetch(slot_data(slots[rows.size()]), h);
+                    }
+
+                    if (cur.pattern < 0) {
+                        a.score(tile(i_layer, ip, false), slot, h, N(), rope_params, first, distances, to);
+                        continue;
+                    }
+                    if (cur.pattern != pattern) {
+                        pattern = cur.pattern;
+                        a.query.init(variants[i_layer][ip], h, n_q, a.turn_queries(rope_params, first), a.ld_k, distances, *rope_params);
+                    }
+                    a.query.scores(tile(i_layer, ip, false), slot, a.s.data() + to, a.ld_s);
                 }
-                a.query.scores(tile(i_layer, ip, false), slot, a.s.data() + to, a.ld_s);
-            }
-            a.clear_padding(N(), n_pad);
-            a.values(tile(i_layer, ip, true), rows, h, rotated_v);
-        }
-
-        for (uint32_t i = 0; i < n_q; ++i) {
-            float * o = a.o_cold.data() + i*a.ld_v;
-
-            if (rotated_v) {
-                a.simd.hadamard(o, llama_capsule_hadamard_size(d_v), d_v);
-            }
-            for (uint32_t c = 0; c < d_v; ++c) {
-                o[c] += a.l_cold.data()[i]*layer.v_mean[h*d_v + c];
-            }
-            if (kv.attn_rot_v) {
-                a.simd.hadamard(o, 64, d_v);
+                a.clear_padding(N(), n_pad);
+                a.values(tile(i_layer, ip, true), rows, h, rotated_v);
             }
 
-            const uint32_t row = i/n_group*n_head + h*n_group + i%n_group;
+            for (uint32_t i = 0; i < n_q; ++i) {
+                float * o = a.o_cold.data() + i*a.ld_v;
 
-            float * to = (float *) ((char *) dst->data + (partial ? row*dst->nb[1] + p*dst->nb[2] : row*d_v*sizeof(float)));
+                if (rotated_v) {
+                    a.simd.hadamard(o, llama_capsule_hadamard_size(d_v), d_v);
+                }
+                for (uint32_t c = 0; c < d_v; ++c) {
+                    o[c] += a.l_cold.data()[i]*layer.v_mean[h*d_v + c];
+                }
+                if (kv.attn_rot_v) {
+                    a.simd.hadamard(o, 64, d_v);
+                }
 
-            const float f = partial || a.l.data()[i] == 0.0f ? 1.0f : 1.0f/a.l.data()[i];
-            for (uint32_t c = 0; c < d_v; ++c) {
-                to[c] = f*(a.o_hot.data()[i*a.ld_v + c] + o[c]);
-            }
-            if (partial) {
-                to[d_v]     = a.m.data()[i];
-                to[d_v + 1] = a.l.data()[i];
+                const uint32_t row = i/n_group*n_head + h*n_group + i%n_group;
+
+                float * to = (float *) ((char *) dst->data + (partial ? row*dst->nb[1] + p*dst->nb[2] : row*d_v*sizeof(float)));
+
+                const float f = partial || a.sums.data()[i].l == 0.0f ? 1.0f : 1.0f/a.sums.data()[i].l;
+                for (uint32_t c = 0; c < d_v; ++c) {
+                    to[c] = f*(a.o_hot.data()[i*a.ld_v + c] + o[c]);
+                }
+                if (partial) {
+                    to[d_v]     = a.sums.data()[i].m;
+                    to[d_v + 1] = a.sums.data()[i].l;
+                }
             }
         }
     }
