@@ -133,6 +133,13 @@ static void prefetch(const ggml_tensor * t, uint32_t i_head, int64_t col, uint32
 #endif
 }
 
+// cells that are used as they lie; for more queries it is faster to copy them as floats
+static const uint8_t * cells_in_place(const ggml_tensor * t, uint32_t i_head, int64_t col, uint32_t n_q, uint32_t ld) {
+    const uint32_t n_max = t->type == GGML_TYPE_F16 ? 8 : t->type == GGML_TYPE_Q8_0 ? 4 : 0;
+
+    return n_q <= n_max && t->ne[0] == ld ? (const uint8_t *) t->data + i_head*t->nb[1] + col*t->nb[2] : nullptr;
+}
+
 // -> [n][ld]
 static void read_cells(const llama_capsule_simd & simd, const ggml_tensor * t, uint32_t i_head, int64_t col, uint32_t n, float * dst, uint32_t ld) {
     const uint32_t d = t->ne[0];
@@ -148,10 +155,16 @@ void llama_capsule_hot::scores(const ggml_tensor * k, uint32_t i_head, uint32_t 
         const uint32_t n_cells = std::min(HOT_CELLS, n - j);
 
         for (uint32_t i = i0; i < i1; ++i) {
-            prefetch(k, i_head + i, col + j + HOT_CELLS, HOT_CELLS);
+            float * out = s.data() + (i - i0)*n_q*ld_s + j;
 
+            const uint8_t * cells = cells_in_place(k, i_head + i, col + j, n_q, ld_k);
+            if (cells && simd.dot_cells) {
+                simd.dot_cells(k->type, n_cells, n_q, ld_k, cells, k->nb[2], query(i), ld_k, out, ld_s);
+                continue;
+            }
+            prefetch(k, i_head + i, col + j + HOT_CELLS, HOT_CELLS);
             read_cells(simd, k, i_head + i, col + j, n_cells, x.data(), ld_k);
-            simd.dot(n_cells, n_q, ld_k, x.data(), ld_k, query(i), ld_k, s.data() + (i - i0)*n_q*ld_s + j, ld_s);
+            simd.dot(n_cells, n_q, ld_k, x.data(), ld_k, query(i), ld_k, out, ld_s);
         }
     }
 }
@@ -161,10 +174,16 @@ void llama_capsule_hot::values(const ggml_tensor * v, uint32_t i_head, uint32_t 
         const uint32_t n_cells = std::min(HOT_CELLS, n - j);
 
         for (uint32_t i = i0; i < i1; ++i) {
-            prefetch(v, i_head + i, col + j + HOT_CELLS, HOT_CELLS);
+            const float * weights = s.data() + (i - i0)*n_q*ld_s + j;
 
+            const uint8_t * cells = cells_in_place(v, i_head + i, col + j, n_q, ld_v);
+            if (cells && simd.mul_cells) {
+                simd.mul_cells(v->type, n_q, n_cells, ld_v, weights, ld_s, cells, v->nb[2], o.data() + i*n_q*ld_v, ld_v);
+                continue;
+            }
+            prefetch(v, i_head + i, col + j + HOT_CELLS, HOT_CELLS);
             read_cells(simd, v, i_head + i, col + j, n_cells, x.data(), ld_v);
-            simd.mul(n_q, n_cells, ld_v, s.data() + (i - i0)*n_q*ld_s + j, 1, ld_s, x.data(), ld_v, nullptr, o.data() + i*n_q*ld_v, ld_v);
+            simd.mul(n_q, n_cells, ld_v, weights, 1, ld_s, x.data(), ld_v, nullptr, o.data() + i*n_q*ld_v, ld_v);
         }
     }
 }

@@ -86,4 +86,11 @@ void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out);
 
 void llama_capsule_mul_q2_avx2(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
 
+// llama-capsule-simd-hot.cpp
+void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,
+        const float * y, size_t ld_y, float * out, size_t ld_out);
+
+void llama_capsule_mul_cells_avx2(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
+        const uint8_t * x, size_t stride, float * out, size_t ld_out);
+
 #endif // CAPSULE_AVX2

@@ -727,7 +727,7 @@ TARGET static void mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basi
 static const llama_capsule_simd simd_avx2 = {
     "avx2", mul_avx2, dot_avx2, fma_avx2, scale_avx2, rope_avx2, add_max_avx2, exp_sum_avx2, hadamard_avx2, to_float_avx2, mul_int_avx2,
     llama_capsule_to_codes_avx2, llama_capsule_score_rows_avx2, llama_capsule_sum_avx2, llama_capsule_mul_q2_avx2,
-    llama_capsule_from_float_avx2,
+    llama_capsule_from_float_avx2, llama_capsule_dot_cells_avx2, llama_capsule_mul_cells_avx2,
 };
 
 #endif // CAPSULE_AVX2

@@ -116,6 +116,14 @@ struct llama_capsule_simd {
 
     // a row without rotating it: byte for byte what llama_capsule_row_quantize() writes
     void (*from_float)(ggml_type type, const float * x, void * dst, uint32_t d);
+
+    // the next two, nullptr if there is no such kernel: n_x rows of f16 or q8_0, `stride` bytes apart, read again for each two of n_y or n_out
+    // out[q][j] = sum_i x[j][i] y[q][i]
+    void (*dot_cells)(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride, const float * y, size_t ld_y, float * out, size_t ld_out);
+
+    // out[q][i] += sum_r w[q][r] x[r][i]
+    void (*mul_cells)(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w, const uint8_t * x, size_t stride,
+            float * out, size_t ld_out);
 };
 
 // of this machine; LLAMA_KVCAPSULE_SIMD=0 selects plain C++
