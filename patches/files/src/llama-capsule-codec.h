@@ -19,7 +19,7 @@ struct llama_capsule_layout {
     llama_capsule_layout(const llama_capsule_data::layer & layer, const llama_capsule_data::tier_layer & tl);
 };
 
-// reference codec of one layer in one tier, plain floats on the host
+// how one layer is stored in one tier; the reference for reading it, plain floats on the host (llama_capsule_tile: the same fast, and the way there)
 //   K and V of a block: [N][n_head_kv][d], K without RoPE
 struct llama_capsule_codec {
     const llama_capsule_data & data;
@@ -30,15 +30,11 @@ struct llama_capsule_codec {
 
     llama_capsule_codec(const llama_capsule_data & data, uint32_t i_layer, uint32_t i_tier);
 
-    void encode(const float * k, const float * v, uint8_t * slot) const;
     void decode(const uint8_t * slot, float * k, float * v) const;
 
     // one head, [N][d]
     void decode_k_head(const uint8_t * slot, uint32_t i_head, float * k) const;
     void decode_v_head(const uint8_t * slot, uint32_t i_head, float * v) const;
-
-    // max over the first n tokens of the error over the error of rotated q4_0, keys weighted by the second moment of the queries
-    float score(const float * k, const float * v, const float * k_hat, const float * v_hat, uint32_t n) const;
 
 private:
     // what is different for K and V
@@ -54,13 +50,10 @@ private:
     side side_k() const;
     side side_v() const;
 
-    void encode_rows(const side & s, const float * rows, uint32_t i0, uint32_t n, uint32_t i_head, uint8_t * slot) const;
     void decode_rows(const side & s, const uint8_t * slot, uint32_t i_head, float * rows) const;
 
-    void encode_pca(const side & s, const float * x, uint8_t * slot) const;
     void decode_pca(const side & s, const uint8_t * slot, uint32_t i_head, float * x) const;
 
-    void encode_retain(const float * k, uint8_t * slot) const;
     void decode_retain(const uint8_t * slot, uint32_t i_head, float * k) const;
 
     // prediction of dropped token j of a head from the decoded kept rows [n_kept][d]

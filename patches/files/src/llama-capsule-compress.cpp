@@ -40,14 +40,6 @@ void llama_capsule_store::place(pool & pool, uint32_t i_slot, const std::vector<
 
 // idxs: cells of vision tokens, in the order in which they are cut into blocks
 uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
-    struct block {
-        std::vector<uint32_t> idxs;
-
-        int  i_pool;
-        int  i_slot;
-        bool failed = false; // the economy tier would distort it
-    };
-
     std::vector<block> blocks;
     for (size_t i = 0; i < idxs.size(); i += N()) {
         const size_t n = std::min<size_t>(N(), idxs.size() - i);
@@ -79,84 +71,17 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         }
     }
 
-    // write the slots of the blocks that fn selects, one layer after the other
-    auto encode = [&](auto fn) {
-        std::vector<block *> todo;
-        std::vector<uint32_t> cells;
+    auto select = [&](auto fn) {
+        std::vector<block *> res;
         for (auto & b : blocks) {
             if (fn(b)) {
-                todo.push_back(&b);
-                llama_capsule_rope_pos(kv.v_cells[0], b.idxs[0], kv.hparams.n_pos_per_embd(), pools[b.i_pool].stored[b.i_slot].data(), 1);
-                cells.insert(cells.end(), b.idxs.begin(), b.idxs.end());
+                res.push_back(&b);
             }
         }
-
-        std::vector<float> k;
-        std::vector<float> v;
-        std::vector<float> k_hat;
-        std::vector<float> v_hat;
-
-        std::vector<uint8_t> slot;
-
-        for (size_t l = 0; l < data().layers.size() && !todo.empty(); ++l) {
-            const auto & layer = data().layers[l];
-
-            const size_t n_k = layer.n_head_kv*layer.n_embd_head_k;
-            const size_t n_v = layer.n_head_kv*layer.n_embd_head_v;
-
-            // the last block may be short
-            k.assign((cells.size() + N())*n_k, 0.0f);
-            v.assign((cells.size() + N())*n_v, 0.0f);
-            k_hat.resize(N()*n_k);
-            v_hat.resize(N()*n_v);
-
-            reader.read(layer.il, layer.rope, cells, k.data(), v.data());
-
-            size_t first = 0;
-            for (block * b : todo) {
-                auto       & pool  = pools[b->i_pool];
-                const auto & codec = pool.codecs[l];
-                const size_t n     = b->idxs.size();
-
-                float * kb = k.data() + first*n_k;
-                float * vb = v.data() + first*n_v;
-
-                first += n;
-
-                // padding: the mean costs nothing
-                for (size_t j = n; j < N(); ++j) {
-                    std::copy(layer.k_mean.begin(), layer.k_mean.end(), kb + j*n_k);
-                    std::copy(layer.v_mean.begin(), layer.v_mean.end(), vb + j*n_v);
-                }
-
-                if (b->failed && b->i_pool == 0) {
-                    continue;
-                }
-
-                if (rotated(l, b->i_pool)) {
-                    rotate(l, pool.stored[b->i_slot], false, n, kb);
-                }
-
-                slot.resize(codec.layout.slot_stride);
-                codec.encode(kb, vb, slot.data());
-
-                if (b->i_pool == 0 && p.guard && codec.tl.kappa > 0.0f) {
-                    codec.decode(slot.data(), k_hat.data(), v_hat.data());
-                    if (codec.score(kb, vb, k_hat.data(), v_hat.data(), n) > codec.tl.kappa) {
-                        b->failed = true;
-                        continue;
-                    }
-                }
-
-                slot_set(pool, l, b->i_slot, slot.data());
-
-                auto & hash = pool.hash[b->i_slot];
-                hash = llama_capsule_state_hash(slot.data(), slot.size(), l == 0 ? 0 : hash);
-            }
-        }
+        return res;
     };
 
-    encode([](const block &) { return true; });
+    encode(select([](const block &) { return true; }));
 
     uint32_t n_failed = 0;
     for (auto & b : blocks) {
@@ -178,14 +103,14 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         }
     }
 
-    encode([](const block & b) { return b.failed && b.i_slot >= 0; });
+    encode(select([](const block & b) { return b.failed && b.i_slot >= 0; }));
 
     // only now: nothing is lost on the way
     uint32_t res = 0;
     for (auto & b : blocks) {
         if (b.i_slot >= 0) {
             place(pools[b.i_pool], b.i_slot, b.idxs);
-            reader.free(b.idxs);
+            hot.free(b.idxs);
             res += b.idxs.size();
         }
     }
@@ -249,7 +174,7 @@ uint32_t llama_capsule_store::compress(llama_seq_id seq_id, llama_pos p0, llama_
     std::vector<std::vector<uint32_t>> runs;
 
     std::vector<uint32_t> run;
-    for (uint32_t i : reader.find(seq_id, p0, p1)) {
+    for (uint32_t i : hot.find(seq_id, p0, p1)) {
         const bool vision = cells.ext_get(i).tok == LLAMA_TOKEN_NULL;
 
         // M-RoPE: a new position is a new image

@@ -578,7 +578,7 @@ void llama_capsule_store::build_chunk(const build_args & a, int ip, const pool_l
     if (layer.rope) {
         ggml_tensor * pos = ggml_view_1d(ctx, a.pos, n*kv.hparams.n_pos_per_embd(), i_pos*sizeof(int32_t));
 
-        x = llama_capsule_rope(ctx, kv.model, a.cparams, x, pos, kv.model.get_rope_factors(a.cparams, layer.il), layer.il, false);
+        x = llama_capsule_rope(ctx, kv.model, a.cparams, x, pos, kv.model.get_rope_factors(a.cparams, layer.il), layer.il);
     }
     if (a.k_rot) {
         x = llama_mul_mat_hadamard(ctx, x, a.k_rot);

@@ -1,6 +1,6 @@
 #include "llama-capsule-kv.h"
 
-#include "llama-capsule-rows.h"
+#include "llama-capsule-simd.h"
 
 #include "llama-arch.h"
 #include "llama-context.h"
@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <tuple>
 
 //
@@ -175,7 +174,7 @@ bool llama_capsule_check_rope(
     auto * factors = model.get_rope_factors(cparams, il);
 
     const ggml_tensor * y = llama_capsule_rope(ctx.get(), model, cparams,
-            ggml_dup_tensor(ctx.get(), x->src[0]), ggml_dup_tensor(ctx.get(), x->src[1]), factors, il, false);
+            ggml_dup_tensor(ctx.get(), x->src[0]), ggml_dup_tensor(ctx.get(), x->src[1]), factors, il);
 
     return x->src[2] == factors && memcmp(x->op_params, y->op_params, sizeof(x->op_params)) == 0;
 }
@@ -187,8 +186,7 @@ ggml_tensor * llama_capsule_rope(
          ggml_tensor * x,
          ggml_tensor * pos,
          ggml_tensor * factors,
-             int32_t   il,
-                bool   inverse) {
+             int32_t   il) {
     const auto & hparams = model.hparams;
 
     const int   n_rot      = hparams.n_rot(il);
@@ -200,29 +198,19 @@ ggml_tensor * llama_capsule_rope(
         int sections[4];
         std::copy(hparams.rope_sections.begin(), hparams.rope_sections.begin() + 4, sections);
 
-        const auto fn = inverse ? ggml_rope_multi_back : ggml_rope_multi;
-
-        x = fn(ctx, x, pos, factors, n_rot, sections, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
-                cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-    } else {
-        const auto fn = inverse ? ggml_rope_ext_back : ggml_rope_ext;
-
-        x = fn(ctx, x, pos, factors, n_rot, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
+        return ggml_rope_multi(ctx, x, pos, factors, n_rot, sections, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
                 cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
     }
 
-    return x;
+    return ggml_rope_ext(ctx, x, pos, factors, n_rot, mode, cparams.n_ctx_orig_yarn, freq_base, freq_scale,
+            cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
 }
 
-llama_capsule_kv::llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv) : lctx(lctx), kv(kv) {
-    backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    GGML_ASSERT(backend);
+//
+// llama_capsule_kv
+//
 
-    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
-    auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-    if (set_n_threads) {
-        set_n_threads(backend.get(), lctx.n_threads_batch());
-    }
+llama_capsule_kv::llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv) : lctx(lctx), kv(kv) {
 }
 
 std::vector<uint32_t> llama_capsule_kv::find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -245,6 +233,24 @@ std::vector<uint32_t> llama_capsule_kv::find(llama_seq_id seq_id, llama_pos p0, 
     return res;
 }
 
+void llama_capsule_kv::free(const std::vector<uint32_t> & idxs) {
+    auto & cells = kv.v_cells[0];
+    auto & head  = kv.v_heads[0];
+
+    for (uint32_t i : idxs) {
+        cells.rm(i);
+        head = std::min(head, i);
+    }
+}
+
+//
+// llama_capsule_kv::reader
+//
+
+llama_capsule_kv::reader::reader(const llama_capsule_kv & cells, std::vector<uint32_t> idxs) :
+    lctx(cells.lctx), kv(cells.kv), idxs(std::move(idxs)) {
+}
+
 // calls fn(first, cell, n) for each run of consecutive cells
 template<typename F>
 static void capsule_for_runs(const std::vector<uint32_t> & idxs, F fn) {
@@ -258,168 +264,118 @@ static void capsule_for_runs(const std::vector<uint32_t> & idxs, F fn) {
     }
 }
 
-static void capsule_to_f32(ggml_type type, const void * src, float * dst, int64_t n) {
-    if (type == GGML_TYPE_F32) {
-        std::copy((const float *) src, (const float *) src + n, dst);
-    } else {
-        ggml_get_type_traits(type)->to_float(src, dst, n);
-    }
-}
-
-static void capsule_read_rows(const ggml_tensor * t, const std::vector<uint32_t> & idxs, float * dst) {
+static void capsule_load_rows(const ggml_tensor * t, const std::vector<uint32_t> & idxs, std::vector<uint8_t> & dst) {
     const size_t row_size = ggml_row_size(t->type, t->ne[0]);
 
-    std::vector<uint8_t> buf;
+    dst.resize(idxs.size()*row_size);
     capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
-        buf.resize(n*row_size);
-        ggml_backend_tensor_get(t, buf.data(), cell*row_size, buf.size());
-        capsule_to_f32(t->type, buf.data(), dst + first*t->ne[0], n*t->ne[0]);
+        ggml_backend_tensor_get(t, dst.data() + first*row_size, cell*row_size, n*row_size);
     });
 }
 
-void llama_capsule_kv::read_k(int32_t il, const std::vector<uint32_t> & idxs, float * k) const {
+void llama_capsule_kv::reader::load(int32_t il, bool rope, bool want_k, bool want_v) {
     const auto & layer = kv.layers[kv.map_layer_ids.at(il)];
 
-    capsule_read_rows(layer.k, idxs, k);
+    this->il = il;
 
-    if (kv.attn_rot_k) {
-        // see llama_kv_cache::build_input_k_rot()
-        llama_capsule_hadamard(k, llama_capsule_hadamard_size(kv.n_embd_head_k_all), idxs.size()*layer.k->ne[0]);
+    if (want_k) {
+        capsule_load_rows(layer.k, idxs, k);
+        i_table = rope ? find_table() : -1;
+    }
+    if (want_v && !kv.v_trans) {
+        capsule_load_rows(layer.v, idxs, v);
+    }
+    if (want_v && kv.v_trans) {
+        const size_t n_embd  = kv.hparams.n_embd_v_gqa(il);
+        const size_t kv_size = kv.get_size();
+        const size_t es      = ggml_type_size(layer.v->type);
+        const size_t stride  = idxs.size()*es;
+
+        // all channels of a run at once: a device is asked few times
+        v.resize(n_embd*stride);
+        capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
+            ggml_backend_tensor_get_2d(layer.v, v.data() + first*es, cell*es, n*es, n_embd, kv_size*es, stride);
+        });
     }
 }
 
-void llama_capsule_kv::read_v(int32_t il, const std::vector<uint32_t> & idxs, float * v) const {
-    const auto & layer = kv.layers[kv.map_layer_ids.at(il)];
+int llama_capsule_kv::reader::find_table() {
+    const llama_capsule_rope_params params(kv.model, lctx.get_cparams(), il);
 
-    if (!kv.v_trans) {
-        capsule_read_rows(layer.v, idxs, v);
+    for (size_t i = 0; i < tables.size(); ++i) {
+        if (tables[i].params == params) {
+            return i;
+        }
+    }
 
-        if (kv.attn_rot_v) {
-            // see llama_kv_cache::build_input_v_rot()
-            llama_capsule_hadamard(v, 64, idxs.size()*layer.v->ne[0]);
+    table res = { params, std::vector<float>(idxs.size()*params.n_rot) };
+    for (size_t i = 0; i < idxs.size(); ++i) {
+        llama_capsule_pos pos = {};
+        llama_capsule_rope_pos(kv.v_cells[0], idxs[i], kv.hparams.n_pos_per_embd(), pos.data(), 1);
+
+        params.fill_inverse(pos, res.angles.data() + i*params.n_rot);
+    }
+    tables.push_back(std::move(res));
+
+    return tables.size() - 1;
+}
+
+void llama_capsule_kv::reader::read_k(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const {
+    const auto & simd = llama_capsule_simd_get();
+
+    const ggml_tensor * t = kv.layers[kv.map_layer_ids.at(il)].k;
+
+    const uint32_t d        = kv.hparams.n_embd_head_k(il);
+    const size_t   row_size = ggml_row_size(t->type, t->ne[0]);
+    const uint8_t * src     = k.data() + first*row_size + ggml_row_size(t->type, i_head*d);
+
+    for (size_t i = 0; i < n; ++i) {
+        simd.to_float(t->type, src + i*row_size, dst + i*ld, d);
+
+        if (kv.attn_rot_k) {
+            // see llama_kv_cache::build_input_k_rot()
+            simd.hadamard(dst + i*ld, llama_capsule_hadamard_size(kv.n_embd_head_k_all), d);
+        }
+    }
+    if (i_table >= 0) {
+        const auto & rope = tables[i_table];
+        simd.rope(n, dst, ld, rope.angles.data() + first*rope.params.n_rot, rope.params.n_rot, rope.params.n_rot, rope.params.norm);
+    }
+}
+
+void llama_capsule_kv::reader::read_v(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const {
+    static thread_local std::vector<float> col;
+
+    const auto & simd = llama_capsule_simd_get();
+
+    const ggml_tensor * t = kv.layers[kv.map_layer_ids.at(il)].v;
+
+    const uint32_t d = kv.hparams.n_embd_head_v(il);
+
+    if (kv.v_trans) {
+        const size_t    es  = ggml_type_size(t->type);
+        const uint8_t * src = v.data() + (i_head*d*idxs.size() + first)*es;
+
+        col.resize(n);
+        for (uint32_t j = 0; j < d; ++j) {
+            simd.to_float(t->type, src + j*idxs.size()*es, col.data(), n);
+            for (size_t i = 0; i < n; ++i) {
+                dst[i*ld + j] = col[i];
+            }
         }
         return;
     }
 
-    const int64_t n_embd  = kv.hparams.n_embd_v_gqa(il);
-    const size_t  kv_size = kv.get_size();
-    const size_t  es      = ggml_type_size(layer.v->type);
+    const size_t    row_size = ggml_row_size(t->type, t->ne[0]);
+    const uint8_t * src      = v.data() + first*row_size + ggml_row_size(t->type, i_head*d);
 
-    const size_t stride = idxs.size()*es;
+    for (size_t i = 0; i < n; ++i) {
+        simd.to_float(t->type, src + i*row_size, dst + i*ld, d);
 
-    std::vector<uint8_t> buf(n_embd*stride);
-    std::vector<float>   col(idxs.size());
-
-    // all channels of a run at once: a device is asked few times
-    capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
-        ggml_backend_tensor_get_2d(layer.v, buf.data() + first*es, cell*es, n*es, n_embd, kv_size*es, stride);
-    });
-
-    for (int64_t j = 0; j < n_embd; ++j) {
-        capsule_to_f32(layer.v->type, buf.data() + j*stride, col.data(), col.size());
-        for (size_t i = 0; i < col.size(); ++i) {
-            v[i*n_embd + j] = col[i];
+        if (kv.attn_rot_v) {
+            // see llama_kv_cache::build_input_v_rot()
+            simd.hadamard(dst + i*ld, 64, d);
         }
-    }
-}
-
-void llama_capsule_kv::unrope(int32_t il, const std::vector<uint32_t> & idxs, float * k) const {
-    const auto & cells   = kv.v_cells[0];
-    const auto & hparams = kv.hparams;
-
-    const int64_t n      = idxs.size();
-    const int64_t n_pos  = hparams.n_pos_per_embd();
-    const int64_t d      = hparams.n_embd_head_k(il);
-    const int64_t n_head = hparams.n_head_kv(il);
-
-    ggml_tensor * factors_model = kv.model.get_rope_factors(lctx.get_cparams(), il);
-
-    const ggml_init_params params = {
-        /* .mem_size   = */ (4*n*n_head*d + n*n_pos)*sizeof(float) + (factors_model ? ggml_nbytes(factors_model) : 0)
-                            + 16*ggml_tensor_overhead() + ggml_graph_overhead(),
-        /* .mem_buffer = */ nullptr,
-        /* .no_alloc   = */ false,
-    };
-    ggml_context_ptr ctx { ggml_init(params) };
-
-    ggml_tensor * x   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n_head, n);
-    ggml_tensor * pos = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n*n_pos);
-
-    ggml_tensor * factors = nullptr;
-    if (factors_model) {
-        factors = ggml_dup_tensor(ctx.get(), factors_model);
-        ggml_backend_tensor_get(factors_model, factors->data, 0, ggml_nbytes(factors_model));
-    }
-
-    std::copy(k, k + n*n_head*d, (float *) x->data);
-    for (int64_t i = 0; i < n; ++i) {
-        llama_capsule_rope_pos(cells, idxs[i], n_pos, (int32_t *) pos->data + i, n);
-    }
-
-    ggml_tensor * res = llama_capsule_rope(ctx.get(), kv.model, lctx.get_cparams(), x, pos, factors, il, true);
-
-    ggml_cgraph * gf = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(gf, res);
-    ggml_backend_graph_compute(backend.get(), gf);
-
-    std::copy((const float *) res->data, (const float *) res->data + n*n_head*d, k);
-
-    // the magnitude of YaRN is applied in both directions, see rope_yarn()
-    const auto & cparams = lctx.get_cparams();
-
-    float mscale = cparams.yarn_attn_factor;
-    if (cparams.yarn_ext_factor != 0.0f) {
-        mscale *= 1.0f + 0.1f*logf(1.0f/kv.model.get_rope_freq_scale(cparams, il));
-    }
-    if (mscale != 1.0f) {
-        for (int64_t i = 0; i < n*n_head; ++i) {
-            for (uint32_t j = 0; j < hparams.n_rot(il); ++j) {
-                k[i*d + j] /= mscale*mscale;
-            }
-        }
-    }
-}
-
-void llama_capsule_kv::read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const {
-    // in the order of the cells: consecutive ones are read at once
-    std::vector<uint32_t> order(idxs.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return idxs[a] < idxs[b]; });
-
-    std::vector<uint32_t> sorted;
-    for (uint32_t i : order) {
-        sorted.push_back(idxs[i]);
-    }
-
-    std::vector<float> buf;
-    auto scatter = [&](float * dst, size_t n_embd) {
-        for (size_t i = 0; i < order.size(); ++i) {
-            std::copy_n(buf.data() + i*n_embd, n_embd, dst + order[i]*n_embd);
-        }
-    };
-
-    if (k) {
-        buf.resize(sorted.size()*kv.hparams.n_embd_k_gqa(il));
-        read_k(il, sorted, buf.data());
-        if (rope) {
-            unrope(il, sorted, buf.data());
-        }
-        scatter(k, kv.hparams.n_embd_k_gqa(il));
-    }
-    if (v) {
-        buf.resize(sorted.size()*kv.hparams.n_embd_v_gqa(il));
-        read_v(il, sorted, buf.data());
-        scatter(v, kv.hparams.n_embd_v_gqa(il));
-    }
-}
-
-void llama_capsule_kv::free(const std::vector<uint32_t> & idxs) {
-    auto & cells = kv.v_cells[0];
-    auto & head  = kv.v_heads[0];
-
-    for (uint32_t i : idxs) {
-        cells.rm(i);
-        head = std::min(head, i);
     }
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "llama.h"
+#include "llama-capsule-rope.h"
 
-#include "ggml-cpp.h"
+#include "llama.h"
 
 #include <cstdint>
 #include <string>
@@ -33,7 +33,7 @@ bool llama_capsule_check_rope(
       const llama_cparams & cparams,
                   int32_t   il);
 
-// RoPE as the model does it, or its inverse; x is [d, n_head, n] F32, pos [n*n_pos] I32
+// RoPE as the model does it; x is [d, n_head, n] F32, pos [n*n_pos] I32
 ggml_tensor * llama_capsule_rope(
         ggml_context * ctx,
    const llama_model & model,
@@ -41,13 +41,12 @@ ggml_tensor * llama_capsule_rope(
          ggml_tensor * x,
          ggml_tensor * pos,
          ggml_tensor * factors,
-             int32_t   il,
-                bool   inverse);
+             int32_t   il);
 
 // RoPE positions of a cell, component j at dst[j*stride]
 void llama_capsule_rope_pos(const llama_kv_cells & cells, uint32_t i, uint32_t n_pos, int32_t * dst, size_t stride);
 
-// access to the hot cells of a llama_kv_cache
+// the hot cells of a llama_kv_cache
 class llama_capsule_kv {
 public:
     llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv);
@@ -55,21 +54,48 @@ public:
     // cells of a sequence with a position in [p0, p1), ordered by (pos, y, x)
     std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
-    // K without RoPE and V of the given cells, [n][n_head_kv][d]; either may be NULL
-    void read(int32_t il, bool rope, const std::vector<uint32_t> & idxs, float * k, float * v) const;
-
     // free the given cells, whatever sequences they belong to
     void free(const std::vector<uint32_t> & idxs);
+
+    class reader;
 
 private:
     llama_context  & lctx;
     llama_kv_cache & kv;
+};
 
-    ggml_backend_ptr backend; // CPU
+// K without RoPE and V of some of them, as floats
+class llama_capsule_kv::reader {
+public:
+    reader(const llama_capsule_kv & cells, std::vector<uint32_t> idxs);
 
-    void read_k(int32_t il, const std::vector<uint32_t> & idxs, float * k) const;
-    void read_v(int32_t il, const std::vector<uint32_t> & idxs, float * v) const;
+    // copies a layer from its device; either part may be left out
+    void load(int32_t il, bool rope, bool want_k = true, bool want_v = true);
 
-    // inverse of the RoPE of the model, in place
-    void unrope(int32_t il, const std::vector<uint32_t> & idxs, float * k) const;
+    // one head of the cells [first, first + n) of the list, rows of ld values; for several threads at a time
+    void read_k(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const;
+    void read_v(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const;
+
+private:
+    const llama_context  & lctx;
+    const llama_kv_cache & kv;
+
+    const std::vector<uint32_t> idxs;
+
+    int32_t il = -1;
+
+    // as they are stored: rows of all heads, or with V transposed [n_embd][n]
+    std::vector<uint8_t> k;
+    std::vector<uint8_t> v;
+
+    // angles that undo RoPE, [n][n_rot]; layers with the same RoPE share them
+    struct table {
+        llama_capsule_rope_params params;
+        std::vector<float>        angles;
+    };
+    std::vector<table> tables;
+
+    int i_table = -1; // of the layer, -1: no RoPE
+
+    int find_table();
 };

@@ -107,6 +107,15 @@ void llama_capsule_rope_params::fill(const llama_capsule_pos & pos, bool scale, 
     }
 }
 
+void llama_capsule_rope_params::fill_inverse(const llama_capsule_pos & pos, float * cs) const {
+    fill(pos, false, cs);
+    negate(cs, cs);
+
+    for (uint32_t i = 0; i < n_rot && mscale != 1.0f; ++i) {
+        cs[i] /= mscale;
+    }
+}
+
 void llama_capsule_rope_params::add(const float * a, const float * b, float * cs) const {
     const uint32_t half = n_rot/2;
 

@@ -41,6 +41,9 @@ struct llama_capsule_rope_params {
     // n_rot values: (cos, sin) per pair (norm), or all cos, then all sin; scale is that of YaRN, for tables that are used once per key
     void fill(const llama_capsule_pos & pos, bool scale, float * cs) const;
 
+    // undoes the rotation of fill(pos, true) and its scale
+    void fill_inverse(const llama_capsule_pos & pos, float * cs) const;
+
     // angles of a + b
     void add(const float * a, const float * b, float * cs) const;
 

@@ -263,14 +263,6 @@ void llama_capsule_row_quantize(ggml_type type, const float * x, void * dst, uin
     }
 }
 
-void llama_capsule_row_encode(ggml_type type, float * x, void * dst, uint32_t d) {
-    if (ggml_is_quantized(type)) {
-        llama_capsule_hadamard(x, llama_capsule_hadamard_size(d), d);
-    }
-
-    llama_capsule_row_quantize(type, x, dst, d);
-}
-
 void llama_capsule_row_decode(ggml_type type, const void * src, float * x, uint32_t d) {
     if (type == GGML_TYPE_F32) {
         memcpy(x, src, d*sizeof(float));

@@ -43,11 +43,10 @@ uint32_t llama_capsule_hadamard_size(uint32_t d);
 // in-place normalised Hadamard transform of each run of n values
 void llama_capsule_hadamard(float * x, uint32_t n, size_t n_values);
 
-// without rotation
+// without rotating it
 void llama_capsule_row_quantize(ggml_type type, const float * x, void * dst, uint32_t d);
 
-// x is modified (rotated) if the type is quantized
-void llama_capsule_row_encode(ggml_type type, float * x, void * dst, uint32_t d);
+// undoes the rotation if the type is quantized
 void llama_capsule_row_decode(ggml_type type, const void * src, float * x, uint32_t d);
 
 // q2_0 with a searched scale: quantize_row_q2_0_ref never uses the code +2

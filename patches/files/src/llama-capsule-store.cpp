@@ -32,7 +32,7 @@ static size_t capsule_bytes_limit() {
 }
 
 llama_capsule_store::llama_capsule_store(llama_context & lctx, llama_kv_cache & kv, const params & params) :
-    lctx(lctx), kv(kv), p(params), n_chunk(capsule_n_chunk(*params.data)), reader(lctx, kv), n_bytes_limit(capsule_bytes_limit()) {
+    lctx(lctx), kv(kv), p(params), n_chunk(capsule_n_chunk(*params.data)), hot(lctx, kv), n_bytes_limit(capsule_bytes_limit()) {
     const uint32_t n_cells_max = lctx.get_cparams().n_ctx_seq;
 
     for (int ip = 0; ip < N_TIERS; ++ip) {

@@ -5,6 +5,7 @@
 #include "llama-capsule-query.h"
 #include "llama-capsule-rope.h"
 #include "llama-capsule-state.h"
+#include "llama-capsule-threads.h"
 #include "llama-capsule-tile.h"
 
 #include "ggml-capsule.h"
@@ -286,7 +287,8 @@ private:
 
     const uint32_t n_chunk; // slots that are reconstructed at once
 
-    llama_capsule_kv reader;
+    llama_capsule_kv      hot;
+    llama_capsule_threads threads;
 
     std::array<pool, N_TIERS> pools;
 
@@ -391,6 +393,19 @@ private:
     void state_set_cold(const llama_capsule_state & state, llama_seq_id seq_id, llama_io_read_i & io);
 
     std::vector<std::vector<uint32_t>> cut_run(const std::vector<uint32_t> & idxs) const;
+
+    // a block on its way into a slot
+    struct block {
+        std::vector<uint32_t> idxs; // hot cells
+
+        int  i_pool;
+        int  i_slot;
+        bool failed; // the economy tier would distort it
+    };
+
+    // writes the slots of the blocks, one layer after the other; those of the economy tier may fail
+    void encode      (const std::vector<block *> & blocks);
+    void encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader);
 
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);

@@ -8,6 +8,13 @@
 //   everything is padded with zeros to ld() values per row
 //
 
+// squared errors of a token in one head, those of keys weighted by the second moment of the queries
+struct llama_capsule_errors {
+    float slot;   // of what is read back
+    float q4;     // of rotated q4_0
+    float energy; // of nothing
+};
+
 class llama_capsule_tile {
 public:
     llama_capsule_tile(const llama_capsule_codec & codec, bool is_v);
@@ -18,6 +25,12 @@ public:
 
     // [N][ld], K without RoPE
     void decode(const uint8_t * slot, uint32_t i_head, float * out) const;
+
+    // the inverse, into a slot of zeros
+    void encode(const float * x, uint32_t i_head, uint8_t * slot) const;
+
+    // how well the slot holds the first n tokens of x; d() must fit q4_0
+    void errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const;
 
     // basis [n_rows][ld_basis()], zero behind the N tokens of a row
     const float * basis()    const;
@@ -59,4 +72,11 @@ private:
 
     void decode_pca   (const uint8_t * slot, uint32_t i_head, float * out) const;
     void decode_retain(const uint8_t * slot, uint32_t i_head, float * out) const;
+
+    // llama-capsule-tile-encode.cpp
+    void encode_pca   (const float * x, uint32_t i_head, uint8_t * slot) const;
+    void encode_retain(const float * x, uint32_t i_head, uint8_t * slot) const;
+
+    // rows [i0, i0 + n) of the list, modified
+    void encode_rows(float * rows, uint32_t i0, uint32_t n, uint32_t i_head, uint8_t * slot) const;
 };

@@ -317,9 +317,9 @@ int32_t llama_capsule_read_kv(
     ctx->synchronize();
     ctx->memory_update(false);
 
-    llama_capsule_kv reader(*ctx, *kv);
+    const llama_capsule_kv hot(*ctx, *kv);
 
-    const auto idxs = reader.find(seq_id, p0, p1);
+    const auto idxs = hot.find(seq_id, p0, p1);
 
     // with a capsule: the slots, decoded
     std::vector<llama_capsule_store::cold_token> cold;
@@ -338,9 +338,20 @@ int32_t llama_capsule_read_kv(
     const size_t n_k = hparams.n_embd_k_gqa(il);
     const size_t n_v = hparams.n_embd_v_gqa(il);
 
-    std::vector<float> kh(idxs.size()*n_k);
-    std::vector<float> vh(idxs.size()*n_v);
-    reader.read(il, llama_capsule_layer_rope(ctx->get_model(), il), idxs, k ? kh.data() : nullptr, v ? vh.data() : nullptr);
+    std::vector<float> kh(k ? idxs.size()*n_k : 0);
+    std::vector<float> vh(v ? idxs.size()*n_v : 0);
+
+    llama_capsule_kv::reader reader(hot, idxs);
+    reader.load(il, llama_capsule_layer_rope(ctx->get_model(), il), k, v);
+
+    for (uint32_t h = 0; h < hparams.n_head_kv(il); ++h) {
+        if (k) {
+            reader.read_k(h, 0, idxs.size(), kh.data() + h*hparams.n_embd_head_k(il), n_k);
+        }
+        if (v) {
+            reader.read_v(h, 0, idxs.size(), vh.data() + h*hparams.n_embd_head_v(il), n_v);
+        }
+    }
 
     const auto & cells = kv->get_cells(seq_id);
     for (size_t i = 0; i < idxs.size(); ++i) {

@@ -1,0 +1,150 @@
+#include "llama-capsule-store.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+//
+// blocks of hot cells -> slots: the heads of all blocks of a layer are shared by the threads; the bytes do not depend on their number
+//
+
+void llama_capsule_store::encode(const std::vector<block *> & blocks) {
+    init_tiles();
+
+    std::vector<uint32_t> cells;
+    for (block * b : blocks) {
+        llama_capsule_rope_pos(kv.v_cells[0], b->idxs[0], kv.hparams.n_pos_per_embd(), pools[b->i_pool].stored[b->i_slot].data(), 1);
+        cells.insert(cells.end(), b->idxs.begin(), b->idxs.end());
+    }
+
+    llama_capsule_kv::reader reader(hot, std::move(cells));
+
+    for (uint32_t l = 0; l < data().layers.size() && !blocks.empty(); ++l) {
+        reader.load(data().layers[l].il, data().layers[l].rope);
+
+        encode_layer(blocks, l, reader);
+    }
+}
+
+// max over the first n tokens of the error over that of rotated q4_0; errors: [n_head][N]
+static float capsule_score(const llama_capsule_errors * errors, uint32_t n_head, uint32_t N, uint32_t n) {
+    auto sum = [&](uint32_t t, float llama_capsule_errors::* what) {
+        float res = 0.0f;
+        for (uint32_t h = 0; h < n_head; ++h) {
+            res += errors[h*N + t].*what;
+        }
+        return res;
+    };
+
+    float energy = 0.0f;
+    for (uint32_t t = 0; t < n; ++t) {
+        energy += sum(t, &llama_capsule_errors::energy);
+    }
+
+    // a token that is nearly nothing, or that q4_0 happens to hit, is no measure
+    const float least = std::max(1e-3f*energy/n, 1e-20f);
+
+    float res = 0.0f;
+    for (uint32_t t = 0; t < n; ++t) {
+        res = std::max(res, sum(t, &llama_capsule_errors::slot)/std::max(sum(t, &llama_capsule_errors::q4), least));
+    }
+
+    return res;
+}
+
+void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
+    const auto & layer  = data().layers[i_layer];
+    const auto * params = rope.params(i_layer);
+
+    const uint32_t n_head = layer.n_head_kv;
+
+    struct job {
+        block * b;
+        size_t  first; // of its cells in the reader
+
+        std::vector<uint8_t> slot;
+        std::vector<float>   angles; // keys that are stored rotated
+
+        std::array<std::vector<llama_capsule_errors>, 2> errors; // K and V, [n_head][N]; empty without a guard, or if q4_0 is no rival for the head size
+    };
+    std::vector<job> jobs;
+
+    size_t first = 0;
+    for (block * b : blocks) {
+        if (!b->failed || b->i_pool != 0) {
+            const auto & pool  = pools[b->i_pool];
+            const auto & codec = pool.codecs[i_layer];
+
+            job cur = { b, first, std::vector<uint8_t>(codec.layout.slot_stride, 0), {}, {} };
+
+            if (rotated(i_layer, b->i_pool)) {
+                cur.angles.resize(params->n_rot);
+                params->fill(pool.stored[b->i_slot], false, cur.angles.data());
+            }
+            for (bool is_v : { false, true }) {
+                if (b->i_pool == 0 && p.guard && codec.tl.kappa > 0.0f && tile(i_layer, 0, is_v).d() % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
+                    cur.errors[is_v].resize(n_head*N());
+                }
+            }
+            jobs.push_back(std::move(cur));
+        }
+        first += b->idxs.size();
+    }
+
+    threads.run(lctx.n_threads_batch(), jobs.size()*2*n_head, [&](size_t i) {
+        static thread_local llama_capsule_buf<float> x;
+
+        auto & cur = jobs[i/(2*n_head)];
+
+        const bool     is_v = i/n_head % 2;
+        const uint32_t h    = i % n_head;
+        const size_t   n    = cur.b->idxs.size();
+        const auto   & t    = tile(i_layer, cur.b->i_pool, is_v);
+
+        x.resize(N()*t.ld());
+        if (t.ld() > t.d()) {
+            std::fill_n(x.data(), N()*t.ld(), 0.0f);
+        }
+
+        if (is_v) {
+            reader.read_v(h, cur.first, n, x.data(), t.ld());
+        } else {
+            reader.read_k(h, cur.first, n, x.data(), t.ld());
+        }
+
+        // padding: the mean costs nothing
+        const float * mean = (is_v ? layer.v_mean : layer.k_mean).data() + h*t.d();
+        for (size_t j = n; j < N(); ++j) {
+            std::copy(mean, mean + t.d(), x.data() + j*t.ld());
+        }
+
+        if (!is_v && !cur.angles.empty()) {
+            llama_capsule_simd_get().rope(n, x.data(), t.ld(), cur.angles.data(), 0, params->n_rot, params->norm);
+        }
+
+        t.encode(x.data(), h, cur.slot.data());
+        if (!cur.errors[is_v].empty()) {
+            t.errors(x.data(), cur.slot.data(), h, n, cur.errors[is_v].data() + h*N());
+        }
+    });
+
+    for (auto & cur : jobs) {
+        auto & b    = *cur.b;
+        auto & pool = pools[b.i_pool];
+
+        for (const auto & errors : cur.errors) {
+            if (!errors.empty() && capsule_score(errors.data(), n_head, N(), b.idxs.size()) > pool.codecs[i_layer].tl.kappa) {
+                b.failed = true;
+            }
+        }
+        if (b.failed && b.i_pool == 0) {
+            continue;
+        }
+
+        slot_set(pool, i_layer, b.i_slot, cur.slot.data());
+
+        auto & hash = pool.hash[b.i_slot];
+        hash = llama_capsule_state_hash(cur.slot.data(), cur.slot.size(), i_layer == 0 ? 0 : hash);
+    }
+}
