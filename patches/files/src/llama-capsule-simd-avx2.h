@@ -6,14 +6,6 @@
 
 // what the files with AVX2 share
 
-// the blocks of ggml-common.h
-static constexpr uint32_t QK  = 32; // q8_0, q4_0
-static constexpr uint32_t QK2 = 64; // q2_0
-
-static constexpr size_t Q8_SIZE = 2 + QK;
-static constexpr size_t Q4_SIZE = 2 + QK/2;
-static constexpr size_t Q2_SIZE = 2 + QK2/4;
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CAPSULE_AVX2
 #include <immintrin.h>

@@ -732,17 +732,35 @@ static const llama_capsule_simd simd_avx2 = {
 
 #endif // CAPSULE_AVX2
 
-const llama_capsule_simd & llama_capsule_simd_get() {
-    static const llama_capsule_simd & res = []() -> const llama_capsule_simd & {
-        const char * env = getenv("LLAMA_KVCAPSULE_SIMD");
+const std::vector<llama_capsule_simd> & llama_capsule_simd_all() {
+    static const std::vector<llama_capsule_simd> res = []() {
+        std::vector<llama_capsule_simd> all = { simd_plain };
 #ifdef CAPSULE_AVX2
         // every CPU with AVX2 has F16C, a name that clang does not know here
-        if (!(env && atoi(env) == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-            return simd_avx2;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            all.push_back(simd_avx2);
+            llama_capsule_simd_add_avx512(all);
         }
 #endif
-        GGML_UNUSED(env);
-        return simd_plain;
+        llama_capsule_simd_add_neon(all);
+        llama_capsule_simd_add_dotprod(all);
+        return all;
+    }();
+
+    return res;
+}
+
+const llama_capsule_simd & llama_capsule_simd_get() {
+    static const llama_capsule_simd & res = []() -> const llama_capsule_simd & {
+        const auto & all = llama_capsule_simd_all();
+        const char * env = getenv("LLAMA_KVCAPSULE_SIMD");
+
+        for (const auto & simd : all) {
+            if (env && (strcmp(env, simd.name) == 0 || strcmp(env, "0") == 0)) {
+                return simd;
+            }
+        }
+        return all.back();
     }();
 
     return res;
@@ -751,9 +769,9 @@ const llama_capsule_simd & llama_capsule_simd_get() {
 std::vector<int16_t> llama_capsule_int_basis(const float * basis, uint32_t n_rows, uint32_t N, std::vector<float> & basis_max) {
     const uint32_t N16 = GGML_PAD(N, 16);
 
-    // read in pairs of rows, and 8 at a time
-    std::vector<int16_t> res((n_rows + 1)*N16, 0);
-    basis_max.assign(n_rows + 8, 0.0f);
+    // read by up to four rows, 32 tokens and 16 maxima at a time
+    std::vector<int16_t> res((n_rows + 4)*N16, 0);
+    basis_max.assign(n_rows + 16, 0.0f);
 
     for (uint32_t r = 0; r < n_rows; ++r) {
         float max = 0.0f;

@@ -9,12 +9,19 @@
 #include <vector>
 
 //
-// the inner loops of the CPU paths, in plain C++ and for AVX2, chosen at run time: libllama itself is built for the baseline
+// the inner loops of the CPU paths, in plain C++ and for AVX2, AVX-512 and NEON, chosen at run time: libllama itself is built for the baseline
 //   all lengths d and n are multiples of LLAMA_CAPSULE_VEC, rows are padded with zeros
 //
 
 static constexpr uint32_t LLAMA_CAPSULE_VEC = 8;
 
+// the blocks of ggml-common.h
+static constexpr uint32_t QK  = 32; // q8_0, q4_0
+static constexpr uint32_t QK2 = 64; // q2_0
+
+static constexpr size_t Q8_SIZE = 2 + QK;
+static constexpr size_t Q4_SIZE = 2 + QK/2;
+static constexpr size_t Q2_SIZE = 2 + QK2/4;
 
 // memory for vectors: aligned to cache lines, grows only, the contents are lost when it does
 template<typename T>
@@ -126,8 +133,16 @@ struct llama_capsule_simd {
             float * out, size_t ld_out);
 };
 
-// of this machine; LLAMA_KVCAPSULE_SIMD=0 selects plain C++
+// what this build has and the machine can run: plain C++ first, the best last
+const std::vector<llama_capsule_simd> & llama_capsule_simd_all();
+
+// the best one; LLAMA_KVCAPSULE_SIMD=NAME selects another, 0 plain C++
 const llama_capsule_simd & llama_capsule_simd_get();
+
+// adds what compiler and machine have of an instruction set
+void llama_capsule_simd_add_avx512 (std::vector<llama_capsule_simd> & all);
+void llama_capsule_simd_add_neon   (std::vector<llama_capsule_simd> & all);
+void llama_capsule_simd_add_dotprod(std::vector<llama_capsule_simd> & all);
 
 // the tokens of a basis vector in the order of mul_int, as 16-bit fractions of its largest value
 std::vector<int16_t> llama_capsule_int_basis(const float * basis, uint32_t n_rows, uint32_t N, std::vector<float> & basis_max);

@@ -1,0 +1,369 @@
+#pragma once
+
+#include "llama-capsule-simd.h"
+
+//
+// NEON, for the files that define TARGET (function attribute) and, if they have products of four bytes (sdot), CAPSULE_DOTPROD
+//
+
+#include <arm_neon.h>
+
+#define INLINE TARGET __attribute__((always_inline)) static inline
+#include "llama-capsule-simd-int.h"
+
+namespace {
+
+struct neon {
+    static constexpr int N = 4;
+
+    typedef float32x4_t F;
+    typedef int32x4_t   I;
+    typedef uint8x16_t  B;
+
+    INLINE F    load (const float * x)   { return vld1q_f32(x); }
+    INLINE void store(float * x, F a)    { vst1q_f32(x, a); }
+    INLINE F    set1 (float x)           { return vdupq_n_f32(x); }
+    INLINE F    add  (F a, F b)          { return vaddq_f32(a, b); }
+    INLINE F    sub  (F a, F b)          { return vsubq_f32(a, b); }
+    INLINE F    mul  (F a, F b)          { return vmulq_f32(a, b); }
+    INLINE F    max  (F a, F b)          { return vmaxq_f32(a, b); }
+    INLINE F    abs  (F a)               { return vabsq_f32(a); }
+    INLINE F    fma  (F a, F b, F c)     { return vfmaq_f32(c, a, b); } // a*b + c
+    INLINE F    round(F a)               { return vrndnq_f32(a); }
+    INLINE F    exp2 (F n)               { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23)); }
+
+    INLINE F where_greater(F x, F y, F a) { // else 0
+        return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x, y), vreinterpretq_u32_f32(a)));
+    }
+
+    INLINE float max1(F a) { return vmaxvq_f32(a); }
+    INLINE float sum (F a) { return vaddvq_f32(a); }
+
+    INLINE void sum4(const F * a, float * out) {
+        vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+    }
+
+    INLINE F hadamard(F a) {
+        static const float s1[4] = { 1, -1, 1, -1 };
+        static const float s2[4] = { 1, 1, -1, -1 };
+
+        a = vfmaq_f32(vrev64q_f32(a), a, vld1q_f32(s1));
+        return vfmaq_f32(vextq_f32(a, a, 2), a, vld1q_f32(s2));
+    }
+
+    INLINE F load_half(const uint8_t * p) {
+        return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+    }
+
+    INLINE float half(const uint8_t * p) {
+        __fp16 h;
+        memcpy(&h, p, sizeof(h));
+        return h;
+    }
+
+    INLINE B    load_b (const uint8_t * p)     { return vld1q_u8(p); }
+    INLINE void store_b(uint32_t * p, B a)     { vst1q_u8((uint8_t *) p, a); }
+    INLINE B    sub_b  (B a, int x)            { return vsubq_u8(a, vdupq_n_u8(x)); }
+
+    template<int SHIFT, int MASK>
+    INLINE B bits(B a) {
+        return vandq_u8(SHIFT ? vshrq_n_u8(a, SHIFT ? SHIFT : 1) : a, vdupq_n_u8(MASK));
+    }
+
+    // byte i of each of four, side by side
+    INLINE void interleave(B * x) {
+        const uint16x8_t a0 = vreinterpretq_u16_u8(vzip1q_u8(x[0], x[1]));
+        const uint16x8_t a1 = vreinterpretq_u16_u8(vzip2q_u8(x[0], x[1]));
+        const uint16x8_t b0 = vreinterpretq_u16_u8(vzip1q_u8(x[2], x[3]));
+        const uint16x8_t b1 = vreinterpretq_u16_u8(vzip2q_u8(x[2], x[3]));
+
+        x[0] = vreinterpretq_u8_u16(vzip1q_u16(a0, b0));
+        x[1] = vreinterpretq_u8_u16(vzip2q_u16(a0, b0));
+        x[2] = vreinterpretq_u8_u16(vzip1q_u16(a1, b1));
+        x[3] = vreinterpretq_u8_u16(vzip2q_u16(a1, b1));
+    }
+
+    // 16 signed codes
+    INLINE void store_codes(float * dst, B codes, F scale) {
+        const int8x16_t c  = vreinterpretq_s8_u8(codes);
+        const int16x8_t lo = vmovl_s8(vget_low_s8(c));
+        const int16x8_t hi = vmovl_high_s8(c);
+
+        vst1q_f32(dst +  0, vmulq_f32(scale, vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)))));
+        vst1q_f32(dst +  4, vmulq_f32(scale, vcvtq_f32_s32(vmovl_high_s16(lo))));
+        vst1q_f32(dst +  8, vmulq_f32(scale, vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)))));
+        vst1q_f32(dst + 12, vmulq_f32(scale, vcvtq_f32_s32(vmovl_high_s16(hi))));
+    }
+
+    // the sums of 32 products of bytes, in 4 lanes
+    INLINE I dot32(const int8x16_t * a, const int8x16_t * b) {
+#ifdef CAPSULE_DOTPROD
+        return vdotq_s32(vdotq_s32(vdupq_n_s32(0), a[0], b[0]), a[1], b[1]);
+#else
+        int16x8_t x = vmull_s8(vget_low_s8(a[0]), vget_low_s8(b[0]));
+        int16x8_t y = vmull_s8(vget_low_s8(a[1]), vget_low_s8(b[1]));
+
+        x = vmlal_high_s8(x, a[0], b[0]);
+        y = vmlal_high_s8(y, a[1], b[1]);
+
+        return vpadalq_s16(vpaddlq_s16(x), y);
+#endif
+    }
+
+#ifdef CAPSULE_DOTPROD
+    // acc[i] += a[4*i..] b[4*i..]
+    INLINE I    dot         (I acc, I a, I b)     { return vdotq_s32(acc, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
+    INLINE I    load_int    (const uint32_t * x)  { return vreinterpretq_s32_u32(vld1q_u32(x)); }
+    INLINE void store_int   (int32_t * x, I a)    { vst1q_s32(x, a); }
+    INLINE I    set1_int    (uint32_t x)          { return vreinterpretq_s32_u32(vdupq_n_u32(x)); }
+    INLINE I    sub_int     (I a, I b)            { return vsubq_s32(a, b); }
+    INLINE I    shift_left_8(I a)                 { return vshlq_n_s32(a, 8); }
+    INLINE I    to_int      (F a)                 { return vcvtnq_s32_f32(a); }
+    INLINE F    to_float    (I a)                 { return vcvtq_f32_s32(a); }
+
+    // the codes of 4 columns each, one in two bits of a byte
+    INLINE void store_crumbs(uint32_t * dst, B x) {
+        static const int32_t shifts[4] = { 0, -2, -4, -6 };
+
+        const uint32x4_t w = vreinterpretq_u32_u8(x);
+        const uint32x4_t m = vdupq_n_u32(0x03030303);
+        const int32x4_t  s = vld1q_s32(shifts);
+
+        vst1q_u32(dst +  0, vandq_u32(vshlq_u32(vdupq_laneq_u32(w, 0), s), m));
+        vst1q_u32(dst +  4, vandq_u32(vshlq_u32(vdupq_laneq_u32(w, 1), s), m));
+        vst1q_u32(dst +  8, vandq_u32(vshlq_u32(vdupq_laneq_u32(w, 2), s), m));
+        vst1q_u32(dst + 12, vandq_u32(vshlq_u32(vdupq_laneq_u32(w, 3), s), m));
+    }
+
+    static constexpr uint32_t N_WEIGHTS = 16;
+
+    // basis times factors of four rows, high and low bytes; see llama_capsule_int_basis for the order
+    INLINE void store_weights(const int16_t * basis, size_t ld, const int16_t * factors, uint32_t * hi, uint32_t * lo) {
+        for (int h = 0; h < 2; ++h, basis += 8, hi += 4, lo += lo ? 4 : 0) {
+            uint16x8_t x[4]; // the weights
+            uint16x8_t y[4]; // rounded to their high bytes
+            for (int k = 0; k < 4; ++k) {
+                const int16x8_t w = vqrdmulhq_n_s16(vld1q_s16(basis + k*ld), factors[k]);
+
+                x[k] = vreinterpretq_u16_s16(w);
+                y[k] = vreinterpretq_u16_s16(vaddq_s16(w, vdupq_n_s16(128)));
+            }
+            store_quads(vsriq_n_u16(y[1], y[0], 8), vsriq_n_u16(y[3], y[2], 8), hi);
+            if (lo) {
+                store_quads(vsliq_n_u16(x[0], x[1], 8), vsliq_n_u16(x[2], x[3], 8), lo);
+            }
+        }
+    }
+
+    INLINE void store_quads(uint16x8_t a, uint16x8_t b, uint32_t * dst) {
+        vst1q_u16((uint16_t *) dst,       vzip1q_u16(a, b));
+        vst1q_u16((uint16_t *) (dst + 8), vzip2q_u16(a, b));
+    }
+#endif
+};
+
+}
+
+TARGET static void fma_neon(uint32_t d, const float * a, const float * b, float * y) {
+    for (uint32_t i = 0; i < d; i += 4) {
+        vst1q_f32(y + i, vfmaq_f32(vld1q_f32(y + i), vld1q_f32(a + i), vld1q_f32(b + i)));
+    }
+}
+
+TARGET static void scale_neon(uint32_t d, float f, float * y) {
+    for (uint32_t i = 0; i < d; i += 4) {
+        vst1q_f32(y + i, vmulq_n_f32(vld1q_f32(y + i), f));
+    }
+}
+
+static llama_capsule_simd base; // for pairs that are no multiple of 4
+
+TARGET static void rope_neon(uint32_t n, float * x, size_t ld_x, const float * cs, size_t ld_cs, uint32_t n_rot, bool norm) {
+    const uint32_t half = n_rot/2;
+
+    if (half % 4 != 0) {
+        base.rope(n, x, ld_x, cs, ld_cs, n_rot, norm);
+        return;
+    }
+    for (uint32_t j = 0; j < n; ++j, x += ld_x, cs += ld_cs) {
+        for (uint32_t i = 0; i < half; i += 4) {
+            float32x4x2_t a;
+            float32x4x2_t c;
+            if (norm) {
+                a = vld2q_f32(x  + 2*i);
+                c = vld2q_f32(cs + 2*i);
+            } else {
+                a = { { vld1q_f32(x  + i), vld1q_f32(x  + i + half) } };
+                c = { { vld1q_f32(cs + i), vld1q_f32(cs + i + half) } };
+            }
+
+            const float32x4x2_t y = { {
+                vfmsq_f32(vmulq_f32(a.val[0], c.val[0]), a.val[1], c.val[1]),
+                vfmaq_f32(vmulq_f32(a.val[0], c.val[1]), a.val[1], c.val[0]),
+            } };
+
+            if (norm) {
+                vst2q_f32(x + 2*i, y);
+            } else {
+                vst1q_f32(x + i,        y.val[0]);
+                vst1q_f32(x + i + half, y.val[1]);
+            }
+        }
+    }
+}
+
+TARGET static float add_max_neon(float * s, const float * mask, uint32_t n) {
+    float32x4_t m = vdupq_n_f32(-INFINITY);
+    for (uint32_t i = 0; i < n; i += 4) {
+        const float32x4_t v = vaddq_f32(vld1q_f32(s + i), vld1q_f32(mask + i));
+
+        vst1q_f32(s + i, v);
+        m = vmaxq_f32(m, v);
+    }
+    return vmaxvq_f32(m);
+}
+
+TARGET static float to_codes_neon(uint32_t d, const float * x, int8_t * codes, float * sums) {
+    float32x4_t m = vdupq_n_f32(0.0f);
+    for (uint32_t i = 0; i < d; i += 4) {
+        m = vmaxq_f32(m, vabsq_f32(vld1q_f32(x + i)));
+    }
+    const float max = vmaxvq_f32(m);
+    const float f   = max > 0.0f ? 127.0f/max : 0.0f;
+
+    for (uint32_t i = 0; i < d; i += QK) {
+        int32x4_t sum = vdupq_n_s32(0);
+        for (uint32_t j = i; j < i + QK; j += 8) {
+            const int32x4_t a = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + j),     f));
+            const int32x4_t b = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + j + 4), f));
+
+            sum = vaddq_s32(sum, vaddq_s32(a, b));
+            vst1_s8(codes + j, vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
+        }
+        sums[i/QK] = (float) vaddvq_s32(sum);
+    }
+    return max/127.0f;
+}
+
+TARGET static void sum_neon(uint32_t n, const float * x, float * out) {
+    for (uint32_t i = 0; i < n; ++i, x += LLAMA_CAPSULE_VEC) {
+        out[i] = vaddvq_f32(vaddq_f32(vld1q_f32(x), vld1q_f32(x + 4)));
+    }
+}
+
+// the codes of a row as they are stored, and the scale of each QK of them
+template<ggml_type TYPE, int NB>
+INLINE void row_codes(const uint8_t * src, int8x16_t * codes, float * scales) {
+    for (int b = 0; b < NB; ++b) {
+        int8x16_t * c = codes + 2*b;
+        scales[b] = neon::half(src);
+        switch (TYPE) {
+            case GGML_TYPE_Q8_0:
+                c[0] = vreinterpretq_s8_u8(vld1q_u8(src + 2));
+                c[1] = vreinterpretq_s8_u8(vld1q_u8(src + 2 + 16));
+                src += Q8_SIZE;
+                break;
+            case GGML_TYPE_Q4_0:
+                c[0] = vreinterpretq_s8_u8(neon::bits<0, 15>(vld1q_u8(src + 2)));
+                c[1] = vreinterpretq_s8_u8(neon::bits<4, 15>(vld1q_u8(src + 2)));
+                src += Q4_SIZE;
+                break;
+            default:
+                {
+                    const uint8x16_t x = vld1q_u8(src + 2);
+
+                    uint8x16_t y[4] = { neon::bits<0, 3>(x), neon::bits<2, 3>(x), neon::bits<4, 3>(x), neon::bits<6, 3>(x) };
+                    neon::interleave(y);
+                    for (int j = 0; j < 4; ++j) {
+                        c[j] = vreinterpretq_s8_u8(y[j]);
+                    }
+                    b++;
+                    scales[b] = scales[b - 1];
+                    src += Q2_SIZE;
+                } break;
+        }
+    }
+}
+
+// in the first 4 of LLAMA_CAPSULE_VEC floats
+template<ggml_type TYPE, int NB>
+TARGET static void score_rows(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
+    static constexpr size_t   size = TYPE == GGML_TYPE_Q8_0 ? NB*Q8_SIZE : TYPE == GGML_TYPE_Q4_0 ? NB*Q4_SIZE : NB/2*Q2_SIZE;
+    static constexpr uint32_t d    = NB*QK;
+
+    const size_t n_variants = s.n_variants;
+
+    for (uint32_t r = i_row; r < i_row + n_rows; ++r, src += size) {
+        int8x16_t codes [2*NB];
+        float     scales[LLAMA_CAPSULE_VEC] = { 0 };
+
+        row_codes<TYPE, NB>(src, codes, scales);
+
+        const float32x4_t lo = vld1q_f32(scales);
+        const float32x4_t hi = vld1q_f32(scales + 4);
+
+        for (uint32_t i = 0; i < s.n_q; ++i) {
+            for (size_t v = i*n_variants + s.first[r]; v < i*n_variants + s.first[r + 1]; ++v) {
+                const int8_t * q      = s.codes   + v*d;
+                const float  * offset = s.offsets + v*LLAMA_CAPSULE_VEC;
+
+                float32x4_t x = vmulq_f32(lo, vld1q_f32(offset));
+                if (NB > 4) {
+                    x = vfmaq_f32(x, hi, vld1q_f32(offset + 4));
+                }
+                for (int b = 0; b < NB; ++b, q += QK) {
+                    const int8x16_t y[2] = { vld1q_s8(q), vld1q_s8(q + 16) };
+                    x = vfmaq_n_f32(x, vcvtq_f32_s32(neon::dot32(codes + 2*b, y)), scales[b]);
+                }
+
+                float * out = acc + (i*s.n_tokens + s.token[v - i*n_variants])*LLAMA_CAPSULE_VEC;
+                vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), x, s.scales[v]));
+            }
+        }
+    }
+}
+
+template<ggml_type TYPE>
+static void score_rows_of(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
+    switch (s.d) {
+        case  64: score_rows<TYPE, 2>(s, i_row, n_rows, src, acc); break;
+        case 128: score_rows<TYPE, 4>(s, i_row, n_rows, src, acc); break;
+        case 256: score_rows<TYPE, 8>(s, i_row, n_rows, src, acc); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+static void score_rows_neon(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
+    switch (type) {
+        case GGML_TYPE_Q8_0: score_rows_of<GGML_TYPE_Q8_0>(s, i_row, n_rows, src, acc); break;
+        case GGML_TYPE_Q4_0: score_rows_of<GGML_TYPE_Q4_0>(s, i_row, n_rows, src, acc); break;
+        case GGML_TYPE_Q2_0: score_rows_of<GGML_TYPE_Q2_0>(s, i_row, n_rows, src, acc); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
+    base = plain;
+
+    llama_capsule_simd s = plain;
+
+    s.name       = "neon";
+    s.mul        = mul_vec<neon>;
+    s.dot        = dot_vec<neon>;
+    s.fma        = fma_neon;
+    s.scale      = scale_neon;
+    s.rope       = rope_neon;
+    s.add_max    = add_max_neon;
+    s.exp_sum    = exp_sum_vec<neon>;
+    s.hadamard   = hadamard_vec<neon>;
+    s.to_float   = to_float_vec<neon>;
+    s.to_codes   = to_codes_neon;
+    s.score_rows = score_rows_neon;
+    s.sum        = sum_neon;
+#ifdef CAPSULE_DOTPROD
+    s.name       = "dotprod";
+    s.mul_int    = mul_int_vec<neon>;
+    s.mul_q2     = mul_q2_vec<neon>;
+#endif
+    return s;
+}

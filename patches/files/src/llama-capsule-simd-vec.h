@@ -1,0 +1,257 @@
+#pragma once
+
+#include "llama-capsule-simd.h"
+
+#include <cmath>
+#include <cstring>
+
+//
+// kernels over a thin vector type V, for the files that define TARGET and INLINE (function attributes) before they include this one
+//   V::N floats, V::F floats, V::B 16 bytes; lengths that are no multiples of V::N are left to others
+//
+
+// a tile of T rows and C vectors in registers
+template<class V, int T, int C>
+INLINE void mul_tile(uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x, const float * init, float * out, size_t ld_out) {
+    typename V::F acc[T][C];
+    for (int t = 0; t < T; ++t) {
+        for (int c = 0; c < C; ++c) {
+            acc[t][c] = V::load((init ? init : out + t*ld_out) + V::N*c);
+        }
+    }
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        typename V::F xr[C];
+        for (int c = 0; c < C; ++c) {
+            xr[c] = V::load(x + r*ld_x + V::N*c);
+        }
+        for (int t = 0; t < T; ++t) {
+            const auto f = V::set1(w[r*w_r + t*w_t]);
+            for (int c = 0; c < C; ++c) {
+                acc[t][c] = V::fma(f, xr[c], acc[t][c]);
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int c = 0; c < C; ++c) {
+            V::store(out + t*ld_out + V::N*c, acc[t][c]);
+        }
+    }
+}
+
+template<class V, int C>
+TARGET static void mul_cols(uint32_t n_out, uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
+        const float * init, float * out, size_t ld_out) {
+    uint32_t t = 0;
+    for (; t + 6 <= n_out; t += 6) {
+        mul_tile<V, 6, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+    }
+    for (; t + 3 <= n_out; t += 3) {
+        mul_tile<V, 3, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+    }
+    for (; t < n_out; ++t) {
+        mul_tile<V, 1, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+    }
+}
+
+// d is a multiple of V::N
+template<class V>
+TARGET static void mul_vec(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
+        const float * init, float * out, size_t ld_out) {
+    uint32_t i = 0;
+    for (; i + 4*V::N <= d; i += 4*V::N) {
+        mul_cols<V, 4>(n_out, n_rows, w, w_r, w_t, x + i, ld_x, init ? init + i : nullptr, out + i, ld_out);
+    }
+    for (; i < d; i += V::N) {
+        mul_cols<V, 1>(n_out, n_rows, w, w_r, w_t, x + i, ld_x, init ? init + i : nullptr, out + i, ld_out);
+    }
+}
+
+// 4 rows of x against Q rows of y
+template<class V, int Q>
+INLINE void dot_tile(uint32_t d, const float * x, size_t ld_x, const float * y, size_t ld_y, float * out, size_t ld_out) {
+    typename V::F acc[Q][4];
+    for (int q = 0; q < Q; ++q) {
+        for (int j = 0; j < 4; ++j) {
+            acc[q][j] = V::set1(0.0f);
+        }
+    }
+    for (uint32_t i = 0; i < d; i += V::N) {
+        typename V::F xi[4];
+        for (int j = 0; j < 4; ++j) {
+            xi[j] = V::load(x + j*ld_x + i);
+        }
+        for (int q = 0; q < Q; ++q) {
+            const auto yi = V::load(y + q*ld_y + i);
+            for (int j = 0; j < 4; ++j) {
+                acc[q][j] = V::fma(xi[j], yi, acc[q][j]);
+            }
+        }
+    }
+    for (int q = 0; q < Q; ++q) {
+        V::sum4(acc[q], out + q*ld_out);
+    }
+}
+
+// d is a multiple of V::N
+template<class V>
+TARGET static void dot_vec(uint32_t n_x, uint32_t n_y, uint32_t d, const float * x, size_t ld_x, const float * y, size_t ld_y, float * out, size_t ld_out) {
+    const uint32_t n_x4 = n_x/4*4;
+
+    // x stays in the cache, of y there may be much more
+    uint32_t q = 0;
+    for (; q + 4 <= n_y; q += 4) {
+        for (uint32_t j = 0; j < n_x4; j += 4) {
+            dot_tile<V, 4>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
+        }
+    }
+    for (; q < n_y; ++q) {
+        for (uint32_t j = 0; j < n_x4; j += 4) {
+            dot_tile<V, 1>(d, x + j*ld_x, ld_x, y + q*ld_y, ld_y, out + q*ld_out + j, ld_out);
+        }
+    }
+    for (uint32_t j = n_x4; j < n_x; ++j) {
+        for (q = 0; q < n_y; ++q) {
+            auto acc = V::set1(0.0f);
+            for (uint32_t i = 0; i < d; i += V::N) {
+                acc = V::fma(V::load(x + j*ld_x + i), V::load(y + q*ld_y + i), acc);
+            }
+            out[q*ld_out + j] = V::sum(acc);
+        }
+    }
+}
+
+// x <= 0; e^x = 2^n (1 + p(r)), with r = x - n ln 2, as for AVX2
+template<class V>
+INLINE typename V::F exp_vec(typename V::F x) {
+    x = V::max(x, V::set1(-87.0f));
+
+    const auto n = V::round(V::mul(x, V::set1(1.44269504f)));
+
+    auto r = V::fma(n, V::set1(-0.693359375f), x);
+    r = V::fma(n, V::set1(2.12194440e-4f), r);
+
+    auto p = V::set1(1.0f/5040.0f);
+    for (float c : { 1.0f/720.0f, 1.0f/120.0f, 1.0f/24.0f, 1.0f/6.0f, 0.5f, 1.0f, 1.0f }) {
+        p = V::fma(p, r, V::set1(c));
+    }
+    return V::mul(p, V::exp2(n));
+}
+
+// n is a multiple of V::N
+template<class V>
+TARGET static float exp_sum_vec(float * s, float max, uint32_t n) {
+    auto sum = V::set1(0.0f);
+    for (uint32_t i = 0; i < n; i += V::N) {
+        const auto x = V::sub(V::load(s + i), V::set1(max));
+        const auto y = V::where_greater(x, V::set1(-87.0f), exp_vec<V>(x)); // masked columns are exactly 0
+
+        V::store(s + i, y);
+        sum = V::add(sum, y);
+    }
+    return V::sum(sum);
+}
+
+// 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
+template<class V>
+INLINE void hadamard_64(float * x, float scale) {
+    typename V::F v[64/V::N];
+    for (int i = 0; i < 64/V::N; ++i) {
+        v[i] = V::hadamard(V::load(x + V::N*i));
+    }
+    for (int h = 1; h < 64/V::N; h *= 2) {
+        for (int i = 0; i < 64/V::N; ++i) {
+            if ((i & h) == 0) {
+                const auto a = v[i];
+                const auto b = v[i + h];
+
+                v[i]     = V::add(a, b);
+                v[i + h] = V::sub(a, b);
+            }
+        }
+    }
+    for (int i = 0; i < 64/V::N; ++i) {
+        V::store(x + V::N*i, V::mul(v[i], V::set1(scale)));
+    }
+}
+
+template<class V>
+TARGET static void hadamard_vec(float * x, uint32_t n, size_t n_values) {
+    if (n < 64) {
+        llama_capsule_hadamard(x, n, n_values);
+        return;
+    }
+
+    const float scale = 1.0f/sqrtf((float) n);
+
+    for (size_t i = 0; i < n_values; i += n) {
+        for (uint32_t j = 0; j < n; j += 64) {
+            hadamard_64<V>(x + i + j, n == 64 ? scale : 1.0f);
+        }
+        for (uint32_t h = 64; h < n; h *= 2) {
+            const auto f = V::set1(2*h == n ? scale : 1.0f);
+
+            for (uint32_t j = 0; j < n; j += 2*h) {
+                for (float * y = x + i + j; y < x + i + j + h; y += V::N) {
+                    const auto a = V::load(y);
+                    const auto b = V::load(y + h);
+
+                    V::store(y,     V::mul(V::add(a, b), f));
+                    V::store(y + h, V::mul(V::sub(a, b), f));
+                }
+            }
+        }
+    }
+}
+
+template<class V>
+TARGET static void to_float_vec(ggml_type type, const void * src, float * dst, uint32_t d) {
+    const uint8_t * p = (const uint8_t *) src;
+
+    switch (type) {
+        case GGML_TYPE_F16:
+            {
+                uint32_t i = 0;
+                for (; i + V::N <= d; i += V::N) {
+                    V::store(dst + i, V::load_half(p + 2*i));
+                }
+                for (; i < d; ++i) {
+                    dst[i] = V::half(p + 2*i);
+                }
+            } break;
+        case GGML_TYPE_Q8_0:
+            for (uint32_t i = 0; i < d; i += QK, p += Q8_SIZE) {
+                const auto scale = V::set1(V::half(p));
+
+                V::store_codes(dst + i,      V::load_b(p + 2),      scale);
+                V::store_codes(dst + i + 16, V::load_b(p + 2 + 16), scale);
+            }
+            break;
+        case GGML_TYPE_Q4_0:
+            for (uint32_t i = 0; i < d; i += QK, p += Q4_SIZE) {
+                const auto scale = V::set1(V::half(p));
+                const auto x     = V::load_b(p + 2);
+
+                V::store_codes(dst + i,      V::sub_b(V::template bits<0, 15>(x), 8), scale);
+                V::store_codes(dst + i + 16, V::sub_b(V::template bits<4, 15>(x), 8), scale);
+            }
+            break;
+        case GGML_TYPE_Q2_0:
+            for (uint32_t i = 0; i < d; i += QK2, p += Q2_SIZE) {
+                const auto scale = V::set1(V::half(p));
+                const auto x     = V::load_b(p + 2);
+
+                typename V::B c[4] = { V::template bits<0, 3>(x), V::template bits<2, 3>(x), V::template bits<4, 3>(x), V::template bits<6, 3>(x) };
+                V::interleave(c);
+                for (int j = 0; j < 4; ++j) {
+                    V::store_codes(dst + i + 16*j, V::sub_b(c[j], 1), scale);
+                }
+            }
+            break;
+        case GGML_TYPE_F32:
+            memcpy(dst, src, d*sizeof(float));
+            break;
+        default:
+            ggml_get_type_traits(type)->to_float(src, dst, d);
+            break;
+    }
+}

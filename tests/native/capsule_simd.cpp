@@ -1,0 +1,505 @@
+// Every function of every table of kernels that this machine can run, against loops in double: for tests/test_capsule_simd.py and scripts/check_simd
+#include "llama-capsule-simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+
+static std::mt19937 rng(1);
+
+static uint32_t one_of(std::initializer_list<uint32_t> x) {
+    return x.begin()[rng() % x.size()];
+}
+
+static float uniform() {
+    return (int32_t) rng()*0x1p-31f;
+}
+
+static std::vector<float> values(size_t n, float f = 1.0f) {
+    std::vector<float> res(n);
+    for (float & x : res) {
+        x = f*uniform();
+    }
+    return res;
+}
+
+// what lies between rows and behind the last one has to stay
+static constexpr float CANARY = 12345.0f;
+
+struct matrix {
+    uint32_t n, d, ld;
+    std::vector<float> x;
+
+    matrix(uint32_t n, uint32_t d, bool random = true) : n(n), d(d), ld(d + one_of({ 0, 8 })), x(n*ld + 16, CANARY) {
+        for (uint32_t i = 0; i < n*d; ++i) {
+            at(i/d, i%d) = random ? uniform() : 0.0f;
+        }
+    }
+
+    float & at(uint32_t i, uint32_t j)       { return x[i*ld + j]; }
+    float   at(uint32_t i, uint32_t j) const { return x[i*ld + j]; }
+
+    bool intact() const {
+        for (size_t i = 0; i < x.size(); ++i) {
+            if ((i/ld >= n || i%ld >= d) && x[i] != CANARY) {
+                return false;
+            }
+        }
+        return true;
+    }
+};
+
+// the squared error of what was computed, relative to what should have been
+struct comparison {
+    double err = 0.0;
+    double ref = 0.0;
+    bool   ok  = true;
+
+    void add(double got, double want) {
+        err += (got - want)*(got - want);
+        ref += want*want;
+        ok   = ok && std::isfinite(got);
+    }
+
+    void check(bool x) {
+        ok = ok && x;
+    }
+
+    double nmse() const {
+        return ref > 0.0 ? err/ref : err;
+    }
+};
+
+struct rows {
+    ggml_type type;
+    uint32_t  n, d;
+    std::vector<uint8_t> data;
+    std::vector<float>   x; // as ggml decodes them
+
+    rows(ggml_type type, uint32_t n, uint32_t d) : type(type), n(n), d(d), data(n*ggml_row_size(type, d)), x(n*d) {
+        for (uint32_t i = 0; i < n; ++i) {
+            const auto v = values(d, i % 7 == 6 ? 0.0f : powf(2.0f, 4*uniform()));
+            uint8_t * dst = data.data() + i*ggml_row_size(type, d);
+
+            llama_capsule_row_quantize(type, v.data(), dst, d);
+            if (type == GGML_TYPE_F32) {
+                std::copy(v.begin(), v.end(), x.begin() + i*d);
+            } else {
+                ggml_get_type_traits(type)->to_float(dst, x.data() + i*d, d);
+            }
+        }
+    }
+};
+
+using simd = llama_capsule_simd;
+
+static uint32_t length() {
+    return one_of({ 8, 24, 32, 40, 64, 80, 96, 128, 256 });
+}
+
+static comparison test_mul(const simd & s) {
+    const uint32_t n_out = 1 + rng() % 33, n_rows = 1 + rng() % 40;
+    const bool by_row = rng() % 2, with_init = rng() % 2;
+
+    const matrix x(n_rows, length());
+    const auto w    = values(n_rows*n_out);
+    const auto init = values(x.d);
+    matrix     out(n_out, x.d);
+    const auto before = out;
+
+    const size_t w_r = by_row ? n_out : 1, w_t = by_row ? 1 : n_rows;
+    s.mul(n_out, n_rows, x.d, w.data(), w_r, w_t, x.x.data(), x.ld, with_init ? init.data() : nullptr, out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t t = 0; t < n_out; ++t) {
+        for (uint32_t i = 0; i < x.d; ++i) {
+            double sum = with_init ? init[i] : before.at(t, i);
+            for (uint32_t r = 0; r < n_rows; ++r) {
+                sum += (double) w[r*w_r + t*w_t]*x.at(r, i);
+            }
+            res.add(out.at(t, i), sum);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
+static comparison test_dot(const simd & s) {
+    const matrix x(1 + rng() % 70, length());
+    const matrix y(1 + rng() % 33, x.d);
+    matrix out(y.n, x.n);
+
+    s.dot(x.n, y.n, x.d, x.x.data(), x.ld, y.x.data(), y.ld, out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t q = 0; q < y.n; ++q) {
+        for (uint32_t j = 0; j < x.n; ++j) {
+            double sum = 0.0;
+            for (uint32_t i = 0; i < x.d; ++i) {
+                sum += (double) x.at(j, i)*y.at(q, i);
+            }
+            res.add(out.at(q, j), sum);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
+static comparison test_fma(const simd & s) {
+    matrix y(1, length());
+    const auto a = values(y.d), b = values(y.d);
+    const auto before = y;
+
+    s.fma(y.d, a.data(), b.data(), y.x.data());
+
+    comparison res;
+    for (uint32_t i = 0; i < y.d; ++i) {
+        res.add(y.at(0, i), before.at(0, i) + (double) a[i]*b[i]);
+    }
+    res.check(y.intact());
+    return res;
+}
+
+static comparison test_scale(const simd & s) {
+    matrix y(1, length());
+    const auto  before = y;
+    const float f      = uniform();
+
+    s.scale(y.d, f, y.x.data());
+
+    comparison res;
+    for (uint32_t i = 0; i < y.d; ++i) {
+        res.add(y.at(0, i), (double) f*before.at(0, i));
+    }
+    res.check(y.intact());
+    return res;
+}
+
+static comparison test_rope(const simd & s) {
+    matrix x(1 + rng() % 9, one_of({ 32, 64, 80, 128 }));
+    const uint32_t n_rot = one_of({ x.d, x.d/2, 20 }), ld_cs = one_of({ 0, n_rot });
+    const bool norm = rng() % 2;
+
+    const auto cs     = values(n_rot + (x.n - 1)*ld_cs);
+    const auto before = x;
+    s.rope(x.n, x.x.data(), x.ld, cs.data(), ld_cs, n_rot, norm);
+
+    comparison res;
+    for (uint32_t j = 0; j < x.n; ++j) {
+        for (uint32_t i = 0; i < n_rot/2; ++i) {
+            const uint32_t i0 = norm ? 2*i : i, i1 = norm ? 2*i + 1 : i + n_rot/2;
+            const double   c  = cs[j*ld_cs + i0], sn = cs[j*ld_cs + i1];
+
+            res.add(x.at(j, i0), before.at(j, i0)*c  - before.at(j, i1)*sn);
+            res.add(x.at(j, i1), before.at(j, i0)*sn + before.at(j, i1)*c);
+        }
+        for (uint32_t i = n_rot; i < x.d; ++i) {
+            res.check(x.at(j, i) == before.at(j, i));
+        }
+    }
+    res.check(x.intact());
+    return res;
+}
+
+static comparison test_add_max(const simd & s) {
+    matrix x(1, length());
+    auto mask = values(x.d);
+    const auto before = x;
+    for (float & m : mask) {
+        m = rng() % 3 ? m : -INFINITY;
+    }
+    const float max = s.add_max(x.x.data(), mask.data(), x.d);
+
+    comparison res;
+    float want = -INFINITY;
+    for (uint32_t i = 0; i < x.d; ++i) {
+        want = std::max(want, before.at(0, i) + mask[i]);
+        res.check(x.at(0, i) == before.at(0, i) + mask[i]);
+    }
+    res.check(max == want && x.intact());
+    return res;
+}
+
+static comparison test_exp_sum(const simd & s) {
+    matrix x(1, length());
+    for (uint32_t i = 0; i < x.d; ++i) {
+        x.at(0, i) = i % 5 == 3 ? -INFINITY : i % 5 == 4 ? -200.0f : -20.0f + 20.0f*uniform();
+    }
+    const auto  before = x;
+    const float max    = 0.5f;
+    const float sum    = s.exp_sum(x.x.data(), max, x.d);
+
+    comparison res;
+    double want = 0.0;
+    for (uint32_t i = 0; i < x.d; ++i) {
+        const double e = exp((double) before.at(0, i) - max);
+
+        want += e;
+        res.add(x.at(0, i)/std::max(e, 1e-30), e > 1e-30 ? 1.0 : 0.0); // each by itself
+        res.check(i % 5 != 3 || x.at(0, i) == 0.0f);
+    }
+    res.add(sum/want, 1.0);
+    res.check(x.intact());
+    return res;
+}
+
+static comparison test_hadamard(const simd & s) {
+    const uint32_t n = one_of({ 8, 16, 32, 64, 128, 256 });
+    matrix x(1, n*(1 + rng() % 3));
+    auto want = x;
+
+    s.hadamard(x.x.data(), n, x.d);
+    llama_capsule_hadamard(want.x.data(), n, x.d);
+
+    comparison res;
+    res.check(x.x == want.x);
+    return res;
+}
+
+static comparison test_to_float(const simd & s) {
+    const ggml_type type = LLAMA_CAPSULE_TYPES[rng() % LLAMA_CAPSULE_N_TYPES];
+    const uint32_t  d    = ggml_is_quantized(type) ? one_of({ 64, 128, 192, 256 }) : 1 + rng() % 100; // V of a cache without flash attention: any number
+
+    const rows src(type, 1, d);
+    matrix out(1, d);
+    s.to_float(type, src.data.data(), out.x.data(), d);
+
+    comparison res;
+    res.check(std::equal(src.x.begin(), src.x.end(), out.x.begin()) && out.intact());
+    return res;
+}
+
+static comparison test_from_float(const simd & s) {
+    const ggml_type type = LLAMA_CAPSULE_TYPES[rng() % LLAMA_CAPSULE_N_TYPES];
+    const uint32_t  d    = one_of({ 64, 128, 192, 256 });
+    const size_t    size = ggml_row_size(type, d);
+
+    const auto x = values(d);
+    std::vector<uint8_t> got(size + 64, 0xa5), want = got;
+    s.from_float(type, x.data(), got.data(), d);
+    llama_capsule_row_quantize(type, x.data(), want.data(), d);
+
+    comparison res;
+    res.check(got == want);
+    return res;
+}
+
+// rows of one type alone: those of 4 bits enter with 15 bits of the basis, those of 2 bits with 8
+template<ggml_type TYPE>
+static comparison test_mul_int(const simd & s) {
+    static constexpr bool q4 = TYPE == GGML_TYPE_Q4_0;
+
+    const uint32_t N = one_of({ 12, 16, 17, 40, 48, 64, 72, 96 }), d = q4 ? one_of({ 32, 64, 96, 128, 256 }) : one_of({ 64, 128, 256 });
+    const uint32_t n = 1 + rng() % (rng() % 4 ? 48 : 140), n_none = q4 ? 0 : rng() % 3;
+
+    const rows src(TYPE, n, d);
+    const rows none(GGML_TYPE_Q4_0, n_none, d); // rows of 4 bits come first: their basis is 0
+    auto basis = values((n_none + n)*N);
+    std::fill_n(basis.begin(), n_none*N, 0.0f);
+
+    std::vector<float> basis_max;
+    const auto ints = llama_capsule_int_basis(basis.data(), n_none + n, N, basis_max);
+
+    matrix out(N, d);
+    const auto before = out;
+    const llama_capsule_int_rows list = { q4 ? src.data.data() : none.data.data(), src.data.data(), q4 ? n : n_none, q4 ? 0 : n };
+    s.mul_int(N, d, ints.data(), basis_max.data(), list, out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t t = 0; t < N; ++t) {
+        for (uint32_t i = 0; i < d; ++i) {
+            double sum = 0.0;
+            for (uint32_t r = 0; r < n; ++r) {
+                sum += (double) basis[(n_none + r)*N + t]*src.x[r*d + i];
+            }
+            res.add((double) out.at(t, i) - before.at(t, i), sum);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
+static comparison test_to_codes(const simd & s) {
+    const uint32_t d = one_of({ 64, 128, 256 });
+    const auto x = values(d, rng() % 8 ? 1.0f : 0.0f);
+
+    std::vector<int8_t> codes(d);
+    std::vector<float>  sums(d/QK);
+    const float scale = s.to_codes(d, x.data(), codes.data(), sums.data());
+
+    float max = 0.0f;
+    for (float v : x) {
+        max = std::max(max, fabsf(v));
+    }
+
+    comparison res;
+    res.check(scale == max/127.0f);
+    for (uint32_t i = 0; i < d; i += QK) {
+        int sum = 0;
+        for (uint32_t j = i; j < i + QK; ++j) {
+            res.check(codes[j] == (max > 0.0f ? lrintf(x[j]*(127.0f/max)) : 0));
+            sum += codes[j];
+        }
+        res.check(sums[i/QK] == sum);
+    }
+    return res;
+}
+
+static comparison test_score_rows(const simd & s) {
+    static constexpr int zero[LLAMA_CAPSULE_N_TYPES] = { 0, 0, 0, 8, 1 };
+
+    const int      t    = 2 + rng() % 3;
+    const uint32_t d    = one_of({ 64, 128, 256 }), n_q = 1 + rng() % 32, n_tokens = 1 + rng() % 64, n_rows = 1 + rng() % 12, i_row = rng() % 3;
+    const rows     src(LLAMA_CAPSULE_TYPES[t], n_rows, d);
+
+    std::vector<uint32_t> first = { 0 }, token;
+    for (uint32_t r = 0; r < i_row + n_rows; ++r) {
+        for (uint32_t k = rng() % 5; k > 0; --k) {
+            token.push_back(rng() % n_tokens);
+        }
+        first.push_back(token.size());
+    }
+
+    const uint32_t n = token.size();
+    std::vector<int8_t> codes(n_q*n*d);
+    for (auto & c : codes) {
+        c = (int8_t) (rng() % 255 - 127);
+    }
+    const auto scales = values(n_q*n);
+
+    llama_capsule_buf<float> offsets, acc; // aligned, as score_rows expects them
+    std::fill_n(offsets.resize(n_q*n*LLAMA_CAPSULE_VEC + 1), n_q*n*LLAMA_CAPSULE_VEC, 0.0f);
+    std::fill_n(acc.resize(n_q*n_tokens*LLAMA_CAPSULE_VEC), n_q*n_tokens*LLAMA_CAPSULE_VEC, 0.125f);
+
+    std::vector<double> want(n_q*n_tokens, 1.0);
+    for (uint32_t i = 0; i < n_q*n; ++i) {
+        for (uint32_t j = 0; j < d; ++j) {
+            offsets.data()[i*LLAMA_CAPSULE_VEC + j/QK] -= zero[t]*codes[i*d + j];
+        }
+    }
+    for (uint32_t i = 0; i < n_q; ++i) {
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            for (uint32_t v = first[i_row + r]; v < first[i_row + r + 1]; ++v) {
+                double sum = 0.0;
+                for (uint32_t j = 0; j < d; ++j) {
+                    sum += (double) src.x[r*d + j]*codes[(i*n + v)*d + j];
+                }
+                want[i*n_tokens + token[v]] += scales[i*n + v]*sum;
+            }
+        }
+    }
+
+    const llama_capsule_score score = { d, n_q, n_tokens, n, first.data(), token.data(), codes.data(), scales.data(), offsets.data() };
+    s.score_rows(score, src.type, i_row, n_rows, src.data.data(), acc.data());
+
+    std::vector<float> got(n_q*n_tokens);
+    s.sum(got.size(), acc.data(), got.data());
+
+    comparison res;
+    for (size_t i = 0; i < got.size(); ++i) {
+        res.add(got[i], want[i]);
+    }
+    return res;
+}
+
+static comparison test_sum(const simd & s) {
+    const uint32_t n = 1 + rng() % 70;
+    const auto x = values(n*LLAMA_CAPSULE_VEC);
+    std::vector<float> out(n);
+    s.sum(n, x.data(), out.data());
+
+    comparison res;
+    for (uint32_t i = 0; i < n; ++i) {
+        double sum = 0.0;
+        for (uint32_t j = 0; j < LLAMA_CAPSULE_VEC; ++j) {
+            sum += x[i*LLAMA_CAPSULE_VEC + j];
+        }
+        res.add(out[i], sum);
+    }
+    return res;
+}
+
+static comparison test_mul_q2(const simd & s) {
+    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 48 : 300), d = one_of({ 64, 128, 256 });
+
+    const rows src(GGML_TYPE_Q2_0, n_rows, d);
+    matrix w(1 + rng() % 32, n_rows);
+    for (uint32_t i = 0; i < w.n*n_rows; ++i) {
+        w.at(i/n_rows, i%n_rows) *= i/n_rows % 5 == 4 ? 0.0f : powf(2.0f, 3*uniform());
+    }
+    matrix out(w.n, d);
+    const auto before = out;
+    s.mul_q2(w.n, n_rows, d, w.x.data(), w.ld, src.data.data(), out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t q = 0; q < w.n; ++q) {
+        for (uint32_t i = 0; i < d; ++i) {
+            double sum = 0.0;
+            for (uint32_t r = 0; r < n_rows; ++r) {
+                sum += (double) w.at(q, r)*src.x[r*d + i];
+            }
+            res.add((double) out.at(q, i) - before.at(q, i), sum);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
+struct test {
+    const char * name;
+    bool         have;
+    comparison (*fn)(const simd & s);
+    double       limit; // of the NMSE; 0: every bit
+};
+
+static int run(const simd & s, int n_cases) {
+    const test tests[] = {
+        { "mul",           true,           test_mul,                       1e-12 },
+        { "dot",           true,           test_dot,                       1e-12 },
+        { "fma",           true,           test_fma,                       1e-12 },
+        { "scale",         true,           test_scale,                     1e-12 },
+        { "rope",          true,           test_rope,                      1e-12 },
+        { "add_max",       true,           test_add_max,                   0     },
+        { "exp_sum",       true,           test_exp_sum,                   1e-12 },
+        { "hadamard",      true,           test_hadamard,                  0     },
+        { "to_float",      true,           test_to_float,                  0     },
+        { "from_float",    true,           test_from_float,                0     },
+        { "mul_int, q4_0", s.mul_int != nullptr,      test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
+        { "mul_int, q2_0", s.mul_int != nullptr,      test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
+        { "to_codes",      s.to_codes != nullptr,     test_to_codes,                  0     },
+        { "score_rows",    s.score_rows != nullptr,   test_score_rows,                1e-12 },
+        { "sum",           s.sum != nullptr,          test_sum,                       1e-12 },
+        { "mul_q2",        s.mul_q2 != nullptr,       test_mul_q2,                    1e-6  },
+    };
+
+    int n_bad = 0;
+    for (const auto & t : tests) {
+        if (!t.have) {
+            printf("%-8s %-14s -\n", s.name, t.name);
+            continue;
+        }
+        double worst = 0.0;
+        int    bad   = 0;
+        for (int i = 0; i < n_cases; ++i) {
+            const auto res = t.fn(s);
+            worst = std::max(worst, res.nmse());
+            bad  += !(res.ok && res.nmse() <= t.limit);
+        }
+        printf("%-8s %-14s %d cases, worst NMSE %.1e, limit %.0e: %s\n", s.name, t.name, n_cases, worst, t.limit, bad ? "WRONG" : "ok");
+        n_bad += bad > 0;
+    }
+    return n_bad;
+}
+
+// [cases of each function]
+int main(int argc, char ** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    int n_bad = 0;
+    for (const auto & s : llama_capsule_simd_all()) {
+        n_bad += run(s, argc > 1 ? atoi(argv[1]) : 50);
+    }
+    return n_bad > 0;
+}
