@@ -84,7 +84,7 @@ class Params(ctypes.Structure):
 class Weights(ctypes.Structure):
     """struct ggml_capsule_weights."""
 
-    NAMES = ("k_mean", "v_mean", "k_basis", "v_basis", "v_basis_t", "token_order", "neighbours", "gate", "mlp_up", "mlp_up_bias", "mlp_down", "size")
+    NAMES = ("k_mean", "v_mean", "k_basis", "k_basis_h", "v_basis", "v_basis_h", "v_basis_t", "token_order", "neighbours", "gate", "mlp_up", "mlp_up_bias", "mlp_down", "size")
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]
 
 
@@ -171,6 +171,7 @@ class Data:
         up = r.mlp_up.swapaxes(1, 2)
         for name, x in {
             "k_mean": self.k_mean, "v_mean": self.v_mean, "k_basis": np.pad(self.k_basis, ((0, 0), (0, pad))), "v_basis": np.pad(self.v_basis, ((0, 0), (0, pad))),
+            "k_basis_h": half(self.k_basis), "v_basis_h": half(self.v_basis),
             "v_basis_t": self.v_basis.T, "token_order": r.order.astype(np.int32), "neighbours": r.neighbours.astype(np.int32), "gate": r.gate,
             "mlp_up": up, "mlp_up_bias": r.mlp_up_bias, "mlp_down": r.mlp_down.swapaxes(1, 2),
         }.items():  # fmt: skip
@@ -209,6 +210,11 @@ class Data:
         y = rotate(x, n) if self.s.rotated else x
         y = DECODE[self.s.cache](ENCODE[self.s.cache](y.reshape(-1, d)), d).reshape(x.shape) if x.size else x
         return rotate(y, n) if self.s.rotated else y
+
+
+def half(basis: np.ndarray) -> np.ndarray:
+    """f16 [tokens, components], padded to multiples of 16."""
+    return np.pad(basis.T, ((0, -len(basis) % 16),) * 2).astype(np.float16)
 
 
 def rotate(x: np.ndarray, n: int | None = None) -> np.ndarray:

@@ -34,7 +34,7 @@ def lib(tmp_path_factory) -> ctypes.CDLL:
     """tests/native/capsule_order.cpp."""
     out = native_code.build(native_code.NATIVE / "capsule_order.cpp", tmp_path_factory.mktemp("order") / "order.so", "-O2", "-shared", "-fPIC")
     lib = ctypes.CDLL(str(out))
-    lib.capsule_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    lib.capsule_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     lib.capsule_parts.argtypes, lib.capsule_parts.restype = [ctypes.c_void_p], ctypes.c_void_p
     return lib
 
@@ -42,12 +42,13 @@ def lib(tmp_path_factory) -> ctypes.CDLL:
 DEFAULT = 48 * 1024
 
 
-def run(lib: ctypes.CDLL, node: int, threads: int, order: np.ndarray | None = None, shared: int = DEFAULT) -> bytes:
-    """The bytes of the result of a node. shared: bytes of shared memory."""
+def run(lib: ctypes.CDLL, node: int, threads: int, order: np.ndarray | None = None, shared: int = DEFAULT, *, mma: bool = False) -> bytes:
+    """The bytes of the result of a node. shared: bytes of shared memory; mma: with what stands for tensor cores."""
     data, size = ggml().ggml_get_data(node), ggml().ggml_nbytes(node)
     ctypes.memset(data, 0xFF, size)
     order = None if order is None else np.ascontiguousarray(order, np.int32)
-    assert lib.capsule_run(node, threads, None if order is None else order.ctypes.data, shared) <= shared or shared < 32 * 1024
+    used = lib.capsule_run(node, threads, None if order is None else order.ctypes.data, shared, mma)
+    assert 0 < used <= shared or (used > 0 and shared < 32 * 1024)
     return ctypes.string_at(data, size)
 
 
@@ -102,13 +103,48 @@ def test_nor_does_it_where_keys_are_not_rebuilt(lib, s):
         assert set(found) == {expected, rebuilt}
 
 
+PRODUCTS = {
+    "pca": replace(of_rows(HEADS[128], "mixed"), ragged=0.2),
+    "odd block": replace(of_rows(HEADS[128], "mixed"), N=24, ragged=0.2, rows_k=(row_counts(q8_0=3, q4_0=10), row_counts(f16=24)), rows_v=(row_counts(q4_0=5, q2_0=14),) * 2),
+    "retain in one tier": replace(CASES["retain in one tier"], rows_k=(row_counts(f32=5), row_counts(q8_0=2, q4_0=8, q2_0=6))),
+    "rotated": replace(of_rows(HEADS[64], "mixed"), rotated=True, rope="norm", n_rot=32),
+    "heads of 80": of_rows(HEADS[80], "f16"),
+    "query": replace(PCA, tokens=8),
+}
+F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .0043, in attention .00044
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_tensor_cores(lib, name):
+    """The same calls in plain C++, against sums of f32; the order of the threads does not matter."""
+    rng = np.random.default_rng(0)
+    s = replace(PRODUCTS[name], parts=(1, 1))
+    with graph() as g:
+        exact, ours = (nodes(lib, g, Data.of(replace(s, tile_f32=f32))) for f32 in (True, False))
+        for what in ours:
+            raw = run(lib, ours[what], 128, mma=True)
+            assert raw != run(lib, ours[what], 128)
+            for threads in (32, 64, 256):
+                assert run(lib, ours[what], threads, rng.permutation(threads), mma=True) == raw
+            found, expected = (np.frombuffer(x, np.float32) for x in (raw, run(lib, exact[what], 128)))
+            if what == "attention":
+                found, expected = (result(x, s.d_v) for x in (found, expected))
+            assert np.abs(found - expected).max() <= (F16 / 10 if what == "attention" else F16)
+
+
+def result(parts: np.ndarray, d: int) -> np.ndarray:
+    """f32 [rows, d + 2]: sums of values, maximum, sum of weights -> [rows, d]."""
+    parts = parts.reshape(-1, d + 2)
+    return parts[:, :d] / np.maximum(parts[:, d + 1 :], 1e-30)
+
+
 def test_the_usual_block_fits(lib):
     """64 tokens with heads of 128: CUDA has 48 KB, Metal 32 KB. The numbers of docs/architecture.md."""
     rows = (row_counts(q8_0=4, q4_0=16, q2_0=44),) * 2
     s = replace(BASE, N=64, d_k=128, d_v=128, n_rot=128, heads=1, group=8, tokens=1, slots=(1, 1), rows_k=rows, rows_v=rows, tile_f32=False)
     with graph() as g:
         node = nodes(lib, g, Data.of(s))["attention"]
-        assert [round(lib.capsule_run(node, 32, None, limit * 1024) / 1024) for limit in (48, 32)] == [44, 30]
+        assert [round(lib.capsule_run(node, 32, None, limit * 1024, 0) / 1024) for limit in (48, 32)] == [44, 30]
 
 
 def test_real_threads(tmp_path):

@@ -4,11 +4,20 @@
 
 #include <vector>
 
-// returns the bytes of shared memory, of which there are max_shared
-extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order, int max_shared) {
+template <typename T, typename U>
+static void run_item(const ggml_tensor * op, capsule_threads threads, const capsule_args & args, capsule_ptrs ptrs, char * sm, int item) {
+    if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
+        capsule_unpack<T, U>(threads, args, ptrs, sm, item);
+    } else {
+        capsule_attn<T, U>(threads, args, ptrs, sm, item);
+    }
+}
+
+// returns the bytes of shared memory, of which there are max_shared; mma: with what stands for tensor cores here
+extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order, int max_shared, int mma) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, max_shared, args, ptrs);
+    ggml_capsule_args_init(op, max_shared, mma, args, ptrs);
 
     // what a phase has not written is not to be relied on
     std::vector<float> shared(args.s_size/sizeof(float), NAN);
@@ -17,13 +26,15 @@ extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * or
     const capsule_threads threads = { n_threads, order };
 
     for (int item = 0; item < args.n_items; ++item) {
-        if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
-            args.tile_f32 ? capsule_unpack<float>(threads, args, ptrs, sm, item) : capsule_unpack<capsule_half>(threads, args, ptrs, sm, item);
+        if (args.tile_f32) {
+            run_item<float, float>(op, threads, args, ptrs, sm, item);
+        } else if (args.mma) {
+            run_item<capsule_half, float>(op, threads, args, ptrs, sm, item);
         } else {
-            args.tile_f32 ? capsule_attn<float>(threads, args, ptrs, sm, item) : capsule_attn<capsule_half>(threads, args, ptrs, sm, item);
+            run_item<capsule_half, capsule_half>(op, threads, args, ptrs, sm, item);
         }
     }
-    return args.s_size;
+    return args.mma == mma ? args.s_size : -1;
 }
 
 // the parts that ggml_capsule_attn() combines

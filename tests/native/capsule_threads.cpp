@@ -60,13 +60,14 @@ static void fill_slots(ggml_tensor * blob, const ggml_capsule_params & p, int ti
     GGML_ASSERT(dst == (char *) blob->data + p.n_slots[tier]*ggml_capsule_slot_size(&p, tier));
 }
 
-static float run_as_gpu(ggml_tensor * op, size_t max_shared) {
+static float run_as_gpu(ggml_tensor * op, size_t max_shared, bool mma) {
     std::vector<char> expected((char *) op->data, (char *) op->data + ggml_nbytes(op));
     memset(op->data, 0, ggml_nbytes(op));
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, max_shared, args, ptrs);
+    ggml_capsule_args_init(op, max_shared, mma, args, ptrs);
+    GGML_ASSERT(args.mma == mma);
 
     std::vector<float> shared(args.s_size/sizeof(float));
     char * sm = (char *) shared.data();
@@ -79,9 +80,11 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared) {
             const capsule_threads t = { N_THREADS, i };
             for (int item = 0; item < args.n_items; ++item) {
                 if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
-                    capsule_unpack<capsule_half>(t, args, ptrs, sm, item);
+                    capsule_unpack<capsule_half, capsule_half>(t, args, ptrs, sm, item);
+                } else if (mma) {
+                    capsule_attn<capsule_half, float>(t, args, ptrs, sm, item);
                 } else {
-                    capsule_attn<capsule_half>(t, args, ptrs, sm, item);
+                    capsule_attn<capsule_half, capsule_half>(t, args, ptrs, sm, item);
                 }
                 CAPSULE_BARRIER(); // a GPU gives the next item other shared memory
             }
@@ -99,7 +102,7 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared) {
     return res;
 }
 
-static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack, size_t max_shared = 8*1024) { // pieces of tiles
+static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack, size_t max_shared = 8*1024, bool mma = false) { // pieces of tiles
     ggml_context * ctx = ggml_init({ 1u << 24, nullptr, false });
 
     ggml_tensor * blobs[GGML_CAPSULE_N_TIERS];
@@ -114,6 +117,9 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
 
     ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, layout.size);
     fill(weights);
+    for (int i = 0; i < p.n_block*p.n_block; ++i) { // n_block is a multiple of 16
+        ((ggml_fp16_t *) ((float *) weights->data + layout.k_basis_h))[i%p.n_block*p.n_block + i/p.n_block] = ggml_fp32_to_fp16(((float *) weights->data + layout.k_basis)[i]);
+    }
     for (int i = 0; i < p.n_block; ++i) {
         ((int32_t *) weights->data)[layout.token_order + i] = (i + 3) % p.n_block;
     }
@@ -155,7 +161,7 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
     ggml_build_forward_expand(gf, out);
     ggml_graph_compute_with_ctx(ctx, gf, 1);
 
-    const float res = run_as_gpu(out, max_shared);
+    const float res = run_as_gpu(out, max_shared, mma);
 
     ggml_free(ctx);
 
@@ -199,12 +205,17 @@ int main(int argc, char ** argv) {
     turn.n_kept       = 6;
     turn.n_neighbours = 2;
 
+    // tiles of F32: scores that differ less than those of F16 may
+    ggml_capsule_params product = pca;
+    product.scale = 0.001f;
+
     float res = 0.0f;
     res = std::max(res, run_case(pca,    40, 3, 3, false));
     res = std::max(res, run_case(retain, 16, 1, 1, false));
     res = std::max(res, run_case(retain, 16, 1, 1, true));
     res = std::max(res, run_case(project, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
+    res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     printf("largest difference from the CPU backend: %g\n", res);
     return res < 2e-3f ? 0 : 1; // tiles of f16, with and without fused multiply-add
 }

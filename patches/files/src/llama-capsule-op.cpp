@@ -119,6 +119,7 @@ void llama_capsule_store::init_op_weights(uint32_t i_layer) {
     const auto w       = ggml_capsule_weights_layout(&p);
 
     const uint32_t n_pad = GGML_PAD(N(), 8);
+    const uint32_t n_mma = GGML_PAD(N(), 16);
 
     std::vector<int32_t> words(w.size, 0);
 
@@ -139,12 +140,18 @@ void llama_capsule_store::init_op_weights(uint32_t i_layer) {
     copy(w.gate,        layer.k_gate);
     copy(w.mlp_up_bias, layer.k_mlp_up_bias);
 
+    auto half = [&](int32_t offs) {
+        return (ggml_fp16_t *) (words.data() + offs);
+    };
+
     for (uint32_t r = 0; r < N(); ++r) {
         for (uint32_t t = 0; t < N(); ++t) {
             if (!layer.k_basis.empty()) {
-                at(w.k_basis)[r*n_pad + t] = layer.k_basis[r*N() + t];
+                at  (w.k_basis)  [r*n_pad + t] = layer.k_basis[r*N() + t];
+                half(w.k_basis_h)[t*n_mma + r] = ggml_fp32_to_fp16(layer.k_basis[r*N() + t]);
             }
-            at(w.v_basis)  [r*n_pad + t] = layer.v_basis[r*N() + t];
+            at  (w.v_basis)  [r*n_pad + t] = layer.v_basis[r*N() + t];
+            half(w.v_basis_h)[t*n_mma + r] = ggml_fp32_to_fp16(layer.v_basis[r*N() + t]);
             at(w.v_basis_t)[t*N()   + r] = layer.v_basis[r*N() + t];
         }
     }

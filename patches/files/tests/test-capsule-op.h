@@ -136,6 +136,8 @@ struct test_capsule : public test_case {
                     std::fill_n(words + n_slots*p.n_rot, n_slots, 0);
                 } else {
                     const auto w = ggml_capsule_weights_layout(&p);
+                    set_half(x.data() + w.k_basis, x.data() + w.k_basis_h);
+                    set_half(x.data() + w.v_basis, x.data() + w.v_basis_h);
                     for (int i = 0; i < p.n_block; ++i) {
                         words[w.token_order + i] = (5*i + 1) % p.n_block; // n_block is not a multiple of 5
                     }
@@ -154,6 +156,20 @@ struct test_capsule : public test_case {
                 set(t, x);
             } else if (!t->view_src && t->op == GGML_OP_NONE && t->type != GGML_TYPE_I8) {
                 init_tensor_uniform(t);
+            }
+        }
+    }
+
+    // the basis for tensor cores
+    void set_half(const float * basis, float * basis_h) const {
+        const int n_pad = GGML_PAD(p.n_block, 8);
+        const int n_mma = GGML_PAD(p.n_block, 16);
+
+        ggml_fp16_t * dst = (ggml_fp16_t *) basis_h;
+        std::fill_n(dst, n_mma*n_mma, ggml_fp32_to_fp16(0.0f));
+        for (int r = 0; r < p.n_block; ++r) {
+            for (int t = 0; t < p.n_block; ++t) {
+                dst[t*n_mma + r] = ggml_fp32_to_fp16(basis[r*n_pad + t]);
             }
         }
     }

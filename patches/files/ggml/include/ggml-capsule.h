@@ -57,12 +57,14 @@ extern "C" {
         uint16_t n_terms; // pca: of a pattern, at most
     };
 
-    // where the constants of a layer lie, in units of 4 bytes; n_pad: N, rounded up to a multiple of 8
+    // where the constants of a layer lie, in units of 4 bytes; n_pad: N, rounded up to a multiple of 8, n_mma: of 16
     struct ggml_capsule_weights {
         int32_t k_mean;      // F32 [n_head_kv][d_k]
         int32_t v_mean;      // F32 [n_head_kv][d_v]
         int32_t k_basis;     // F32 [N][n_pad], a row per component, zero behind N
+        int32_t k_basis_h;   // F16 [n_mma tokens][n_mma components], for tensor cores
         int32_t v_basis;     // F32 [N][n_pad]
+        int32_t v_basis_h;   // F16 [n_mma tokens][n_mma components]
         int32_t v_basis_t;   // F32 [N tokens][N components]
         int32_t token_order; // I32 [N], the kept tokens first
         int32_t neighbours;  // I32 [N - n_kept][n_neighbours]

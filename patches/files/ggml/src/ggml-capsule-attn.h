@@ -116,6 +116,46 @@ CAPSULE_FN void capsule_attn_put_score(CAPSULE_ARGS, capsule_item it, CAPSULE_PA
     CAPSULE_SM_F(a.s_s)[i*a.N + j] = m == CAPSULE_NEG ? CAPSULE_NEG : s + m;
 }
 
+template <int B, typename T>
+CAPSULE_FN void capsule_attn_dot(CAPSULE_ARGS, CAPSULE_SHARED const T * x, CAPSULE_SHARED const float * q, CAPSULE_PRIVATE float * s) {
+    for (int c = 0; c < a.d_k; ++c) {
+        const float y = capsule_float(x[c]);
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            s[b] += y*q[b*a.d_k + c];
+        }
+    }
+}
+
+#if defined(CAPSULE_MMA)
+// rows of tiles that tensor cores wrote are aligned to 16 bytes: 4 channels at a time, so that threads with different rows do not meet in a bank
+struct alignas(16) capsule_vec4 {
+    float x[4];
+};
+
+template <int B>
+CAPSULE_FN void capsule_attn_dot(CAPSULE_ARGS, const float * x, const float * q, float * s) {
+    if (!a.mma) {
+        capsule_attn_dot<B, float>(a, x, q, s);
+        return;
+    }
+    for (int c = 0; c < a.d_k; c += 4) {
+        const capsule_vec4 y = *(const capsule_vec4 *) (x + c);
+
+        CAPSULE_UNROLL
+        for (int b = 0; b < B; ++b) {
+            const capsule_vec4 z = *(const capsule_vec4 *) (q + b*a.d_k + c);
+
+            CAPSULE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                s[b] += y.x[i]*z.x[i];
+            }
+        }
+    }
+}
+#endif
+
 // s = q*tile + mask, for n columns from col on, which go to s from first on
 template <int B, typename T>
 CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
@@ -128,14 +168,7 @@ CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item 
         CAPSULE_SHARED const T     * x = tile + j*a.ld_tile;
 
         float s[B] = { 0.0f };
-        for (int c = 0; c < a.d_k; ++c) {
-            const float y = capsule_float(x[c]);
-
-            CAPSULE_UNROLL
-            for (int b = 0; b < B; ++b) {
-                s[b] += y*q[b*a.d_k + c];
-            }
-        }
+        capsule_attn_dot<B>(a, x, q, s);
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
@@ -399,13 +432,13 @@ CAPSULE_FN void capsule_attn_store(int tid, int nt, CAPSULE_ARGS, capsule_item i
     }
 }
 
-// item: (part*n_head_kv + head)*n_tiles + tile of queries
-template <typename T>
+// item: (part*n_head_kv + head)*n_tiles + tile of queries; rows are T, tiles are U
+template <typename T, typename U>
 CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
     const capsule_item it = capsule_item_of(a, item);
 
     CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
-    CAPSULE_SHARED T   * tile  = CAPSULE_SM_T(a.s_tile);
+    CAPSULE_SHARED U   * tile  = CAPSULE_SM_U(a.s_tile);
 
     const bool hot     = it.part < a.n_parts_hot;
     const int  n_units = hot ? (a.n_kv + a.N - 1)/a.N : a.n_slots;
@@ -465,9 +498,9 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             const int n_tile = capsule_min(a.n_chunk, n - first);
 
             if (hot) {
-                CAPSULE_PHASE((capsule_attn_load_hot<T>(tid, t.n, a, p.k, it.head, col + first, n_tile, tile)));
+                CAPSULE_PHASE((capsule_attn_load_hot<U>(tid, t.n, a, p.k, it.head, col + first, n_tile, tile)));
             } else {
-                capsule_tile_k<T>(t, a, p.weights, p.rope, i, it.head, first, n_tile, sm);
+                capsule_tile_k<T, U>(t, a, p.weights, p.rope, i, it.head, first, n_tile, sm);
             }
             CAPSULE_PHASE_Q(capsule_attn_scores, tid, t.n, a, it, mask, data, col + first, first, n_tile, tile, sm);
         }

@@ -147,6 +147,7 @@ struct capsule_args {
     int n_neighbours;
     int n_terms;  // of the projected-query form, at most
     int mma;      // tensor cores
+    int n_mma;    // N, rounded up to a multiple of 16
     int n_slots;
     int n_parts_hot;
     int n_parts;
@@ -159,6 +160,7 @@ struct capsule_args {
     int w_k_basis;
     int w_k_basis_h;
     int w_v_basis;
+    int w_v_basis_h;
     int w_v_basis_t;
     int w_token_order;
     int w_neighbours;
@@ -183,7 +185,6 @@ struct capsule_args {
     int s_rows;  // [n_rows][ld_rows]
     int s_tile;  // [n_chunk][ld_tile]
     int s_z;     // F32 [N - n_kept][n_mlp]
-    int s_acc;   // F32 [CAPSULE_STRIP][ld_acc], tensor cores
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
     int s_w;     // F32 [max_q][n_rows], where the rows of K were
@@ -202,7 +203,6 @@ struct capsule_args {
     int s_size;
     int ld_rows;
     int ld_tile;
-    int ld_acc;
     int ld_codes; // in words
     int ld_make;
     int ld_w;
@@ -226,8 +226,8 @@ struct capsule_ptrs {
 #if !defined(__METAL_VERSION__)
 struct ggml_tensor;
 
-// of a node of GGML_OP_CAPSULE: args.s_size bytes of shared memory at most, if that is possible
-GGML_API void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_args & args, capsule_ptrs & ptrs);
+// of a node of GGML_OP_CAPSULE: args.s_size bytes of shared memory at most, if that is possible; mma: args.mma, if that is possible
+GGML_API void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma, capsule_args & args, capsule_ptrs & ptrs);
 
 #define CAPSULE_SHARED_DEFAULT (48*1024) // every CUDA device has it
 
@@ -243,6 +243,7 @@ GGML_API const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i);
 #define CAPSULE_ARGS CAPSULE_PARAM const capsule_args & a
 #define CAPSULE_SM_F(offs) ((CAPSULE_SHARED float *) (sm + (offs)))
 #define CAPSULE_SM_T(offs) ((CAPSULE_SHARED T *) (sm + (offs)))
+#define CAPSULE_SM_U(offs) ((CAPSULE_SHARED U *) (sm + (offs)))
 
 //
 // values

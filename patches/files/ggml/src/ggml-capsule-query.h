@@ -11,57 +11,29 @@
 // everywhere the query is turned back by the first position of the slot, and Hadamard-transformed as the rows are
 //
 
-// rows of a head as integers, 4 in a word, and a scale per 32 of them; a thread reads 4 bytes of a row at a time
-CAPSULE_FN void capsule_load_codes(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED char * sm) {
-    CAPSULE_SHARED int   * codes  = (CAPSULE_SHARED int *) (sm + a.s_codes);
-    CAPSULE_SHARED float * scales = CAPSULE_SM_F(a.s_scales);
+// rows of a head as integers, 4 in a word, and a scale per 32 of them
+struct capsule_codes_sink {
+    CAPSULE_SHARED int   * codes;
+    CAPSULE_SHARED float * scales;
+    int                    ld;
+    int                    n_blocks; // of 32, in a row
+};
 
-    int first = 0;
-
-    CAPSULE_UNROLL
-    for (int type = CAPSULE_Q8_0; type < CAPSULE_MAX_TYPES; ++type) {
-        const int bits    = type == CAPSULE_Q8_0 ? 8 : type == CAPSULE_Q4_0 ? 4 : 2;
-        const int size    = type == CAPSULE_Q2_0 ? 64 : 32; // values of a block
-        const int n_block = size*bits/32;                   // words of a block
-        const int n_words = d*bits/32;
-
-        CAPSULE_GLOBAL const char * src = head + p.type_offs[type];
-
-        for (int u = tid; u < p.count[type]*n_words; u += nt) {
-            const int r = u/n_words;
-            const int b = u%n_words/n_block;
-            const int w = u%n_block;
-
-            // blocks begin at multiples of 2 bytes
-            CAPSULE_GLOBAL const uint16_t * block = (CAPSULE_GLOBAL const uint16_t *) (src + r*p.row_size[type]) + b*(1 + 2*n_block);
-
-            const uint32_t x = block[1 + 2*w] | (uint32_t) block[2 + 2*w] << 16;
-
-            CAPSULE_SHARED int * dst = codes + (first + r)*a.ld_codes + b*(size/4);
-
-            if (type == CAPSULE_Q8_0) {
-                dst[w] = (int) x;
-            } else if (type == CAPSULE_Q4_0) {
-                // less 8, in every byte
-                dst[w    ] = (int) (((x      & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u);
-                dst[w + 4] = (int) (((x >> 4 & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u);
-            } else {
-                CAPSULE_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const uint32_t y = x >> 8*i;
-                    const uint32_t z = (y & 3) | (y & 12) << 6 | (y & 48) << 12 | (y & 192) << 18;
-                    dst[4*w + i] = (int) ((z + 0x7f7f7f7fu) ^ 0x80808080u);
-                }
-            }
-            if (w == 0) {
-                const float scale = capsule_float(*(CAPSULE_GLOBAL const capsule_half *) block);
-                for (int i = 0; i < size/32; ++i) {
-                    scales[(first + r)*(d/32) + b*(size/32) + i] = scale;
-                }
-            }
-        }
-        first += p.count[type];
+CAPSULE_FN void capsule_sink(capsule_codes_sink to, int row, int word, uint32_t codes, float scale) {
+    to.codes[row*to.ld + word] = (int) codes;
+    if (word % 8 == 0) {
+        to.scales[row*to.n_blocks + word/8] = scale;
     }
+}
+
+CAPSULE_FN void capsule_load_codes(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED char * sm) {
+    capsule_codes_sink to;
+    to.codes    = (CAPSULE_SHARED int *) (sm + a.s_codes);
+    to.scales   = CAPSULE_SM_F(a.s_scales);
+    to.ld       = a.ld_codes;
+    to.n_blocks = d/32;
+
+    capsule_read_words(tid, nt, p, head, d, to);
 }
 
 // 4 products of 8 bits

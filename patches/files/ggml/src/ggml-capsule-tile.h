@@ -1,25 +1,91 @@
 #pragma once
 
-#include "ggml-capsule-impl.h"
+#include "ggml-capsule-mma.h"
 
 //
 // K or V of a block and head as a tile
 //
 
-// rows of a head -> [n_rows][ld]
-template <typename T>
-CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, int ld, CAPSULE_SHARED T * rows) {
-    int first = 0;
+// quantized rows of a head as words of 4 integers of 8 bits; a thread reads 4 bytes of a row at a time
+template <typename Sink>
+CAPSULE_FN void capsule_read_words(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, Sink to) {
+    int first = p.n_plain;
 
     CAPSULE_UNROLL
-    for (int i = 0; i < CAPSULE_MAX_TYPES; ++i) {
-        CAPSULE_GLOBAL const char * src = head + p.type_offs[i];
-        for (int r = tid/CAPSULE_LANES; r < p.count[i]; r += nt/CAPSULE_LANES) {
-            for (int c = tid % CAPSULE_LANES; c < d; c += CAPSULE_LANES) {
-                capsule_put(rows[(first + r)*ld + c], capsule_value(i, src + r*p.row_size[i], c));
+    for (int type = CAPSULE_Q8_0; type < CAPSULE_MAX_TYPES; ++type) {
+        const int bits    = type == CAPSULE_Q8_0 ? 8 : type == CAPSULE_Q4_0 ? 4 : 2;
+        const int size    = type == CAPSULE_Q2_0 ? 64 : 32; // values of a block
+        const int n_block = size*bits/32;                   // words of a block, as they are stored
+        const int n_words = d*bits/32;
+
+        CAPSULE_GLOBAL const char * src = head + p.type_offs[type];
+
+        for (int u = tid; u < p.count[type]*n_words; u += nt) {
+            const int r = first + u/n_words;
+            const int b = u%n_words/n_block;
+            const int w = u%n_block;
+
+            // blocks begin at multiples of 2 bytes
+            CAPSULE_GLOBAL const uint16_t * block = (CAPSULE_GLOBAL const uint16_t *) (src + u/n_words*p.row_size[type]) + b*(1 + 2*n_block);
+
+            const uint32_t x     = block[1 + 2*w] | (uint32_t) block[2 + 2*w] << 16;
+            const float    scale = capsule_float(*(CAPSULE_GLOBAL const capsule_half *) block);
+
+            if (type == CAPSULE_Q8_0) {
+                capsule_sink(to, r, 8*b + w, x, scale);
+            } else if (type == CAPSULE_Q4_0) {
+                // less 8, in every byte
+                capsule_sink(to, r, 8*b + w,     ((x      & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u, scale);
+                capsule_sink(to, r, 8*b + w + 4, ((x >> 4 & 0x0f0f0f0fu) + 0x78787878u) ^ 0x80808080u, scale);
+            } else {
+                CAPSULE_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t y = x >> 8*i;
+                    const uint32_t z = (y & 3) | (y & 12) << 6 | (y & 48) << 12 | (y & 192) << 18;
+                    capsule_sink(to, r, 16*b + 4*w + i, (z + 0x7f7f7f7fu) ^ 0x80808080u, scale);
+                }
             }
         }
-        first += p.count[i];
+        first += p.count[type];
+    }
+}
+
+// -> [][ld]
+template <typename T>
+struct capsule_rows_sink {
+    CAPSULE_SHARED T * rows;
+    int                ld;
+};
+
+template <typename T>
+CAPSULE_FN void capsule_sink(capsule_rows_sink<T> to, int row, int word, uint32_t codes, float scale) {
+    CAPSULE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        capsule_put(to.rows[row*to.ld + 4*word + i], scale*(float) (int8_t) (codes >> 8*i));
+    }
+}
+
+// rows of a head -> [n_rows][ld_rows]
+template <typename T>
+CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED T * rows) {
+    for (int type = CAPSULE_F32; type <= CAPSULE_F16; ++type) {
+        CAPSULE_GLOBAL const char * src = head + p.type_offs[type];
+        CAPSULE_SHARED T          * dst = rows + (type == CAPSULE_F32 ? 0 : p.count[CAPSULE_F32])*a.ld_rows;
+
+        for (int u = tid; u < p.count[type]*d; u += nt) {
+            capsule_put(dst[u/d*a.ld_rows + u%d], capsule_value(type, src + u/d*p.row_size[type], u%d));
+        }
+    }
+
+    capsule_rows_sink<T> to;
+    to.rows = rows;
+    to.ld   = a.ld_rows;
+
+    capsule_read_words(tid, nt, p, head, d, to);
+
+    // tensor cores take 16 rows at a time
+    for (int u = tid; a.mma && u < (a.n_mma - p.n_rows)*d; u += nt) {
+        capsule_put(rows[(p.n_rows + u/d)*a.ld_rows + u%d], 0.0f);
     }
 }
 
@@ -77,9 +143,9 @@ CAPSULE_FN void capsule_put_pair(CAPSULE_ARGS, capsule_rope rope, int j, int p, 
 }
 
 // tile = mean + basis*rows, for n tokens from first (a multiple of 8) on
-template <typename T>
+template <typename T, typename U>
 CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_GLOBAL const float * basis, int n_rows, int d,
-        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED T * tile) {
+        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED U * tile) {
     const int n_pairs = d/2;
 
     for (int i = tid; i < (n + 7)/8*n_pairs; i += nt) {
@@ -113,10 +179,55 @@ CAPSULE_FN void capsule_tile_pca(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL c
         CAPSULE_UNROLL
         for (int j = 0; j < 8; ++j) {
             if (j0 + j < a.N) {
-                capsule_put_pair<T>(a, rope, j0 + j, p, x0[j], x1[j], tile + (j0 + j - first)*a.ld_tile);
+                capsule_put_pair(a, rope, j0 + j, p, x0[j], x1[j], tile + (j0 + j - first)*a.ld_tile);
             }
         }
     }
+}
+
+#if defined(CAPSULE_MMA)
+// the same on tensor cores, in two steps: tile = basis*rows
+CAPSULE_FN void capsule_tile_product(int tid, int nt, CAPSULE_ARGS, const float * basis_h, int n_rows, int d, int first, int n, const capsule_half * rows, float * tile) {
+    capsule_mma(tid, nt, (n + 15)/16*16, d, (n_rows + 15)/16*16, (const capsule_half *) basis_h + first*a.n_mma, a.n_mma, rows, a.ld_rows, tile, a.ld_tile);
+}
+
+// other types of rows and tiles are not asked for
+template <typename T, typename U>
+CAPSULE_FN void capsule_tile_product(int, int, CAPSULE_ARGS, const float *, int, int, int, int, const T *, U *) {
+    (void) a;
+}
+
+// then the mean and RoPE
+template <typename U>
+CAPSULE_FN void capsule_tile_finish(int tid, int nt, CAPSULE_ARGS, const float * mean, int d, capsule_rope rope, int first, int n, U * tile) {
+    const int n_pairs = d/2;
+
+    for (int u = tid; u < n*n_pairs; u += nt) {
+        const int j  = u/n_pairs;
+        const int p  = u%n_pairs;
+        const int c0 = capsule_pair0(a, p);
+        const int c1 = capsule_pair1(a, p);
+
+        U * row = tile + j*a.ld_tile;
+
+        capsule_put_pair(a, rope, first + j, p, capsule_float(row[c0]) + mean[c0], capsule_float(row[c1]) + mean[c1], row);
+    }
+}
+#endif
+
+template <typename T, typename U>
+CAPSULE_FN void capsule_tile(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * mean, CAPSULE_GLOBAL const float * basis, CAPSULE_GLOBAL const float * basis_h,
+        int n_rows, int d, capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED U * tile) {
+#if defined(CAPSULE_MMA)
+    if (a.mma) {
+        CAPSULE_PHASE((capsule_tile_product(tid, t.n, a, basis_h, n_rows, d, first, n, rows, tile)));
+        CAPSULE_PHASE((capsule_tile_finish (tid, t.n, a, mean, d, rope, first, n, tile)));
+        return;
+    }
+#else
+    (void) basis_h;
+#endif
+    CAPSULE_PHASE((capsule_tile_pca(tid, t.n, a, mean, basis, n_rows, d, rope, first, n, rows, tile)));
 }
 
 // hidden units of the key MLP -> [N - n_kept][n_mlp]
@@ -143,9 +254,9 @@ CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const 
 }
 
 // kept tokens as they are, the others predicted from their neighbours, plus a residual
-template <typename T>
+template <typename T, typename U>
 CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int n_rows,
-        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED T * tile) {
+        capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED U * tile) {
     CAPSULE_GLOBAL const int32_t * order      = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
     CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
 
@@ -186,7 +297,7 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
             }
         }
 
-        capsule_put_pair<T>(a, rope, order[i], p, x0, x1, tile + t*a.ld_tile);
+        capsule_put_pair(a, rope, order[i], p, x0, x1, tile + t*a.ld_tile);
     }
 }
 
@@ -194,7 +305,7 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
 template <typename T>
 CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * slot, int i_head, int d,
         CAPSULE_SHARED T * rows) {
-    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, d, a.ld_rows, rows)));
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, a, part, slot + part.offs + i_head*part.head_stride, d, rows)));
     if (part.n_rows > part.n_plain) {
         CAPSULE_HADAMARD(T, rows + part.n_plain*a.ld_rows, part.n_rows - part.n_plain, d, a.ld_rows, d & -d);
     }
@@ -212,25 +323,25 @@ CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
 }
 
 // rows -> tile of n keys from first on, with RoPE
-template <typename T>
+template <typename T, typename U>
 CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, CAPSULE_GLOBAL const float * tables, int i_slot, int i_head,
         int first, int n, CAPSULE_SHARED char * sm) {
     CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
 
     CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
-    CAPSULE_SHARED T * tile = CAPSULE_SM_T(a.s_tile);
+    CAPSULE_SHARED U * tile = CAPSULE_SM_U(a.s_tile);
 
     const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
 
     if (tier.retain) {
-        CAPSULE_PHASE((capsule_tile_retain<T>(tid, t.n, a, weights, i_head, tier.k.n_rows, rope, first, n, rows, CAPSULE_SM_F(a.s_z), tile)));
+        CAPSULE_PHASE((capsule_tile_retain(tid, t.n, a, weights, i_head, tier.k.n_rows, rope, first, n, rows, CAPSULE_SM_F(a.s_z), tile)));
     } else {
-        CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, tier.k.n_rows, a.d_k, rope, first, n, rows, tile)));
+        capsule_tile<T, U>(t, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, weights + a.w_k_basis_h, tier.k.n_rows, a.d_k, rope, first, n, rows, tile);
     }
 }
 
 // the same for values
-template <typename T>
+template <typename T, typename U>
 CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head, int first, int n, CAPSULE_SHARED char * sm) {
     CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i_slot)].v;
 
@@ -238,8 +349,8 @@ CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
     rope.first     = 0;
     rope.distances = 0;
 
-    CAPSULE_PHASE((capsule_tile_pca<T>(tid, t.n, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, part.n_rows, a.d_v, rope, first, n,
-            CAPSULE_SM_T(a.s_rows), CAPSULE_SM_T(a.s_tile))));
+    capsule_tile<T, U>(t, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, weights + a.w_v_basis_h, part.n_rows, a.d_v, rope, first, n,
+            CAPSULE_SM_T(a.s_rows), CAPSULE_SM_U(a.s_tile));
 }
 
 //
@@ -321,14 +432,14 @@ CAPSULE_FN void capsule_store(int tid, int nt, CAPSULE_ARGS, CAPSULE_SHARED cons
     }
 }
 
-// item: slot*n_head_kv + head
-template <typename T>
+// item: slot*n_head_kv + head; rows are T, tiles are U
+template <typename T, typename U>
 CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
     const int i_slot = item/a.n_head_kv;
     const int i_head = item%a.n_head_kv;
 
     CAPSULE_GLOBAL const char * slot = capsule_slot(a, p.blob0, p.blob1, i_slot);
-    CAPSULE_SHARED T          * tile = CAPSULE_SM_T(a.s_tile);
+    CAPSULE_SHARED U          * tile = CAPSULE_SM_U(a.s_tile);
 
     const int d   = a.is_v ? a.d_v   : a.d_k;
     const int rot = a.is_v ? a.rot_v : a.rot_k;
@@ -343,11 +454,11 @@ CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, 
         const int n = capsule_min(a.n_chunk, a.N - first);
 
         if (a.is_v) {
-            capsule_tile_v<T>(t, a, p.weights, i_slot, i_head, first, n, sm);
+            capsule_tile_v<T, U>(t, a, p.weights, i_slot, i_head, first, n, sm);
         } else {
-            capsule_tile_k<T>(t, a, p.weights, p.rope, i_slot, i_head, first, n, sm);
+            capsule_tile_k<T, U>(t, a, p.weights, p.rope, i_slot, i_head, first, n, sm);
         }
-        CAPSULE_HADAMARD(T, tile, n, d, a.ld_tile, rot);
-        CAPSULE_PHASE((capsule_store<T>(tid, t.n, a, tile, d, i_head, i_slot*a.N + first, n, p.dst)));
+        CAPSULE_HADAMARD(U, tile, n, d, a.ld_tile, rot);
+        CAPSULE_PHASE((capsule_store<U>(tid, t.n, a, tile, d, i_head, i_slot*a.N + first, n, p.dst)));
     }
 }

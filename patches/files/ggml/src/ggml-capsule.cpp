@@ -48,6 +48,7 @@ static ggml_capsule_params capsule_params_of(const ggml_tensor * op) {
 ggml_capsule_weights ggml_capsule_weights_layout(const ggml_capsule_params * p) {
     const int N      = p->n_block;
     const int n_pad  = GGML_PAD(N, 8);
+    const int n_mma  = GGML_PAD(N, 16);
     const int n_drop = N - p->n_kept;
 
     ggml_capsule_weights res;
@@ -61,7 +62,9 @@ ggml_capsule_weights ggml_capsule_weights_layout(const ggml_capsule_params * p) 
     add(res.k_mean,      p->n_head_kv*p->d_k);
     add(res.v_mean,      p->n_head_kv*p->d_v);
     add(res.k_basis,     N*n_pad);
+    add(res.k_basis_h,   n_mma*n_mma/2);
     add(res.v_basis,     N*n_pad);
+    add(res.v_basis_h,   n_mma*n_mma/2);
     add(res.v_basis_t,   N*N);
     add(res.token_order, N);
     add(res.neighbours,  n_drop*p->n_neighbours);
@@ -263,6 +266,8 @@ static void capsule_shared_init(capsule_args & a, int op) {
     const int  size = a.tile_f32 ? 4 : 2;
     const bool attn = op == GGML_CAPSULE_OP_ATTN;
 
+    const int size_tile = a.mma ? 4 : size;
+
     int n_rows_k = 0; // of keys that are rebuilt
     int n_rows_v = 0;
     int n_codes  = 0;
@@ -297,9 +302,9 @@ static void capsule_shared_init(capsule_args & a, int op) {
 
     const int d = a.is_v ? a.d_v : a.d_k;
 
-    // an odd number of banks, so that threads can go through different rows side by side
-    a.ld_rows  = d;
-    a.ld_tile  = d + (a.tile_f32 ? 1 : 2);
+    // an odd number of banks, so that threads can go through different rows side by side; tensor cores want multiples of 16 bytes
+    a.ld_rows  = a.mma ? d + 8 : d;
+    a.ld_tile  = a.mma ? d + 4 : d + (a.tile_f32 ? 1 : 2);
     a.ld_w     = n_rows_v + 1;
     a.ld_codes = std::max(a.d_k, a.d_v)/4 + 1;
     a.ld_make  = a.d_k + 1;
@@ -309,11 +314,13 @@ static void capsule_shared_init(capsule_args & a, int op) {
     int n = 0;
     auto add = [&](int & offs, int bytes) {
         offs = n;
-        n   += GGML_PAD(bytes, 16);
+        n   += GGML_PAD(bytes, 32);
     };
 
-    add(a.s_rows, (a.is_v ? n_rows_v : n_rows_k)*a.ld_rows*size);
-    add(a.s_tile, a.n_chunk*a.ld_tile*size);
+    const int n_rows = a.is_v ? n_rows_v : n_rows_k;
+
+    add(a.s_rows, (a.mma && n_rows > 0 ? a.n_mma : n_rows)*a.ld_rows*size);
+    add(a.s_tile, a.n_chunk*a.ld_tile*size_tile);
     add(a.s_z,    mlp ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
     if (attn) {
         // in the same place
@@ -353,7 +360,10 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
         }
         a.n_q     = option.n_q;
         a.max_q   = GGML_PAD(a.n_q, 4);
-        a.n_chunk = std::min(option.n_chunk, a.n_pad);
+        a.n_chunk = std::min(option.n_chunk, a.mma ? a.n_mma : a.n_pad);
+        if (a.mma && a.n_chunk % 16 != 0) {
+            break;
+        }
         capsule_shared_init(a, op);
         if ((size_t) a.s_size <= max_shared) {
             return true;
@@ -362,8 +372,17 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
     return false;
 }
 
-// which keys need not be rebuilt, and which values stay integers
-static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, int n_q) {
+// which keys need not be rebuilt, which values stay integers, what tensor cores do
+static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, int n_q, bool mma) {
+    const int d = a.is_v ? a.d_v : a.d_k;
+
+    // tiles of keys that are predicted, and those of hot cells, are not products
+    bool product = a.is_v;
+    for (const auto & tier : a.tiers) {
+        product = product || (tier.n_slots > 0 && !tier.retain);
+    }
+    a.mma = mma && product && !a.tile_f32 && d % 16 == 0;
+
     for (auto & tier : a.tiers) {
         tier.codes = tier.v.n_plain == 0;
         tier.query = (p.flags & GGML_CAPSULE_FLAG_QUERY) && tier.k.n_plain == 0 && tier.n_slots > 0 && p.op == GGML_CAPSULE_OP_ATTN;
@@ -375,7 +394,7 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
     }
 }
 
-void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_args & a, capsule_ptrs & ptrs) {
+void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma, capsule_args & a, capsule_ptrs & ptrs) {
     const auto p = capsule_params_of(op);
     const auto w = ggml_capsule_weights_layout(&p);
 
@@ -385,6 +404,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
 
     a.N            = p.n_block;
     a.n_pad        = GGML_PAD(p.n_block, 8);
+    a.n_mma        = GGML_PAD(p.n_block, 16);
     a.n_head_kv    = p.n_head_kv;
     a.d_k          = p.d_k;
     a.d_v          = p.d_v;
@@ -407,7 +427,9 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
     a.w_k_mean      = w.k_mean;
     a.w_v_mean      = w.v_mean;
     a.w_k_basis     = w.k_basis;
+    a.w_k_basis_h   = w.k_basis_h;
     a.w_v_basis     = w.v_basis;
+    a.w_v_basis_h   = w.v_basis_h;
     a.w_v_basis_t   = w.v_basis_t;
     a.w_token_order = w.token_order;
     a.w_neighbours  = w.neighbours;
@@ -443,11 +465,17 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, capsule_a
     } else {
         const int n_q = a.n_group*a.n_tokens;
 
-        capsule_forms_init(a, p, n_q);
-        if (!capsule_pieces_init(a, p.op, n_q, max_shared)) {
-            for (auto & tier : a.tiers) {
-                tier.query = 0;
-            }
+        capsule_forms_init(a, p, n_q, mma);
+
+        // with everything, without tensor cores, without vectors
+        bool fits = capsule_pieces_init(a, p.op, n_q, max_shared);
+        if (!fits && a.mma) {
+            a.mma = 0;
+            fits  = capsule_pieces_init(a, p.op, n_q, max_shared);
+        }
+        if (!fits) {
+            a.tiers[0].query = 0;
+            a.tiers[1].query = 0;
             capsule_pieces_init(a, p.op, n_q, max_shared);
         }
         a.n_tiles = (n_q + a.n_q - 1)/a.n_q;

@@ -17,7 +17,7 @@ void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tenso
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, args, ptrs);
+    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, false, args, ptrs);
 
     const int op = ggml_capsule_op_of(dst);
 
@@ -30,16 +30,16 @@ void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tenso
         switch (op) {
             case GGML_CAPSULE_OP_UNPACK:
                 if (args.tile_f32) {
-                    capsule_unpack<float>(threads, args, ptrs, sm, item);
+                    capsule_unpack<float, float>(threads, args, ptrs, sm, item);
                 } else {
-                    capsule_unpack<capsule_half>(threads, args, ptrs, sm, item);
+                    capsule_unpack<capsule_half, capsule_half>(threads, args, ptrs, sm, item);
                 }
                 break;
             case GGML_CAPSULE_OP_ATTN:
                 if (args.tile_f32) {
-                    capsule_attn<float>(threads, args, ptrs, sm, item);
+                    capsule_attn<float, float>(threads, args, ptrs, sm, item);
                 } else {
-                    capsule_attn<capsule_half>(threads, args, ptrs, sm, item);
+                    capsule_attn<capsule_half, capsule_half>(threads, args, ptrs, sm, item);
                 }
                 break;
             case GGML_CAPSULE_OP_COMBINE:

@@ -8,16 +8,16 @@
 static constexpr int CAPSULE_CUDA_THREADS = 128;
 static constexpr int CAPSULE_CUDA_BLOCKS  = 4; // on a multiprocessor: shared memory allows 1 to 5, registers are no limit then
 
-template <typename T>
+extern __shared__ __align__(32) char capsule_shared[]; // tensor cores want that
+
+template <typename T, typename U>
 static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_unpack_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    extern __shared__ float capsule_shared[];
-    capsule_unpack<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
+    capsule_unpack<T, U>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
 }
 
-template <typename T>
+template <typename T, typename U>
 static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    extern __shared__ float capsule_shared[];
-    capsule_attn<T>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, (char *) capsule_shared, blockIdx.x);
+    capsule_attn<T, U>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
 }
 
 static __global__ void capsule_combine_kernel(const capsule_args args, const capsule_ptrs ptrs) {
@@ -35,24 +35,35 @@ static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_args &
     CUDA_CHECK(cudaGetLastError());
 }
 
+static void capsule_args_init(int device, const ggml_tensor * op, capsule_args & args, capsule_ptrs & ptrs) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+
+    // tensor cores: not on other vendors' devices
+    ggml_capsule_args_init(op, CAPSULE_SHARED_DEFAULT, GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_TURING, args, ptrs);
+}
+
 void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, args, ptrs);
+    capsule_args_init(ctx.device, dst, args, ptrs);
 
     switch (ggml_capsule_op_of(dst)) {
         case GGML_CAPSULE_OP_UNPACK:
             if (args.tile_f32) {
-                capsule_launch<capsule_unpack_kernel<float>>(ctx, args, ptrs);
+                capsule_launch<capsule_unpack_kernel<float, float>>(ctx, args, ptrs);
+            } else if (args.mma) {
+                capsule_launch<capsule_unpack_kernel<half, float>>(ctx, args, ptrs);
             } else {
-                capsule_launch<capsule_unpack_kernel<half>>(ctx, args, ptrs);
+                capsule_launch<capsule_unpack_kernel<half, half>>(ctx, args, ptrs);
             }
             break;
         case GGML_CAPSULE_OP_ATTN:
             if (args.tile_f32) {
-                capsule_launch<capsule_attn_kernel<float>>(ctx, args, ptrs);
+                capsule_launch<capsule_attn_kernel<float, float>>(ctx, args, ptrs);
+            } else if (args.mma) {
+                capsule_launch<capsule_attn_kernel<half, float>>(ctx, args, ptrs);
             } else {
-                capsule_launch<capsule_attn_kernel<half>>(ctx, args, ptrs);
+                capsule_launch<capsule_attn_kernel<half, half>>(ctx, args, ptrs);
             }
             break;
         case GGML_CAPSULE_OP_COMBINE:
@@ -66,7 +77,7 @@ void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, CAPSULE_SHARED_DEFAULT, args, ptrs);
+    capsule_args_init(device, op, args, ptrs);
 
     return (size_t) args.s_size <= ggml_cuda_info().devices[device].smpbo;
 }

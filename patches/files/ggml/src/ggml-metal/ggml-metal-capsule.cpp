@@ -46,7 +46,7 @@ static ggml_metal_pipeline_with_params capsule_pipeline(ggml_metal_library_t lib
 bool ggml_metal_capsule_supported(ggml_metal_device_t dev, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, args, ptrs);
+    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, false, args, ptrs);
 
     if ((size_t) args.s_size > ggml_metal_device_get_props(dev)->max_theadgroup_memory_size) {
         return false;
@@ -64,7 +64,7 @@ bool ggml_metal_capsule_supported(ggml_metal_device_t dev, const ggml_tensor * o
 int ggml_metal_capsule_encode(ggml_metal_device_t dev, ggml_metal_encoder_t enc, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, args, ptrs);
+    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, false, args, ptrs);
 
     ggml_metal_encoder_set_pipeline(enc, capsule_pipeline(capsule_library(dev), capsule_kernel_name(op, args)));
     ggml_metal_encoder_set_bytes   (enc, &args, sizeof(args), 0);

@@ -1,4 +1,4 @@
-// GGML_OP_CAPSULE; compiled with ggml-capsule-impl.h, ggml-capsule-tile.h and ggml-capsule-attn.h in front of it, see capsule.cmake
+// GGML_OP_CAPSULE; compiled with the headers ggml-capsule-*.h in front of it, see capsule.cmake
 
 #define CAPSULE_METAL_BUFFERS \
         constant capsule_args & args [[buffer(0)]], \
@@ -15,7 +15,7 @@
 
 #define CAPSULE_METAL_PTRS { q, k, v, mask, cold, blob0, blob1, (device const float *) weights, (device const float *) rope, dst }
 
-#define CAPSULE_METAL_KERNEL(name, call) \
+#define CAPSULE_METAL_KERNEL(name, ...) \
     kernel void kernel_capsule_##name( \
             CAPSULE_METAL_BUFFERS, \
             threadgroup char * sm [[threadgroup(0)]], \
@@ -24,13 +24,13 @@
             uint nt   [[threads_per_threadgroup]]) { \
         const capsule_threads threads = { (int) nt, (int) tid }; \
         const capsule_ptrs    ptrs    = CAPSULE_METAL_PTRS; \
-        call(threads, args, ptrs, sm, (int) item); \
+        __VA_ARGS__(threads, args, ptrs, sm, (int) item); \
     }
 
-CAPSULE_METAL_KERNEL(unpack_f16, capsule_unpack<half>)
-CAPSULE_METAL_KERNEL(unpack_f32, capsule_unpack<float>)
-CAPSULE_METAL_KERNEL(attn_f16,   capsule_attn<half>)
-CAPSULE_METAL_KERNEL(attn_f32,   capsule_attn<float>)
+CAPSULE_METAL_KERNEL(unpack_f16, capsule_unpack<half, half>)
+CAPSULE_METAL_KERNEL(unpack_f32, capsule_unpack<float, float>)
+CAPSULE_METAL_KERNEL(attn_f16,   capsule_attn<half, half>)
+CAPSULE_METAL_KERNEL(attn_f32,   capsule_attn<float, float>)
 
 kernel void kernel_capsule_combine(
         CAPSULE_METAL_BUFFERS,
