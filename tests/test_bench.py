@@ -15,7 +15,8 @@ from pathlib import Path
 import sys
 import numpy as np
 from kvcapsule_gguf import native
-from kvcapsule_gguf.bench.context import Bench, Context
+from kvcapsule_gguf.bench.compress import measure_compress
+from kvcapsule_gguf.bench.context import TILES, Bench, Context
 from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.bench.fill import cache_rows
 from kvcapsule_gguf.bench.geometry import Geometry
@@ -51,6 +52,14 @@ assert rows[1].kv_bytes == 2 * 64 * plain.kv_bytes_f16 and 4.5 < rows[1].kv_byte
 assert all(r.tokens_per_s > 0 and r.first_token_s > 0 for r in rows)
 """
 
+COMPRESS = SMALL + """
+for g in (plain, grid):
+    for threads in (1, 2):
+        rows = measure_compress(g, folder, [SETTINGS[name] for name in ("pca", "retain")], 2, threads, TILES)
+        assert [(r.geometry, r.setting, r.threads, r.tokens, r.layers) for r in rows] == [(g.name, name, threads, 64, 2) for name in ("pca", "retain")]
+        assert all(0 < r.seconds and 0 < r.worst_seconds and 0 < r.prefill_seconds and 0 < r.share and 0 < r.worst_share for r in rows)
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -62,7 +71,7 @@ def python(*arguments):
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
 
 
-@pytest.mark.parametrize("script", [FILLED, WHOLE], ids=["filled", "whole"])
+@pytest.mark.parametrize("script", [FILLED, WHOLE, COMPRESS], ids=["filled", "whole", "compress"])
 def test_in_small(folder, script):
     done = python("-c", script, folder)
     assert done.returncode == 0, done.stderr
@@ -83,8 +92,18 @@ def test_attention(folder):
         assert 4.9 < rows["f16 FA"]["kv_bytes"] / rows[name]["kv_bytes"] < 5.1
 
 
+def test_compressing_the_demo_models_pictures():
+    done = python("-m", "kvcapsule_gguf.bench", "compress", "demo", "-r", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["geometry"], row["tokens"], row["layers"]) == ("demo", 576, 8)
+    assert row["share"] == pytest.approx(row["seconds"] / row["prefill_seconds"]) and row["share"] < 1
+
+
 @pytest.mark.parametrize(("arguments", "line"), [
     (("op", "gpt-5"), "kvcapsule-bench: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b"),
+    (("compress", "gpt-5"), "kvcapsule-bench: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b, demo"),
+    (("compress", "-s", "f16 FA"), "no 'f16 FA', there are: pca"),
     (("op", "-s", "f8"), "no 'f8', there are: f16 FA"),
     (("model", "--images", "0"), "'0' is not a list of numbers from 1 on"),
     (("demo", "--model", "/nowhere"), "kvcapsule-bench: no model in /nowhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ PCA_KEYS = row_counts(q8_0=3, q4_0=25, q2_0=36)
 RETAIN_KEYS = row_counts(q4_0=KEPT, q2_0=BLOCK - KEPT)
 
 
-def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: int, mlp_width: int = 0) -> Path:
-    """codec: "pca" or "retain"; shape: of BLOCK tokens; side: of the images, in tokens; mlp_width is that of the key MLP of `retain`."""
+def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: int, mlp_width: int = 0, kappa: Sequence[float] | None = None) -> Path:
+    """codec: "pca" or "retain"; shape: of BLOCK tokens; side: of the images, in tokens; mlp_width is that of the key MLP of `retain`; kappa: of each layer, None: no guard."""
     base = read_base_model(model)
     retain = codec == "retain"
     layers = [_layer(base, i, retain, mlp_width, shape.tile_width or side) for i in base.kv_layers]
 
-    def tier(name: str, keys: RowCounts, values: RowCounts, key_codec: int) -> Tier:
+    def tier(name: str, keys: RowCounts, values: RowCounts, key_codec: int, kappa: Sequence[float] | None = None) -> Tier:
         n = len(layers)
-        return Tier(name=name, key_codec=[key_codec] * n, key_rows=[keys] * n, value_rows=[values] * n, kappa=[0.0] * n)
+        return Tier(name=name, key_codec=[key_codec] * n, key_rows=[keys] * n, value_rows=[values] * n, kappa=list(kappa or [0.0] * n))
 
     faithful = faithful_rows(BLOCK, layers[0].key_length)
     capsule = Capsule(
@@ -36,7 +37,7 @@ def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: i
         block_size=BLOCK,
         block_shape=shape.kind,
         layers=layers,
-        tiers=[tier("faithful", faithful, faithful, PCA), tier("economy", RETAIN_KEYS if retain else PCA_KEYS, VALUES, RETAIN if retain else PCA)],
+        tiers=[tier("faithful", faithful, faithful, PCA), tier("economy", RETAIN_KEYS if retain else PCA_KEYS, VALUES, RETAIN if retain else PCA, kappa)],
         name=f"random {codec} capsule for {base.name}",
         block_width=shape.tile_width or side,
         image_tokens=0 if base.rope_type in GRID_ROPE_TYPES else side * side,

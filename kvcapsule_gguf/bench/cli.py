@@ -1,4 +1,4 @@
-"""kvcapsule-bench op|model|demo"""
+"""kvcapsule-bench op|model|compress|demo"""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from ..chat.files import demo_folder, model_in
 from ..codec.cut import BlockShape
 from ..format.capsule import CapsuleError as FileError
 from ..native import CapsuleError, NativeError
-from . import demo, op, report, whole
+from . import compress, demo, op, report, whole
 from .capsule import BLOCK
 from .context import TILES
 from .geometry import GEOMETRIES
 from .settings import SETTINGS
 from .timing import BenchError
+
+COMPRESSED = [name for name, s in SETTINGS.items() if s.capsule and not s.hot]
 
 
 def listed(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
@@ -71,14 +73,16 @@ def parser() -> argparse.ArgumentParser:
             q.add_argument("-t", "--threads", type=int, default=1, metavar="N")
             q.add_argument("--block", type=block, default=TILES, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
+        if name in ("op", "model"):
             q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
         return q
 
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
     q.add_argument("--tokens", type=numbers, default=(2048, 4096, 8192, 16384), metavar="N,...", help="vision tokens (default: %(default)s)")
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
-    q.add_argument("--capsule", choices=[n for n, s in SETTINGS.items() if s.capsule and not s.hot], default="pca", help="what they are compared with (default: %(default)s)")
+    q.add_argument("--capsule", choices=COMPRESSED, default="pca", help="what they are compared with (default: %(default)s)")
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
+    add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
     q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
@@ -98,10 +102,18 @@ def run(args: argparse.Namespace) -> list[Any]:
             say(f"{n} pictures")
             rows += demo.measure_demo(model, n, args.settings, args.rounds)
         return rows
-    unknown = [name for name in args.geometry if name not in GEOMETRIES]
+    known = [*GEOMETRIES, *(["demo"] if args.what == "compress" else [])]
+    unknown = [name for name in args.geometry if name not in known]
     if unknown:
-        raise BenchError(f"no geometry {unknown[0]!r}, there are: {', '.join(GEOMETRIES)}")
-    for name in args.geometry or GEOMETRIES:
+        raise BenchError(f"no geometry {unknown[0]!r}, there are: {', '.join(known)}")
+    for name in args.geometry or known:
+        if args.what == "compress":
+            say(name)
+            if name == "demo":
+                rows += compress.measure_compress_demo(model_in(demo_folder()), args.rounds, args.threads)
+            else:
+                rows += compress.measure_compress(GEOMETRIES[name], args.folder, [SETTINGS[s] for s in args.settings], args.rounds, args.threads, args.block)
+            continue
         for n in args.tokens if args.what == "op" else args.images:
             say(f"{name}, {n} {'tokens' if args.what == 'op' else 'images'}")
             if args.what == "op":
@@ -122,6 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    tables = {"op": report.op_table, "model": report.whole_table, "demo": report.demo_table}
+    tables = {"op": report.op_table, "model": report.whole_table, "compress": report.compress_table, "demo": report.demo_table}
     print(json.dumps([asdict(r) for r in rows], indent=1) if args.json else tables[args.what](rows))
     return 0

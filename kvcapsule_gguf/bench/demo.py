@@ -33,8 +33,8 @@ class DemoRow:
     question_speedup: float
 
 
-def open_session(stack: ExitStack, model: Path, flags: list[str], n: int, folder: Path) -> Any:
-    """A conversation that has seen n pictures -> its engine."""
+def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folder: Path) -> tuple[Any, list[Any]]:
+    """A conversation that has seen n pictures, with a question about each -> its engine and the turns."""
     from ..chat import args, images
     from ..chat.engine import Engine
     from ..chat.session import Session
@@ -44,10 +44,11 @@ def open_session(stack: ExitStack, model: Path, flags: list[str], n: int, folder
     engine = stack.enter_context(Engine(options, lambda text: None))
     session = Session(engine, options)
     picture = folder / "picture.png"
+    turns = []
     for i in range(n):
         make_scene(HELD_OUT[i]).draw().save(picture)
-        session.ask("How many objects are there?", [images.load(str(picture))], lambda text: None)
-    return engine
+        turns.append(session.ask("How many objects are there?", [images.load(str(picture))], lambda text: None))
+    return engine, turns
 
 
 def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int) -> list[DemoRow]:
@@ -56,7 +57,7 @@ def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int) -> li
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         timers = {}
         for name in names:
-            engine = open_session(stack, model, SETTINGS[name], n, folder)
+            engine, _ = read_pictures(stack, model, SETTINGS[name], n, folder)
             for size in (1, QUESTION):
                 timers[f"{name} {size}"] = lambda e=engine, size=size: decode(e.llama, e.ctx, size)
         times = in_turns(timers, rounds)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import plot
+from .compress import CompressRow
 from .demo import DemoRow
 from .op import REFERENCES, OpRow
 from .whole import MIB, TEXT_SHARES, WholeRow
@@ -34,6 +35,16 @@ def whole_table(rows: Sequence[WholeRow]) -> str:
         second = "" if r.setting == rows[0].setting else f"{r.first_token_ratio:.2f}"
         body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}", second,
                      f"{r.kv_bytes / MIB:.0f}", *(f"{n / MIB:.0f}" for n in r.text_kv_bytes), f"{r.memory_bytes / MIB:.0f}"])
+    return table(head, body)
+
+
+def compress_table(rows: Sequence[CompressRow]) -> str:
+    head = ["model", "tokens", "cache", "threads", "ms a layer", "ms if all are refused", "prefill, ms a layer", "share", "share if all are refused", "an image, s"]
+    body = []
+    for r in rows:
+        worst = ["", ""] if r.worst_seconds is None or r.worst_share is None else [f"{1e3 * r.worst_seconds:.1f}", f"{r.worst_share:.1%}"]
+        body.append([r.geometry, str(r.tokens), r.setting, str(r.threads), f"{1e3 * r.seconds:.1f}", worst[0], f"{1e3 * r.prefill_seconds:.1f}",
+                     f"{r.share:.1%}", worst[1], f"{r.layers * r.seconds:.2f}"])
     return table(head, body)
 
 
