@@ -39,7 +39,8 @@ struct capsule_attn {
     llama_capsule_buf<float> w;      // [n_q][rows]
     llama_capsule_buf<float> angles; // of the first token of a slot, negative
 
-    llama_capsule_query query;
+    llama_capsule_query         query;
+    llama_capsule_project_query projected;
 
     llama_capsule_buf<llama_capsule_softmax> sums;
 
@@ -283,6 +284,11 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
                         tile(i_layer, ip, false).prefetch(slot_data(slots[rows.size()]), h);
                     }
 
+                    if (projections[i_layer][ip].usable() && projections[i_layer][ip].pays(n_q, rope.views(i_layer, ip, cur.i_slot))) {
+                        a.projected.init(projections[i_layer][ip], rope.views(i_layer, ip, cur.i_slot), rope_params, h, n_q, a.turn_queries(rope_params, first), a.ld_k);
+                        a.projected.scores(tile(i_layer, ip, false), slot, a.s.data() + to, a.ld_s);
+                        continue;
+                    }
                     if (cur.pattern < 0) {
                         a.score(tile(i_layer, ip, false), slot, h, N(), rope_params, first, distances, to);
                         continue;

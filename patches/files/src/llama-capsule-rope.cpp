@@ -1,6 +1,7 @@
 #include "llama-capsule-rope.h"
 
 #include "llama-capsule-kv.h"
+#include "llama-capsule-simd.h"
 
 #include "llama-context.h"
 #include "llama-kv-cells.h"
@@ -144,12 +145,17 @@ void llama_capsule_rope_params::negate(const float * a, float * cs) const {
 // llama_capsule_rope_cache
 //
 
-void llama_capsule_rope_cache::init(std::vector<llama_capsule_rope_params> params, const std::vector<int> & layer_params, uint32_t N) {
+void llama_capsule_rope_cache::init(std::vector<llama_capsule_rope_params> params, const std::vector<int> & layer_params, uint32_t N, uint32_t d) {
     this->N = N;
+    this->d = d;
+
+    if (d > 0) {
+        views_still = llama_capsule_views(nullptr, N, 0, false, d, GGML_PAD(N, LLAMA_CAPSULE_VEC));
+    }
 
     layer_table = layer_params;
     for (auto & p : params) {
-        tables.push_back({ std::move(p), {}, {}, {} });
+        tables.push_back({ std::move(p), {}, {}, {}, {} });
     }
 }
 
@@ -165,6 +171,11 @@ const float * llama_capsule_rope_cache::first(uint32_t i_layer, uint32_t i_pool,
 
 const float * llama_capsule_rope_cache::distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const {
     return tables[layer_table[i_layer]].distances[slots[i_pool][i_slot].pattern].data();
+}
+
+const llama_capsule_views & llama_capsule_rope_cache::views(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const {
+    const int i = layer_table[i_layer];
+    return i < 0 ? views_still : tables[i].views[slots[i_pool][i_slot].pattern];
 }
 
 int llama_capsule_rope_cache::find_table(uint32_t i_layer, bool rotated_0, bool rotated_1) const {
@@ -287,6 +298,9 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
                 for (uint32_t j = 0; j < N; ++j) {
                     t.params.fill(pattern[j], false, cs.data() + j*t.params.n_rot);
                 }
+                if (d > 0) {
+                    t.views.emplace_back(cs.data(), N, t.params.n_rot, t.params.norm, d, GGML_PAD(N, LLAMA_CAPSULE_VEC));
+                }
                 t.distances.push_back(std::move(cs));
             }
             patterns.push_back(std::move(pattern));
@@ -318,12 +332,16 @@ void llama_capsule_rope_cache::drop_unused_patterns() {
         std::swap(patterns[n], patterns[i]);
         for (auto & t : tables) {
             std::swap(t.distances[n], t.distances[i]);
+            if (d > 0) {
+                std::swap(t.views[n], t.views[i]);
+            }
         }
         n++;
     }
     patterns.resize(n);
     for (auto & t : tables) {
         t.distances.resize(n);
+        t.views    .resize(d > 0 ? n : 0);
     }
 
     for (auto & list : slots) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "llama-capsule-views.h"
+
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -71,8 +73,8 @@ private:
 
 class llama_capsule_rope_cache {
 public:
-    // layers without RoPE have no params
-    void init(std::vector<llama_capsule_rope_params> params, const std::vector<int> & layer_params, uint32_t N);
+    // layers without RoPE have no params; d: head size of the layers that ask for views(), 0 if none does
+    void init(std::vector<llama_capsule_rope_params> params, const std::vector<int> & layer_params, uint32_t N, uint32_t d);
 
     // the cells of n_slots slots, pool by pool; false positives are impossible: every position is compared
     //   stored: the position by which the rows of a slot are rotated already, if those of the layer are
@@ -83,6 +85,9 @@ public:
     // rows that are rotated already lack only what the slot has been moved by since
     const float * first    (uint32_t i_layer, uint32_t i_pool, uint32_t i_slot, bool rotated) const; // [n_rot]
     const float * distances(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const; // [N][n_rot]
+
+    // of the queries, by the tokens of a slot
+    const llama_capsule_views & views(uint32_t i_layer, uint32_t i_pool, uint32_t i_slot) const;
 
     // layers with the same angles, and rows rotated already in the same pools, have the same table, -1: no RoPE
     int find_table(uint32_t i_layer, bool rotated_0, bool rotated_1) const;
@@ -99,9 +104,10 @@ private:
     struct table {
         llama_capsule_rope_params params;
 
-        std::vector<std::vector<float>> distances; // per pattern
-        std::array<std::vector<float>, 2> first;   // per pool, [n_slots][n_rot]
-        std::array<std::vector<float>, 2> rest;    // the same less what is stored
+        std::vector<std::vector<float>>  distances; // per pattern
+        std::vector<llama_capsule_views> views;     // the same, empty if nobody asks
+        std::array<std::vector<float>, 2> first; // per pool, [n_slots][n_rot]
+        std::array<std::vector<float>, 2> rest;  // the same less what is stored
     };
 
     struct slot {
@@ -111,6 +117,9 @@ private:
     };
 
     uint32_t N = 0;
+    uint32_t d = 0;
+
+    llama_capsule_views views_still; // of layers without RoPE
 
     std::vector<int>   layer_table;
     std::vector<table> tables;

@@ -69,6 +69,36 @@ INLINE void codes_q2(const uint8_t * qs, __m256i & lo, __m256i & hi) {
 // llama-capsule-simd-encode.cpp
 void llama_capsule_from_float_avx2(ggml_type type, const float * x, void * dst, uint32_t d);
 
+// 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
+INLINE void hadamard_64(float * x, float scale) {
+    const __m256 s1 = _mm256_setr_ps(1, -1,  1, -1,  1, -1,  1, -1);
+    const __m256 s2 = _mm256_setr_ps(1,  1, -1, -1,  1,  1, -1, -1);
+    const __m256 s4 = _mm256_setr_ps(1,  1,  1,  1, -1, -1, -1, -1);
+    const __m256 sc = _mm256_set1_ps(scale);
+
+    __m256 v[8];
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm256_loadu_ps(x + 8*i);
+        v[i] = _mm256_fmadd_ps(v[i], s1, _mm256_permute_ps(v[i], 0xb1));
+        v[i] = _mm256_fmadd_ps(v[i], s2, _mm256_permute_ps(v[i], 0x4e));
+        v[i] = _mm256_fmadd_ps(v[i], s4, _mm256_permute2f128_ps(v[i], v[i], 0x01));
+    }
+    for (int h = 1; h < 8; h *= 2) {
+        for (int i = 0; i < 8; ++i) {
+            if ((i & h) == 0) {
+                const __m256 a = v[i];
+                const __m256 b = v[i + h];
+
+                v[i]     = _mm256_add_ps(a, b);
+                v[i + h] = _mm256_sub_ps(a, b);
+            }
+        }
+    }
+    for (int i = 0; i < 8; ++i) {
+        _mm256_storeu_ps(x + 8*i, _mm256_mul_ps(v[i], sc));
+    }
+}
+
 // llama-capsule-simd-rows.cpp
 float llama_capsule_to_codes_avx2(uint32_t d, const float * x, int8_t * codes, float * sums);
 
@@ -84,5 +114,15 @@ void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, ui
 
 void llama_capsule_mul_cells_avx2(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
         const uint8_t * x, size_t stride, float * out, size_t ld_out);
+
+// llama-capsule-simd-project.cpp
+size_t llama_capsule_query_size_avx2(uint32_t d);
+
+float llama_capsule_to_query_avx2(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean);
+
+void llama_capsule_dot_rows_avx2(ggml_type type, uint32_t d, uint32_t n_rows, const uint8_t * src, uint32_t n_v, const void * queries, float * out, size_t ld_out);
+
+void llama_capsule_project_avx2(const llama_capsule_project & p, uint32_t n_v, const float * x, size_t ld_x, const float * scales, const float * means, size_t ld_s,
+        const float * phi, float * out);
 
 #endif // CAPSULE_AVX2

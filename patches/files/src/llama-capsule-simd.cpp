@@ -106,7 +106,8 @@ static void to_float_plain(ggml_type type, const void * src, float * dst, uint32
 }
 
 static const llama_capsule_simd simd_plain = {
-    "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain, nullptr, nullptr, nullptr, nullptr, nullptr,
+    "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain,
+    nullptr, nullptr, nullptr, nullptr, nullptr,
     llama_capsule_row_quantize,
 };
 
@@ -330,36 +331,6 @@ TARGET static float exp_sum_avx2(float * s, float max, uint32_t n) {
         sum = _mm256_add_ps(sum, y);
     }
     return sum1(sum);
-}
-
-// 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
-INLINE void hadamard_64(float * x, float scale) {
-    const __m256 s1 = _mm256_setr_ps(1, -1,  1, -1,  1, -1,  1, -1);
-    const __m256 s2 = _mm256_setr_ps(1,  1, -1, -1,  1,  1, -1, -1);
-    const __m256 s4 = _mm256_setr_ps(1,  1,  1,  1, -1, -1, -1, -1);
-    const __m256 sc = _mm256_set1_ps(scale);
-
-    __m256 v[8];
-    for (int i = 0; i < 8; ++i) {
-        v[i] = _mm256_loadu_ps(x + 8*i);
-        v[i] = _mm256_fmadd_ps(v[i], s1, _mm256_permute_ps(v[i], 0xb1));
-        v[i] = _mm256_fmadd_ps(v[i], s2, _mm256_permute_ps(v[i], 0x4e));
-        v[i] = _mm256_fmadd_ps(v[i], s4, _mm256_permute2f128_ps(v[i], v[i], 0x01));
-    }
-    for (int h = 1; h < 8; h *= 2) {
-        for (int i = 0; i < 8; ++i) {
-            if ((i & h) == 0) {
-                const __m256 a = v[i];
-                const __m256 b = v[i + h];
-
-                v[i]     = _mm256_add_ps(a, b);
-                v[i + h] = _mm256_sub_ps(a, b);
-            }
-        }
-    }
-    for (int i = 0; i < 8; ++i) {
-        _mm256_storeu_ps(x + 8*i, _mm256_mul_ps(v[i], sc));
-    }
 }
 
 TARGET static void hadamard_avx2(float * x, uint32_t n, size_t n_values) {
@@ -728,6 +699,7 @@ static const llama_capsule_simd simd_avx2 = {
     "avx2", mul_avx2, dot_avx2, fma_avx2, scale_avx2, rope_avx2, add_max_avx2, exp_sum_avx2, hadamard_avx2, to_float_avx2, mul_int_avx2,
     llama_capsule_to_codes_avx2, llama_capsule_score_rows_avx2, llama_capsule_sum_avx2, llama_capsule_mul_q2_avx2,
     llama_capsule_from_float_avx2, llama_capsule_dot_cells_avx2, llama_capsule_mul_cells_avx2,
+    llama_capsule_query_size_avx2, llama_capsule_to_query_avx2, llama_capsule_dot_rows_avx2, llama_capsule_project_avx2,
 };
 
 #endif // CAPSULE_AVX2

@@ -75,6 +75,26 @@ struct llama_capsule_score {
     const float  * offsets; // [n_q][n_variants][LLAMA_CAPSULE_VEC], sums of 32 codes each times what stands for 0 in the row
 };
 
+// a query as a base view sees it, see llama_capsule_views
+struct llama_capsule_view {
+    uint32_t d; // 64, 128, 192 or 256
+    uint32_t n_rot;
+    bool     norm;
+
+    const float * turn;  // [n_rot] as in rope()
+    float         still; // factor of the other channels
+    const float * mean;  // [d] of the keys
+};
+
+// what becomes scores of tokens: products of rows and queries
+struct llama_capsule_project {
+    const int16_t * basis; // [n_rows/2, rounded up][n_out][2]
+    float           scale; // what 1 stands for in it
+
+    uint32_t n_rows; // up to 256
+    uint32_t n_out;  // tokens, padded
+};
+
 struct llama_capsule_simd {
     const char * name;
 
@@ -131,6 +151,17 @@ struct llama_capsule_simd {
     // out[q][i] += sum_r w[q][r] x[r][i]
     void (*mul_cells)(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w, const uint8_t * x, size_t stride,
             float * out, size_t ld_out);
+
+    // a view of a query in 8 bits, Hadamard-rotated, as dot_rows wants it; returns the scale
+    size_t (*query_size)(uint32_t d);
+    float  (*to_query)  (const llama_capsule_view & view, const float * x, void * dst, float & dot_mean);
+
+    // out[v][r] = <rows[r], queries[v]>, rows of type q8_0, q4_0 or q2_0; up to 15 values behind those of a query are overwritten
+    void (*dot_rows)(ggml_type type, uint32_t d, uint32_t n_rows, const uint8_t * src, uint32_t n_v, const void * queries, float * out, size_t ld_out);
+
+    // out[t] = sum_v phi[v][t] (means[v*ld_s] + scales[v*ld_s] sum_r basis[r][t] x[v][r]), phi [n_v][n_out]
+    void (*project)(const llama_capsule_project & p, uint32_t n_v, const float * x, size_t ld_x, const float * scales, const float * means, size_t ld_s,
+            const float * phi, float * out);
 };
 
 // what this build has and the machine can run: plain C++ first, the best last

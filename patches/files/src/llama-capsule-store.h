@@ -2,6 +2,7 @@
 
 #include "llama-capsule-codec.h"
 #include "llama-capsule-kv.h"
+#include "llama-capsule-project.h"
 #include "llama-capsule-query.h"
 #include "llama-capsule-rope.h"
 #include "llama-capsule-state.h"
@@ -304,6 +305,8 @@ private:
 
     mutable std::vector<std::vector<llama_capsule_tile>>     tiles;    // per layer: K and V of each tier
     mutable std::vector<std::vector<llama_capsule_variants>> variants; // per layer and tier
+
+    mutable std::vector<std::vector<llama_capsule_projection>> projections; // the same
 
     std::vector<llama_capsule_path> paths; // per layer
 

@@ -30,17 +30,25 @@ void llama_capsule_store::init_tiles() const {
             layer_params.push_back(i);
         }
 
-        rope.init(std::move(params), layer_params, N());
-
         tiles.resize(data().layers.size());
         variants.resize(tiles.size());
+        projections.resize(tiles.size());
+
+        uint32_t d_views = 0;
         for (uint32_t i = 0; i < tiles.size(); ++i) {
             for (const auto & pool : pools) {
+                projections[i].emplace_back(pool.codecs[i]);
                 variants[i].emplace_back(pool.codecs[i]);
                 tiles[i].emplace_back(pool.codecs[i], false);
                 tiles[i].emplace_back(pool.codecs[i], true);
+
+                if (path(i) == LLAMA_CAPSULE_PATH_FUSED && projections[i].back().usable()) {
+                    d_views = data().layers[i].n_embd_head_k;
+                }
             }
         }
+
+        rope.init(std::move(params), layer_params, N(), d_views);
     }
 }
 
