@@ -52,15 +52,15 @@ struct matrix {
     }
 };
 
-// the squared error of what was computed, relative to what should have been
+// the squared error of what was computed, relative to what should have been, or to the size of what was added up
 struct comparison {
     double err = 0.0;
     double ref = 0.0;
     bool   ok  = true;
 
-    void add(double got, double want) {
+    void add(double got, double want, double size = 0.0) {
         err += (got - want)*(got - want);
-        ref += want*want;
+        ref += std::max(want*want, size*size);
         ok   = ok && std::isfinite(got);
     }
 
@@ -116,11 +116,12 @@ static comparison test_mul(const simd & s) {
     comparison res;
     for (uint32_t t = 0; t < n_out; ++t) {
         for (uint32_t i = 0; i < x.d; ++i) {
-            double sum = with_init ? init[i] : before.at(t, i);
+            double sum = with_init ? init[i] : before.at(t, i), size = 0.0;
             for (uint32_t r = 0; r < n_rows; ++r) {
-                sum += (double) w[r*w_r + t*w_t]*x.at(r, i);
+                sum  += (double) w[r*w_r + t*w_t]*x.at(r, i);
+                size += fabs(w[r*w_r + t*w_t]*x.at(r, i));
             }
-            res.add(out.at(t, i), sum);
+            res.add(out.at(t, i), sum, size);
         }
     }
     res.check(out.intact());
@@ -137,11 +138,12 @@ static comparison test_dot(const simd & s) {
     comparison res;
     for (uint32_t q = 0; q < y.n; ++q) {
         for (uint32_t j = 0; j < x.n; ++j) {
-            double sum = 0.0;
+            double sum = 0.0, size = 0.0;
             for (uint32_t i = 0; i < x.d; ++i) {
-                sum += (double) x.at(j, i)*y.at(q, i);
+                sum  += (double) x.at(j, i)*y.at(q, i);
+                size += fabs(x.at(j, i)*y.at(q, i));
             }
-            res.add(out.at(q, j), sum);
+            res.add(out.at(q, j), sum, size);
         }
     }
     res.check(out.intact());
@@ -374,7 +376,7 @@ static comparison test_score_rows(const simd & s) {
     std::fill_n(offsets.resize(n_q*n*LLAMA_CAPSULE_VEC + 1), n_q*n*LLAMA_CAPSULE_VEC, 0.0f);
     std::fill_n(acc.resize(n_q*n_tokens*LLAMA_CAPSULE_VEC), n_q*n_tokens*LLAMA_CAPSULE_VEC, 0.125f);
 
-    std::vector<double> want(n_q*n_tokens, 1.0);
+    std::vector<double> want(n_q*n_tokens, 1.0), size(n_q*n_tokens, 0.0);
     for (uint32_t i = 0; i < n_q*n; ++i) {
         for (uint32_t j = 0; j < d; ++j) {
             offsets.data()[i*LLAMA_CAPSULE_VEC + j/QK] -= zero[t]*codes[i*d + j];
@@ -383,11 +385,13 @@ static comparison test_score_rows(const simd & s) {
     for (uint32_t i = 0; i < n_q; ++i) {
         for (uint32_t r = 0; r < n_rows; ++r) {
             for (uint32_t v = first[i_row + r]; v < first[i_row + r + 1]; ++v) {
-                double sum = 0.0;
+                double sum = 0.0, all = 0.0;
                 for (uint32_t j = 0; j < d; ++j) {
                     sum += (double) src.x[r*d + j]*codes[(i*n + v)*d + j];
+                    all += fabs(src.x[r*d + j]*codes[(i*n + v)*d + j]);
                 }
                 want[i*n_tokens + token[v]] += scales[i*n + v]*sum;
+                size[i*n_tokens + token[v]] += fabs(scales[i*n + v]*all);
             }
         }
     }
@@ -400,7 +404,7 @@ static comparison test_score_rows(const simd & s) {
 
     comparison res;
     for (size_t i = 0; i < got.size(); ++i) {
-        res.add(got[i], want[i]);
+        res.add(got[i], want[i], size[i]);
     }
     return res;
 }
@@ -413,11 +417,12 @@ static comparison test_sum(const simd & s) {
 
     comparison res;
     for (uint32_t i = 0; i < n; ++i) {
-        double sum = 0.0;
+        double sum = 0.0, size = 0.0;
         for (uint32_t j = 0; j < LLAMA_CAPSULE_VEC; ++j) {
-            sum += x[i*LLAMA_CAPSULE_VEC + j];
+            sum  += x[i*LLAMA_CAPSULE_VEC + j];
+            size += fabs(x[i*LLAMA_CAPSULE_VEC + j]);
         }
-        res.add(out[i], sum);
+        res.add(out[i], sum, size);
     }
     return res;
 }
@@ -448,6 +453,62 @@ static comparison test_mul_q2(const simd & s) {
     return res;
 }
 
+// hot cells: rows far apart
+struct spread_rows : rows {
+    size_t stride;
+    std::vector<uint8_t> cells;
+
+    spread_rows(ggml_type type) : rows(type, 1 + rng() % 70, type == GGML_TYPE_F16 ? length() : one_of({ 32, 64, 96, 128, 256 })), stride(ggml_row_size(type, d) + 2*(rng() % 100)) {
+        cells.resize(n*stride);
+        for (uint32_t i = 0; i < n; ++i) {
+            std::copy_n(data.data() + i*ggml_row_size(type, d), ggml_row_size(type, d), cells.data() + i*stride);
+        }
+    }
+};
+
+static comparison test_dot_cells(const simd & s) {
+    const spread_rows x(rng() % 2 ? GGML_TYPE_F16 : GGML_TYPE_Q8_0);
+    const matrix y(1 + rng() % 9, x.d);
+    matrix out(y.n, x.n);
+    s.dot_cells(x.type, x.n, y.n, x.d, x.cells.data(), x.stride, y.x.data(), y.ld, out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t q = 0; q < y.n; ++q) {
+        for (uint32_t j = 0; j < x.n; ++j) {
+            double sum = 0.0, size = 0.0;
+            for (uint32_t i = 0; i < x.d; ++i) {
+                sum  += (double) x.x[j*x.d + i]*y.at(q, i);
+                size += fabs(x.x[j*x.d + i]*y.at(q, i));
+            }
+            res.add(out.at(q, j), sum, size);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
+static comparison test_mul_cells(const simd & s) {
+    const spread_rows x(rng() % 2 ? GGML_TYPE_F16 : GGML_TYPE_Q8_0);
+    const matrix w(1 + rng() % 9, x.n);
+    matrix out(w.n, x.d);
+    const auto before = out;
+    s.mul_cells(x.type, w.n, x.n, x.d, w.x.data(), w.ld, x.cells.data(), x.stride, out.x.data(), out.ld);
+
+    comparison res;
+    for (uint32_t q = 0; q < w.n; ++q) {
+        for (uint32_t i = 0; i < x.d; ++i) {
+            double sum = before.at(q, i), size = 0.0;
+            for (uint32_t r = 0; r < x.n; ++r) {
+                sum  += (double) w.at(q, r)*x.x[r*x.d + i];
+                size += fabs(w.at(q, r)*x.x[r*x.d + i]);
+            }
+            res.add(out.at(q, i), sum, size);
+        }
+    }
+    res.check(out.intact());
+    return res;
+}
+
 struct test {
     const char * name;
     bool         have;
@@ -457,22 +518,24 @@ struct test {
 
 static int run(const simd & s, int n_cases) {
     const test tests[] = {
-        { "mul",           true,           test_mul,                       1e-12 },
-        { "dot",           true,           test_dot,                       1e-12 },
-        { "fma",           true,           test_fma,                       1e-12 },
-        { "scale",         true,           test_scale,                     1e-12 },
-        { "rope",          true,           test_rope,                      1e-12 },
-        { "add_max",       true,           test_add_max,                   0     },
-        { "exp_sum",       true,           test_exp_sum,                   1e-12 },
-        { "hadamard",      true,           test_hadamard,                  0     },
-        { "to_float",      true,           test_to_float,                  0     },
-        { "from_float",    true,           test_from_float,                0     },
-        { "mul_int, q4_0", s.mul_int != nullptr,      test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
-        { "mul_int, q2_0", s.mul_int != nullptr,      test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
-        { "to_codes",      s.to_codes != nullptr,     test_to_codes,                  0     },
-        { "score_rows",    s.score_rows != nullptr,   test_score_rows,                1e-12 },
-        { "sum",           s.sum != nullptr,          test_sum,                       1e-12 },
-        { "mul_q2",        s.mul_q2 != nullptr,       test_mul_q2,                    1e-6  },
+        { "mul",           true,                     test_mul,                       1e-12 },
+        { "dot",           true,                     test_dot,                       1e-12 },
+        { "fma",           true,                     test_fma,                       1e-12 },
+        { "scale",         true,                     test_scale,                     1e-12 },
+        { "rope",          true,                     test_rope,                      1e-12 },
+        { "add_max",       true,                     test_add_max,                   0     },
+        { "exp_sum",       true,                     test_exp_sum,                   1e-12 },
+        { "hadamard",      true,                     test_hadamard,                  0     },
+        { "to_float",      true,                     test_to_float,                  0     },
+        { "from_float",    true,                     test_from_float,                0     },
+        { "mul_int, q4_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
+        { "mul_int, q2_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
+        { "to_codes",      s.to_codes != nullptr,    test_to_codes,                  0     },
+        { "score_rows",    s.score_rows != nullptr,  test_score_rows,                1e-12 },
+        { "sum",           s.sum != nullptr,         test_sum,                       1e-12 },
+        { "mul_q2",        s.mul_q2 != nullptr,      test_mul_q2,                    1e-6  },
+        { "dot_cells",     s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
+        { "mul_cells",     s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
     };
 
     int n_bad = 0;

@@ -117,8 +117,8 @@ struct avx512 {
     }
 
     // 16 signed codes
-    INLINE void store_codes(float * dst, B codes, F scale) {
-        _mm512_storeu_ps(dst, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))));
+    INLINE void widen(B codes, F * v) {
+        v[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
     }
 
     // acc[i] += a[4*i..] b[4*i..], a without signs
@@ -189,6 +189,16 @@ static float exp_sum_avx512(float * s, float max, uint32_t n) {
     const uint32_t n16 = n/16*16;
 
     return exp_sum_vec<avx512>(s, max, n16) + (n16 < n ? base.exp_sum(s + n16, max, n - n16) : 0.0f);
+}
+
+static void dot_cells_avx512(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,
+        const float * y, size_t ld_y, float * out, size_t ld_out) {
+    (d % 16 == 0 ? dot_cells_vec<avx512> : base.dot_cells)(type, n_x, n_y, d, x, stride, y, ld_y, out, ld_out);
+}
+
+static void mul_cells_avx512(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
+        const uint8_t * x, size_t stride, float * out, size_t ld_out) {
+    (d % 16 == 0 ? mul_cells_vec<avx512> : base.mul_cells)(type, n_out, n_x, d, w, ld_w, x, stride, out, ld_out);
 }
 
 // 64 codes of 2 bits
@@ -319,6 +329,8 @@ void llama_capsule_simd_add_avx512(std::vector<llama_capsule_simd> & all) {
     s.mul_int    = mul_int_vec<avx512>;
     s.score_rows = score_rows_avx512;
     s.mul_q2     = mul_q2_vec<avx512>;
+    s.dot_cells  = dot_cells_avx512;
+    s.mul_cells  = mul_cells_avx512;
     all.push_back(s);
 #else
     GGML_UNUSED(all);

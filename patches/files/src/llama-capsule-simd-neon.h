@@ -84,15 +84,15 @@ struct neon {
     }
 
     // 16 signed codes
-    INLINE void store_codes(float * dst, B codes, F scale) {
+    INLINE void widen(B codes, F * v) {
         const int8x16_t c  = vreinterpretq_s8_u8(codes);
         const int16x8_t lo = vmovl_s8(vget_low_s8(c));
         const int16x8_t hi = vmovl_high_s8(c);
 
-        vst1q_f32(dst +  0, vmulq_f32(scale, vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)))));
-        vst1q_f32(dst +  4, vmulq_f32(scale, vcvtq_f32_s32(vmovl_high_s16(lo))));
-        vst1q_f32(dst +  8, vmulq_f32(scale, vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)))));
-        vst1q_f32(dst + 12, vmulq_f32(scale, vcvtq_f32_s32(vmovl_high_s16(hi))));
+        v[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)));
+        v[1] = vcvtq_f32_s32(vmovl_high_s16(lo));
+        v[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)));
+        v[3] = vcvtq_f32_s32(vmovl_high_s16(hi));
     }
 
     // the sums of 32 products of bytes, in 4 lanes
@@ -360,6 +360,8 @@ static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
     s.to_codes   = to_codes_neon;
     s.score_rows = score_rows_neon;
     s.sum        = sum_neon;
+    s.dot_cells  = dot_cells_vec<neon>;
+    s.mul_cells  = mul_cells_vec<neon>;
 #ifdef CAPSULE_DOTPROD
     s.name       = "dotprod";
     s.mul_int    = mul_int_vec<neon>;

@@ -151,6 +151,147 @@ TARGET static float exp_sum_vec(float * s, float max, uint32_t n) {
     return V::sum(sum);
 }
 
+// rows of hot cells, far apart in memory, for few queries: read once, not copied
+template<class V, ggml_type TYPE>
+struct cells {
+    static constexpr int SIZE = TYPE == GGML_TYPE_F16 ? V::N : QK; // values at a time
+    static constexpr int C    = SIZE/V::N;
+
+    INLINE void load(const uint8_t * x, uint32_t i, typename V::F * v) {
+        if (TYPE == GGML_TYPE_F16) {
+            v[0] = V::load_half(x + 2*i);
+            return;
+        }
+        x += i/QK*Q8_SIZE;
+
+        V::widen(V::load_b(x + 2),      v);
+        V::widen(V::load_b(x + 2 + 16), v + C/2);
+        for (int c = 0; c < C; ++c) {
+            v[c] = V::mul(v[c], V::set1(V::half(x)));
+        }
+    }
+};
+
+template<class V, ggml_type TYPE, int Q, int R>
+INLINE void dot_cells_tile(uint32_t d, const uint8_t * x, size_t stride, const float * y, size_t ld_y, typename V::F (&acc)[Q][R]) {
+    using T = cells<V, TYPE>;
+
+    for (auto & a : acc) {
+        for (auto & v : a) {
+            v = V::set1(0.0f);
+        }
+    }
+    for (uint32_t i = 0; i < d; i += T::SIZE) {
+        for (int r = 0; r < R; ++r) {
+            typename V::F v[T::C];
+            T::load(x + r*stride, i, v);
+            for (int q = 0; q < Q; ++q) {
+                for (int c = 0; c < T::C; ++c) {
+                    acc[q][r] = V::fma(v[c], V::load(y + q*ld_y + i + V::N*c), acc[q][r]);
+                }
+            }
+        }
+    }
+}
+
+template<class V, ggml_type TYPE, int Q>
+TARGET static void dot_cells_of(uint32_t n_x, uint32_t d, const uint8_t * x, size_t stride, const float * y, size_t ld_y, float * out, size_t ld_out) {
+    uint32_t j = 0;
+    for (; j + 4 <= n_x; j += 4) {
+        typename V::F acc[Q][4];
+        dot_cells_tile<V, TYPE>(d, x + j*stride, stride, y, ld_y, acc);
+        for (int q = 0; q < Q; ++q) {
+            V::sum4(acc[q], out + q*ld_out + j);
+        }
+    }
+    for (; j < n_x; ++j) {
+        typename V::F acc[Q][1];
+        dot_cells_tile<V, TYPE>(d, x + j*stride, stride, y, ld_y, acc);
+        for (int q = 0; q < Q; ++q) {
+            out[q*ld_out + j] = V::sum(acc[q][0]);
+        }
+    }
+}
+
+// d is a multiple of V::N
+template<class V>
+TARGET static void dot_cells_vec(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,
+        const float * y, size_t ld_y, float * out, size_t ld_out) {
+    const bool f16 = type == GGML_TYPE_F16;
+
+    const auto four = f16 ? dot_cells_of<V, GGML_TYPE_F16, 4> : dot_cells_of<V, GGML_TYPE_Q8_0, 4>;
+    const auto one  = f16 ? dot_cells_of<V, GGML_TYPE_F16, 1> : dot_cells_of<V, GGML_TYPE_Q8_0, 1>;
+
+    uint32_t q = 0;
+    for (; q + 4 <= n_y; q += 4) {
+        four(n_x, d, x, stride, y + q*ld_y, ld_y, out + q*ld_out, ld_out);
+    }
+    for (; q < n_y; ++q) {
+        one(n_x, d, x, stride, y + q*ld_y, ld_y, out + q*ld_out, ld_out);
+    }
+}
+
+// C vectors of each of Q outputs
+template<class V, ggml_type TYPE, int Q, int C>
+INLINE void mul_cells_tile(uint32_t n_x, const float * w, size_t ld_w, const uint8_t * x, size_t stride, uint32_t i0, float * out, size_t ld_out) {
+    using T = cells<V, TYPE>;
+
+    typename V::F acc[Q][C];
+    for (int q = 0; q < Q; ++q) {
+        for (int c = 0; c < C; ++c) {
+            acc[q][c] = V::load(out + q*ld_out + i0 + V::N*c);
+        }
+    }
+    for (uint32_t r = 0; r < n_x; ++r) {
+        for (int c = 0; c < C; c += T::C) {
+            typename V::F v[T::C];
+            T::load(x + r*stride, i0 + V::N*c, v);
+            for (int q = 0; q < Q; ++q) {
+                const auto f = V::set1(w[q*ld_w + r]);
+                for (int j = 0; j < T::C; ++j) {
+                    acc[q][c + j] = V::fma(f, v[j], acc[q][c + j]);
+                }
+            }
+        }
+    }
+    for (int q = 0; q < Q; ++q) {
+        for (int c = 0; c < C; ++c) {
+            V::store(out + q*ld_out + i0 + V::N*c, acc[q][c]);
+        }
+    }
+}
+
+template<class V, ggml_type TYPE, int Q>
+TARGET static void mul_cells_of(uint32_t n_x, uint32_t d, const float * w, size_t ld_w, const uint8_t * x, size_t stride, float * out, size_t ld_out) {
+    static constexpr int C = QK2/V::N < 8 ? QK2/V::N : 8;
+
+    uint32_t i = 0;
+    for (; i + C*V::N <= d; i += C*V::N) {
+        mul_cells_tile<V, TYPE, Q, C>(n_x, w, ld_w, x, stride, i, out, ld_out);
+    }
+    for (; i < d; i += cells<V, TYPE>::SIZE) {
+        mul_cells_tile<V, TYPE, Q, cells<V, TYPE>::C>(n_x, w, ld_w, x, stride, i, out, ld_out);
+    }
+}
+
+// d is a multiple of V::N
+template<class V>
+TARGET static void mul_cells_vec(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
+        const uint8_t * x, size_t stride, float * out, size_t ld_out) {
+    const bool f16 = type == GGML_TYPE_F16;
+
+    const auto two = f16 ? mul_cells_of<V, GGML_TYPE_F16, 2> : mul_cells_of<V, GGML_TYPE_Q8_0, 2>;
+    const auto one = f16 ? mul_cells_of<V, GGML_TYPE_F16, 1> : mul_cells_of<V, GGML_TYPE_Q8_0, 1>;
+
+    uint32_t q = 0;
+    for (; q + 2 <= n_out; q += 2) {
+        two(n_x, d, w + q*ld_w, ld_w, x, stride, out + q*ld_out, ld_out);
+    }
+    if (q < n_out) {
+        one(n_x, d, w + q*ld_w, ld_w, x, stride, out + q*ld_out, ld_out);
+    }
+}
+
 // 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
 template<class V>
 INLINE void hadamard_64(float * x, float scale) {
@@ -203,6 +344,16 @@ TARGET static void hadamard_vec(float * x, uint32_t n, size_t n_values) {
     }
 }
 
+// 16 signed codes
+template<class V>
+INLINE void store_codes(float * dst, typename V::B codes, typename V::F scale) {
+    typename V::F v[16/V::N];
+    V::widen(codes, v);
+    for (int i = 0; i < 16/V::N; ++i) {
+        V::store(dst + V::N*i, V::mul(scale, v[i]));
+    }
+}
+
 template<class V>
 TARGET static void to_float_vec(ggml_type type, const void * src, float * dst, uint32_t d) {
     const uint8_t * p = (const uint8_t *) src;
@@ -222,8 +373,8 @@ TARGET static void to_float_vec(ggml_type type, const void * src, float * dst, u
             for (uint32_t i = 0; i < d; i += QK, p += Q8_SIZE) {
                 const auto scale = V::set1(V::half(p));
 
-                V::store_codes(dst + i,      V::load_b(p + 2),      scale);
-                V::store_codes(dst + i + 16, V::load_b(p + 2 + 16), scale);
+                store_codes<V>(dst + i,      V::load_b(p + 2),      scale);
+                store_codes<V>(dst + i + 16, V::load_b(p + 2 + 16), scale);
             }
             break;
         case GGML_TYPE_Q4_0:
@@ -231,8 +382,8 @@ TARGET static void to_float_vec(ggml_type type, const void * src, float * dst, u
                 const auto scale = V::set1(V::half(p));
                 const auto x     = V::load_b(p + 2);
 
-                V::store_codes(dst + i,      V::sub_b(V::template bits<0, 15>(x), 8), scale);
-                V::store_codes(dst + i + 16, V::sub_b(V::template bits<4, 15>(x), 8), scale);
+                store_codes<V>(dst + i,      V::sub_b(V::template bits<0, 15>(x), 8), scale);
+                store_codes<V>(dst + i + 16, V::sub_b(V::template bits<4, 15>(x), 8), scale);
             }
             break;
         case GGML_TYPE_Q2_0:
@@ -243,7 +394,7 @@ TARGET static void to_float_vec(ggml_type type, const void * src, float * dst, u
                 typename V::B c[4] = { V::template bits<0, 3>(x), V::template bits<2, 3>(x), V::template bits<4, 3>(x), V::template bits<6, 3>(x) };
                 V::interleave(c);
                 for (int j = 0; j < 4; ++j) {
-                    V::store_codes(dst + i + 16*j, V::sub_b(c[j], 1), scale);
+                    store_codes<V>(dst + i + 16*j, V::sub_b(c[j], 1), scale);
                 }
             }
             break;
