@@ -25,6 +25,7 @@ SETTINGS = {
     "pca": of_rows(HEADS[128], "mixed"),
     "retain": replace(CASES["retain, q4_0 with residuals"], ragged=0.5, tokens=3),
     "one tier": replace(CASES["one tier"], tokens=7, n_kv=70),
+    "sequences": CASES["8 sequences, groups of 3"],
     "rotated": replace(BASE, rotated=True),
 }
 
@@ -183,9 +184,11 @@ def test_the_cuda_code_compiles(tmp_path, name):
     flags = ["-std=c++17", f"-arch={CUDA_ARCH}", "-extended-lambda", "-DGGML_CUDA_PEER_MAX_BATCH_SIZE=128", *native_code.includes(), f"-I{folder}"]
     if not (Path(nvcc).resolve().parents[1] / "include" / "cublas_v2.h").is_file():
         flags.append(f"-I{native_code.NATIVE / 'cublas_stub'}")
-    done = native_code.run(nvcc, *flags, "-Xptxas", "-v", "-c", folder / name, "-o", tmp_path / "out.o")
+    done = native_code.run(nvcc, *flags, "-Xptxas", "-v", "--keep", "--keep-dir", tmp_path, "-c", folder / name, "-o", tmp_path / "out.o")
     assert done.returncode == 0, done.stderr[-3000:]
     if name == "capsule.cu":
+        ptx = (tmp_path / "capsule.ptx").read_text()
+        assert "wmma.mma" in ptx and "dp4a" in ptx
         spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
         assert "capsule_attn_kernel" in done.stderr and spills and set(spills) == {"0"}
 

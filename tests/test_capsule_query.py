@@ -40,6 +40,8 @@ CASES = {
     "retain, four neighbours": replace(RETAIN, neighbours=4, tokens=1),
     "retain and pca": replace(PCA, retain=(True, False), kept=6, neighbours=2, rows_k=(row_counts(q8_0=6), MIXED[0])),
     "sequences": replace(RETAIN, tokens=6, sequences=3, slots=(7, 4), ragged=0.5),
+    "8 sequences": replace(RETAIN, tokens=8, group=1, sequences=8, slots=(13, 6)),
+    "3 sequences, pca": replace(ALL, tokens=3, sequences=3, slots=(13, 6)),
 }
 
 

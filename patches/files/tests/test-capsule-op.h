@@ -10,8 +10,9 @@ struct test_capsule : public test_case {
     const int         n_kv;
     const ggml_type   type; // of the cache, or of what unpack writes
     const bool        unpack;
-    const bool        perf; // the parts alone: their combination is nothing beside
-    const std::string kind;
+    const bool        perf; // the parts alone: their combination is nothing beside; all slots in the economy tier
+    const int         n_seqs; // the slots belong to as many sequences, one after the other, and so do the tokens
+    const std::string kind;   // rebuilt: f32 (exact rows), pca, retain (with key MLP); not rebuilt: project, turn (pca, retain)
 
     std::string op_desc(ggml_tensor * t) override {
         GGML_UNUSED(t);
@@ -20,7 +21,8 @@ struct test_capsule : public test_case {
 
     std::string vars() override {
         const int n_block = p.n_block, n_head_kv = p.n_head_kv, d = p.d_k, n_slots = p.n_slots[0] + p.n_slots[1], flags = p.flags;
-        return VARS_TO_STR11(kind, unpack, type, d, n_head_kv, n_group, n_tokens, n_kv, n_slots, n_block, flags);
+        const int n_terms = p.n_terms;
+        return VARS_TO_STR13(kind, unpack, type, d, n_head_kv, n_group, n_tokens, n_seqs, n_kv, n_slots, n_block, n_terms, flags);
     }
 
     double max_nmse_err() override {
@@ -32,12 +34,12 @@ struct test_capsule : public test_case {
     uint64_t op_flops(ggml_tensor * t) override {
         GGML_UNUSED(t);
         // what plain attention does: to be compared with FLASH_ATTN_EXT
-        return unpack ? 0 : 2ull*(p.d_k + p.d_v)*p.n_head_kv*n_group*n_tokens*(n_kv + (p.n_slots[0] + p.n_slots[1])*p.n_block);
+        return unpack ? 0 : 2ull*(p.d_k + p.d_v)*p.n_head_kv*n_group*n_tokens*(n_kv + (p.n_slots[0] + p.n_slots[1])*p.n_block/n_seqs);
     }
 
     test_capsule(const std::string & kind, int d, int n_block, int n_head_kv, int n_group, int n_tokens, int n_kv, int n_slots, ggml_type type, int flags,
-            bool unpack = false, bool perf = false) :
-        n_group(n_group), n_tokens(n_tokens), n_kv(n_kv), type(type), unpack(unpack), perf(perf), kind(kind) {
+            bool unpack = false, bool perf = false, int n_terms = 0, int n_seqs = 1) :
+        n_group(n_group), n_tokens(n_tokens), n_kv(n_kv), type(type), unpack(unpack), perf(perf), n_seqs(n_seqs), kind(kind) {
         p.flags        = flags;
         p.scale        = 1.0f/sqrtf(d);
         p.n_block      = n_block;
@@ -45,8 +47,8 @@ struct test_capsule : public test_case {
         p.n_head_kv    = n_head_kv;
         p.d_k          = d;
         p.d_v          = d;
-        p.n_slots[0]   = n_slots - n_slots/4;
-        p.n_slots[1]   = n_slots/4;
+        p.n_slots[1]   = perf ? 0 : n_slots/4;
+        p.n_slots[0]   = n_slots - p.n_slots[1];
         p.n_parts_hot  = std::max(1, std::min(4, n_kv/n_block));
         p.n_parts_cold = std::max(1, std::min<int>(n_slots, 512/n_head_kv));
 
@@ -65,11 +67,15 @@ struct test_capsule : public test_case {
         memcpy(p.rows_k, rows, sizeof(rows));
         memcpy(p.rows_v, rows, sizeof(rows));
 
-        if (kind == "retain") {
+        if (kind == "retain" || kind == "turn") {
             p.flags       |= GGML_CAPSULE_FLAG_RETAIN;
             p.n_kept       = n/4;
             p.n_neighbours = 2;
-            p.n_mlp        = 16;
+            p.n_mlp        = kind == "retain" ? 16 : 0;
+        }
+        if (kind == "project" || kind == "turn") {
+            p.flags  |= GGML_CAPSULE_FLAG_QUERY;
+            p.n_terms = n_terms;
         }
     }
 
@@ -88,7 +94,7 @@ struct test_capsule : public test_case {
             blobs[i] = p.n_slots[i] == 0 ? nullptr : input(ctx, i == 0 ? "blob0" : "blob1", GGML_TYPE_I8, p.n_slots[i]*ggml_capsule_slot_size(&p, i));
         }
         ggml_tensor * weights = input(ctx, "weights", GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
-        ggml_tensor * rope    = input(ctx, "rope",    GGML_TYPE_I32, n_slots*(p.n_rot + 1) + p.n_block*p.n_rot);
+        ggml_tensor * rope    = input(ctx, "rope",    GGML_TYPE_I32, n_angles() + (p.n_terms > 0 ? 1 + p.n_terms*(p.n_block + p.d_k) : 0));
 
         ggml_tensor * out;
         if (unpack) {
@@ -134,6 +140,13 @@ struct test_capsule : public test_case {
                 if (name == "rope") {
                     const int n_slots = p.n_slots[0] + p.n_slots[1];
                     std::fill_n(words + n_slots*p.n_rot, n_slots, 0);
+                    if (p.n_terms > 0) {
+                        words[n_angles()] = p.n_terms;
+                    }
+                    // keys that are stored rotated: their slots begin at 0, but for those that have been moved
+                    for (int i = 1; i < n_slots && kind == "turn"; ++i) {
+                        memcpy(words + i*p.n_rot, words + (i % 4 == 3 ? i : 0)*p.n_rot, p.n_rot*sizeof(int32_t));
+                    }
                 } else {
                     const auto w = ggml_capsule_weights_layout(&p);
                     set_half(x.data() + w.k_basis, x.data() + w.k_basis_h);
@@ -150,7 +163,10 @@ struct test_capsule : public test_case {
                 // a block in four is not visible, nor a column in five of the others
                 std::vector<ggml_fp16_t> x(ggml_nelements(t));
                 for (size_t i = 0; i < x.size(); ++i) {
-                    const bool visible = perf || (i % t->ne[0]/p.n_block % 4 != 1 && rng() % 5 > 0);
+                    const int64_t col  = i % t->ne[0];
+                    const bool    mine = name == "mask_hot" || col*n_seqs/t->ne[0] == int64_t(i/t->ne[0]) % n_seqs;
+
+                    const bool visible = mine && (perf || (col/p.n_block % 4 != 1 && rng() % 5 > 0));
                     x[i] = ggml_fp32_to_fp16(visible ? 0.0f : -INFINITY);
                 }
                 set(t, x);
@@ -158,6 +174,10 @@ struct test_capsule : public test_case {
                 init_tensor_uniform(t);
             }
         }
+    }
+
+    int n_angles() const {
+        return (p.n_slots[0] + p.n_slots[1])*(p.n_rot + 1) + p.n_block*p.n_rot;
     }
 
     // the basis for tensor cores
@@ -213,6 +233,13 @@ struct test_capsule : public test_case {
 };
 
 static void make_capsule_cases_eval(std::vector<std::unique_ptr<test_case>> & cases) {
+    // queries in 8 bits: with fused multiply-add a few of them are rounded to the next integer
+    for (int n_tokens : { 1, 3, 8 }) {
+        for (int n_group : { 1, 4, 7 }) {
+            cases.emplace_back(new test_capsule("project", 128, 32, 2, n_group, n_tokens, 100, 9, GGML_TYPE_F16, 0, false, false, n_tokens == 1 ? 5 : 2));
+            cases.emplace_back(new test_capsule("turn",    128, 32, 2, n_group, n_tokens, 100, 9, GGML_TYPE_F16, 0));
+        }
+    }
     for (const char * kind : { "pca", "retain", "f32" }) {
         for (int d : { 64, 80, 128 }) {
             const bool f32   = std::string(kind) == "f32";
@@ -237,25 +264,42 @@ static void make_capsule_cases_eval(std::vector<std::unique_ptr<test_case>> & ca
             }
             cases.emplace_back(new test_capsule(kind, d, 32, 2, 1, 1, 1, 5, GGML_TYPE_F16, exact | GGML_CAPSULE_FLAG_V | GGML_CAPSULE_FLAG_V_TRANS, true));
         }
+        for (int n_seqs : { 3, 8 }) {
+            cases.emplace_back(new test_capsule(kind, 128, 32, 2, 2, n_seqs, 64, 17, GGML_TYPE_F16, 0, false, false, 0, n_seqs));
+        }
         for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
             cases.emplace_back(new test_capsule(kind, 64, 32, 2, 2, 2, 64, 5, type, GGML_CAPSULE_FLAG_ROT_K | GGML_CAPSULE_FLAG_ROT_V));
         }
     }
 }
 
-// 16k and 64k tokens in slots on the geometries of llava-1.5-7b, qwen2.5-vl-7b and qwen3-vl-8b, beside flash attention on as many cells
-static void make_capsule_cases_perf(std::vector<std::unique_ptr<test_case>> & cases) {
-    for (auto [n_head_kv, n_group] : { std::pair<int, int> { 32, 1 }, { 4, 7 }, { 8, 4 } }) {
-        for (int n_cold : { 16384, 65536 }) {
-            for (int n_tokens : { 1, 8 }) {
-                for (const char * kind : { "pca", "retain" }) {
-                    cases.emplace_back(new test_capsule(kind, 128, 64, n_head_kv, n_group, n_tokens, 256, n_cold/64, GGML_TYPE_F16, 0, false, true));
-                }
-                for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-                    cases.emplace_back(new test_flash_attn_ext(128, 128, n_head_kv, { n_group, 1 }, n_cold + 256, n_tokens, true, false, 0, 0, GGML_PREC_F32, type, type));
-                }
-            }
-            cases.emplace_back(new test_capsule("pca", 128, 64, n_head_kv, n_group, 1, 256, n_cold/64, GGML_TYPE_F16, 0, true, true));
+// n_cold tokens in slots, one sequence or 32 that share them out, beside flash attention on as many cells (each sequence with cells of its own)
+static void make_capsule_cases_perf_of(std::vector<std::unique_ptr<test_case>> & cases, int n_head_kv, int n_group, int n_terms, int n_cold) {
+    const auto capsule = [&](const char * kind, int n_tokens, int n_seqs) {
+        const int terms = std::string(kind) == "project" ? n_terms : 0;
+        cases.emplace_back(new test_capsule(kind, 128, 64, n_head_kv, n_group, n_tokens, 256, n_cold/64, GGML_TYPE_F16, 0, false, true, terms, n_seqs));
+    };
+    for (auto [n_tokens, n_seqs] : { std::pair<int, int> { 1, 1 }, { 8, 1 }, { 32, 32 } }) {
+        for (const char * kind : { "pca", "project", "retain", "turn" }) {
+            capsule(kind, n_tokens, n_seqs);
+        }
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            cases.emplace_back(new test_flash_attn_ext(128, 128, n_head_kv, { n_group, n_seqs }, (n_cold + 256)/n_seqs, n_tokens/n_seqs, true, false, 0, 0,
+                GGML_PREC_F32, type, type));
         }
     }
+    cases.emplace_back(new test_capsule("pca", 128, 64, n_head_kv, n_group, 1, 256, n_cold/64, GGML_TYPE_F16, 0, true, true));
+}
+
+static void make_capsule_cases_perf(std::vector<std::unique_ptr<test_case>> & cases) {
+    // llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b, with the terms that blocks of 64 tokens take there
+    static const struct { int n_head_kv; int n_group; int n_terms; } models[] = { { 32, 1, 22 }, { 4, 7, 2 }, { 8, 4, 8 } };
+
+    for (const auto & m : models) {
+        for (int n_cold : { 16384, 65536 }) {
+            make_capsule_cases_perf_of(cases, m.n_head_kv, m.n_group, m.n_terms, n_cold);
+        }
+    }
+    // to see it run: test-backend-ops perf -o CAPSULE -p n_slots=32,
+    make_capsule_cases_perf_of(cases, 1, 2, 2, 2048);
 }

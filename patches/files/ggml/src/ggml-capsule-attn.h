@@ -11,6 +11,8 @@ struct capsule_item {
     int head;
     int q0; // first query, token by token
     int n_q;
+    int i0; // of these, the ones that see something of a slot (or of hot cells): [i0, i1)
+    int i1;
 };
 
 CAPSULE_FN capsule_item capsule_item_of(CAPSULE_ARGS, int item) {
@@ -20,19 +22,44 @@ CAPSULE_FN capsule_item capsule_item_of(CAPSULE_ARGS, int item) {
     it.q0   = item%a.n_tiles*a.n_q;
     it.n_q  = a.n_group*a.n_tokens - it.q0;
     it.n_q  = capsule_min(it.n_q, a.n_q);
+    it.i0   = 0;
+    it.i1   = it.n_q;
     return it;
+}
+
+// what the phases tell each other, for 3 units of columns: which tokens see something, and whether the vectors have to be made anew
+#define CAPSULE_FLAG_MOVED  8
+#define CAPSULE_FLAGS(step) ((CAPSULE_SHARED int *) (sm + a.s_flags) + (step) % 3*CAPSULE_N_FLAGS)
+
+// false: no query sees anything of these columns
+CAPSULE_FN bool capsule_item_window(CAPSULE_ARGS, CAPSULE_PRIVATE capsule_item & it, CAPSULE_SHARED const int * flags) {
+    const int t0 = it.q0/a.n_group;
+
+    it.i0 = it.n_q;
+    it.i1 = 0;
+    for (int i = 0; i < CAPSULE_FLAG_MOVED; ++i) {
+        if (flags[i]) {
+            it.i0 = capsule_min(it.i0, (t0 + i)*a.n_group - it.q0);
+            it.i1 = capsule_min(it.n_q, (t0 + i + 1)*a.n_group - it.q0);
+        }
+    }
+    it.i0 = it.i0 < 0 ? 0 : it.i0;
+    if (it.i1 - it.i0 > 1) {
+        it.i0 = it.i0/4*4; // in groups of 4
+    }
+    return it.i1 > 0;
 }
 
 // groups of B queries
 template <int B>
 CAPSULE_FN int capsule_n_groups(capsule_item it) {
-    return (it.n_q + B - 1)/B;
+    return (it.i1 - it.i0 + B - 1)/B;
 }
 
 // of 4, if there is more than one
 #define CAPSULE_PHASE_Q(name, ...) \
     do { \
-        if (it.n_q == 1) { \
+        if (it.i1 - it.i0 == 1) { \
             CAPSULE_PHASE((name<1>(__VA_ARGS__))); \
         } else { \
             CAPSULE_PHASE((name<4>(__VA_ARGS__))); \
@@ -59,32 +86,29 @@ CAPSULE_FN void capsule_attn_init(int tid, int nt, CAPSULE_ARGS, capsule_item it
     for (int i = tid; i < 2*a.max_q; i += nt) {
         CAPSULE_SM_F(a.s_m)[i] = CAPSULE_NEG;
     }
-    for (int i = tid; i < 6; i += nt) {
-        ((CAPSULE_SHARED int *) (sm + a.s_flags))[i] = 0;
+    for (int i = tid; i < 3*CAPSULE_N_FLAGS; i += nt) {
+        CAPSULE_FLAGS(0)[i] = 0;
     }
 }
 
-// is any of the columns [col, col + n) visible? the flags of the step after next are cleared: nobody reads those any more
+// which tokens see any of the columns [col, col + n)? the flags of the step after next are cleared: nobody reads those any more
 CAPSULE_FN void capsule_attn_visible(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_PARAM const capsule_tensor & mask, CAPSULE_GLOBAL const char * data,
         int64_t col, int n, int step, CAPSULE_SHARED char * sm) {
-    CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
-
-    if (tid == 0) {
-        flags[    (step + 1) % 3] = 0;
-        flags[3 + (step + 1) % 3] = 0;
+    for (int i = tid; i < CAPSULE_N_FLAGS; i += nt) {
+        CAPSULE_FLAGS(step + 1)[i] = 0;
     }
 
     const int t0 = it.q0/a.n_group;
     const int t1 = (it.q0 + it.n_q - 1)/a.n_group;
 
-    bool any = false;
     for (int i = t0; i <= t1; ++i) {
+        bool any = false;
         for (int j = tid; j < n; j += nt) {
             any = any || capsule_mask(mask.type, data + i*mask.nb1, (int) col + j) != CAPSULE_NEG;
         }
-    }
-    if (any) {
-        CAPSULE_RAISE(flags[step % 3]);
+        if (any) {
+            CAPSULE_RAISE(CAPSULE_FLAGS(step)[i - t0]);
+        }
     }
 }
 
@@ -95,7 +119,7 @@ CAPSULE_FN void capsule_attn_moved(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL
         any = any || tables[i_slot*a.n_rot + c] != tables[j_slot*a.n_rot + c];
     }
     if (any) {
-        CAPSULE_RAISE(((CAPSULE_SHARED int *) (sm + a.s_flags))[3 + step % 3]);
+        CAPSULE_RAISE(CAPSULE_FLAGS(step)[CAPSULE_FLAG_MOVED]);
     }
 }
 
@@ -162,7 +186,7 @@ CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item 
         int64_t col, int first, int n, CAPSULE_SHARED const T * tile, CAPSULE_SHARED char * sm) {
     for (int u = tid; u < n*capsule_n_groups<B>(it); u += nt) {
         const int j = u%n;
-        const int i = u/n*B;
+        const int i = it.i0 + u/n*B;
 
         CAPSULE_SHARED const float * q = CAPSULE_SM_F(a.s_q) + i*a.d_k;
         CAPSULE_SHARED const T     * x = tile + j*a.ld_tile;
@@ -172,7 +196,7 @@ CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item 
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            if (i + b < it.n_q) {
+            if (i + b < it.i1) {
                 capsule_attn_put_score(a, it, mask, data, i + b, first + j, (int) col + j, s[b], sm);
             }
         }
@@ -184,8 +208,8 @@ CAPSULE_FN void capsule_attn_query_scores(int tid, int nt, CAPSULE_ARGS, capsule
         CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
     CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
 
-    for (int u = tid; u < a.N*it.n_q; u += nt) {
-        const int i = u/a.N;
+    for (int u = tid; u < a.N*(it.i1 - it.i0); u += nt) {
+        const int i = it.i0 + u/a.N;
         const int j = u%a.N;
         const int x = vs.retain ? order[j] : j;
 
@@ -196,7 +220,7 @@ CAPSULE_FN void capsule_attn_query_scores(int tid, int nt, CAPSULE_ARGS, capsule
 CAPSULE_FN void capsule_attn_max(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n, CAPSULE_SHARED char * sm) {
     const int lane = tid % CAPSULE_LANES;
 
-    for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
+    for (int i = it.i0 + tid/CAPSULE_LANES; i < it.i1; i += nt/CAPSULE_LANES) {
         float m = CAPSULE_NEG;
         for (int j = lane; j < n; j += CAPSULE_LANES) {
             const float s = CAPSULE_SM_F(a.s_s)[i*a.N + j];
@@ -217,6 +241,12 @@ CAPSULE_FN void capsule_attn_softmax(int tid, int nt, CAPSULE_ARGS, capsule_item
 
     for (int i = tid/CAPSULE_LANES; i < it.n_q; i += nt/CAPSULE_LANES) {
         float m = m_old[i];
+        if (i < it.i0 || i >= it.i1) {
+            if (lane == 0) {
+                m_new[i] = m;
+            }
+            continue;
+        }
         for (int b = 0; b < CAPSULE_LANES; ++b) {
             const float x = red[i*CAPSULE_LANES + b];
             m = x > m ? x : m;
@@ -248,7 +278,7 @@ CAPSULE_FN void capsule_attn_hot_values(int tid, int nt, CAPSULE_ARGS, capsule_i
         CAPSULE_SHARED char * sm) {
     for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
         const int c = u%a.d_v;
-        const int i = u/a.d_v*B;
+        const int i = it.i0 + u/a.d_v*B;
 
         CAPSULE_SHARED const float * w = CAPSULE_SM_F(a.s_s) + i*a.N;
 
@@ -266,7 +296,7 @@ CAPSULE_FN void capsule_attn_hot_values(int tid, int nt, CAPSULE_ARGS, capsule_i
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            if (i + b < it.n_q) {
+            if (i + b < it.i1) {
                 CAPSULE_SHARED float * dst = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
                 *dst = *dst*capsule_attn_factor(a, i + b, step, sm) + o[b];
             }
@@ -279,7 +309,7 @@ template <int B>
 CAPSULE_FN void capsule_attn_row_weights(int tid, int nt, CAPSULE_ARGS, capsule_item it, CAPSULE_GLOBAL const float * basis_t, int n_rows, CAPSULE_SHARED char * sm) {
     for (int u = tid; u < n_rows*capsule_n_groups<B>(it); u += nt) {
         const int r = u%n_rows;
-        const int i = u/n_rows*B;
+        const int i = it.i0 + u/n_rows*B;
 
         CAPSULE_SHARED const float * s = CAPSULE_SM_F(a.s_s) + i*a.N;
 
@@ -306,7 +336,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
         CAPSULE_SHARED char * sm) {
     for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
         const int c = u%a.d_v;
-        const int i = u/a.d_v*B;
+        const int i = it.i0 + u/a.d_v*B;
 
         float o0[B] = { 0.0f };
         float o1[B] = { 0.0f };
@@ -339,7 +369,7 @@ CAPSULE_FN void capsule_attn_row_values(int tid, int nt, CAPSULE_ARGS, capsule_i
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            if (i + b < it.n_q) {
+            if (i + b < it.i1) {
                 CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
                 CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*a.max_q*a.d_v;
 
@@ -361,7 +391,7 @@ template <int B>
 CAPSULE_FN void capsule_attn_code_values(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n_rows, int step, CAPSULE_SHARED char * sm) {
     for (int u = tid; u < a.d_v*capsule_n_groups<B>(it); u += nt) {
         const int c = u%a.d_v;
-        const int i = u/a.d_v*B;
+        const int i = it.i0 + u/a.d_v*B;
 
         CAPSULE_SHARED const int8_t * x     = (CAPSULE_SHARED const int8_t *) (sm + a.s_codes) + c;
         CAPSULE_SHARED const float  * scale = CAPSULE_SM_F(a.s_scales) + c/32;
@@ -379,7 +409,7 @@ CAPSULE_FN void capsule_attn_code_values(int tid, int nt, CAPSULE_ARGS, capsule_
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            if (i + b < it.n_q) {
+            if (i + b < it.i1) {
                 CAPSULE_SHARED float * dst0 = CAPSULE_SM_F(a.s_o) + (i + b)*a.d_v + c;
                 CAPSULE_SHARED float * dst1 = dst0 + (a.n_o - 1)*a.max_q*a.d_v;
 
@@ -435,9 +465,8 @@ CAPSULE_FN void capsule_attn_store(int tid, int nt, CAPSULE_ARGS, capsule_item i
 // item: (part*n_head_kv + head)*n_tiles + tile of queries; rows are T, tiles are U
 template <typename T, typename U>
 CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
-    const capsule_item it = capsule_item_of(a, item);
+    capsule_item it = capsule_item_of(a, item);
 
-    CAPSULE_SHARED int * flags = (CAPSULE_SHARED int *) (sm + a.s_flags);
     CAPSULE_SHARED U   * tile  = CAPSULE_SM_U(a.s_tile);
 
     const bool hot     = it.part < a.n_parts_hot;
@@ -453,7 +482,9 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
 
     int step  = 0; // units that are visible
     int check = 0;
-    int made  = -1; // the slot that the vectors are for
+    int made  = -1; // the slot that the vectors are for, those of the queries [made0, made1)
+    int made0 = 0;
+    int made1 = 0;
     for (int i = (int) ((int64_t) n_units*i_part/n_parts); i < (int) ((int64_t) n_units*(i_part + 1)/n_parts); ++i) {
         const int64_t col = (int64_t) i*a.N;
         const int     n   = hot ? capsule_min(a.N, a.n_kv - (int) col) : a.N;
@@ -467,8 +498,11 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
                 capsule_attn_moved(tid, t.n, a, p.rope, i, made, check, sm);
             }
         );
-        const int moved = flags[3 + check % 3];
-        if (!flags[check++ % 3]) {
+        const bool seen  = capsule_item_window(a, it, CAPSULE_FLAGS(check));
+        const bool moved = CAPSULE_FLAGS(check)[CAPSULE_FLAG_MOVED];
+
+        check++;
+        if (!seen) {
             continue;
         }
 
@@ -482,14 +516,17 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             vs = capsule_vectors_of(a, p.rope, i);
         }
         if (vs.n_var > 0) {
-            const int n_vec = it.n_q*vs.n_var;
+            const int v0 = it.i0*vs.n_var;
+            const int v1 = it.i1*vs.n_var;
 
-            if (made < 0 || moved || !capsule_same_vectors(a, p.rope, i, made)) {
-                capsule_vectors_init(t, a, vs, n_vec, p.weights, p.rope, i, it.head, sm);
-                made = i;
+            if (made < 0 || moved || it.i0 < made0 || it.i1 > made1 || !capsule_same_vectors(a, p.rope, i, made)) {
+                capsule_vectors_init(t, a, vs, v0, v1, p.weights, p.rope, i, it.head, sm);
+                made  = i;
+                made0 = it.i0;
+                made1 = it.i1;
             }
             CAPSULE_PHASE((capsule_load_codes(tid, t.n, a, tier.k, slot + tier.k.offs + it.head*tier.k.head_stride, a.d_k, sm)));
-            CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, n_vec, tier.k.n_rows, p.weights, sm)));
+            CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, v0, v1, tier.k.n_rows, p.weights, sm)));
             CAPSULE_PHASE((capsule_attn_query_scores(tid, t.n, a, it, vs, tier.k.n_rows, data, col, p.weights, sm)));
         } else if (!hot) {
             capsule_rows_k<T>(t, a, slot, p.weights, i, it.head, sm);

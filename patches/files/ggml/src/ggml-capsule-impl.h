@@ -82,6 +82,7 @@ struct capsule_threads {
 
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
 #define CAPSULE_LANES     32
+#define CAPSULE_N_FLAGS   9
 #define CAPSULE_N_MAKE    16 // vectors that are made at a time, see ggml-capsule-query.h
 #define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
 
@@ -199,7 +200,7 @@ struct capsule_args {
     int s_o;     // F32 [n_o][max_q][d_v]
     int s_red;   // F32 [2][max_q][LANES], maxima and sums
     int s_m;     // F32 [3][max_q], m, m and l
-    int s_flags; // I32 [2][3]
+    int s_flags; // I32 [3][CAPSULE_N_FLAGS]
     int s_size;
     int ld_rows;
     int ld_tile;

@@ -138,15 +138,15 @@ CAPSULE_FN bool capsule_same_vectors(CAPSULE_ARGS, CAPSULE_GLOBAL const float * 
     return a.tiers[capsule_tier_of(a, i_slot)].retain == a.tiers[capsule_tier_of(a, j_slot)].retain && (a.n_rot == 0 || patterns[i_slot] == patterns[j_slot]);
 }
 
-// vectors [v0, v0 + CAPSULE_N_MAKE) -> [][ld_make], and what a lane adds to their products with the mean
-CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int n_vec, int v0, int i_head, CAPSULE_GLOBAL const float * weights,
+// vectors [v0, v0 + n) -> [][ld_make], and what a lane adds to their products with the mean
+CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int n, int i_head, CAPSULE_GLOBAL const float * weights,
         capsule_rope rope, CAPSULE_SHARED char * sm) {
     const int lane = tid % CAPSULE_LANES;
 
     CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
     CAPSULE_GLOBAL const float   * mean  = weights + a.w_k_mean + i_head*a.d_k;
 
-    for (int v = v0 + tid/CAPSULE_LANES; v < v0 + CAPSULE_N_MAKE && v < n_vec; v += nt/CAPSULE_LANES) {
+    for (int v = v0 + tid/CAPSULE_LANES; v < v0 + n; v += nt/CAPSULE_LANES) {
         const int var = v%vs.n_var;
 
         CAPSULE_SHARED const float * q   = CAPSULE_SM_F(a.s_q) + v/vs.n_var*a.d_k;
@@ -202,9 +202,8 @@ CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vect
 }
 
 // -> integers of 8 bits with a scale per 32
-CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int n_vec, int v0, CAPSULE_SHARED char * sm) {
+CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int v0, int n, CAPSULE_SHARED char * sm) {
     const int n_blocks = a.d_k/32;
-    const int n        = n_vec - v0 < CAPSULE_N_MAKE ? n_vec - v0 : CAPSULE_N_MAKE;
 
     for (int u = tid; u < n*n_blocks; u += nt) {
         const int v = u/n_blocks;
@@ -243,14 +242,14 @@ CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int n_ve
 // scores of n_q queries
 //
 
-// products of rows and vectors: pca [n_vec][n_rows], retain [n_vec]
-CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int n_vec, int n_rows, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
+// products of rows and vectors [v0, v1): pca [n_vec][n_rows], retain [n_vec]
+CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int v1, int n_rows, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
     CAPSULE_SHARED float * dots = CAPSULE_SM_F(a.s_dots);
 
     if (vs.retain) {
         CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
 
-        for (int v = tid; v < n_vec; v += nt) {
+        for (int v = v0 + tid; v < v1; v += nt) {
             const int var = v%vs.n_var;
             const int row = var < a.N ? var : neighbours[var - a.N];
             if (row < n_rows) {
@@ -262,10 +261,10 @@ CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vector
         return;
     }
 
-    for (int u = tid; u < (n_vec + 3)/4*n_rows; u += nt) {
+    for (int u = tid; u < (v1 - v0 + 3)/4*n_rows; u += nt) {
         const int r = u%n_rows;
-        const int v = u/n_rows*4;
-        const int n = n_vec - v < 4 ? n_vec - v : 4;
+        const int v = v0 + u/n_rows*4;
+        const int n = capsule_min(v1 - v, 4);
 
         float x[4];
         if (n == 1) {
@@ -344,16 +343,16 @@ CAPSULE_FN float capsule_query_score(CAPSULE_ARGS, capsule_vectors vs, int n_row
     return capsule_query_terms<1>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
 }
 
-// the vectors of a slot
-CAPSULE_FN void capsule_vectors_init(capsule_threads t, CAPSULE_ARGS, capsule_vectors vs, int n_vec, CAPSULE_GLOBAL const float * weights,
+// the vectors [v0, v1) of a slot
+CAPSULE_FN void capsule_vectors_init(capsule_threads t, CAPSULE_ARGS, capsule_vectors vs, int v0, int v1, CAPSULE_GLOBAL const float * weights,
         CAPSULE_GLOBAL const float * tables, int i_slot, int i_head, CAPSULE_SHARED char * sm) {
     const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
 
-    for (int v0 = 0; v0 < n_vec; v0 += CAPSULE_N_MAKE) {
-        const int n = capsule_min(n_vec - v0, CAPSULE_N_MAKE);
+    for (int v = v0; v < v1; v += CAPSULE_N_MAKE) {
+        const int n = capsule_min(v1 - v, CAPSULE_N_MAKE);
 
-        CAPSULE_PHASE((capsule_vectors_make(tid, t.n, a, vs, n_vec, v0, i_head, weights, rope, sm)));
+        CAPSULE_PHASE((capsule_vectors_make(tid, t.n, a, vs, v, n, i_head, weights, rope, sm)));
         CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_make), n, a.d_k, a.ld_make, a.d_k & -a.d_k);
-        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, n_vec, v0, sm)));
+        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, v, n, sm)));
     }
 }

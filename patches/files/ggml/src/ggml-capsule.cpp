@@ -343,7 +343,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
         add(a.s_o,     a.max_q*a.d_v*a.n_o*4);
         add(a.s_red,   a.max_q*CAPSULE_LANES*2*4);
         add(a.s_m,     a.max_q*3*4);
-        add(a.s_flags, 6*4);
+        add(a.s_flags, 3*CAPSULE_N_FLAGS*4);
     }
     a.s_size = n;
 }
