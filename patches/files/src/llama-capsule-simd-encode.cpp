@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdlib>
 
 //
 // rows into their types, byte for byte as llama_capsule_row_quantize()
@@ -104,63 +105,89 @@ TARGET_EXACT static void quantize_q4_0(const float * x, uint8_t * dst, uint32_t 
 //   so they or their opposites fit, unless both are there
 //
 
-// code k of y, for the scale s: k = (z >= s/2) + (z >= 3s/2) - (z < -s/2), z = y or -y; as limits of y
+static constexpr int32_t Q2_FACTORS[6] = { 10, 12, 15, 18, 23, 32 };
+
+// of the 12 searches of a round, [factor / 2][factor % 2][y, -y][2 times the same]: values to which y is compared
 struct q2_limits {
-    int32_t one;
-    int32_t two;
-    int32_t minus;
-
-    // s = num/den
-    q2_limits(int32_t num, int32_t den) {
-        const int32_t q = num/(2*den);
-        const int32_t r = num%(2*den);
-
-        one   = q + (r > 0) - 1;                                                    // z > one
-        two   = std::min(3*q + (r > 0) + (3*r > 2*den) + (3*r > 4*den) - 1, 32768); // z > two
-        minus = q;                                                                  // -z > minus
-    }
+    alignas(32) int32_t one  [3][8];
+    alignas(32) int32_t two  [3][8];
+    alignas(32) int32_t minus[3][8];
 };
 
-template<bool NEG>
-INLINE_EXACT __m256i q2_codes(__m256i y, const q2_limits & l) {
-    // y itself is at most 32767
-    const __m256i one   = NEG ? _mm256_cmpgt_epi16(_mm256_set1_epi16(-l.one), y)  : _mm256_cmpgt_epi16(y, _mm256_set1_epi16(l.one));
-    const __m256i two   = NEG ? _mm256_cmpgt_epi16(_mm256_set1_epi16(-l.two), y)  : _mm256_cmpgt_epi16(y, _mm256_set1_epi16(std::min(l.two, 32767)));
-    const __m256i minus = NEG ? _mm256_cmpgt_epi16(y, _mm256_set1_epi16(l.minus)) : _mm256_cmpgt_epi16(_mm256_set1_epi16(-l.minus), y);
+// sums of y k and of k k, in the place of "2 times the same"
+struct q2_sums {
+    alignas(32) int32_t v[3][8];
+};
 
-    return _mm256_sub_epi16(_mm256_sub_epi16(minus, one), two);
+// the code of z = y or -y for the scale s is (z >= s/2) + (z >= 3s/2) - (z < -s/2); num/den = s: how the integer y may say this with "greater than"
+INLINE_EXACT void q2_limits_set(q2_limits & l, int i, __m256i num, __m256i den) {
+    const __m256i neg = _mm256_setr_epi32(1, 1, -1, -1, 1, 1, -1, -1);
+    const __m256i max = _mm256_setr_epi32(32767, 32767, 32768, 32768, 32767, 32767, 32768, 32768); // of y and of -y
+
+    // q + r/d = s/2; num < 2^23 and d <= 512: a quotient that is no integer is not rounded to one
+    const __m256i d  = _mm256_add_epi32(den, den);
+    const __m256i q  = _mm256_cvttps_epi32(_mm256_div_ps(_mm256_cvtepi32_ps(num), _mm256_cvtepi32_ps(d)));
+    const __m256i r  = _mm256_sub_epi32(num, _mm256_mullo_epi32(q, d));
+    const __m256i r3 = _mm256_add_epi32(r, _mm256_add_epi32(r, r));
+    const __m256i q3 = _mm256_add_epi32(q, _mm256_add_epi32(q, q));
+
+    // rounded up, less 1
+    const __m256i one = _mm256_add_epi32(q, _mm256_cmpeq_epi32(r, _mm256_setzero_si256()));
+    const __m256i up  = _mm256_add_epi32(_mm256_cmpgt_epi32(r3, _mm256_setzero_si256()),
+                        _mm256_add_epi32(_mm256_cmpgt_epi32(r3, d), _mm256_cmpgt_epi32(r3, _mm256_add_epi32(d, d))));
+    const __m256i two = _mm256_sub_epi32(q3, _mm256_add_epi32(up, _mm256_set1_epi32(1)));
+
+    _mm256_store_si256((__m256i *) l.one  [i], _mm256_sign_epi32(one, neg));
+    _mm256_store_si256((__m256i *) l.two  [i], _mm256_sign_epi32(_mm256_min_epi32(two, max), neg));
+    _mm256_store_si256((__m256i *) l.minus[i], _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_sign_epi32(q, neg)));
 }
 
-// sums of z k and of k k
-struct q2_sums {
-    int32_t xc;
-    int32_t cc;
-};
+INLINE_EXACT __m256i q2_limit(const int32_t & x) {
+    return _mm256_set1_epi16((int16_t) x);
+}
 
 template<bool NEG>
-INLINE_EXACT void q2_add(const __m256i * y, const q2_limits & l, __m256i & xc, __m256i & cc) {
-    xc = _mm256_setzero_si256();
-    cc = _mm256_setzero_si256();
-    for (int i = 0; i < 4; ++i) {
-        const __m256i k = q2_codes<NEG>(y[i], l);
+INLINE_EXACT __m256i q2_codes(__m256i y, __m256i one, __m256i two, __m256i minus) {
+    const __m256i k = NEG ? _mm256_cmpgt_epi16(y, minus) : _mm256_cmpgt_epi16(minus, y);
 
-        xc = _mm256_add_epi32(xc, _mm256_madd_epi16(y[i], k));
+    return _mm256_sub_epi16(_mm256_sub_epi16(k,
+            NEG ? _mm256_cmpgt_epi16(one, y) : _mm256_cmpgt_epi16(y, one)),
+            NEG ? _mm256_cmpgt_epi16(two, y) : _mm256_cmpgt_epi16(y, two));
+}
+
+template<bool NEG>
+INLINE_EXACT __m256i q2_add(const __m256i * y, const q2_limits & l, int i, int j) {
+    const __m256i one   = q2_limit(l.one  [i][j]);
+    const __m256i two   = q2_limit(l.two  [i][j]);
+    const __m256i minus = q2_limit(l.minus[i][j]);
+
+    __m256i xc = _mm256_setzero_si256();
+    __m256i cc = _mm256_setzero_si256();
+    for (int n = 0; n < 4; ++n) {
+        const __m256i k = q2_codes<NEG>(y[n], one, two, minus);
+
+        xc = _mm256_add_epi32(xc, _mm256_madd_epi16(y[n], k));
         cc = _mm256_add_epi32(cc, _mm256_madd_epi16(k, k));
     }
+    return _mm256_hadd_epi32(xc, cc);
 }
 
-// for y and for -y at once
-INLINE_EXACT void q2_assign(const __m256i * y, const q2_limits * l, q2_sums * res) {
-    __m256i xc[2];
-    __m256i cc[2];
-    q2_add<false>(y, l[0], xc[0], cc[0]);
-    q2_add<true> (y, l[1], xc[1], cc[1]);
+INLINE_EXACT void q2_round(const __m256i * y, const q2_limits & l, q2_sums & sums) {
+    for (int i = 0; i < 3; ++i) {
+        for (int j = 0; j < 8; j += 4) {
+            const __m256i s = _mm256_hadd_epi32(q2_add<false>(y, l, i, j), q2_add<true>(y, l, i, j + 2));
 
-    const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(xc[0], cc[0]), _mm256_hadd_epi32(xc[1], cc[1]));
-    const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+            _mm_store_si128((__m128i *) (sums.v[i] + j), _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+        }
+    }
+}
 
-    res[0] = {  _mm_cvtsi128_si32(t),      _mm_extract_epi32(t, 1) };
-    res[1] = { -_mm_extract_epi32(t, 2),   _mm_extract_epi32(t, 3) };
+// |sum of y k|, which is the sum of z k, and the sum of k k
+INLINE_EXACT void q2_sums_get(const q2_sums & sums, int i, __m256i & xc, __m256i & cc) {
+    const __m256i v = _mm256_load_si256((const __m256i *) sums.v[i]);
+
+    xc = _mm256_abs_epi32(_mm256_shuffle_epi32(v, 0xa0));
+    cc = _mm256_shuffle_epi32(v, 0xf5);
 }
 
 // 4 codes a byte
@@ -172,15 +199,31 @@ INLINE_EXACT __m256i q2_pack(__m256i k0, __m256i k1) {
 }
 
 template<bool NEG>
-INLINE_EXACT void q2_store(const __m256i * y, const q2_limits & l, uint8_t * dst) {
-    const __m256i lo = q2_pack(q2_codes<NEG>(y[0], l), q2_codes<NEG>(y[1], l));
-    const __m256i hi = q2_pack(q2_codes<NEG>(y[2], l), q2_codes<NEG>(y[3], l));
-    const __m256i q  = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+INLINE_EXACT void q2_store(const __m256i * y, const q2_limits & l, int i, int j, uint8_t * dst) {
+    const __m256i one   = q2_limit(l.one  [i][j]);
+    const __m256i two   = q2_limit(l.two  [i][j]);
+    const __m256i minus = q2_limit(l.minus[i][j]);
+
+    __m256i k[4];
+    for (int n = 0; n < 4; ++n) {
+        k[n] = q2_codes<NEG>(y[n], one, two, minus);
+    }
+    const __m256i q = _mm256_permute4x64_epi64(_mm256_packus_epi32(q2_pack(k[0], k[1]), q2_pack(k[2], k[3])), 0xd8);
 
     _mm_storeu_si128((__m128i *) dst, _mm_packus_epi16(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
 }
 
-TARGET_EXACT static void quantize_block_q2_0(const float * x, uint8_t * dst) {
+TARGET_EXACT static q2_limits q2_limits_first() {
+    q2_limits res;
+    for (int i = 0; i < 3; ++i) {
+        const __m256i f = _mm256_setr_m128i(_mm_set1_epi32(Q2_FACTORS[2*i]), _mm_set1_epi32(Q2_FACTORS[2*i + 1]));
+
+        q2_limits_set(res, i, _mm256_slli_epi32(f, 10), _mm256_set1_epi32(1));
+    }
+    return res;
+}
+
+TARGET_EXACT static void quantize_block_q2_0(const float * x, const q2_limits & first, uint8_t * dst) {
     __m256 v[8];
     __m256 hi = _mm256_set1_ps(-FLT_MAX);
     __m256 lo = _mm256_set1_ps(-FLT_MAX); // of the opposites
@@ -216,43 +259,69 @@ TARGET_EXACT static void quantize_block_q2_0(const float * x, uint8_t * dst) {
         y[i] = _mm256_permute4x64_epi64(y[i], 0xd8);
     }
 
-    q2_sums   best        = { 0, 1 };
-    q2_limits best_limits = { 0, 1 };
-    int       best_i      = 0;
+    // the second round: the codes for the best scales of the first (the largest value always has a code: no sum is 0)
+    q2_limits second;
+    q2_sums   sums[2];
+    q2_round(y, first, sums[0]);
+    for (int i = 0; i < 3; ++i) {
+        __m256i xc;
+        __m256i cc;
+        q2_sums_get(sums[0], i, xc, cc);
+        q2_limits_set(second, i, xc, cc);
+    }
+    q2_round(y, second, sums[1]);
 
-    for (int32_t factor : { 10, 12, 15, 18, 23, 32 }) {
-        const q2_limits first[2] = { { 1024*factor, 1 }, { 1024*factor, 1 } };
+    // xc^2/cc is the squared error that is removed: those that may be the best
+    __m256 score[6];
+    __m256 best_score = _mm256_setzero_ps();
+    for (int i = 0; i < 6; ++i) {
+        __m256i xc;
+        __m256i cc;
+        q2_sums_get(sums[i/3], i%3, xc, cc);
 
-        q2_sums sums[2][2];
-        q2_assign(y, first, sums[0]);
+        const __m256 t = _mm256_cvtepi32_ps(xc);
+        score[i]   = _mm256_div_ps(_mm256_mul_ps(t, t), _mm256_cvtepi32_ps(cc));
+        best_score = _mm256_max_ps(best_score, score[i]);
+    }
+    const __m256 least = _mm256_set1_ps(reduce_max(best_score)*(1.0f - 0x1p-20f));
 
-        // the second round: the codes for the best scale of the first (the largest value has a code, hence cc > 0)
-        const q2_limits second[2] = { { sums[0][0].xc, sums[0][0].cc }, { sums[0][1].xc, sums[0][1].cc } };
-        q2_assign(y, second, sums[1]);
+    int64_t best_xc = 0;
+    int64_t best_cc = 1;
+    int     best    = 0; // [round][factor / 2][factor % 2][y, -y]
+    int     rank    = 0; // its place in the reference: [factor][sign][round]
 
-        // the first of the best, in the order of the reference
-        for (int i : { +flip, 1 - flip }) {
-            for (int round = 0; round < 2; ++round) {
-                const q2_sums & cur = sums[round][i];
+    for (int i = 0; i < 6; ++i) {
+        for (uint32_t mask = _mm256_movemask_ps(_mm256_cmp_ps(score[i], least, _CMP_GE_OQ)) & 0x55; mask; mask &= mask - 1) {
+            const int j = __builtin_ctz(mask);
 
-                // xc^2/cc is the squared error that is removed
-                if ((int64_t) cur.xc*cur.xc*best.cc > (int64_t) best.xc*best.xc*cur.cc) {
-                    best        = cur;
-                    best_limits = round == 0 ? first[i] : second[i];
-                    best_i      = i;
-                }
+            const int64_t xc = std::abs(sums[i/3].v[i%3][j]);
+            const int64_t cc = sums[i/3].v[i%3][j + 1];
+            const int     at = 4*(2*(i%3) + j/4) + 2*((j/2%2 != 0) != flip) + i/3;
+
+            const int64_t ours = xc*xc*best_cc;
+            const int64_t its  = best_xc*best_xc*cc;
+            if (ours > its || (ours == its && at < rank)) {
+                best_xc = xc;
+                best_cc = cc;
+                best    = 4*i + j/2;
+                rank    = at;
             }
         }
     }
 
-    const float scale = (float) best.xc/(float) best.cc*(amax*0x1p-15f);
-    const float sign  = best_i == (int) flip ? 1.0f : -1.0f;
+    const q2_limits & l = best < 12 ? first : second;
 
-    store_half(sign*std::min(scale, 65504.0f), dst);
-    if (best_i == 0) {
-        q2_store<false>(y, best_limits, dst + 2);
+    const int  i   = best/4%3;
+    const int  j   = best%4*2;
+    const bool neg = best%2;
+
+    const float scale = (float) best_xc/(float) best_cc*(amax*0x1p-15f);
+
+    store_half((neg == flip ? 1.0f : -1.0f)*std::min(scale, 65504.0f), dst);
+    if (neg) {
+        q2_store<true> (y, l, i, j, dst + 2);
     } else {
-        q2_store<true> (y, best_limits, dst + 2);
+        q2_store<false>(y, l, i, j, dst + 2);
     }
 }
 
@@ -265,10 +334,13 @@ void llama_capsule_from_float_avx2(ggml_type type, const float * x, void * dst, 
             quantize_q4_0(x, (uint8_t *) dst, d);
             break;
         case GGML_TYPE_Q2_0:
-            for (uint32_t i = 0; i < d; i += QK2) {
-                quantize_block_q2_0(x + i, (uint8_t *) dst + i/QK2*Q2_SIZE);
-            }
-            break;
+            {
+                static const q2_limits first = q2_limits_first();
+
+                for (uint32_t i = 0; i < d; i += QK2) {
+                    quantize_block_q2_0(x + i, first, (uint8_t *) dst + i/QK2*Q2_SIZE);
+                }
+            } break;
         default:
             llama_capsule_row_quantize(type, x, dst, d);
             break;
