@@ -159,7 +159,7 @@ def test_attention_sees_what_the_slots_hold(results, kind, fa):
 def wild(path, n_embd: int, n: int, seed: int):
     """An image whose blocks are unlike each other: some have tokens that are far out."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, n_embd)) * rng.uniform(0.3, 2, (n // N, 1, 1)).repeat(N, 1).reshape(n, 1)
+    x = rng.standard_normal((n, n_embd)) * rng.uniform(0.3, 2, (-(-n // N), 1, 1)).repeat(N, 1).reshape(-1, 1)[:n]
     x[rng.integers(0, n, n // 24)] *= 12
     x[rng.integers(0, n, n // 24), : n_embd // 8] += 9
     np.save(path, x.astype(np.float32))
@@ -208,3 +208,20 @@ def test_the_faithful_tier_saves_answers(models, capsules, stock, patched, tmp_p
     done = patched([Case(str(g), model, script, capsule=capsule, guard=g) for g in (True, False)])
     loss = {g: nmse(r.logits(3), truth) for g, r in done.items()}
     assert loss["True"] < 0.05 * loss["False"]
+
+
+@pytest.mark.parametrize(("kind", "kappa"), [("graded", 25), ("graded, M-RoPE", 28), ("retain, residuals", 200), ("retain, MLP", 28)])
+def test_threads_change_no_bit(models, capsules, patched, tmp_path, kind, kappa):
+    """Heads and blocks are shared by the threads; the picture has a remainder and blocks that the guard refuses."""
+    model = models(KINDS[kind].model)
+    h, w = 12, 26
+    picture = image_file(wild(tmp_path / "wild.npy", 256, h * w, 3), h, w)
+    capsule = capsules(model, block_size=N, lossless=False, kappa=kappa, **KINDS[kind].file)
+    reads = [read_kv(il) for il in range(LAYERS)]
+    done = patched([Case(str(n), model, [picture, compress(), stats(), *reads], capsule=capsule, guard=True, threads=n) for n in (1, 2, 5)])
+    economy, faithful = done["1"].values("stats")[0]["n_slots"]
+    assert economy > 1 and faithful > 1
+    for n in ("2", "5"):
+        assert done[n].values("stats") == done["1"].values("stats")
+        for il in range(LAYERS):
+            assert all(np.array_equal(done[n].steps[3 + il].arrays[x], done["1"].steps[3 + il].arrays[x]) for x in "kv")
