@@ -509,6 +509,99 @@ static comparison test_mul_cells(const simd & s) {
     return res;
 }
 
+// views of queries in 8 bits against rows as they are stored: the error by what products of vectors of these lengths have
+static comparison test_dot_rows(const simd & s) {
+    const uint32_t d = one_of({ 64, 128, 192, 256 }), n_v = 1 + rng() % 24, n_had = llama_capsule_hadamard_size(d);
+    const uint32_t n_rot = one_of({ 0, d/2, d });
+    const bool     norm  = rng() % 2;
+    const rows     src(LLAMA_CAPSULE_TYPES[2 + rng() % 3], 1 + rng() % 50, d);
+
+    const size_t size = s.query_size(d);
+    std::vector<uint8_t> queries(n_v*size);
+    std::vector<float>   scales(n_v), views(n_v*d);
+
+    comparison res;
+    for (uint32_t v = 0; v < n_v; ++v) {
+        const auto x = values(d), turn = values(n_rot), mean = values(d);
+        const llama_capsule_view view = { d, n_rot, norm, turn.data(), uniform(), mean.data() };
+
+        float dot_mean;
+        scales[v] = s.to_query(view, x.data(), queries.data() + v*size, dot_mean);
+
+        double sum = 0.0, all = 0.0;
+        float * y = views.data() + v*d;
+        for (uint32_t i = 0; i < n_rot/2; ++i) {
+            const uint32_t i0 = norm ? 2*i : i, i1 = norm ? 2*i + 1 : i + n_rot/2;
+            y[i0] = x[i0]*turn[i0] - x[i1]*turn[i1];
+            y[i1] = x[i0]*turn[i1] + x[i1]*turn[i0];
+        }
+        for (uint32_t i = 0; i < d; ++i) {
+            y[i] = i < n_rot ? y[i] : view.still*x[i];
+            sum += y[i]*mean[i];
+            all += fabs(y[i]*mean[i]);
+        }
+        res.check(fabs(dot_mean - sum) <= 1e-5*all);
+        llama_capsule_hadamard(y, n_had, d);
+    }
+
+    const uint32_t ld = src.n + 15;
+    std::vector<float> out(n_v*ld + 8, CANARY);
+    s.dot_rows(src.type, d, src.n, src.data.data(), n_v, queries.data(), out.data(), ld);
+
+    double rows2 = 0.0;
+    for (float x : src.x) {
+        rows2 += x*x/src.n;
+    }
+    for (uint32_t v = 0; v < n_v; ++v) {
+        double view2 = 0.0;
+        for (uint32_t i = 0; i < d; ++i) {
+            view2 += views[v*d + i]*views[v*d + i];
+        }
+        for (uint32_t r = 0; r < src.n; ++r) {
+            double sum = 0.0;
+            for (uint32_t i = 0; i < d; ++i) {
+                sum += views[v*d + i]*src.x[r*d + i];
+            }
+            res.add(scales[v]*out[v*ld + r], sum, sqrt(view2*rows2/d));
+        }
+    }
+    res.check(std::all_of(out.begin() + n_v*ld, out.end(), [](float x) { return x == CANARY; }));
+    return res;
+}
+
+static comparison test_project(const simd & s) {
+    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 64 : 256), n_out = one_of({ 8, 16, 40, 48, 64, 72, 96 }), n_v = 1 + rng() % 40;
+    const uint32_t ld = n_rows + 15, ld_s = one_of({ 1, 3 });
+
+    std::vector<int16_t> basis((n_rows + 1)/2*n_out*2, 0);
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        for (uint32_t t = 0; t < n_out; ++t) {
+            basis[(r/2*n_out + t)*2 + r%2] = (int16_t) (32767*uniform()/sqrtf((float) n_rows));
+        }
+    }
+    const auto x = values(n_v*ld), scales = values(n_v*ld_s), means = values(n_v*ld_s), phi = values(n_v*n_out);
+    const llama_capsule_project p = { basis.data(), 1.0f/32767.0f, n_rows, n_out };
+
+    matrix out(1, n_out);
+    s.project(p, n_v, x.data(), ld, scales.data(), means.data(), ld_s, phi.data(), out.x.data());
+
+    comparison res;
+    for (uint32_t t = 0; t < n_out; ++t) {
+        double want = 0.0, size = 0.0;
+        for (uint32_t v = 0; v < n_v; ++v) {
+            double sum = 0.0;
+            for (uint32_t r = 0; r < n_rows; ++r) {
+                sum += (double) basis[(r/2*n_out + t)*2 + r%2]/32767.0*x[v*ld + r];
+            }
+            want += phi[v*n_out + t]*(means[v*ld_s] + scales[v*ld_s]*sum);
+            size += fabs(phi[v*n_out + t]*(fabs(means[v*ld_s]) + fabs(scales[v*ld_s]*sum)));
+        }
+        res.add(out.at(0, t), want, size);
+    }
+    res.check(out.intact());
+    return res;
+}
+
 struct test {
     const char * name;
     bool         have;
@@ -536,6 +629,8 @@ static int run(const simd & s, int n_cases) {
         { "mul_q2",        s.mul_q2 != nullptr,      test_mul_q2,                    1e-6  },
         { "dot_cells",     s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
         { "mul_cells",     s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
+        { "dot_rows",      s.dot_rows != nullptr,    test_dot_rows,                  2e-4  },
+        { "project",       s.project != nullptr,     test_project,                   1e-8  },
     };
 
     int n_bad = 0;

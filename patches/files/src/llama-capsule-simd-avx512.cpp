@@ -22,12 +22,14 @@
 #endif
 
 #define INLINE TARGET __attribute__((always_inline)) static inline
-#include "llama-capsule-simd-int.h"
+#include "llama-capsule-simd-project.h"
 
 // the halves of a vector, added
 INLINE __m256 fold(__m512 a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
+
+static llama_capsule_simd base; // for the last 8 values, and for queries
 
 namespace {
 
@@ -140,6 +142,54 @@ struct avx512 {
         _mm512_storeu_si512(dst, _mm512_and_si512(y, _mm512_set1_epi32(0x03030303)));
     }
 
+    // queries are those of AVX2: pairs of sums of 16 bits, times -8
+    static size_t query_size(uint32_t d) { return base.query_size(d); }
+
+    INLINE int32_t code_sum(const int8_t * sums, uint32_t b) {
+        int16_t x[2];
+        memcpy(x, sums + sizeof(x)*b, sizeof(x));
+        return (x[0] + x[1])/-8;
+    }
+
+    // codes with signs become codes without
+    static constexpr int ZERO_Q8 = 128;
+
+    INLINE I signed_codes(I a) { return _mm512_xor_si512(a, _mm512_set1_epi32(0x80808080)); }
+
+    template<int SHIFT, int MASK>
+    INLINE I bits_int(I a) {
+        return _mm512_and_si512(_mm512_srli_epi16(a, SHIFT), _mm512_set1_epi8(MASK));
+    }
+
+    // 16 bytes of each row: x[i] has word i of all
+    INLINE void load_words(const uint8_t * const * rows, I * x) {
+        __m512i y[4];
+        for (int i = 0; i < 4; ++i) {
+            y[i] = _mm512_castsi128_si512(load_b(rows[i]));
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  4]), 1);
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  8]), 2);
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i + 12]), 3);
+        }
+        const __m512i z0 = _mm512_unpacklo_epi32(y[0], y[1]);
+        const __m512i z1 = _mm512_unpackhi_epi32(y[0], y[1]);
+        const __m512i z2 = _mm512_unpacklo_epi32(y[2], y[3]);
+        const __m512i z3 = _mm512_unpackhi_epi32(y[2], y[3]);
+
+        x[0] = _mm512_unpacklo_epi64(z0, z2);
+        x[1] = _mm512_unpackhi_epi64(z0, z2);
+        x[2] = _mm512_unpacklo_epi64(z1, z3);
+        x[3] = _mm512_unpackhi_epi64(z1, z3);
+    }
+
+    // pairs of 16 bits
+    INLINE I load_pairs(const int16_t * x) { return _mm512_loadu_si512(x); }
+
+    INLINE I dot_pairs(I acc, I a, const int16_t * b) {
+        int32_t pair;
+        memcpy(&pair, b, sizeof(pair));
+        return _mm512_dpwssd_epi32(acc, a, _mm512_set1_epi32(pair));
+    }
+
     static constexpr uint32_t N_WEIGHTS = 32;
 
     // basis times factors of four rows, high and low bytes; see llama_capsule_int_basis for the order
@@ -169,8 +219,6 @@ struct avx512 {
 
 }
 
-static llama_capsule_simd base; // for the last 8 values
-
 TARGET static void mul_avx512(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
         const float * init, float * out, size_t ld_out) {
     const uint32_t n = d/16*16;
@@ -199,6 +247,11 @@ static void dot_cells_avx512(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_
 static void mul_cells_avx512(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
         const uint8_t * x, size_t stride, float * out, size_t ld_out) {
     (d % 16 == 0 ? mul_cells_vec<avx512> : base.mul_cells)(type, n_out, n_x, d, w, ld_w, x, stride, out, ld_out);
+}
+
+static void project_avx512(const llama_capsule_project & p, uint32_t n_v, const float * x, size_t ld_x, const float * scales, const float * means, size_t ld_s,
+        const float * phi, float * out) {
+    (p.n_out % 16 == 0 ? project_vec<avx512> : base.project)(p, n_v, x, ld_x, scales, means, ld_s, phi, out);
 }
 
 // 64 codes of 2 bits
@@ -331,6 +384,8 @@ void llama_capsule_simd_add_avx512(std::vector<llama_capsule_simd> & all) {
     s.mul_q2     = mul_q2_vec<avx512>;
     s.dot_cells  = dot_cells_avx512;
     s.mul_cells  = mul_cells_avx512;
+    s.dot_rows   = dot_rows_vec<avx512>;
+    s.project    = project_avx512;
     all.push_back(s);
 #else
     GGML_UNUSED(all);

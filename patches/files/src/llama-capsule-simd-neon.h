@@ -9,7 +9,7 @@
 #include <arm_neon.h>
 
 #define INLINE TARGET __attribute__((always_inline)) static inline
-#include "llama-capsule-simd-int.h"
+#include "llama-capsule-simd-project.h"
 
 namespace {
 
@@ -135,6 +135,51 @@ struct neon {
         vst1q_u32(dst + 12, vandq_u32(vshlq_u32(vdupq_laneq_u32(w, 3), s), m));
     }
 
+    static size_t query_size(uint32_t d) { return 2*d + sizeof(int32_t)*d/QK; }
+
+    INLINE int32_t code_sum(const int8_t * sums, uint32_t b) {
+        int32_t x;
+        memcpy(&x, sums + sizeof(x)*b, sizeof(x));
+        return x;
+    }
+
+    static constexpr int ZERO_Q8 = 0;
+
+    INLINE I signed_codes(I a) { return a; }
+
+    template<int SHIFT, int MASK>
+    INLINE I bits_int(I a) {
+        return vreinterpretq_s32_u8(bits<SHIFT, MASK>(vreinterpretq_u8_s32(a)));
+    }
+
+    // 16 bytes of each row: x[i] has word i of all
+    INLINE void load_words(const uint8_t * const * rows, I * x) {
+        const int64x2_t a0 = load_zip<false>(rows[0], rows[1]);
+        const int64x2_t a1 = load_zip<true> (rows[0], rows[1]);
+        const int64x2_t b0 = load_zip<false>(rows[2], rows[3]);
+        const int64x2_t b1 = load_zip<true> (rows[2], rows[3]);
+
+        x[0] = vreinterpretq_s32_s64(vzip1q_s64(a0, b0));
+        x[1] = vreinterpretq_s32_s64(vzip2q_s64(a0, b0));
+        x[2] = vreinterpretq_s32_s64(vzip1q_s64(a1, b1));
+        x[3] = vreinterpretq_s32_s64(vzip2q_s64(a1, b1));
+    }
+
+    template<bool HIGH>
+    INLINE int64x2_t load_zip(const uint8_t * a, const uint8_t * b) {
+        const I x = vreinterpretq_s32_u8(vld1q_u8(a));
+        const I y = vreinterpretq_s32_u8(vld1q_u8(b));
+
+        return vreinterpretq_s64_s32(HIGH ? vzip2q_s32(x, y) : vzip1q_s32(x, y));
+    }
+
+    // pairs of 16 bits
+    INLINE int16x4x2_t load_pairs(const int16_t * x) { return vld2_s16(x); }
+
+    INLINE I dot_pairs(I acc, int16x4x2_t a, const int16_t * b) {
+        return vmlal_n_s16(vmlal_n_s16(acc, a.val[0], b[0]), a.val[1], b[1]);
+    }
+
     static constexpr uint32_t N_WEIGHTS = 16;
 
     // basis times factors of four rows, high and low bytes; see llama_capsule_int_basis for the order
@@ -244,6 +289,41 @@ TARGET static float to_codes_neon(uint32_t d, const float * x, int8_t * codes, f
     }
     return max/127.0f;
 }
+
+#ifdef CAPSULE_DOTPROD
+static float to_query_neon(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean) {
+    const uint32_t d = view.d;
+
+    float y[256];
+    std::copy(x, x + d, y);
+    rope_neon(1, y, d, view.turn, 0, view.n_rot, view.norm);
+    scale_neon(d - view.n_rot, view.still, y + view.n_rot);
+
+    float32x4_t sum = vdupq_n_f32(0.0f);
+    for (uint32_t i = 0; i < d; i += 4) {
+        sum = vfmaq_f32(sum, vld1q_f32(y + i), vld1q_f32(view.mean + i));
+    }
+    dot_mean = vaddvq_f32(sum);
+
+    hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
+
+    int8_t  * codes = (int8_t *) dst;
+    int32_t * sums  = (int32_t *) (codes + 2*d);
+
+    float f[256/QK];
+    const float scale = to_codes_neon(d, y, codes, f);
+    std::copy(f, f + d/QK, sums);
+
+    // of 64 codes every fourth one
+    for (uint32_t i = 0; i < d; i += QK2) {
+        const int8x16x4_t c = vld4q_s8(codes + i);
+        for (int j = 0; j < 4; ++j) {
+            vst1q_s8(codes + d + i + 16*j, c.val[j]);
+        }
+    }
+    return scale;
+}
+#endif
 
 TARGET static void sum_neon(uint32_t n, const float * x, float * out) {
     for (uint32_t i = 0; i < n; ++i, x += LLAMA_CAPSULE_VEC) {
@@ -366,6 +446,10 @@ static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
     s.name       = "dotprod";
     s.mul_int    = mul_int_vec<neon>;
     s.mul_q2     = mul_q2_vec<neon>;
+    s.query_size = neon::query_size;
+    s.to_query   = to_query_neon;
+    s.dot_rows   = dot_rows_vec<neon>;
+    s.project    = project_vec<neon>;
 #endif
     return s;
 }
