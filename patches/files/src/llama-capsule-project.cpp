@@ -46,6 +46,10 @@ bool llama_capsule_projection::pays(uint32_t n_q, const llama_capsule_views & vi
     const size_t N = codec.data.block_size;
     const size_t d = codec.layer.n_embd_head_k;
 
+    if (views.turn.size() % (16*views.n) != 0) {
+        return false; // no kernel turns so few channels, see llama_capsule_view
+    }
+
     // products for each row, measured: those of a rebuilt key cost about the same, but serve all queries
     return n_q*views.n*(d + N) < N*d;
 }

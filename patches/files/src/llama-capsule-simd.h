@@ -77,8 +77,8 @@ struct llama_capsule_score {
 
 // a query as a base view sees it, see llama_capsule_views
 struct llama_capsule_view {
-    uint32_t d; // 64, 128, 192 or 256
-    uint32_t n_rot;
+    uint32_t d;     // 64, 128, 192 or 256
+    uint32_t n_rot; // a multiple of 16
     bool     norm;
 
     const float * turn;  // [n_rot] as in rope()
