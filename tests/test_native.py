@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, library
+from tiny_archs import FULL, SLIDING
+from tiny_gguf import TinyModel
 
 from kvcapsule_gguf.native import CapsuleStats
 from kvcapsule_gguf.native.structs import CapsuleContextParams, CapsuleStatsStruct
@@ -139,8 +141,25 @@ def with_model(code: str, *arguments: str | Path, capsule: bool = True) -> subpr
     return subprocess.run([sys.executable, "-c", WITH_MODEL + code, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_layer_shapes(models) -> None:
-    result = with_model("print([tuple(shape) for shape in native.layer_shapes(model)])", models(), capsule=False)
+SHAPES = "print([tuple(shape) for shape in native.layer_shapes(model)])"
+
+
+@pytest.mark.parametrize("arch", ["llama", "deci", "gemma4", "gemma4-e", "lfm2", "granitehybrid", "qwen35"])
+def test_layer_shapes(models, arch) -> None:
+    """Head counts that differ between layers, layers without K and V, and those of a sliding window with another head size."""
+    model = TinyModel(arch)
+    own = model.n_layer - model.kind.keys.get("attention.shared_kv_layers", 0)
+    wanted = []
+    for i in range(model.n_layer):
+        d = model.head_of(i)
+        wanted.append((model.kv_heads[i], d, d) if i < own and model.layers[i] in (FULL, SLIDING) else (0, 0, 0))
+    result = with_model(SHAPES, models(model))
+    assert result.stdout.strip() == str(wanted), result.stderr
+
+
+def test_layer_shapes_of_a_library_without_capsules(models) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(library("stock"))}
+    result = subprocess.run([sys.executable, "-c", WITH_MODEL + SHAPES, str(models())], env=env, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "[(2, 64, 64), (2, 64, 64)]", result.stderr
 
 

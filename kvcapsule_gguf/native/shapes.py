@@ -1,9 +1,8 @@
-"""K and V shapes of a loaded model, from its metadata."""
+"""K and V shapes of a loaded model."""
 
 from __future__ import annotations
 
 import ctypes as c
-import json
 from typing import NamedTuple
 
 from .library import load
@@ -18,7 +17,7 @@ class LayerShape(NamedTuple):
 
 
 def metadata(model: int, key: str) -> str | None:
-    """One metadata value of a model as text; arrays read like [1, 2]."""
+    """One metadata value of a model as text; None if it has none, or an array."""
     llama = load().llama
     size = llama.llama_model_meta_val_str(model, key.encode(), c.create_string_buffer(1), 1)
     if size < 0:
@@ -29,21 +28,26 @@ def metadata(model: int, key: str) -> str | None:
 
 
 def layer_shapes(model: int) -> list[LayerShape]:
-    """One entry per layer. Sliding-window layers with their own head size are told apart only when the metadata says so per layer."""
+    """One entry per layer; those with a sliding window count like the others."""
+    native = load()
+    if not native.has_capsule:
+        return _from_metadata(model)
+    shape = (c.c_int32 * 3)()
+    found = []
+    while native.llama._lib.llama_capsule_layer_shape(model, len(found), shape) == 0:
+        found.append(LayerShape(*shape))
+    return found
+
+
+def _from_metadata(model: int) -> list[LayerShape]:
+    """Of a library without capsules: right where all layers are alike. llama.cpp shows no arrays."""
     arch = metadata(model, "general.architecture")
-    layers = int(metadata(model, f"{arch}.block_count") or 0)
 
-    def per_layer(key: str, default: list[int]) -> list[int]:
+    def number(key: str, default: int) -> int:
         text = metadata(model, f"{arch}.{key}")
-        if text is None:
-            return default
-        value = json.loads(text)
-        return list(value) if isinstance(value, list) else [value] * layers
+        return default if text is None else int(text)
 
-    heads = per_layer("attention.head_count", [1] * layers)
-    heads_kv = per_layer("attention.head_count_kv", heads)
-    width = int(metadata(model, f"{arch}.embedding_length") or 0)
-    default = [width // n if n else 0 for n in heads]
-    d_k = per_layer("attention.key_length", default)
-    d_v = per_layer("attention.value_length", default)
-    return [LayerShape(*row) for row in zip(heads_kv, d_k, d_v)]
+    heads = number("attention.head_count", 1)
+    d = number("embedding_length", 0) // max(1, heads)
+    shape = LayerShape(number("attention.head_count_kv", heads), number("attention.key_length", d), number("attention.value_length", d))
+    return [shape] * number("block_count", 0)

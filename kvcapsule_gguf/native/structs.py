@@ -52,6 +52,7 @@ def bind(lib: c.CDLL, model_p: type, context_p: type) -> bool:
         "llama_capsule_compress": (c.c_int32, [context_p, c.c_int32, c.c_int32, c.c_int32]),
         "llama_capsule_get_stats": (c.c_int32, [context_p, c.POINTER(CapsuleStatsStruct)]),
         "llama_capsule_read_kv": (c.c_int32, [context_p, c.c_int32, c.c_int32, c.c_int32, c.c_int32, floats, floats, c.c_uint32]),
+        "llama_capsule_layer_shape": (c.c_int32, [model_p, c.c_int32, c.POINTER(c.c_int32)]),
         "llama_capsule_fingerprint": (c.c_int32, [model_p, c.c_char_p, c.c_size_t]),
         "llama_capsule_last_error": (c.c_char_p, []),
     }

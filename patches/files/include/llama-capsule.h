@@ -73,6 +73,9 @@ extern "C" {
                          float   * v,
                         uint32_t   n_max);
 
+    // KV heads, key and value length of a layer: shape[3], all 0 if it has no K and V of its own; 0 on success
+    LLAMA_API int32_t llama_capsule_layer_shape(const struct llama_model * model, int32_t il, int32_t * shape);
+
     // 64 hex digits and a terminating 0, the same for every quantization of a model; 0 on success
     LLAMA_API int32_t llama_capsule_fingerprint(const struct llama_model * model, char * buf, size_t buf_size);
 

@@ -383,6 +383,22 @@ int32_t llama_capsule_read_kv(
     return n;
 }
 
+int32_t llama_capsule_layer_shape(const struct llama_model * model, int32_t il, int32_t * shape) {
+    const auto & hparams = model->hparams;
+
+    if (il < 0 || (uint32_t) il >= hparams.n_layer()) {
+        return -1;
+    }
+
+    const bool has_kv = hparams.has_kv(il) && !hparams.is_recr(il) && hparams.n_head_kv(il) > 0;
+
+    shape[0] = has_kv ? hparams.n_head_kv(il)     : 0;
+    shape[1] = has_kv ? hparams.n_embd_head_k(il) : 0;
+    shape[2] = has_kv ? hparams.n_embd_head_v(il) : 0;
+
+    return 0;
+}
+
 int32_t llama_capsule_fingerprint(const struct llama_model * model, char * buf, size_t buf_size) {
     const std::string res = llama_capsule_model_fingerprint(*model);
 
