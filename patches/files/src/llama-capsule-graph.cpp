@@ -36,7 +36,7 @@ void llm_graph_input_capsule::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_capsule::can_reuse(const llm_graph_params & params) {
-    const auto fits = [this](const auto & it) { return it.second->ne[0] == store->op_rope_size(it.first); };
+    const auto fits = [this](const auto & it) { return it.second->ne[0] == store->op_rope_size(it.first) && it.second->op_params[0] == store->op_rope_terms(it.first); };
 
     return version == store->version() && (!mask || mask->ne[1] == params.ubatch.n_tokens) && std::all_of(op_rope.begin(), op_rope.end(), fits);
 }

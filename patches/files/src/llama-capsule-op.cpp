@@ -198,6 +198,19 @@ int64_t llama_capsule_store::op_rope_size(int i_table) const {
     return rope.packed_size(i_table);
 }
 
+int32_t llama_capsule_store::op_rope_terms(int i_table) const {
+    update_rope();
+
+    return rope.packed_terms(i_table);
+}
+
+// can queries meet rows of `pca` as they are stored?
+bool llama_capsule_store::op_wants_views(uint32_t i_layer) const {
+    const auto p = op_params(i_layer);
+
+    return (p.flags & GGML_CAPSULE_FLAG_QUERY) && (p.flags & (3*GGML_CAPSULE_FLAG_RETAIN)) != 3*GGML_CAPSULE_FLAG_RETAIN;
+}
+
 void llama_capsule_store::set_input_op_rope(ggml_tensor * dst, int i_table) const {
     const auto words = rope.packed(i_table);
 
@@ -217,6 +230,7 @@ ggml_tensor * llama_capsule_store::op_rope(const llm_graph_context & g, llm_grap
     ggml_tensor *& res = inp.op_rope[i_table];
     if (!res) {
         res = ggml_new_tensor_1d(g.ctx0, GGML_TYPE_I32, op_rope_size(i_table));
+        res->op_params[0] = op_rope_terms(i_table); // a graph with another number of them is not reused
         ggml_set_input(res);
         ggml_format_name(res, "capsule_inp_rope_%d", i_table);
     }
@@ -239,7 +253,8 @@ ggml_tensor * llama_capsule_store::build_op_attend(const llm_graph_context & g, 
 
     auto p = op_params(i_layer);
 
-    p.scale = kq_scale;
+    p.scale   = kq_scale;
+    p.n_terms = angles ? angles->op_params[0] : 0;
 
     // parts for as many groups of threads as the device may run, but at least a block for each
     const bool    host     = ggml_backend_buft_is_host(layer_buft(i_layer));
@@ -259,6 +274,8 @@ void llama_capsule_store::build_op_unpack(const llm_graph_context & g, llm_graph
     ggml_tensor * angles = op_rope(g, inp, i_layer);
 
     auto p = op_params(i_layer);
+
+    p.n_terms = angles ? angles->op_params[0] : 0;
 
     for (ggml_tensor * dst : { k_cold, v_cold }) {
         ggml_build_forward_expand(g.gf, ggml_capsule_unpack(g.ctx0, &p, dst, pools[0].layers[i_layer].blob, pools[1].layers[i_layer].blob, weights[i_layer].op, angles));

@@ -11,7 +11,8 @@
 #include <cmath>
 #include <cstring>
 
-static constexpr size_t CAPSULE_SPARE_PATTERNS = 64;
+static constexpr size_t   CAPSULE_SPARE_PATTERNS = 64;
+static constexpr uint32_t CAPSULE_PACKED_VIEWS   = 48; // a pattern with more of them is packed without
 
 //
 // llama_capsule_rope_params
@@ -185,7 +186,43 @@ int llama_capsule_rope_cache::find_table(uint32_t i_layer, bool rotated_0, bool 
 size_t llama_capsule_rope_cache::packed_size(int i_table) const {
     const size_t n_rot = tables[i_table/4].params.n_rot;
 
-    return (slots[0].size() + slots[1].size())*(n_rot + 1) + patterns.size()*N*n_rot;
+    const size_t n_terms = packed_terms(i_table);
+
+    return (slots[0].size() + slots[1].size())*(n_rot + 1) + patterns.size()*(N*n_rot + (n_terms > 0 ? 1 + n_terms*(N + d) : 0));
+}
+
+uint32_t llama_capsule_rope_cache::packed_terms(int i_table) const {
+    uint32_t res = 0;
+    for (const auto & v : tables[i_table/4].views) {
+        res = std::max(res, v.n <= CAPSULE_PACKED_VIEWS ? v.n : 0);
+    }
+    return res;
+}
+
+// see ggml-capsule.h
+static std::vector<float> capsule_packed_views(const llama_capsule_views & views, uint32_t n_terms, uint32_t N, uint32_t n_rot, bool norm, uint32_t d) {
+    const uint32_t ld = views.phi.size()/views.n;
+
+    std::vector<float> res(1 + n_terms*(N + d), 0.0f);
+
+    const int32_t n = views.n <= n_terms ? views.n : 0;
+    std::memcpy(res.data(), &n, sizeof(n));
+
+    for (int32_t m = 0; m < n; ++m) {
+        float * phi = res.data() + 1 + m*N;
+        float * ab  = res.data() + 1 + n_terms*N + m*d;
+
+        std::copy_n(views.phi.data() + m*ld, N, phi);
+        for (uint32_t c = 0; c < n_rot; ++c) {
+            const bool is_b = norm ? c%2 == 1 : c >= n_rot/2;
+
+            ab[c] = is_b ? -views.turn[m*n_rot + c] : views.turn[m*n_rot + c];
+        }
+        for (uint32_t c = n_rot; c < d; c += 2) {
+            ab[c] = views.still[m];
+        }
+    }
+    return res;
 }
 
 std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
@@ -206,8 +243,12 @@ std::vector<int32_t> llama_capsule_rope_cache::packed(int i_table) const {
             res.push_back(s.pattern);
         }
     }
-    for (const auto & x : t.distances) {
-        add(x);
+    const uint32_t n_terms = packed_terms(i_table);
+    for (size_t i = 0; i < t.distances.size(); ++i) {
+        add(t.distances[i]);
+        if (n_terms > 0) {
+            add(capsule_packed_views(t.views[i], n_terms, N, t.params.n_rot, t.params.norm, d));
+        }
     }
 
     return res;

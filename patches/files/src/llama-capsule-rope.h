@@ -92,9 +92,10 @@ public:
     // layers with the same angles, and rows rotated already in the same pools, have the same table, -1: no RoPE
     int find_table(uint32_t i_layer, bool rotated_0, bool rotated_1) const;
 
-    // for GGML_OP_CAPSULE: first positions and patterns of all slots, pool by pool, then the distances of every pattern
-    std::vector<int32_t> packed     (int i_table) const;
-    size_t               packed_size(int i_table) const;
+    // for GGML_OP_CAPSULE: first positions and patterns of all slots, pool by pool, then the distances and views of every pattern
+    std::vector<int32_t> packed      (int i_table) const;
+    size_t               packed_size (int i_table) const;
+    uint32_t             packed_terms(int i_table) const; // room for as many views of a pattern
 
     // slots with the same pattern have the same distances
     int  pattern(uint32_t i_pool, uint32_t i_slot) const;

@@ -160,7 +160,8 @@ public:
     void set_input_op_rope(ggml_tensor * dst, int i_table) const;
 
     // of the angles of this table, 4 bytes each
-    int64_t op_rope_size(int i_table) const;
+    int64_t op_rope_size (int i_table) const;
+    int32_t op_rope_terms(int i_table) const;
 
     //
     // info
@@ -448,6 +449,7 @@ private:
     void init_op_weights(uint32_t i_layer);
 
     ggml_capsule_params op_params(uint32_t i_layer) const;
+    bool                op_wants_views(uint32_t i_layer) const;
     ggml_tensor *       op_rope  (const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer) const;
 
     bool can_op_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b, const ggml_tensor * sinks) const;

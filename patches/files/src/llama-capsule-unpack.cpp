@@ -42,7 +42,7 @@ void llama_capsule_store::init_tiles() const {
                 tiles[i].emplace_back(pool.codecs[i], false);
                 tiles[i].emplace_back(pool.codecs[i], true);
 
-                if (path(i) == LLAMA_CAPSULE_PATH_FUSED && projections[i].back().usable()) {
+                if ((path(i) == LLAMA_CAPSULE_PATH_FUSED && projections[i].back().usable()) || (path(i) == LLAMA_CAPSULE_PATH_OP && op_wants_views(i))) {
                     d_views = data().layers[i].n_embd_head_k;
                 }
             }

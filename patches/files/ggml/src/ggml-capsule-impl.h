@@ -83,7 +83,10 @@ struct capsule_threads {
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
 #define CAPSULE_LANES     32
 #define CAPSULE_N_FLAGS   9
-#define CAPSULE_N_MAKE    16 // vectors that are made at a time, see ggml-capsule-query.h
+
+// see ggml-capsule-query.h
+#define CAPSULE_N_MAKE      16 // vectors that are made at a time
+#define CAPSULE_MAX_VECTORS 48 // pca: if the queries of an item take more, it is less work to rebuild the keys
 #define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
 
 enum capsule_type {

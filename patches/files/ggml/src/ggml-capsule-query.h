@@ -127,6 +127,9 @@ CAPSULE_FN capsule_vectors capsule_vectors_of(CAPSULE_ARGS, CAPSULE_GLOBAL const
     }
     res.n_at  = res.n_terms > 2 ? 4 : res.n_terms;
     res.n_var = res.n_terms > 2 ? (res.n_terms + 3)/4*4 : res.n_terms;
+    if (res.n_var*a.n_q > CAPSULE_MAX_VECTORS) {
+        res.n_var = 0;
+    }
 
     return res;
 }

@@ -13,7 +13,6 @@ static constexpr ggml_type CAPSULE_GGML_TYPES[CAPSULE_MAX_TYPES] = { GGML_TYPE_F
 static constexpr int CAPSULE_MAX_N = 128; // tokens of a block
 static constexpr int CAPSULE_MAX_D = 512;
 
-static constexpr int CAPSULE_MAX_VECTORS = 48; // pca: with more of them it is less work to rebuild the keys
 
 // where the sources of a node are, in the order of capsule_ptrs
 enum capsule_src {
@@ -285,7 +284,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
             n_rows_k = std::max(n_rows_k, tier.k.n_rows);
         }
         if (tier.query) {
-            const int n = a.n_q*capsule_n_vectors(a, tier);
+            const int n = tier.retain ? a.n_q*capsule_n_vectors(a, tier) : std::min(a.n_q*capsule_n_vectors(a, tier), CAPSULE_MAX_VECTORS);
 
             n_codes = std::max(n_codes, tier.k.n_rows);
             n_vec   = std::max(n_vec,   n);
@@ -358,7 +357,7 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
         if (option.n_q < (query ? std::min(n_q, 2) : 4)) {
             break;
         }
-        a.n_q     = option.n_q;
+        a.n_q     = std::max(1, std::min(option.n_q, n_q));
         a.max_q   = GGML_PAD(a.n_q, 4);
         a.n_chunk = std::min(option.n_chunk, a.mma ? a.n_mma : a.n_pad);
         if (a.mma && a.n_chunk % 16 != 0) {
@@ -373,7 +372,7 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
 }
 
 // which keys need not be rebuilt, which values stay integers, what tensor cores do
-static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, int n_q, bool mma) {
+static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, bool mma) {
     const int d = a.is_v ? a.d_v : a.d_k;
 
     // tiles of keys that are predicted, and those of hot cells, are not products
@@ -389,7 +388,7 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
         if (tier.retain) {
             tier.query = tier.query && a.n_mlp == 0;
         } else {
-            tier.query = tier.query && (a.n_rot == 0 || a.n_terms > 0) && std::min(n_q, 8)*capsule_n_vectors(a, tier) <= CAPSULE_MAX_VECTORS;
+            tier.query = tier.query && (a.n_rot == 0 || a.n_terms > 0);
         }
     }
 }
@@ -465,7 +464,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
     } else {
         const int n_q = a.n_group*a.n_tokens;
 
-        capsule_forms_init(a, p, n_q, mma);
+        capsule_forms_init(a, p, mma);
 
         // with everything, without tensor cores, without vectors
         bool fits = capsule_pieces_init(a, p.op, n_q, max_shared);
