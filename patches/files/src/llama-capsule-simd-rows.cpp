@@ -170,12 +170,12 @@ TARGET void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out) {
 }
 
 //
-// weighted sums of rows of q2_0: four rows at a time, two of them in each half of a vector; weights and scales together in 8 bits, and what they lose in 8 bits again
+// weighted sums of rows of q2_0: four rows at a time, two of them in each half of a vector; weights and scales together in 16 bits, as two numbers of 8 bits
 //
 
-static constexpr uint32_t MUL_MAX_ROWS = 128; // sums of 2*127*3 for every fourth row stay below 2^15
+static constexpr uint32_t MUL_MAX_ROWS = 128; // sums of 2*128*3 for every fourth row stay below 2^15
 static constexpr int      MUL_N_VEC    = 8;   // accumulators of a block of columns
-static constexpr int      MUL_N_TERMS  = 2;
+static constexpr float    MUL_TOP      = 127*256;
 
 // codes of a block of columns of four rows, rows 0 and 1 (2 and 3) side by side: [MUL_N_VEC][32 bytes], vector 2*p + h holds columns 4*i + p, i from 8*h on
 INLINE void mul_quad(const uint8_t * r0, const uint8_t * r1, const uint8_t * r2, const uint8_t * r3, __m256i * dst) {
@@ -192,56 +192,57 @@ INLINE void mul_quad(const uint8_t * r0, const uint8_t * r1, const uint8_t * r2,
     }
 }
 
-// n weights, a multiple of 8, in 8 bits; f becomes what is lost; returns what 1 stands for
-INLINE float mul_weights(uint32_t n, float * f, int8_t * dst, int32_t & sum) {
+// n weights, a multiple of 16, as 256*hi + lo; returns what 1 stands for
+INLINE float mul_weights(uint32_t n, const float * w, int8_t * hi, int8_t * lo, int32_t & sum) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
 
     __m256 m = _mm256_setzero_ps();
     for (uint32_t i = 0; i < n; i += 8) {
-        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_load_ps(f + i)));
+        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_load_ps(w + i)));
     }
-    const float  max   = max1(m);
-    const __m256 scale = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
-    const __m256 one   = _mm256_set1_ps(max/127.0f);
+    const float   max   = max1(m);
+    const __m256  scale = _mm256_set1_ps(max > 0.0f ? MUL_TOP/max : 0.0f);
+    const __m256i half  = _mm256_set1_epi16(128);
 
     __m256i total = _mm256_setzero_si256();
-    for (uint32_t i = 0; i < n; i += 8) {
-        const __m256  y = _mm256_load_ps(f + i);
-        const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(y, scale));
+    for (uint32_t i = 0; i < n; i += 16) {
+        const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(w + i),     scale));
+        const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(w + i + 8), scale));
 
-        _mm256_store_ps(f + i, _mm256_fnmadd_ps(one, _mm256_cvtepi32_ps(x), y));
+        total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
 
-        total = _mm256_add_epi32(total, x);
+        const __m256i x = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        const __m256i h = _mm256_srai_epi16(_mm256_adds_epi16(x, half), 8);
+        const __m256i c = _mm256_permute4x64_epi64(_mm256_packs_epi16(h, _mm256_sub_epi16(x, _mm256_slli_epi16(h, 8))), 0xd8);
 
-        const __m128i c = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-        _mm_storel_epi64((__m128i *) (dst + i), _mm_packs_epi16(c, c));
+        _mm_store_si128((__m128i *) (hi + i), _mm256_castsi256_si128(c));
+        _mm_store_si128((__m128i *) (lo + i), _mm256_extracti128_si256(c, 1));
     }
     const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
     const __m128i u = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
 
     sum = _mm_cvtsi128_si32(_mm_add_epi32(u, _mm_shuffle_epi32(u, 0xb1)));
 
-    return max/127.0f;
+    return max/MUL_TOP;
 }
 
-// both halves together, less the offsets of the codes
-INLINE void mul_add(__m256i x, __m256i offset, __m256 scale, float * y) {
-    const __m256i sum = _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
-
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, offset)), _mm256_loadu_ps(y)));
+// both halves together
+INLINE __m256i mul_halves(__m256i x) {
+    return _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 
-INLINE void mul_store(const __m256i * acc, __m256i offset, __m256 scale, float * out) {
-    for (int h = 0; h < 2; ++h, out += 32) {
+// the sums of a block in the order of its columns
+INLINE void mul_order(const __m256i * acc, __m256i * dst) {
+    for (int h = 0; h < 2; ++h, dst += 4) {
         const __m256i a0 = _mm256_unpacklo_epi16(acc[h],     acc[2 + h]);
         const __m256i a1 = _mm256_unpackhi_epi16(acc[h],     acc[2 + h]);
         const __m256i b0 = _mm256_unpacklo_epi16(acc[4 + h], acc[6 + h]);
         const __m256i b1 = _mm256_unpackhi_epi16(acc[4 + h], acc[6 + h]);
 
-        mul_add(_mm256_unpacklo_epi32(a0, b0), offset, scale, out);
-        mul_add(_mm256_unpackhi_epi32(a0, b0), offset, scale, out +  8);
-        mul_add(_mm256_unpacklo_epi32(a1, b1), offset, scale, out + 16);
-        mul_add(_mm256_unpackhi_epi32(a1, b1), offset, scale, out + 24);
+        dst[0] = mul_halves(_mm256_unpacklo_epi32(a0, b0));
+        dst[1] = mul_halves(_mm256_unpackhi_epi32(a0, b0));
+        dst[2] = mul_halves(_mm256_unpacklo_epi32(a1, b1));
+        dst[3] = mul_halves(_mm256_unpackhi_epi32(a1, b1));
     }
 }
 
@@ -275,9 +276,10 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const f
     __m256i codes[MUL_N_VEC*MUL_MAX_ROWS/4];
     alignas(32) float  scales[MUL_MAX_ROWS];
     alignas(32) float  f     [MUL_MAX_ROWS];
-    alignas(32) int8_t w8    [MUL_MAX_ROWS];
+    alignas(32) int8_t hi    [MUL_MAX_ROWS];
+    alignas(32) int8_t lo    [MUL_MAX_ROWS];
 
-    const uint32_t n_pad = GGML_PAD(n_rows, 8);
+    const uint32_t n_pad = GGML_PAD(n_rows, 16);
 
     std::fill_n(scales, n_pad, 0.0f);
     std::fill_n(f,      n_pad, 0.0f);
@@ -301,18 +303,27 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const f
                 _mm256_store_ps(f + r, _mm256_mul_ps(_mm256_load_ps(f + r), _mm256_load_ps(scales + r)));
             }
 
-            for (int k = 0; k < MUL_N_TERMS; ++k) {
-                int32_t sum;
-                const float scale = mul_weights(n_pad, f, w8, sum);
+            int32_t sum;
+            const __m256  scale  = _mm256_set1_ps(mul_weights(n_pad, f, hi, lo, sum));
+            const __m256i offset = _mm256_set1_epi32(sum);
 
+            __m256i parts[2][MUL_N_VEC];
+            for (int k = 0; k < 2; ++k) {
                 __m256i acc[MUL_N_VEC];
                 for (auto & x : acc) {
                     x = _mm256_setzero_si256();
                 }
                 for (r = 0; r < n_rows; r += 4) {
-                    mul_acc(codes + MUL_N_VEC*r/4, w8 + r, acc);
+                    mul_acc(codes + MUL_N_VEC*r/4, (k == 0 ? hi : lo) + r, acc);
                 }
-                mul_store(acc, _mm256_set1_epi32(sum), _mm256_set1_ps(scale), out + i*ld_out + b*QK2);
+                mul_order(acc, parts[k]);
+            }
+
+            float * y = out + i*ld_out + b*QK2;
+            for (int j = 0; j < MUL_N_VEC; ++j, y += 8) {
+                const __m256i x = _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32(parts[0][j], 8), parts[1][j]), offset);
+
+                _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(x), _mm256_loadu_ps(y)));
             }
         }
     }
