@@ -31,21 +31,17 @@ float llama_capsule_softmax::add(float * s, const float * mask, uint32_t n, floa
 }
 
 bool llama_capsule_read_mask(const ggml_tensor * mask, int64_t col, uint32_t n, uint32_t n_rows, float * dst, size_t ld) {
+    const auto & simd = llama_capsule_simd_get();
+
     const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
 
     bool any = false;
     for (uint32_t i = 0; i < n_rows; ++i, dst += ld) {
         const char * src = (const char *) mask->data + i*mask->nb[1];
 
+        simd.to_float(mask->type, src + col*ggml_type_size(mask->type), dst, n);
         for (uint32_t j = 0; j < n; ++j) {
-            // -inf and 0 are nearly all there is
-            if (mask->type == GGML_TYPE_F16) {
-                const ggml_fp16_t x = ((const ggml_fp16_t *) src)[col + j];
-                dst[j] = x == 0 ? 0.0f : x == 0xfc00 ? -INFINITY : ggml_fp16_to_fp32(x);
-            } else {
-                dst[j] = ((const float *) src)[col + j];
-            }
-            any = any || dst[j] != -INFINITY;
+            any |= dst[j] != -INFINITY;
         }
         std::fill(dst + n, dst + n_pad, -INFINITY);
     }
