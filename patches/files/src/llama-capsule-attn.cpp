@@ -36,7 +36,8 @@ struct capsule_attn {
     llama_capsule_buf<float> mask;   // [n_q/n_group][ld_s]
     llama_capsule_buf<float> s;      // [n_q][ld_s]
     llama_capsule_buf<float> x;      // keys or values of a chunk or block
-    llama_capsule_buf<float> w;      // [n_q][rows]
+    llama_capsule_buf<float> w;      // [n_q][slots][rows]
+    llama_capsule_buf<float> zeros;  // [rows]
     llama_capsule_buf<float> angles; // of the first token of a slot, negative
 
     llama_capsule_query         query;
@@ -64,6 +65,8 @@ struct capsule_attn {
         x   .resize(n_cols_max*std::max(ld_k, ld_v));
         w   .resize(n_q*n_slots_max*n_rows_max);
 
+        std::fill_n(zeros.resize(n_rows_max), n_rows_max, 0.0f);
+
         q_slot.resize(n_q*ld_k);
 
         std::copy_n(hot.query  (i), n_q*ld_k, q_cold.resize(n_q*ld_k));
@@ -74,9 +77,25 @@ struct capsule_attn {
         std::fill_n(l_cold.resize(n_q),      n_q,      0.0f);
     }
 
-    // n columns from col on -> those from to on
-    bool read_mask(const ggml_tensor * t, int64_t col, uint32_t n, uint32_t to) {
-        return llama_capsule_read_mask(t, col, n, n_q/n_group, mask.data() + to, ld_s);
+    // n columns from col on -> those from to on; false if nothing is visible
+    bool read_mask(const ggml_tensor * t, const uint8_t * kinds, int64_t col, uint32_t n, uint32_t to) {
+        const uint32_t n_rows = n_q/n_group;
+        const uint32_t n_pad  = GGML_PAD(n, LLAMA_CAPSULE_VEC);
+
+        if (std::all_of(kinds, kinds + n_rows, [](uint8_t kind) { return kind == LLAMA_CAPSULE_MASK_NONE; })) {
+            return false;
+        }
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            float * dst = mask.data() + i*ld_s + to;
+            if (kinds[i] == LLAMA_CAPSULE_MASK_SOME) {
+                llama_capsule_read_mask(t, i, col, n, dst);
+                continue;
+            }
+            std::fill(dst, dst + n, kinds[i] == LLAMA_CAPSULE_MASK_ALL ? 0.0f : -INFINITY);
+            std::fill(dst + n, dst + n_pad, -INFINITY);
+        }
+
+        return true;
     }
 
     // s: scores -> weights
@@ -141,13 +160,13 @@ struct capsule_attn {
         softmax();
 
         // s is [n_q][slots.size()][ld_basis]
-        const uint32_t n_rows = tile_v.n_rows();
-        const uint32_t n      = slots.size();
+        const uint32_t ld = tile_v.ld_rows();
+        const uint32_t n  = slots.size();
 
-        simd.dot(n_rows, n_q*n, tile_v.ld_basis(), tile_v.basis(), tile_v.ld_basis(), s.data(), tile_v.ld_basis(), w.data(), n_rows);
+        simd.mul(n_q*n, tile_v.ld_basis(), ld, s.data(), 1, tile_v.ld_basis(), tile_v.tokens(), ld, zeros.data(), w.data(), ld);
 
         for (uint32_t i = 0; i < n; ++i) {
-            tile_v.mul_rows(slots[i], i_head, rotated_v, n_q, w.data() + i*n_rows, n*n_rows, o_cold.data());
+            tile_v.mul_rows(slots[i], i_head, rotated_v, n_q, w.data() + i*ld, n*ld, o_cold.data());
         }
     }
 };
@@ -182,6 +201,7 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
     static thread_local std::vector<slot_ref> order;
     static thread_local std::vector<slot_ref> slots;
     static thread_local std::vector<const uint8_t *> rows;
+    static thread_local std::vector<uint8_t> kinds; // of the masks of the slots, [n_slots][n_tokens]
 
     const ggml_tensor * q    = dst->src[0]; // [d_k, n_head, n_tokens]
     const ggml_tensor * k    = dst->src[1]; // [d_k, n_head_kv, n_kv]
@@ -206,12 +226,20 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
 
     uint32_t n_rows_max = 0;
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        n_rows_max = std::max(n_rows_max, tile(i_layer, ip, true).n_rows());
+        n_rows_max = std::max(n_rows_max, tile(i_layer, ip, true).ld_rows());
     }
 
     const auto * rope_params = rope.params(i_layer);
 
     attend_order(i_layer, n_q, order);
+
+    // once for all heads: the rows of the mask are long, those of a slot far apart
+    kinds.resize(n_slots*n_tokens);
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        for (uint32_t j = 0; j < n_slots; ++j) {
+            kinds[j*n_tokens + i] = llama_capsule_mask_kind_of(cold, i, j*N(), N());
+        }
+    }
 
     const uint32_t n_pad       = GGML_PAD(N(), LLAMA_CAPSULE_VEC);
     const uint32_t n_slots_max = std::clamp<uint32_t>(CAPSULE_GROUP_MAX/n_q, 1, CAPSULE_GROUP_MAX/4);
@@ -261,7 +289,7 @@ void llama_capsule_store::attend(ggml_tensor * dst, uint32_t i_layer, int ith, i
                 slots.clear();
                 a.ld_s = n_slots_max*n_pad;
                 for (; i < n_end && order[i].i_pool == ip && slots.size() < n_slots_max; ++i) {
-                    if (a.read_mask(cold, order[i].col, N(), slots.size()*n_pad)) {
+                    if (a.read_mask(cold, kinds.data() + order[i].col/N()*n_tokens, order[i].col, N(), slots.size()*n_pad)) {
                         slots.push_back(order[i]);
                     }
                 }

@@ -30,23 +30,30 @@ float llama_capsule_softmax::add(float * s, const float * mask, uint32_t n, floa
     return f;
 }
 
-bool llama_capsule_read_mask(const ggml_tensor * mask, int64_t col, uint32_t n, uint32_t n_rows, float * dst, size_t ld) {
-    const auto & simd = llama_capsule_simd_get();
-
-    const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
-
-    bool any = false;
-    for (uint32_t i = 0; i < n_rows; ++i, dst += ld) {
-        const char * src = (const char *) mask->data + i*mask->nb[1];
-
-        simd.to_float(mask->type, src + col*ggml_type_size(mask->type), dst, n);
-        for (uint32_t j = 0; j < n; ++j) {
-            any |= dst[j] != -INFINITY;
-        }
-        std::fill(dst + n, dst + n_pad, -INFINITY);
+template<typename T>
+static llama_capsule_mask_kind mask_kind(const T * x, uint32_t n, T zero, T inf) {
+    bool all  = true;
+    bool none = true;
+    for (uint32_t i = 0; i < n; ++i) {
+        all  &= x[i] == zero;
+        none &= x[i] == inf;
     }
+    return all ? LLAMA_CAPSULE_MASK_ALL : none ? LLAMA_CAPSULE_MASK_NONE : LLAMA_CAPSULE_MASK_SOME;
+}
 
-    return any;
+llama_capsule_mask_kind llama_capsule_mask_kind_of(const ggml_tensor * mask, int64_t row, int64_t col, uint32_t n) {
+    const char * src = (const char *) mask->data + row*mask->nb[1];
+
+    return mask->type == GGML_TYPE_F16 ?
+        mask_kind<ggml_fp16_t>((const ggml_fp16_t *) src + col, n, 0, 0xfc00) :
+        mask_kind<float>      ((const float       *) src + col, n, 0.0f, -INFINITY);
+}
+
+void llama_capsule_read_mask(const ggml_tensor * mask, int64_t row, int64_t col, uint32_t n, float * dst) {
+    const char * src = (const char *) mask->data + row*mask->nb[1] + col*ggml_type_size(mask->type);
+
+    llama_capsule_simd_get().to_float(mask->type, src, dst, n);
+    std::fill(dst + n, dst + GGML_PAD(n, LLAMA_CAPSULE_VEC), -INFINITY);
 }
 
 float * llama_capsule_hot::init(uint32_t n_heads, uint32_t n_q, uint32_t n_group, uint32_t ld_k, uint32_t ld_v) {
@@ -92,7 +99,12 @@ void llama_capsule_hot::attend(const ggml_tensor * k, const ggml_tensor * v, boo
             const uint32_t n     = std::min<int64_t>(ld_s, col_end - c);
             const uint32_t n_pad = GGML_PAD(n, LLAMA_CAPSULE_VEC);
 
-            if (!llama_capsule_read_mask(mask, c, n, n_q/n_group, visible.data(), ld_s)) {
+            bool any = false;
+            for (uint32_t i = 0; i < n_q/n_group; ++i) {
+                any = llama_capsule_mask_kind_of(mask, i, c, n) != LLAMA_CAPSULE_MASK_NONE || any;
+                llama_capsule_read_mask(mask, i, c, n, visible.data() + i*ld_s);
+            }
+            if (!any) {
                 continue;
             }
             scores(k, i_head, i0, i1, c, n);

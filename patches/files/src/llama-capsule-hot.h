@@ -16,8 +16,17 @@ struct llama_capsule_softmax {
     float add(float * s, const float * mask, uint32_t n, float & added);
 };
 
-// n columns of rows of a mask as floats -> [n_rows][ld], -inf up to the next multiple of LLAMA_CAPSULE_VEC; false if nothing is visible
-bool llama_capsule_read_mask(const ggml_tensor * mask, int64_t col, uint32_t n, uint32_t n_rows, float * dst, size_t ld);
+enum llama_capsule_mask_kind : uint8_t {
+    LLAMA_CAPSULE_MASK_NONE, // nothing is visible
+    LLAMA_CAPSULE_MASK_ALL,  // zeros
+    LLAMA_CAPSULE_MASK_SOME,
+};
+
+// n columns of a row of a mask
+llama_capsule_mask_kind llama_capsule_mask_kind_of(const ggml_tensor * mask, int64_t row, int64_t col, uint32_t n);
+
+// as floats, -inf up to the next multiple of LLAMA_CAPSULE_VEC
+void llama_capsule_read_mask(const ggml_tensor * mask, int64_t row, int64_t col, uint32_t n, float * dst);
 
 class llama_capsule_hot {
 public:

@@ -47,6 +47,15 @@ llama_capsule_tile::llama_capsule_tile(const llama_capsule_codec & codec, bool i
         }
     }
 
+    if (is_v) {
+        basis_t.assign(ld_basis()*ld_rows(), 0.0f);
+        for (uint32_t r = 0; r < n_rows(); ++r) {
+            for (uint32_t t = 0; t < N; ++t) {
+                basis_t[t*ld_rows() + r] = layer_basis[r*N + t];
+            }
+        }
+    }
+
     const uint32_t n_int = counts[T_Q4] + counts[T_Q2];
 
     if (n_int > 0 && llama_capsule_simd_get().mul_int) {
@@ -72,6 +81,14 @@ const float * llama_capsule_tile::basis() const {
 
 uint32_t llama_capsule_tile::ld_basis() const {
     return GGML_PAD(codec.data.block_size, LLAMA_CAPSULE_VEC);
+}
+
+const float * llama_capsule_tile::tokens() const {
+    return basis_t.data();
+}
+
+uint32_t llama_capsule_tile::ld_rows() const {
+    return GGML_PAD(n_rows(), LLAMA_CAPSULE_VEC);
 }
 
 void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head) const {

@@ -36,6 +36,10 @@ public:
     const float * basis()    const;
     uint32_t      ld_basis() const;
 
+    // the same by tokens: [ld_basis()][ld_rows()], zero behind the tokens and behind the rows
+    const float * tokens()  const;
+    uint32_t      ld_rows() const;
+
     // [n_rows][ld]: x = mean + basis*rows, or its Hadamard transform
     void decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const;
 
@@ -61,6 +65,7 @@ private:
     bool retain;
 
     std::vector<float>   basis_pad; // only if N is not a multiple of the vector size
+    std::vector<float>   basis_t;   // see tokens(), of V only
     std::vector<float>   mean;      // [n_head_kv][ld], rotated if the rows are
     std::vector<int16_t> basis_int; // of the q4_0 and q2_0 rows
     std::vector<float>   basis_max;
