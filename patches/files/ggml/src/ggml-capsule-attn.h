@@ -154,22 +154,19 @@ CAPSULE_FN void capsule_attn_dot(CAPSULE_ARGS, CAPSULE_SHARED const T * x, CAPSU
 
 #if defined(CAPSULE_MMA)
 // rows of tiles that tensor cores wrote are aligned to 16 bytes: 4 channels at a time, so that threads with different rows do not meet in a bank
-struct alignas(16) capsule_vec4 {
-    float x[4];
-};
-
 template <int B>
 CAPSULE_FN void capsule_attn_dot(CAPSULE_ARGS, const float * x, const float * q, float * s) {
     if (!a.mma) {
         capsule_attn_dot<B, float>(a, x, q, s);
         return;
     }
+    CAPSULE_UNROLL_2
     for (int c = 0; c < a.d_k; c += 4) {
-        const capsule_vec4 y = *(const capsule_vec4 *) (x + c);
+        const capsule_vec4 y = capsule_load4(x + c);
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            const capsule_vec4 z = *(const capsule_vec4 *) (q + b*a.d_k + c);
+            const capsule_vec4 z = capsule_load4(q + b*a.d_k + c);
 
             CAPSULE_UNROLL
             for (int i = 0; i < 4; ++i) {
@@ -203,7 +200,7 @@ CAPSULE_FN void capsule_attn_scores(int tid, int nt, CAPSULE_ARGS, capsule_item 
     }
 }
 
-// the same from vectors, for a whole slot
+// the same from products with vectors, for a whole slot
 CAPSULE_FN void capsule_attn_query_scores(int tid, int nt, CAPSULE_ARGS, capsule_item it, capsule_vectors vs, int n_rows, CAPSULE_GLOBAL const char * data, int64_t col,
         CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
     CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
@@ -213,7 +210,7 @@ CAPSULE_FN void capsule_attn_query_scores(int tid, int nt, CAPSULE_ARGS, capsule
         const int j = u%a.N;
         const int x = vs.retain ? order[j] : j;
 
-        capsule_attn_put_score(a, it, a.cold, data, i, x, (int) col + x, capsule_query_score(a, vs, n_rows, i, j, weights, sm), sm);
+        capsule_attn_put_score(a, it, a.cold, data, i, x, (int) col + x, vs.retain ? capsule_query_retain(a, vs, n_rows, i, j, sm) : capsule_query_pca(a, vs, i, j, sm), sm);
     }
 }
 
@@ -527,6 +524,11 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             }
             CAPSULE_PHASE((capsule_load_codes(tid, t.n, a, tier.k, slot + tier.k.offs + it.head*tier.k.head_stride, a.d_k, sm)));
             CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, v0, v1, tier.k.n_rows, p.weights, sm)));
+            if (!vs.retain && v1 - v0 == 1) {
+                CAPSULE_PHASE((capsule_query_terms<1>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
+            } else if (!vs.retain) {
+                CAPSULE_PHASE((capsule_query_terms<4>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
+            }
             CAPSULE_PHASE((capsule_attn_query_scores(tid, t.n, a, it, vs, tier.k.n_rows, data, col, p.weights, sm)));
         } else if (!hot) {
             capsule_rows_k<T>(t, a, slot, p.weights, i, it.head, sm);

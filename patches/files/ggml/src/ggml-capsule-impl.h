@@ -35,6 +35,7 @@ CAPSULE_FN void capsule_put(device      half  & y, float x) { y = (half) x; }
 #define CAPSULE_PARAM
 #define CAPSULE_PRIVATE
 #define CAPSULE_UNROLL _Pragma("unroll")
+#define CAPSULE_UNROLL_2 _Pragma("unroll 2") // or registers run out
 #define CAPSULE_BARRIER() __syncthreads()
 #define CAPSULE_PHASES
 #define CAPSULE_RAISE(x) (x) = 1
@@ -55,6 +56,7 @@ CAPSULE_FN void capsule_put(half  & y, float x) { y = __float2half_rn(x); }
 #define CAPSULE_PARAM
 #define CAPSULE_PRIVATE
 #define CAPSULE_UNROLL
+#define CAPSULE_UNROLL_2
 #define CAPSULE_RAISE(x) __atomic_store_n(&(x), 1, __ATOMIC_RELAXED)
 #define CAPSULE_EXP(x) expf(x)
 struct capsule_half { ggml_fp16_t bits; };
@@ -195,6 +197,7 @@ struct capsule_args {
     int s_codes;    // I8 [n_rows][4*ld_codes], where the rows and the tile were
     int s_scales;   // F32 [n_rows][d/32]
     int s_dots;     // F32 [n_vec][n_rows] or [n_vec]
+    int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were
     int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where the dots are
     int s_make_red; // F32 [CAPSULE_N_MAKE][LANES]
     int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
@@ -252,6 +255,22 @@ GGML_API const ggml_tensor * ggml_capsule_source(const ggml_tensor * op, int i);
 //
 // values
 //
+
+struct alignas(16) capsule_vec4 {
+    float x[4];
+};
+
+CAPSULE_FN capsule_vec4 capsule_load4(CAPSULE_GLOBAL const float * src) {
+#if defined(__METAL_VERSION__)
+    capsule_vec4 res;
+    for (int i = 0; i < 4; ++i) {
+        res.x[i] = src[i];
+    }
+    return res;
+#else
+    return *(const capsule_vec4 *) src;
+#endif
+}
 
 CAPSULE_FN int capsule_min(int x, int y) {
     return x < y ? x : y;

@@ -90,11 +90,9 @@ CAPSULE_FN void capsule_dot(CAPSULE_ARGS, int row, int vec, int n_b, CAPSULE_SHA
 
 struct capsule_vectors {
     int retain;
-    int n_var;   // retain: a token each in the order that they are stored in, then a neighbour each; pca: terms, padded to a multiple of n_at
-    int n_at;    // pca: terms at a time
-    int n_terms;
-    CAPSULE_GLOBAL const float * phi; // [n_terms][N], 0: there is no RoPE
-    CAPSULE_GLOBAL const float * ab;  // [n_terms][d_k], (a, b) where the channels of a pair are
+    int n_var;   // retain: a token each in the order that they are stored in, then a neighbour each; pca: terms
+    CAPSULE_GLOBAL const float * phi; // [n_var][N], 0: there is no RoPE
+    CAPSULE_GLOBAL const float * ab;  // [n_var][d_k], (a, b) where the channels of a pair are
 };
 
 // n_var == 0: the keys of this slot have to be rebuilt
@@ -104,8 +102,6 @@ CAPSULE_FN capsule_vectors capsule_vectors_of(CAPSULE_ARGS, CAPSULE_GLOBAL const
     capsule_vectors res;
     res.retain  = tier.retain;
     res.n_var   = 0;
-    res.n_at    = 1;
-    res.n_terms = 0;
     res.phi     = 0;
     res.ab      = 0;
 
@@ -117,16 +113,14 @@ CAPSULE_FN capsule_vectors capsule_vectors_of(CAPSULE_ARGS, CAPSULE_GLOBAL const
         return res;
     }
 
-    res.n_terms = 1;
+    res.n_var = 1;
     if (a.n_rot > 0) {
         CAPSULE_GLOBAL const float * terms = capsule_pattern(a, tables, i_slot) + a.N*a.n_rot;
 
-        res.n_terms = ((CAPSULE_GLOBAL const int32_t *) terms)[0];
-        res.phi     = terms + 1;
-        res.ab      = terms + 1 + a.n_terms*a.N;
+        res.n_var = ((CAPSULE_GLOBAL const int32_t *) terms)[0];
+        res.phi   = terms + 1;
+        res.ab    = terms + 1 + a.n_terms*a.N;
     }
-    res.n_at  = res.n_terms > 2 ? 4 : res.n_terms;
-    res.n_var = res.n_terms > 2 ? (res.n_terms + 3)/4*4 : res.n_terms;
     if (res.n_var*a.n_q > CAPSULE_MAX_VECTORS) {
         res.n_var = 0;
     }
@@ -184,16 +178,12 @@ CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vect
                     x1 *= gate[c1];
                 }
             } else {
-                if (vs.ab && var < vs.n_terms) {
+                if (vs.ab) {
                     CAPSULE_GLOBAL const float * ab = vs.ab + var*a.d_k;
 
                     const float y0 = x0*ab[c0] + x1*ab[c1];
                     x1 = x1*ab[c0] - x0*ab[c1];
                     x0 = y0;
-                }
-                if (var >= vs.n_terms) {
-                    x0 = 0.0f;
-                    x1 = 0.0f;
                 }
                 sum += x0*mean[c0] + x1*mean[c1];
             }
@@ -285,36 +275,51 @@ CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vector
     }
 }
 
-// query i and token t of pca, B terms at a time
+// pca: dots*basis -> [n_vec][n_pad], B vectors and 4 tokens at a time
 template <int B>
-CAPSULE_FN float capsule_query_terms(CAPSULE_ARGS, capsule_vectors vs, int n_rows, int i, int t, CAPSULE_GLOBAL const float * basis, CAPSULE_SHARED const char * sm) {
-    float res = 0.0f;
-    for (int m = 0; m < vs.n_var; m += B) {
-        const int v = i*vs.n_var + m;
+CAPSULE_FN void capsule_query_terms(int tid, int nt, CAPSULE_ARGS, int v0, int v1, int n_rows, CAPSULE_GLOBAL const float * basis, CAPSULE_SHARED char * sm) {
+    const int n_t = a.n_pad/4;
 
-        CAPSULE_SHARED const float * dots = (CAPSULE_SHARED const float *) (sm + a.s_dots) + v*n_rows;
+    for (int u = tid; u < (v1 - v0 + B - 1)/B*n_t; u += nt) {
+        const int v = v0 + u/n_t*B;
+        const int n = capsule_min(v1 - v, B);
 
-        float x[B];
+        CAPSULE_GLOBAL const float * w    = basis + u%n_t*4;
+        CAPSULE_SHARED const float * dots = CAPSULE_SM_F(a.s_dots) + v*n_rows;
+        CAPSULE_SHARED float       * dst  = CAPSULE_SM_F(a.s_terms) + v*a.n_pad + u%n_t*4;
 
-        CAPSULE_UNROLL
-        for (int b = 0; b < B; ++b) {
-            x[b] = ((CAPSULE_SHARED const float *) (sm + a.s_v_mean))[v + b];
-        }
+        float x[B][4] = { { 0.0f } };
         for (int r = 0; r < n_rows; ++r) {
-            const float w = basis[r*a.n_pad + t];
+            const capsule_vec4 y = capsule_load4(w + r*a.n_pad);
 
             CAPSULE_UNROLL
             for (int b = 0; b < B; ++b) {
-                x[b] += w*dots[b*n_rows + r];
+                const float z = dots[(b < n ? b : 0)*n_rows + r];
+
+                CAPSULE_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    x[b][i] += z*y.x[i];
+                }
             }
         }
 
         CAPSULE_UNROLL
         for (int b = 0; b < B; ++b) {
-            if (m + b < vs.n_terms) {
-                res += vs.phi ? vs.phi[(m + b)*a.N + t]*x[b] : x[b];
+            for (int i = 0; i < 4 && b < n; ++i) {
+                dst[b*a.n_pad + i] = x[b][i];
             }
         }
+    }
+}
+
+// query i and token t of pca
+CAPSULE_FN float capsule_query_pca(CAPSULE_ARGS, capsule_vectors vs, int i, int t, CAPSULE_SHARED const char * sm) {
+    CAPSULE_SHARED const float * x    = (CAPSULE_SHARED const float *) (sm + a.s_terms) + i*vs.n_var*a.n_pad + t;
+    CAPSULE_SHARED const float * mean = (CAPSULE_SHARED const float *) (sm + a.s_v_mean) + i*vs.n_var;
+
+    float res = 0.0f;
+    for (int m = 0; m < vs.n_var; ++m) {
+        res += (vs.phi ? vs.phi[m*a.N + t] : 1.0f)*(x[m*a.n_pad] + mean[m]);
     }
     return res;
 }
@@ -330,20 +335,6 @@ CAPSULE_FN float capsule_query_retain(CAPSULE_ARGS, capsule_vectors vs, int n_ro
         }
     }
     return res;
-}
-
-// the score of token t is that of place j in the order of the rows
-CAPSULE_FN float capsule_query_score(CAPSULE_ARGS, capsule_vectors vs, int n_rows, int i, int j, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED const char * sm) {
-    if (vs.retain) {
-        return capsule_query_retain(a, vs, n_rows, i, j, sm);
-    }
-    if (vs.n_at == 4) {
-        return capsule_query_terms<4>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
-    }
-    if (vs.n_at == 2) {
-        return capsule_query_terms<2>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
-    }
-    return capsule_query_terms<1>(a, vs, n_rows, i, j, weights + a.w_k_basis, sm);
 }
 
 // the vectors [v0, v1) of a slot

@@ -257,7 +257,7 @@ static void capsule_tensor_init(capsule_tensor & res, const ggml_tensor * t, int
 
 // vectors that a query becomes
 static int capsule_n_vectors(const capsule_args & a, const capsule_tier & tier) {
-    return tier.retain ? a.N + (a.N - a.n_kept)*a.n_neighbours : a.n_rot == 0 ? 1 : a.n_terms > 2 ? GGML_PAD(a.n_terms, 4) : a.n_terms;
+    return tier.retain ? a.N + (a.N - a.n_kept)*a.n_neighbours : a.n_rot == 0 ? 1 : a.n_terms;
 }
 
 // layout of the shared memory for these n_q, max_q and n_chunk
@@ -272,6 +272,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
     int n_codes  = 0;
     int n_vec    = 0;
     int n_dots   = 0;
+    int n_terms  = 0;
     bool mlp     = false;
     bool plain   = false;
     bool rotated = false;
@@ -289,6 +290,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
             n_codes = std::max(n_codes, tier.k.n_rows);
             n_vec   = std::max(n_vec,   n);
             n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
+            n_terms = std::max(n_terms, tier.retain ? 0 : n*a.n_pad);
         }
         if (tier.codes && attn) {
             n_codes = std::max(n_codes, tier.v.n_rows);
@@ -328,6 +330,8 @@ static void capsule_shared_init(capsule_args & a, int op) {
         add(a.s_w,        a.max_q*a.ld_w*4);
         add(a.s_codes,    n_codes*a.ld_codes*4);
         add(a.s_scales,   n_codes*(std::max(a.d_k, a.d_v)/32)*4);
+        a.s_terms = a.s_codes;
+        n = std::max<int>(n, a.s_terms + GGML_PAD(n_terms*4, 32));
         add(a.s_dots,     std::max(n_dots, n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make : 0)*4);
         add(a.s_make_red, n_vec > 0 ? CAPSULE_N_MAKE*CAPSULE_LANES*4 : 0);
         a.s_make = a.s_dots;
