@@ -4,7 +4,7 @@
 // AVX-512 with VNNI: what gains by vectors of 64 bytes or by products of four bytes, the rest is that of AVX2
 //
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) ? defined(__GNUC__) : __GNUC__ >= 9)
 #define CAPSULE_AVX512
 #include <immintrin.h>
 

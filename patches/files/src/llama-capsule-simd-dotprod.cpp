@@ -1,7 +1,7 @@
 #include "llama-capsule-simd.h"
 
 // Apple's compiler assumes the instructions, old ones can not let some functions have them
-#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#if defined(__aarch64__) && defined(__GNUC__) && defined(__ARM_FEATURE_DOTPROD)
 #define CAPSULE_DOTPROD
 #define TARGET
 #elif defined(__aarch64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)

@@ -129,7 +129,7 @@ struct llama_capsule_simd {
     void (*mul_int)(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows,
             float * out, size_t ld_out);
 
-    // the others are nullptr together with the one above: x in 8 bits and the sums of 32 codes each; returns the scale
+    // the next three are nullptr together: x in 8 bits and the sums of 32 codes each; returns the scale
     float (*to_codes)(uint32_t d, const float * x, int8_t * codes, float * sums);
 
     // rows [i_row, i_row + n_rows) of a list, of type q8_0, q4_0 or q2_0, d 64, 128 or 256; adds to acc [n_q][n_tokens][LLAMA_CAPSULE_VEC], whose sums are the scores
@@ -138,7 +138,7 @@ struct llama_capsule_simd {
     // out[i] = sum of the LLAMA_CAPSULE_VEC values of row i of x
     void (*sum)(uint32_t n, const float * x, float * out);
 
-    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q2_0 without undoing the Hadamard rotation
+    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
     void (*mul_q2)(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
 
     // a row without rotating it: byte for byte what llama_capsule_row_quantize() writes
@@ -152,7 +152,7 @@ struct llama_capsule_simd {
     void (*mul_cells)(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w, const uint8_t * x, size_t stride,
             float * out, size_t ld_out);
 
-    // a view of a query in 8 bits, Hadamard-rotated, as dot_rows wants it; returns the scale
+    // the rest is nullptr together: a view of a query in 8 bits, Hadamard-rotated, as dot_rows wants it; returns the scale
     size_t (*query_size)(uint32_t d);
     float  (*to_query)  (const llama_capsule_view & view, const float * x, void * dst, float & dot_mean);
 
