@@ -1,12 +1,15 @@
-// contexts with and without a capsule in one process, each in a thread of its own, on one model; see scripts/thread_sanitizer
+// contexts with and without a capsule in one process, each in a thread of its own, on one model; see scripts/sanitizers
 //
-//   two_contexts MODEL CAPSULE ROUNDS
+//   two_contexts MODEL CAPSULE ROUNDS TYPE
 
 #include "llama-capsule.h"
 #include "llama.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -21,30 +24,61 @@ static void require(bool ok, const char * what) {
 static void quiet(ggml_log_level, const char *, void *) {
 }
 
-// n tokens or n embeddings of one sequence
-static void decode(llama_context * ctx, const std::vector<llama_token> & tokens, const std::vector<float> & embd, int32_t n, llama_pos & pos, llama_seq_id seq_id) {
-    llama_batch batch = llama_batch_init(n, embd.empty() ? 0 : embd.size()/n, 1);
+struct conversation {
+    llama_context * ctx;
+    bool            mrope;
 
-    batch.n_tokens = n;
-    for (int32_t i = 0; i < n; ++i) {
-        if (embd.empty()) {
-            batch.token[i] = tokens[i];
+    // n tokens or n embeddings, all of one sequence; an image is 12 tokens wide
+    void decode(const std::vector<llama_token> & tokens, const std::vector<float> & embd, int32_t n, llama_pos & pos, llama_seq_id seq_id) {
+        std::vector<llama_pos> grid(4*n);
+        for (int32_t i = 0; i < n; ++i) {
+            grid[i] = embd.empty() || !mrope ? pos + i : pos;
+            if (!embd.empty() && mrope) {
+                grid[n + i]   = pos + i/12;
+                grid[2*n + i] = pos + i%12;
+            }
         }
-        batch.pos[i]       = pos++;
-        batch.n_seq_id[i]  = 1;
-        batch.seq_id[i][0] = seq_id;
-        batch.logits[i]    = i == n - 1;
+        const std::vector<llama_seq_id> seq_ids(n, seq_id);
+        run(tokens, embd, n, grid, seq_ids);
+        pos += embd.empty() || !mrope ? n : std::max(12, n/12);
     }
-    std::copy(embd.begin(), embd.end(), batch.embd);
 
-    require(llama_decode(ctx, batch) == 0, "llama_decode");
-    require(llama_get_logits_ith(ctx, n - 1) != nullptr, "llama_get_logits_ith");
+    // a token of each sequence in one batch
+    void decode_both(llama_pos & pos, llama_pos & fork) {
+        run({ 4, 6 }, {}, 2, { pos, fork }, { 0, 1 });
+        pos++;
+        fork++;
+    }
 
-    llama_batch_free(batch);
-}
+private:
+    void run(const std::vector<llama_token> & tokens, const std::vector<float> & embd, int32_t n, const std::vector<llama_pos> & pos, const std::vector<llama_seq_id> & seq_ids) {
+        llama_batch batch = llama_batch_init(n, embd.empty() ? 0 : embd.size()/n, 1);
 
-static void converse(const llama_model * model, const llama_capsule * capsule, int seed, int rounds) {
-    constexpr int n_image = 96;
+        llama_pos * own = batch.pos;
+
+        batch.n_tokens = n;
+        batch.pos      = const_cast<llama_pos *>(pos.data());
+        for (int32_t i = 0; i < n; ++i) {
+            if (embd.empty()) {
+                batch.token[i] = tokens[i];
+            }
+            batch.n_seq_id[i]  = 1;
+            batch.seq_id[i][0] = seq_ids[i];
+            batch.logits[i]    = i == n - 1;
+        }
+        std::copy(embd.begin(), embd.end(), batch.embd);
+
+        require(llama_decode(ctx, batch) == 0, "llama_decode");
+        require(llama_get_logits_ith(ctx, n - 1) != nullptr, "llama_get_logits_ith");
+
+        batch.pos = own;
+        llama_batch_free(batch);
+    }
+};
+
+// the most slots of each tier
+static std::array<uint32_t, 2> converse(const llama_model * model, const llama_capsule * capsule, ggml_type type, int seed, int rounds) {
+    constexpr int n_image = 9*12; // not a multiple of a block
 
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = 2048;
@@ -53,6 +87,9 @@ static void converse(const llama_model * model, const llama_capsule * capsule, i
     params.kv_unified      = true;
     params.n_threads       = 2;
     params.n_threads_batch = 2;
+    params.type_k          = type;
+    params.type_v          = type;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
     if (capsule) {
         llama_capsule_context_params next = llama_capsule_context_default_params();
@@ -66,10 +103,14 @@ static void converse(const llama_model * model, const llama_capsule * capsule, i
 
     llama_memory_t mem = llama_get_memory(ctx);
 
+    conversation c = { ctx, llama_model_rope_type(model) == LLAMA_ROPE_TYPE_MROPE };
+
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
 
     const std::vector<llama_token> text = { 1, 5, 3, 7, 2 };
+
+    std::array<uint32_t, 2> res = {};
 
     llama_pos pos = 0;
     for (int r = 0; r < rounds; ++r) {
@@ -78,14 +119,16 @@ static void converse(const llama_model * model, const llama_capsule * capsule, i
             x = normal(rng);
         }
 
-        decode(ctx, text, {},    text.size(), pos, 0);
-        decode(ctx, {},   image, n_image,     pos, 0);
-        decode(ctx, text, {},    text.size(), pos, 0);
+        c.decode(text, {},    text.size(), pos, 0);
+        c.decode({},   image, n_image,     pos, 0);
+        c.decode(text, {},    text.size(), pos, 0);
 
         // a fork, a saved state, a cut inside the image
         llama_memory_seq_cp(mem, 0, 1, -1, -1);
         llama_pos fork = pos;
-        decode(ctx, text, {}, text.size(), fork, 1);
+        c.decode(text, {}, text.size(), fork, 1);
+        c.decode_both(pos, fork);
+        c.decode({ 5 }, {}, 1, pos, 0);
 
         std::vector<uint8_t> state(llama_state_seq_get_size(ctx, 0));
         require(llama_state_seq_get_data(ctx, state.data(), state.size(), 0) == state.size(), "llama_state_seq_get_data");
@@ -93,23 +136,28 @@ static void converse(const llama_model * model, const llama_capsule * capsule, i
         require(llama_state_seq_set_data(ctx, state.data(), state.size(), 0) == state.size(), "llama_state_seq_set_data");
         require(llama_memory_seq_rm(mem, 0, pos - 60, pos - 40), "llama_memory_seq_rm");
 
+        if (capsule) {
+            llama_capsule_stats stats = {};
+            stats.size = sizeof(stats);
+            require(llama_capsule_get_stats(ctx, &stats) == 0 && stats.bytes_pools > 0, "llama_capsule_get_stats");
+            for (int t = 0; t < 2; ++t) {
+                res[t] = std::max(res[t], stats.n_slots[t]);
+            }
+        }
+
         if (pos > 700) {
             llama_memory_clear(mem, true);
             pos = 0;
         }
     }
 
-    if (capsule) {
-        llama_capsule_stats stats = {};
-        stats.size = sizeof(stats);
-        require(llama_capsule_get_stats(ctx, &stats) == 0 && stats.bytes_pools > 0, "llama_capsule_get_stats");
-    }
-
     llama_free(ctx);
+
+    return res;
 }
 
 int main(int argc, char ** argv) {
-    require(argc == 4, "two_contexts MODEL CAPSULE ROUNDS");
+    require(argc == 5, "two_contexts MODEL CAPSULE ROUNDS TYPE");
 
     llama_log_set(quiet, nullptr);
     llama_backend_init();
@@ -123,11 +171,13 @@ int main(int argc, char ** argv) {
     llama_capsule * capsule = llama_capsule_load_from_file(model, argv[2]);
     require(capsule, "llama_capsule_load_from_file");
 
-    const int rounds = atoi(argv[3]);
+    const int       rounds = atoi(argv[3]);
+    const ggml_type type   = strcmp(argv[4], "q8_0") == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
 
+    std::array<uint32_t, 2>  slots[3];
     std::vector<std::thread> threads;
     for (int i = 0; i < 3; ++i) {
-        threads.emplace_back(converse, model, i == 1 ? nullptr : capsule, i, rounds);
+        threads.emplace_back([&, i]() { slots[i] = converse(model, i == 1 ? nullptr : capsule, type, i, rounds); });
     }
     for (auto & thread : threads) {
         thread.join();
@@ -137,6 +187,7 @@ int main(int argc, char ** argv) {
     llama_model_free(model);
     llama_backend_free();
 
-    printf("%d rounds in 3 threads: with, without and with a capsule\n", rounds);
+    // with a capsule, the most slots at a time
+    printf("%u economy, %u faithful\n", slots[0][0], slots[0][1]);
     return 0;
 }
