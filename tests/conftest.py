@@ -46,6 +46,14 @@ def llama() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> list[str]:
+    """See native_code.kernels()."""
+    import native_code
+
+    return native_code.kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
 def stock() -> Callable[..., dict[str, Any]]:
     """run(cases) against the stock library."""
     return _runner("stock")

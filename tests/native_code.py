@@ -42,6 +42,15 @@ def run(*command: object, timeout: float = 300, **env: str) -> subprocess.Comple
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
 
 
+def kernels(folder: Path) -> list[str]:
+    """What code that calls the kernels of the CPU paths needs: the folder of the headers, and objects, compiled into `folder`."""
+    src = source() / "src"
+    files = [src / "llama-capsule-rows.cpp", src / "llama-capsule-views.cpp", *sorted(src.glob("llama-capsule-simd*.cpp"))]
+    done = subprocess.run([compiler(), "-std=c++17", "-ffp-contract=off", "-O2", "-fPIC", *includes(), "-c", *map(str, files)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [f"-I{src}", *(str(folder / f"{file.stem}.o") for file in files)]
+
+
 def build(code: Path, out: Path, *flags: str) -> Path:
     """Raises AssertionError with the compiler's messages."""
     done = run(compiler(), "-std=c++17", "-ffp-contract=off", *includes(), *flags, code, "-o", out, *libraries(), "-pthread")

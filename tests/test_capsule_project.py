@@ -17,11 +17,9 @@ PRODUCTS = 1.5e-4  # mean square error of products with queries in 8 bits, by th
 
 
 @pytest.fixture(scope="module")
-def lib(tmp_path_factory) -> ctypes.CDLL:
-    src = native_code.source() / "src"
-    files = [src / "llama-capsule-rows.cpp", src / "llama-capsule-views.cpp", *sorted(src.glob("llama-capsule-simd*.cpp"))]
+def lib(kernels, tmp_path_factory) -> ctypes.CDLL:
     out = tmp_path_factory.mktemp("project") / "project.so"
-    return ctypes.CDLL(str(native_code.build(native_code.NATIVE / "capsule_project.cpp", out, "-O2", "-shared", "-fPIC", f"-I{src}", *map(str, files))))
+    return ctypes.CDLL(str(native_code.build(native_code.NATIVE / "capsule_project.cpp", out, "-O2", "-shared", "-fPIC", *kernels)))
 
 
 def pointer(x: np.ndarray) -> ctypes.c_void_p:

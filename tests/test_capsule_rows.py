@@ -17,11 +17,9 @@ TYPES = {"f16": 1, **GGML_TYPE}
 
 
 @pytest.fixture(scope="module")
-def lib(tmp_path_factory) -> ctypes.CDLL:
+def lib(kernels, tmp_path_factory) -> ctypes.CDLL:
     """tests/native/capsule_rows.cpp with the files that it tests."""
-    src = native_code.source() / "src"
-    files = [src / "llama-capsule-rows.cpp", *sorted(src.glob("llama-capsule-simd*.cpp"))]
-    out = native_code.build(native_code.NATIVE / "capsule_rows.cpp", tmp_path_factory.mktemp("rows") / "rows.so", "-O2", "-shared", "-fPIC", f"-I{src}", *map(str, files))
+    out = native_code.build(native_code.NATIVE / "capsule_rows.cpp", tmp_path_factory.mktemp("rows") / "rows.so", "-O2", "-shared", "-fPIC", *kernels)
     lib = ctypes.CDLL(str(out))
     lib.quantize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     lib.rotate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]

@@ -9,10 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    src = native_code.source() / "src"
-    files = [src / "llama-capsule-rows.cpp", *sorted(src.glob("llama-capsule-simd*.cpp"))]
-    return native_code.build(native_code.NATIVE / "capsule_simd.cpp", tmp_path_factory.mktemp("simd") / "simd", "-O2", f"-I{src}", *map(str, files))
+def program(kernels, tmp_path_factory) -> Path:
+    return native_code.build(native_code.NATIVE / "capsule_simd.cpp", tmp_path_factory.mktemp("simd") / "simd", "-O1", *kernels)
 
 
 def test_every_function(program):
