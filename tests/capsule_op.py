@@ -84,7 +84,8 @@ class Params(ctypes.Structure):
 class Weights(ctypes.Structure):
     """struct ggml_capsule_weights."""
 
-    NAMES = ("k_mean", "v_mean", "k_basis", "k_basis_h", "v_basis", "v_basis_h", "v_basis_t", "token_order", "neighbours", "gate", "mlp_up", "mlp_up_bias", "mlp_down", "size")
+    NAMES = ("k_mean", "v_mean", "k_basis", "k_basis_h", "v_basis", "v_basis_h", "v_basis_t", "token_order", "neighbours", "gate", "mlp_up", "mlp_up_bias", "mlp_down",
+             "mlp_up_h", "mlp_down_h", "size")  # fmt: skip
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]
 
 
@@ -174,6 +175,7 @@ class Data:
             "k_basis_h": half(self.k_basis), "v_basis_h": half(self.v_basis),
             "v_basis_t": self.v_basis.T, "token_order": r.order.astype(np.int32), "neighbours": r.neighbours.astype(np.int32), "gate": r.gate,
             "mlp_up": up, "mlp_up_bias": r.mlp_up_bias, "mlp_down": r.mlp_down.swapaxes(1, 2),
+            "mlp_up_h": half_mlp_up(r.mlp_up, s), "mlp_down_h": np.pad(r.mlp_down.swapaxes(1, 2), ((0, 0), (0, -s.mlp % 16), (0, 0))).astype(np.float16),
         }.items():  # fmt: skip
             flat = np.ascontiguousarray(x).reshape(-1).view(np.int32)
             out[getattr(layout, name) : getattr(layout, name) + flat.size] = flat
@@ -215,6 +217,12 @@ class Data:
 def half(basis: np.ndarray) -> np.ndarray:
     """f16 [tokens, components], padded to multiples of 16."""
     return np.pad(basis.T, ((0, -len(basis) % 16),) * 2).astype(np.float16)
+
+
+def half_mlp_up(up: np.ndarray, s: Setting) -> np.ndarray:
+    """[heads, mlp, neighbours*d] -> f16 [heads, d, neighbours*mlp], rows padded to a multiple of 16."""
+    x = up.reshape(s.heads, s.mlp, s.neighbours, s.d_k).transpose(0, 3, 2, 1).reshape(s.heads, s.d_k, -1)
+    return np.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % 16))).astype(np.float16)
 
 
 def rotate(x: np.ndarray, n: int | None = None) -> np.ndarray:

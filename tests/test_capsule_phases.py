@@ -110,9 +110,11 @@ PRODUCTS = {
     "retain in one tier": replace(CASES["retain in one tier"], rows_k=(row_counts(f32=5), row_counts(q8_0=2, q4_0=8, q2_0=6))),
     "rotated": replace(of_rows(HEADS[64], "mixed"), rotated=True, rope="norm", n_rot=32),
     "heads of 80": of_rows(HEADS[80], "f16"),
+    "key MLP": replace(CASES["retain, q4_0 with residuals"], ragged=0.2),
+    "key MLP of 24, heads of 128": replace(CASES["retain, q4_0 with residuals"], mlp=24, neighbours=3, d_k=128, d_v=128, n_rot=128, N=40, kept=18, rows_k=(row_counts(q4_0=18), row_counts(q4_0=18, q2_0=22))),
     "query": replace(PCA, tokens=8),
 }
-F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .0043, in attention .00044
+F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .0045, in attention .0004, with a key MLP .0013
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -130,7 +132,7 @@ def test_tensor_cores(lib, name):
             found, expected = (np.frombuffer(x, np.float32) for x in (raw, run(lib, exact[what], 128)))
             if what == "attention":
                 found, expected = (result(x, s.d_v) for x in (found, expected))
-            assert np.abs(found - expected).max() <= (F16 / 10 if what == "attention" else F16)
+            assert np.abs(found - expected).max() <= (F16 / 5 if what == "attention" else F16)
 
 
 def result(parts: np.ndarray, d: int) -> np.ndarray:

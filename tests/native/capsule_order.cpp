@@ -1,5 +1,6 @@
 // the phases of GGML_OP_CAPSULE with any number of threads, in any order: a shared library for test_capsule_phases.py
 #include "ggml-capsule-attn.h"
+#include "ggml-capsule-unpack.h"
 #include "ggml-capsule.h"
 
 #include <vector>

@@ -157,13 +157,24 @@ void llama_capsule_store::init_op_weights(uint32_t i_layer) {
     }
 
     const uint32_t n_in = p.n_neighbours*p.d_k;
+
+    // for tensor cores
+    const uint32_t ld_up  = GGML_PAD(p.n_neighbours*layer.n_mlp, 16);
+    const uint32_t n_down = GGML_PAD(layer.n_mlp, 16);
+
     for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
         for (uint32_t m = 0; m < layer.n_mlp; ++m) {
             for (uint32_t i = 0; i < n_in; ++i) {
-                at(w.mlp_up)[(h*n_in + i)*layer.n_mlp + m] = layer.k_mlp_up[(h*layer.n_mlp + m)*n_in + i];
+                const float x = layer.k_mlp_up[(h*layer.n_mlp + m)*n_in + i];
+
+                at  (w.mlp_up)  [(h*n_in + i)*layer.n_mlp + m]                            = x;
+                half(w.mlp_up_h)[(h*p.d_k + i%p.d_k)*ld_up + i/p.d_k*layer.n_mlp + m] = ggml_fp32_to_fp16(x);
             }
             for (uint32_t i = 0; i < p.d_k; ++i) {
-                at(w.mlp_down)[(h*layer.n_mlp + m)*p.d_k + i] = layer.k_mlp_down[(h*p.d_k + i)*layer.n_mlp + m];
+                const float x = layer.k_mlp_down[(h*p.d_k + i)*layer.n_mlp + m];
+
+                at  (w.mlp_down)  [(h*layer.n_mlp + m)*p.d_k + i] = x;
+                half(w.mlp_down_h)[(h*n_down      + m)*p.d_k + i] = ggml_fp32_to_fp16(x);
             }
         }
     }

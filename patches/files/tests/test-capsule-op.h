@@ -151,6 +151,7 @@ struct test_capsule : public test_case {
                     const auto w = ggml_capsule_weights_layout(&p);
                     set_half(x.data() + w.k_basis, x.data() + w.k_basis_h);
                     set_half(x.data() + w.v_basis, x.data() + w.v_basis_h);
+                    set_half_mlp(x.data(), w);
                     for (int i = 0; i < p.n_block; ++i) {
                         words[w.token_order + i] = (5*i + 1) % p.n_block; // n_block is not a multiple of 5
                     }
@@ -190,6 +191,29 @@ struct test_capsule : public test_case {
         for (int r = 0; r < p.n_block; ++r) {
             for (int t = 0; t < p.n_block; ++t) {
                 dst[t*n_mma + r] = ggml_fp32_to_fp16(basis[r*n_pad + t]);
+            }
+        }
+    }
+
+    void set_half_mlp(float * x, const ggml_capsule_weights & w) const {
+        const int d      = p.d_k;
+        const int n_in   = p.n_neighbours*d;
+        const int ld_up  = GGML_PAD(p.n_neighbours*p.n_mlp, 16);
+        const int n_down = GGML_PAD(p.n_mlp, 16);
+
+        ggml_fp16_t * up   = (ggml_fp16_t *) (x + w.mlp_up_h);
+        ggml_fp16_t * down = (ggml_fp16_t *) (x + w.mlp_down_h);
+
+        std::fill_n(up,   p.n_head_kv*d*ld_up,  ggml_fp32_to_fp16(0.0f));
+        std::fill_n(down, p.n_head_kv*d*n_down, ggml_fp32_to_fp16(0.0f));
+        for (int h = 0; h < p.n_head_kv; ++h) {
+            for (int m = 0; m < p.n_mlp; ++m) {
+                for (int i = 0; i < n_in; ++i) {
+                    up[(h*d + i%d)*ld_up + i/d*p.n_mlp + m] = ggml_fp32_to_fp16(x[w.mlp_up + (h*n_in + i)*p.n_mlp + m]);
+                }
+                for (int i = 0; i < d; ++i) {
+                    down[(h*n_down + m)*d + i] = ggml_fp32_to_fp16(x[w.mlp_down + (h*p.n_mlp + m)*d + i]);
+                }
             }
         }
     }

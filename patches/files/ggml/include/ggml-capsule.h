@@ -72,6 +72,8 @@ extern "C" {
         int32_t mlp_up;      // F32 [n_head_kv][n_neighbours*d_k][n_mlp]
         int32_t mlp_up_bias; // F32 [n_head_kv][n_mlp]
         int32_t mlp_down;    // F32 [n_head_kv][n_mlp][d_k]
+        int32_t mlp_up_h;    // F16 [n_head_kv][d_k][n_neighbours*n_mlp], rows padded to a multiple of 16, for tensor cores
+        int32_t mlp_down_h;  // F16 [n_head_kv][n_mlp][d_k], n_mlp padded to a multiple of 16
         int32_t size;
     };
 

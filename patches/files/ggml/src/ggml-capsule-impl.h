@@ -6,7 +6,7 @@
 // A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
 // no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
 //
-// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks, unpack; -query.h: keys that are not rebuilt;
+// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; -query.h: keys that are not rebuilt;
 // -attn.h: attention
 //
 
@@ -174,6 +174,8 @@ struct capsule_args {
     int w_mlp_up;
     int w_mlp_up_bias;
     int w_mlp_down;
+    int w_mlp_up_h;
+    int w_mlp_down_h;
     int r_pattern;
     int r_distances;
     int r_stride;  // from pattern to pattern
@@ -190,7 +192,8 @@ struct capsule_args {
     // shared memory, in bytes
     int s_rows;  // [n_rows][ld_rows]
     int s_tile;  // [n_chunk][ld_tile]
-    int s_z;     // F32 [N - n_kept][n_mlp]
+    int s_z;     // F32 [N - n_kept][n_mlp], or for tensor cores F16 [n_mma][ld_z]
+    int s_u;     // F32 [n_kept][ld_u], tensor cores, where the tile will be
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
     int s_w;     // F32 [max_q][n_rows], where the rows of K were
@@ -210,6 +213,9 @@ struct capsule_args {
     int s_size;
     int ld_rows;
     int ld_tile;
+    int ld_z;
+    int ld_u;
+    int ld_up;   // of mlp_up_h: n_neighbours*n_mlp, rounded up to a multiple of 16
     int ld_codes; // in words
     int ld_make;
     int ld_w;

@@ -253,6 +253,55 @@ CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const 
     }
 }
 
+#if defined(CAPSULE_MMA)
+// the same on tensor cores, in two steps: products of all kept rows and the weights of every neighbour -> [n_kept][ld_u]
+CAPSULE_FN void capsule_mlp_product(int tid, int nt, CAPSULE_ARGS, const float * weights, int i_head, const capsule_half * rows, float * dst) {
+    const capsule_half * up = (const capsule_half *) (weights + a.w_mlp_up_h) + i_head*a.d_k*a.ld_up;
+
+    capsule_mma(tid, nt, (a.n_kept + 15)/16*16, a.ld_up, a.d_k, rows, a.ld_rows, up, a.ld_up, dst, a.ld_u);
+}
+
+template <typename T>
+CAPSULE_FN void capsule_mlp_product(int, int, CAPSULE_ARGS, const float *, int, const T *, float *) {
+    (void) a; // other types are not asked for
+}
+
+// then the hidden units -> [n_mma tokens][ld_z], zero for tokens that are kept
+CAPSULE_FN void capsule_mlp_finish(int tid, int nt, CAPSULE_ARGS, const float * weights, int i_head, const float * products, capsule_half * z) {
+    const int32_t * order      = (const int32_t *) weights + a.w_token_order;
+    const int32_t * neighbours = (const int32_t *) weights + a.w_neighbours;
+
+    const int n_z = a.ld_z - 8;
+
+    for (int u = tid; u < a.n_mma*n_z; u += nt) {
+        const int i = u/n_z;
+        const int m = u%n_z;
+
+        float y = 0.0f;
+        if (i >= a.n_kept && i < a.N && m < a.n_mlp) {
+            float x = weights[a.w_mlp_up_bias + i_head*a.n_mlp + m];
+            for (int k = 0; k < a.n_neighbours; ++k) {
+                x += products[neighbours[(i - a.n_kept)*a.n_neighbours + k]*a.ld_u + k*a.n_mlp + m];
+            }
+            y = 0.5f*x*(1.0f + capsule_erf(x*0.70710678118654752f));
+        }
+        capsule_put(z[(i < a.N ? order[i] : i)*a.ld_z + m], y);
+    }
+}
+
+// and what they add to n tokens from first on -> tile
+CAPSULE_FN void capsule_mlp_down(int tid, int nt, CAPSULE_ARGS, const float * weights, int i_head, int first, int n, const capsule_half * z, float * tile) {
+    const capsule_half * down = (const capsule_half *) (weights + a.w_mlp_down_h) + i_head*(a.ld_z - 8)*a.d_k;
+
+    capsule_mma(tid, nt, (n + 15)/16*16, a.d_k, a.ld_z - 8, z + first*a.ld_z, a.ld_z, down, a.d_k, tile, a.ld_tile);
+}
+
+template <typename U>
+CAPSULE_FN void capsule_mlp_down(int, int, CAPSULE_ARGS, const float *, int, int, int, const capsule_half *, U *) {
+    (void) a;
+}
+#endif
+
 // kept tokens as they are, the others predicted from their neighbours, plus a residual
 template <typename T, typename U>
 CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int n_rows,
@@ -289,7 +338,11 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
                 x0 += gate[c0]*capsule_float(row[c0]);
                 x1 += gate[c1]*capsule_float(row[c1]);
             }
-            for (int m = 0; m < a.n_mlp; ++m) {
+            if (a.mma && a.n_mlp > 0) {
+                x0 += capsule_float(tile[t*a.ld_tile + c0]);
+                x1 += capsule_float(tile[t*a.ld_tile + c1]);
+            }
+            for (int m = 0; m < a.n_mlp && !a.mma; ++m) {
                 CAPSULE_GLOBAL const float * down = weights + a.w_mlp_down + (i_head*a.n_mlp + m)*d;
 
                 x0 += down[c0]*z[j*a.n_mlp + m];
@@ -318,6 +371,13 @@ CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
 
     capsule_rows<T>(t, a, tier.k, slot, i_head, a.d_k, CAPSULE_SM_T(a.s_rows));
     if (tier.retain && a.n_mlp > 0) {
+#if defined(CAPSULE_MMA)
+        if (a.mma) {
+            CAPSULE_PHASE((capsule_mlp_product(tid, t.n, a, weights, i_head, (const T *) CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_u))));
+            CAPSULE_PHASE((capsule_mlp_finish (tid, t.n, a, weights, i_head, CAPSULE_SM_F(a.s_u), (capsule_half *) (sm + a.s_z))));
+            return;
+        }
+#endif
         CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_z))));
     }
 }
@@ -334,6 +394,11 @@ CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
     const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
 
     if (tier.retain) {
+#if defined(CAPSULE_MMA)
+        if (a.mma && a.n_mlp > 0) {
+            CAPSULE_PHASE((capsule_mlp_down(tid, t.n, a, weights, i_head, first, n, (const capsule_half *) (sm + a.s_z), tile)));
+        }
+#endif
         CAPSULE_PHASE((capsule_tile_retain(tid, t.n, a, weights, i_head, tier.k.n_rows, rope, first, n, rows, CAPSULE_SM_F(a.s_z), tile)));
     } else {
         capsule_tile<T, U>(t, a, weights + a.w_k_mean + i_head*a.d_k, weights + a.w_k_basis, weights + a.w_k_basis_h, tier.k.n_rows, a.d_k, rope, first, n, rows, tile);
@@ -351,114 +416,4 @@ CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
 
     capsule_tile<T, U>(t, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, weights + a.w_v_basis_h, part.n_rows, a.d_v, rope, first, n,
             CAPSULE_SM_T(a.s_rows), CAPSULE_SM_U(a.s_tile));
-}
-
-//
-// unpack: a slot and head -> columns of the cache
-//
-
-// a block of 32 values as ggml's quantize_row_q8_0_ref and quantize_row_q4_0_ref
-template <typename T>
-CAPSULE_FN void capsule_quantize(int type, CAPSULE_SHARED const T * x, CAPSULE_GLOBAL char * block) {
-    float amax = 0.0f;
-    float max  = 0.0f;
-    for (int c = 0; c < 32; ++c) {
-        const float y = capsule_float(x[c]);
-        if (capsule_abs(y) > amax) {
-            amax = capsule_abs(y);
-            max  = y;
-        }
-    }
-
-    const float d  = type == CAPSULE_Q8_0 ? amax/127.0f : max/-8.0f;
-    const float id = d != 0.0f ? 1.0f/d : 0.0f;
-
-    capsule_put(*(CAPSULE_GLOBAL capsule_half *) block, d);
-
-    CAPSULE_GLOBAL uint8_t * qs = (CAPSULE_GLOBAL uint8_t *) (block + 2);
-
-    if (type == CAPSULE_Q8_0) {
-        for (int c = 0; c < 32; ++c) {
-            const float y = capsule_float(x[c])*id;
-            qs[c] = (uint8_t) (int8_t) (int) (y < 0.0f ? y - 0.5f : y + 0.5f);
-        }
-        return;
-    }
-    for (int c = 0; c < 16; ++c) {
-        const int y0 = (int) (capsule_float(x[c     ])*id + 8.5f);
-        const int y1 = (int) (capsule_float(x[c + 16])*id + 8.5f);
-        qs[c] = (uint8_t) ((y0 < 15 ? y0 : 15) | (y1 < 15 ? y1 : 15) << 4);
-    }
-}
-
-// n columns, the first of them is col
-template <typename T>
-CAPSULE_FN void capsule_store(int tid, int nt, CAPSULE_ARGS, CAPSULE_SHARED const T * tile, int d, int i_head, int col, int n, CAPSULE_GLOBAL char * dst) {
-    const int type = a.dst.type;
-
-    if (a.is_v && a.v_trans) {
-        // a row per channel
-        for (int c = tid/CAPSULE_LANES; c < d; c += nt/CAPSULE_LANES) {
-            CAPSULE_GLOBAL char * row = dst + (int64_t) (i_head*d + c)*a.dst.nb1;
-            for (int j = tid % CAPSULE_LANES; j < n; j += CAPSULE_LANES) {
-                const float x = capsule_float(tile[j*a.ld_tile + c]);
-                if (type == CAPSULE_F32) {
-                    ((CAPSULE_GLOBAL float *) row)[col + j] = x;
-                } else {
-                    capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[col + j], x);
-                }
-            }
-        }
-        return;
-    }
-
-    for (int j = tid/CAPSULE_LANES; j < n; j += nt/CAPSULE_LANES) {
-        CAPSULE_GLOBAL char    * row = dst + (int64_t) (col + j)*a.dst.nb1;
-        CAPSULE_SHARED const T * x   = tile + j*a.ld_tile;
-
-        if (type == CAPSULE_Q8_0 || type == CAPSULE_Q4_0) {
-            for (int b = tid % CAPSULE_LANES; b < d/32; b += CAPSULE_LANES) {
-                capsule_quantize<T>(type, x + b*32, row + (i_head*(d/32) + b)*(type == CAPSULE_Q8_0 ? 34 : 18));
-            }
-            continue;
-        }
-        for (int c = tid % CAPSULE_LANES; c < d; c += CAPSULE_LANES) {
-            if (type == CAPSULE_F32) {
-                ((CAPSULE_GLOBAL float *) row)[i_head*d + c] = capsule_float(x[c]);
-            } else {
-                capsule_put(((CAPSULE_GLOBAL capsule_half *) row)[i_head*d + c], capsule_float(x[c]));
-            }
-        }
-    }
-}
-
-// item: slot*n_head_kv + head; rows are T, tiles are U
-template <typename T, typename U>
-CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CAPSULE_SHARED char * sm, int item) {
-    const int i_slot = item/a.n_head_kv;
-    const int i_head = item%a.n_head_kv;
-
-    CAPSULE_GLOBAL const char * slot = capsule_slot(a, p.blob0, p.blob1, i_slot);
-    CAPSULE_SHARED U          * tile = CAPSULE_SM_U(a.s_tile);
-
-    const int d   = a.is_v ? a.d_v   : a.d_k;
-    const int rot = a.is_v ? a.rot_v : a.rot_k;
-
-    if (a.is_v) {
-        capsule_rows<T>(t, a, a.tiers[capsule_tier_of(a, i_slot)].v, slot, i_head, d, CAPSULE_SM_T(a.s_rows));
-    } else {
-        capsule_rows_k<T>(t, a, slot, p.weights, i_slot, i_head, sm);
-    }
-
-    for (int first = 0; first < a.N; first += a.n_chunk) {
-        const int n = capsule_min(a.n_chunk, a.N - first);
-
-        if (a.is_v) {
-            capsule_tile_v<T, U>(t, a, p.weights, i_slot, i_head, first, n, sm);
-        } else {
-            capsule_tile_k<T, U>(t, a, p.weights, p.rope, i_slot, i_head, first, n, sm);
-        }
-        CAPSULE_HADAMARD(U, tile, n, d, a.ld_tile, rot);
-        CAPSULE_PHASE((capsule_store<U>(tid, t.n, a, tile, d, i_head, i_slot*a.N + first, n, p.dst)));
-    }
 }

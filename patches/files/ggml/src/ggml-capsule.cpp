@@ -71,6 +71,8 @@ ggml_capsule_weights ggml_capsule_weights_layout(const ggml_capsule_params * p) 
     add(res.mlp_up,      p->n_head_kv*p->n_neighbours*p->d_k*p->n_mlp);
     add(res.mlp_up_bias, p->n_head_kv*p->n_mlp);
     add(res.mlp_down,    p->n_head_kv*p->n_mlp*p->d_k);
+    add(res.mlp_up_h,    p->n_head_kv*p->d_k*GGML_PAD(p->n_neighbours*p->n_mlp, 16)/2);
+    add(res.mlp_down_h,  p->n_head_kv*p->d_k*GGML_PAD(p->n_mlp, 16)/2);
 
     res.size = size;
 
@@ -296,7 +298,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
             n_codes = std::max(n_codes, tier.v.n_rows);
         }
         n_rows_v = std::max(n_rows_v, tier.v.n_rows);
-        mlp      = mlp     || (tier.retain && !a.is_v);
+        mlp      = mlp     || (tier.retain && a.n_mlp > 0 && !a.is_v);
         plain    = plain   || tier.v.n_plain > 0;
         rotated  = rotated || tier.v.n_plain < tier.v.n_rows;
     }
@@ -307,6 +309,9 @@ static void capsule_shared_init(capsule_args & a, int op) {
     a.ld_rows  = a.mma ? d + 8 : d;
     a.ld_tile  = a.mma ? d + 4 : d + (a.tile_f32 ? 1 : 2);
     a.ld_w     = n_rows_v + 1;
+    a.ld_z     = GGML_PAD(a.n_mlp, 16) + 8;
+    a.ld_up    = GGML_PAD(a.n_neighbours*a.n_mlp, 16);
+    a.ld_u     = a.ld_up + 4;
     a.ld_codes = std::max(a.d_k, a.d_v)/4 + 1;
     a.ld_make  = a.d_k + 1;
     a.n_o      = plain && rotated ? 2 : 1;
@@ -321,8 +326,12 @@ static void capsule_shared_init(capsule_args & a, int op) {
     const int n_rows = a.is_v ? n_rows_v : n_rows_k;
 
     add(a.s_rows, (a.mma && n_rows > 0 ? a.n_mma : n_rows)*a.ld_rows*size);
-    add(a.s_tile, a.n_chunk*a.ld_tile*size_tile);
-    add(a.s_z,    mlp ? (a.N - a.n_kept)*a.n_mlp*4 : 0);
+    // U of the key MLP is gone when the tile is written
+    const int size_u = a.mma && mlp ? GGML_PAD(a.n_kept, 16)*a.ld_u*4 : 0;
+
+    add(a.s_tile, std::max(a.n_chunk*a.ld_tile*size_tile, size_u));
+    add(a.s_z,    !mlp ? 0 : a.mma ? a.n_mma*a.ld_z*2 : (a.N - a.n_kept)*a.n_mlp*4);
+    a.s_u = a.s_tile;
     if (attn) {
         // in the same place
         const int n_tile = n;
@@ -379,10 +388,10 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
 static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, bool mma) {
     const int d = a.is_v ? a.d_v : a.d_k;
 
-    // tiles of keys that are predicted, and those of hot cells, are not products
+    // `retain` without a key MLP and hot cells: there are no products
     bool product = a.is_v;
     for (const auto & tier : a.tiers) {
-        product = product || (tier.n_slots > 0 && !tier.retain);
+        product = product || (tier.n_slots > 0 && (!tier.retain || a.n_mlp > 0));
     }
     a.mma = mma && product && !a.tile_f32 && d % 16 == 0;
 
@@ -440,6 +449,8 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
     a.w_mlp_up      = w.mlp_up;
     a.w_mlp_up_bias = w.mlp_up_bias;
     a.w_mlp_down    = w.mlp_down;
+    a.w_mlp_up_h    = w.mlp_up_h;
+    a.w_mlp_down_h  = w.mlp_down_h;
     a.r_pattern     = a.n_slots*a.n_rot;
     a.r_distances   = a.n_slots*(a.n_rot + 1);
     a.r_stride      = capsule_pattern_size(p);

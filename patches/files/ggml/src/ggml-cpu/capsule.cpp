@@ -2,6 +2,7 @@
 
 #include "ggml-capsule.h"
 #include "ggml-capsule-attn.h"
+#include "ggml-capsule-unpack.h"
 #include "ggml-cpu-impl.h"
 
 #include <vector>

@@ -1,6 +1,7 @@
 #include "capsule.cuh"
 
 #include "../ggml-capsule-attn.h"
+#include "../ggml-capsule-unpack.h"
 #include "ggml-capsule.h"
 
 // compiled, never run on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
