@@ -25,7 +25,8 @@ template<ggml_type TYPE>
 struct row_type {
     static constexpr uint32_t n_codes = TYPE == GGML_TYPE_Q2_0 ? QK2 : QK; // that share a scale
     static constexpr size_t   size    = TYPE == GGML_TYPE_Q8_0 ? Q8_SIZE : TYPE == GGML_TYPE_Q4_0 ? Q4_SIZE : Q2_SIZE;
-    static constexpr int      zero    = TYPE == GGML_TYPE_Q4_0 ? 8 : 1;
+    static constexpr int      zero    = TYPE == GGML_TYPE_Q2_0 ? 1 : 8;
+    static constexpr uint32_t n_rows  = TYPE == GGML_TYPE_Q8_0 ? 4 : 8; // in a vector
 };
 
 //
@@ -208,12 +209,47 @@ size_t llama_capsule_query_size_avx2(uint32_t d) {
     return query_size(d);
 }
 
-// 8*R rows, a row in each lane of 32 bits: 4 codes at a time
+// R vectors of rows, a row in each lane of 32 bits: 4 codes at a time. Rows of q8_0 have two lanes: the upper 4 bits of the codes plus 8, and then the lower ones
 template<int R>
 struct row_group {
     __m256i codes [MAX_D/4][R];
     __m256  scales[MAX_D/QK][R];
 };
+
+// 4x4 values of 32 bits in each half
+INLINE void transpose(__m256i * x) {
+    const __m256i y0 = _mm256_unpacklo_epi32(x[0], x[1]);
+    const __m256i y1 = _mm256_unpackhi_epi32(x[0], x[1]);
+    const __m256i y2 = _mm256_unpacklo_epi32(x[2], x[3]);
+    const __m256i y3 = _mm256_unpackhi_epi32(x[2], x[3]);
+
+    x[0] = _mm256_unpacklo_epi64(y0, y2);
+    x[1] = _mm256_unpackhi_epi64(y0, y2);
+    x[2] = _mm256_unpacklo_epi64(y1, y3);
+    x[3] = _mm256_unpackhi_epi64(y1, y3);
+}
+
+// codes of a block from 16 bytes of each row
+template<ggml_type TYPE, int R>
+INLINE void group_codes(__m256i * x, __m256i (*dst)[R], int r) {
+    transpose(x);
+
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int i = 0; i < 4; ++i) {
+        if (TYPE == GGML_TYPE_Q8_0) {
+            // both halves hold the same rows
+            const __m256i hi = _mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(x[i], 4), low), _mm256_set1_epi8(8));
+            dst[i][r] = _mm256_blend_epi32(hi, _mm256_and_si256(x[i], low), 0xf0);
+        } else if (TYPE == GGML_TYPE_Q4_0) {
+            dst[i][r]     = _mm256_and_si256(x[i], low);
+            dst[i + 4][r] = _mm256_and_si256(_mm256_srli_epi16(x[i], 4), low);
+        } else {
+            for (int p = 0; p < 4; ++p) {
+                dst[4*p + i][r] = _mm256_and_si256(_mm256_srli_epi16(x[i], 2*p), _mm256_set1_epi8(3));
+            }
+        }
+    }
+}
 
 template<ggml_type TYPE, int R>
 INLINE void group_rows(row_group<R> & g, uint32_t d, uint32_t n_rows, const uint8_t * src) {
@@ -225,7 +261,7 @@ INLINE void group_rows(row_group<R> & g, uint32_t d, uint32_t n_rows, const uint
         // lanes without a row repeat the last one
         const uint8_t * rows[8];
         for (uint32_t i = 0; i < 8; ++i) {
-            rows[i] = src + std::min(8*r + i, n_rows - 1)*stride;
+            rows[i] = src + std::min(T::n_rows*r + i%T::n_rows, n_rows - 1)*stride;
         }
 
         for (uint32_t b = 0; b < d/T::n_codes; ++b) {
@@ -234,36 +270,17 @@ INLINE void group_rows(row_group<R> & g, uint32_t d, uint32_t n_rows, const uint
                 memcpy(h + i, rows[i], sizeof(h[i]));
             }
             g.scales[b][r] = _mm256_cvtph_ps(_mm_setr_epi16(h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]));
+            if (TYPE == GGML_TYPE_Q8_0) {
+                g.scales[b][r] = _mm256_mul_ps(g.scales[b][r], _mm256_setr_ps(16, 16, 16, 16, 1, 1, 1, 1));
+            }
 
             __m256i (*dst)[R] = g.codes + b*T::n_codes/4;
-
             for (size_t offs = 2; offs < T::size; offs += 16, dst += 4) {
                 __m256i x[4];
                 for (int i = 0; i < 4; ++i) {
                     x[i] = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (rows[i + 4] + offs)), _mm_loadu_si128((const __m128i *) (rows[i] + offs)));
                 }
-                const __m256i y0 = _mm256_unpacklo_epi32(x[0], x[1]);
-                const __m256i y1 = _mm256_unpackhi_epi32(x[0], x[1]);
-                const __m256i y2 = _mm256_unpacklo_epi32(x[2], x[3]);
-                const __m256i y3 = _mm256_unpackhi_epi32(x[2], x[3]);
-
-                x[0] = _mm256_unpacklo_epi64(y0, y2);
-                x[1] = _mm256_unpackhi_epi64(y0, y2);
-                x[2] = _mm256_unpacklo_epi64(y1, y3);
-                x[3] = _mm256_unpackhi_epi64(y1, y3);
-
-                for (int i = 0; i < 4; ++i) {
-                    if (TYPE == GGML_TYPE_Q8_0) {
-                        dst[i][r] = x[i];
-                        continue;
-                    }
-                    static constexpr int n_bits = TYPE == GGML_TYPE_Q4_0 ? 4 : 2;
-
-                    const __m256i m = _mm256_set1_epi8((1 << n_bits) - 1);
-                    for (int p = 0; p < 8/n_bits; ++p) {
-                        dst[4*p + i][r] = _mm256_and_si256(_mm256_srli_epi16(x[i], p*n_bits), m);
-                    }
-                }
+                group_codes<TYPE, R>(x, dst, r);
             }
             for (auto & row : rows) {
                 row += T::size;
@@ -292,12 +309,10 @@ INLINE void group_dot(const row_group<R> & g, uint32_t d, const int8_t * queries
     for (uint32_t b = 0; b < d/T::n_codes; ++b) {
         __m256i sum[V][R];
         for (int v = 0; v < V; ++v) {
-            int32_t offset = 0;
-            if (TYPE != GGML_TYPE_Q8_0) {
-                memcpy(&offset, queries + v*stride + at_offsets + 4*b, sizeof(offset));
-            }
+            int32_t offset;
+            memcpy(&offset, queries + v*stride + at_offsets + 4*b, sizeof(offset));
             for (int r = 0; r < R; ++r) {
-                sum[v][r] = _mm256_set1_epi32(offset);
+                sum[v][r] = TYPE == GGML_TYPE_Q8_0 ? _mm256_set_m128i(_mm_setzero_si128(), _mm_set1_epi32(offset)) : _mm256_set1_epi32(offset);
             }
         }
 
@@ -313,27 +328,25 @@ INLINE void group_dot(const row_group<R> & g, uint32_t d, const int8_t * queries
 
                 const __m256i q = _mm256_set1_epi32(four);
                 for (int r = 0; r < R; ++r) {
-                    if (TYPE == GGML_TYPE_Q8_0) {
-                        // these codes have a sign, and two products do not fit into 16 bits
-                        add32(sum[v][r], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x[r]), _mm256_sign_epi8(q, x[r])), ones));
-                    } else {
-                        add16(sum[v][r], _mm256_maddubs_epi16(x[r], q));
-                    }
+                    add16(sum[v][r], _mm256_maddubs_epi16(x[r], q));
                 }
             }
         }
 
         for (int v = 0; v < V; ++v) {
             for (int r = 0; r < R; ++r) {
-                const __m256i s = TYPE == GGML_TYPE_Q8_0 ? sum[v][r] : _mm256_madd_epi16(sum[v][r], ones);
-                acc[v][r] = _mm256_fmadd_ps(g.scales[b][r], _mm256_cvtepi32_ps(s), acc[v][r]);
+                acc[v][r] = _mm256_fmadd_ps(g.scales[b][r], _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[v][r], ones)), acc[v][r]);
             }
         }
     }
 
     for (int v = 0; v < V; ++v) {
         for (int r = 0; r < R; ++r) {
-            _mm256_storeu_ps(out + v*ld_out + 8*r, acc[v][r]);
+            if (TYPE == GGML_TYPE_Q8_0) {
+                _mm_storeu_ps(out + v*ld_out + 4*r, _mm_add_ps(_mm256_castps256_ps128(acc[v][r]), _mm256_extractf128_ps(acc[v][r], 1)));
+            } else {
+                _mm256_storeu_ps(out + v*ld_out + 8*r, acc[v][r]);
+            }
         }
     }
 }
@@ -361,14 +374,16 @@ template<ggml_type TYPE>
 static void dot_rows(uint32_t d, uint32_t n_rows, const uint8_t * src, uint32_t n_v, const int8_t * queries, float * out, size_t ld_out) {
     const size_t stride = d/row_type<TYPE>::n_codes*row_type<TYPE>::size;
 
+    static constexpr uint32_t size = row_type<TYPE>::n_rows;
+
     for (uint32_t r = 0; r < n_rows; ) {
         const uint32_t n = n_rows - r;
-        if (n > 8) {
-            group_dots<TYPE, 2>(d, std::min(n, 16u), src + r*stride, n_v, queries, out + r, ld_out);
-            r += 16;
+        if (n > size) {
+            group_dots<TYPE, 2>(d, std::min(n, 2*size), src + r*stride, n_v, queries, out + r, ld_out);
+            r += 2*size;
         } else {
             group_dots<TYPE, 1>(d, n, src + r*stride, n_v, queries, out + r, ld_out);
-            r += 8;
+            r += size;
         }
     }
 }
