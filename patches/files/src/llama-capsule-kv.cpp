@@ -264,13 +264,24 @@ static void capsule_for_runs(const std::vector<uint32_t> & idxs, F fn) {
     }
 }
 
-static void capsule_load_rows(const ggml_tensor * t, const std::vector<uint32_t> & idxs, std::vector<uint8_t> & dst) {
+void llama_capsule_kv::reader::load_rows(rows & r, const ggml_tensor * t) {
+    r.all = ggml_backend_buffer_is_host(t->buffer);
+    if (r.all) {
+        r.data = (const uint8_t *) t->data;
+        return;
+    }
+
     const size_t row_size = ggml_row_size(t->type, t->ne[0]);
 
-    dst.resize(idxs.size()*row_size);
+    r.copy.resize(idxs.size()*row_size);
+    r.data = r.copy.data();
     capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
-        ggml_backend_tensor_get(t, dst.data() + first*row_size, cell*row_size, n*row_size);
+        ggml_backend_tensor_get(t, r.copy.data() + first*row_size, cell*row_size, n*row_size);
     });
+}
+
+const uint8_t * llama_capsule_kv::reader::row(const rows & r, const ggml_tensor * t, size_t i, uint32_t first) const {
+    return r.data + (r.all ? idxs[i] : i)*ggml_row_size(t->type, t->ne[0]) + ggml_row_size(t->type, first);
 }
 
 void llama_capsule_kv::reader::load(int32_t il, bool rope, bool want_k, bool want_v) {
@@ -279,11 +290,11 @@ void llama_capsule_kv::reader::load(int32_t il, bool rope, bool want_k, bool wan
     this->il = il;
 
     if (want_k) {
-        capsule_load_rows(layer.k, idxs, k);
+        load_rows(k, layer.k);
         i_table = rope ? find_table() : -1;
     }
     if (want_v && !kv.v_trans) {
-        capsule_load_rows(layer.v, idxs, v);
+        load_rows(v, layer.v);
     }
     if (want_v && kv.v_trans) {
         const size_t n_embd  = kv.hparams.n_embd_v_gqa(il);
@@ -292,9 +303,9 @@ void llama_capsule_kv::reader::load(int32_t il, bool rope, bool want_k, bool wan
         const size_t stride  = idxs.size()*es;
 
         // all channels of a run at once: a device is asked few times
-        v.resize(n_embd*stride);
+        v.copy.resize(n_embd*stride);
         capsule_for_runs(idxs, [&](size_t first, uint32_t cell, size_t n) {
-            ggml_backend_tensor_get_2d(layer.v, v.data() + first*es, cell*es, n*es, n_embd, kv_size*es, stride);
+            ggml_backend_tensor_get_2d(layer.v, v.copy.data() + first*es, cell*es, n*es, n_embd, kv_size*es, stride);
         });
     }
 }
@@ -325,12 +336,10 @@ void llama_capsule_kv::reader::read_k(uint32_t i_head, size_t first, size_t n, f
 
     const ggml_tensor * t = kv.layers[kv.map_layer_ids.at(il)].k;
 
-    const uint32_t d        = kv.hparams.n_embd_head_k(il);
-    const size_t   row_size = ggml_row_size(t->type, t->ne[0]);
-    const uint8_t * src     = k.data() + first*row_size + ggml_row_size(t->type, i_head*d);
+    const uint32_t d = kv.hparams.n_embd_head_k(il);
 
     for (size_t i = 0; i < n; ++i) {
-        simd.to_float(t->type, src + i*row_size, dst + i*ld, d);
+        simd.to_float(t->type, row(k, t, first + i, i_head*d), dst + i*ld, d);
 
         if (kv.attn_rot_k) {
             // see llama_kv_cache::build_input_k_rot()
@@ -354,7 +363,7 @@ void llama_capsule_kv::reader::read_v(uint32_t i_head, size_t first, size_t n, f
 
     if (kv.v_trans) {
         const size_t    es  = ggml_type_size(t->type);
-        const uint8_t * src = v.data() + (i_head*d*idxs.size() + first)*es;
+        const uint8_t * src = v.copy.data() + (i_head*d*idxs.size() + first)*es;
 
         col.resize(n);
         for (uint32_t j = 0; j < d; ++j) {
@@ -366,11 +375,8 @@ void llama_capsule_kv::reader::read_v(uint32_t i_head, size_t first, size_t n, f
         return;
     }
 
-    const size_t    row_size = ggml_row_size(t->type, t->ne[0]);
-    const uint8_t * src      = v.data() + first*row_size + ggml_row_size(t->type, i_head*d);
-
     for (size_t i = 0; i < n; ++i) {
-        simd.to_float(t->type, src + i*row_size, dst + i*ld, d);
+        simd.to_float(t->type, row(v, t, first + i, i_head*d), dst + i*ld, d);
 
         if (kv.attn_rot_v) {
             // see llama_kv_cache::build_input_v_rot()

@@ -69,7 +69,7 @@ class llama_capsule_kv::reader {
 public:
     reader(const llama_capsule_kv & cells, std::vector<uint32_t> idxs);
 
-    // copies a layer from its device; either part may be left out
+    // a layer; copied if its device has memory of its own; either part may be left out
     void load(int32_t il, bool rope, bool want_k = true, bool want_v = true);
 
     // one head of the cells [first, first + n) of the list, rows of ld values; for several threads at a time
@@ -84,9 +84,18 @@ private:
 
     int32_t il = -1;
 
-    // as they are stored: rows of all heads, or with V transposed [n_embd][n]
-    std::vector<uint8_t> k;
-    std::vector<uint8_t> v;
+    // as they are stored
+    struct rows {
+        const uint8_t * data;
+        bool            all; // of the whole cache, otherwise only the cells of the list
+
+        std::vector<uint8_t> copy;
+    };
+    rows k = {};
+    rows v = {}; // transposed: [n_embd][n], copied
+
+    void            load_rows(rows & r, const ggml_tensor * t);
+    const uint8_t * row      (const rows & r, const ggml_tensor * t, size_t i, uint32_t first) const; // of cell i from channel `first` on
 
     // angles that undo RoPE, [n][n_rot]; layers with the same RoPE share them
     struct table {
