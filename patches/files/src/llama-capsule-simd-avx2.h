@@ -115,11 +115,24 @@ void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, ui
 void llama_capsule_mul_cells_avx2(ggml_type type, uint32_t n_out, uint32_t n_x, uint32_t d, const float * w, size_t ld_w,
         const uint8_t * x, size_t stride, float * out, size_t ld_out);
 
-// llama-capsule-simd-project.cpp
+//
+// a query: codes [d], codes in the order of q2_0 [d], offsets of q4_0 [d/32], offsets of q2_0 [d/64]
+//   offset: minus the sum of the codes times the one that stands for 0 in a row; two of 16 bits, of every other pair of codes
+//
+
+inline constexpr size_t query_size(uint32_t d) {
+    return 2*d + 4*(d/QK + d/QK2);
+}
+
+static constexpr int Q4_ZERO = 8;
+static constexpr int Q2_ZERO = 1;
+
+// llama-capsule-simd-query.cpp
 size_t llama_capsule_query_size_avx2(uint32_t d);
 
 float llama_capsule_to_query_avx2(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean);
 
+// llama-capsule-simd-project.cpp
 void llama_capsule_dot_rows_avx2(ggml_type type, uint32_t d, uint32_t n_rows, const uint8_t * src, uint32_t n_v, const void * queries, float * out, size_t ld_out);
 
 void llama_capsule_project_avx2(const llama_capsule_project & p, uint32_t n_v, const float * x, size_t ld_x, const float * scales, const float * means, size_t ld_s,
