@@ -16,11 +16,11 @@ import sys
 import numpy as np
 from kvcapsule_gguf import native
 from kvcapsule_gguf.bench.compress import measure_compress
-from kvcapsule_gguf.bench.context import TILES, Bench, Context
+from kvcapsule_gguf.bench.context import Bench, Context
 from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.bench.fill import cache_rows
 from kvcapsule_gguf.bench.geometry import Geometry
-from kvcapsule_gguf.bench.model import get_model
+from kvcapsule_gguf.bench.run import Run
 from kvcapsule_gguf.bench.settings import SETTINGS
 from kvcapsule_gguf.bench.whole import measure_whole
 
@@ -32,7 +32,7 @@ grid = Geometry("grid", "qwen3vl", 2, 4, 2, 64, 256, 256, n_vocab=64, rope="imro
 FILLED = SMALL + """
 for g in (plain, grid):
     rows = cache_rows(64, 128, "f16").view(np.float16).reshape(64, 2, 64).astype(np.float32)
-    with Bench(g, get_model(g, folder)) as bench:
+    with Bench(g, Run(folder)) as bench:
         for name in ("f16 FA", "f16 no FA", "own f16"):
             context = Context(bench, SETTINGS[name], 2)
             _, v = native.read_kv(context.ctx, 1, (2, 64, 64))
@@ -46,7 +46,7 @@ for g in (plain, grid):
 """
 
 WHOLE = SMALL + """
-rows = measure_whole(plain, folder, 2, "retain", ("f16 FA", "q4_0 FA"), 3, 1, BlockShape(64))
+rows = measure_whole(plain, 2, "retain", ("f16 FA", "q4_0 FA"), Run(folder, rounds=3, shape=BlockShape(64)))
 assert [r.setting for r in rows] == ["retain", "f16 FA", "q4_0 FA"]
 assert rows[1].kv_bytes == 2 * 64 * plain.kv_bytes_f16 and 4.5 < rows[1].kv_bytes / rows[0].kv_bytes < 5.5
 assert all(r.tokens_per_s > 0 and r.first_token_s > 0 for r in rows)
@@ -55,7 +55,7 @@ assert all(r.tokens_per_s > 0 and r.first_token_s > 0 for r in rows)
 COMPRESS = SMALL + """
 for g in (plain, grid):
     for threads in (1, 2):
-        rows = measure_compress(g, folder, [SETTINGS[name] for name in ("pca", "retain")], 2, threads, TILES)
+        rows = measure_compress(g, [SETTINGS[name] for name in ("pca", "retain")], Run(folder, rounds=2, threads=threads))
         assert [(r.geometry, r.setting, r.threads, r.tokens, r.layers) for r in rows] == [(g.name, name, threads, 64, 2) for name in ("pca", "retain")]
         assert all(0 < r.seconds and 0 < r.worst_seconds and 0 < r.prefill_seconds and 0 < r.share and 0 < r.worst_share for r in rows)
 """

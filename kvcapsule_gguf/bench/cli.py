@@ -17,8 +17,8 @@ from ..format.capsule import CapsuleError as FileError
 from ..native import CapsuleError, NativeError
 from . import compress, demo, op, report, whole
 from .capsule import BLOCK
-from .context import TILES
 from .geometry import GEOMETRIES
+from .run import Run
 from .settings import SETTINGS
 from .timing import BenchError
 
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
         if name != "demo":
             q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
             q.add_argument("-t", "--threads", type=int, default=1, metavar="N")
-            q.add_argument("--block", type=block, default=TILES, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
+            q.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on a GPU (default: none)")
+            q.add_argument("--block", type=block, default=Run.shape, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
         if name in ("op", "model"):
             q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             say(f"{n} pictures")
             rows += demo.measure_demo(model, n, args.settings, args.rounds)
         return rows
+    how = Run(args.folder, args.rounds, args.threads, args.block, args.gpu_layers)
     known = [*GEOMETRIES, *(["demo"] if args.what == "compress" else [])]
     unknown = [name for name in args.geometry if name not in known]
     if unknown:
@@ -110,16 +112,16 @@ def run(args: argparse.Namespace) -> list[Any]:
         if args.what == "compress":
             say(name)
             if name == "demo":
-                rows += compress.measure_compress_demo(model_in(demo_folder()), args.rounds, args.threads)
+                rows += compress.measure_compress_demo(model_in(demo_folder()), how)
             else:
-                rows += compress.measure_compress(GEOMETRIES[name], args.folder, [SETTINGS[s] for s in args.settings], args.rounds, args.threads, args.block)
+                rows += compress.measure_compress(GEOMETRIES[name], [SETTINGS[s] for s in args.settings], how)
             continue
         for n in args.tokens if args.what == "op" else args.images:
             say(f"{name}, {n} {'tokens' if args.what == 'op' else 'images'}")
             if args.what == "op":
-                rows += op.measure_op(GEOMETRIES[name], args.folder, n, args.settings, args.rounds, args.threads, args.block)
+                rows += op.measure_op(GEOMETRIES[name], n, args.settings, how)
             else:
-                rows += whole.measure_whole(GEOMETRIES[name], args.folder, n, args.capsule, args.settings, args.rounds, args.threads, args.block)
+                rows += whole.measure_whole(GEOMETRIES[name], n, args.capsule, args.settings, how)
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as c
 import tempfile
-import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,11 @@ import numpy as np
 
 from .. import native
 from ..chat.args import CACHE_TYPES
-from ..codec.cut import BlockShape
 from .capsule import make_capsule
 from .context import TEXT_ROOM, Bench
 from .demo import read_pictures
 from .geometry import Geometry
-from .model import get_model
+from .run import Run
 from .settings import Setting
 from .timing import BenchError, in_turns
 
@@ -49,21 +47,20 @@ class CompressRow:
 class Image:
     """One image in a context of its own: what it takes to decode it, and to compress it. Raises BenchError."""
 
-    def __init__(self, bench: Bench, setting: Setting, threads: int, last_kappa: float) -> None:
+    def __init__(self, bench: Bench, setting: Setting, last_kappa: float) -> None:
         self.g, self.llama, self.name = bench.geometry, bench.llama, setting.name
-        self.clock = time.process_time if threads == 1 else time.perf_counter
+        self.clock = bench.run.clock
         self.tier = 0 if last_kappa == ALL else 1
-        shape = str(bench.shape).replace(":", "-")
-        path = bench.path.with_name(f"kvcapsule-{bench.path.stem}-{setting.capsule}-{setting.mlp_width}-{shape}-{last_kappa}.gguf")
+        path = bench.capsule_path(setting, f"-{last_kappa}")
         if not path.exists():
-            make_capsule(bench.path, path, setting.capsule, bench.shape, self.g.side, setting.mlp_width, [ALL] * (self.g.n_layer - 1) + [last_kappa])
+            make_capsule(bench.path, path, setting.capsule, bench.run.shape, self.g.side, setting.mlp_width, [ALL] * (self.g.n_layer - 1) + [last_kappa])
         self.capsule = native.Capsule.load(bench.model, path)
         p = self.llama.llama_context_default_params()
         p.n_ctx = self.g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = self.g.image_tokens
         p.type_k = p.type_v = CACHE_TYPES[setting.cache]
         p.flash_attn_type = int(setting.flash)
-        p.n_threads = p.n_threads_batch = threads
+        p.n_threads = p.n_threads_batch = bench.run.threads
         native.next_context(self.capsule, n_hot=p.n_ctx, auto_compress=False)
         self.ctx = self.llama.llama_init_from_model(bench.model, p)
         if not self.ctx:
@@ -115,29 +112,29 @@ class Image:
         self.capsule.close()
 
 
-def measure_compress(geometry: Geometry, folder: Path, settings: list[Setting], rounds: int, threads: int, shape: BlockShape) -> list[CompressRow]:
+def measure_compress(geometry: Geometry, settings: list[Setting], run: Run) -> list[CompressRow]:
     """Raises BenchError."""
     g = replace(geometry, name=f"{geometry.name}-{LAYERS}-layers", n_layer=LAYERS, n_vocab=64)
     rows = []
-    with Bench(g, get_model(g, folder), shape) as bench:
+    with Bench(g, run) as bench:
         for setting in settings:
             with ExitStack() as stack:
-                accepted, refused = (stack.enter_context(closing(Image(bench, setting, threads, kappa))) for kappa in (ALL, NONE))
-                t = in_turns({"prefill": accepted.prefill, "accepted": accepted.compress, "refused": refused.compress}, rounds)
+                accepted, refused = (stack.enter_context(closing(Image(bench, setting, kappa))) for kappa in (ALL, NONE))
+                t = in_turns({"prefill": accepted.prefill, "accepted": accepted.compress, "refused": refused.compress}, run.rounds)
             seconds = {name: median(times) / LAYERS for name, times in t.items()}
             share, worst = (median(a / b for a, b in zip(t[name], t["prefill"])) for name in ("accepted", "refused"))
-            rows.append(CompressRow(geometry.name, setting.name, threads, g.image_tokens, geometry.n_layer, seconds["accepted"], seconds["refused"],
+            rows.append(CompressRow(geometry.name, setting.name, run.threads, g.image_tokens, geometry.n_layer, seconds["accepted"], seconds["refused"],
                                     seconds["prefill"], share, worst))
     return rows
 
 
-def measure_compress_demo(model: Path, rounds: int, threads: int) -> list[CompressRow]:
-    """Wall time of `rounds` pictures. Raises ChatError."""
+def measure_compress_demo(model: Path, run: Run) -> list[CompressRow]:
+    """Wall time of run.rounds pictures. Raises ChatError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engine, turns = read_pictures(stack, model, ["-t", str(threads)], rounds + 1, folder)
+        engine, turns = read_pictures(stack, model, ["-t", str(run.threads)], run.rounds + 1, folder)
         layers = engine.llama.llama_model_n_layer(engine.model)
     turns = turns[1:]  # the first one builds the graphs
     seconds, prefill = (median(x) / layers for x in ([t.compress_s for t in turns], [t.prefill_s for t in turns]))
     share = median(t.compress_s / t.prefill_s for t in turns)
-    return [CompressRow("demo", "capsule FA", threads, turns[0].vision_tokens, layers, seconds, None, prefill, share, None)]
+    return [CompressRow("demo", "capsule FA", run.threads, turns[0].vision_tokens, layers, seconds, None, prefill, share, None)]

@@ -11,22 +11,23 @@ from pathlib import Path
 from .. import native
 from ..chat.args import CACHE_TYPES
 from ..chat.stats import BITS
-from ..codec.cut import BlockShape
 from .capsule import make_capsule
 from .fill import ImageState, vision_part
 from .geometry import Geometry
+from .model import get_model
+from .run import Run
 from .settings import Setting
 from .timing import BenchError, decode
 
-TILES = BlockShape(64, 8)
 TEXT_ROOM, SEQ = 512, 1  # cells; images are read into this sequence and move to 0
 
 
 class Bench:
     """The model of a geometry, loaded; capsules are made beside its file."""
 
-    def __init__(self, geometry: Geometry, path: Path, shape: BlockShape = TILES) -> None:
-        self.geometry, self.path, self.shape = geometry, path, shape
+    def __init__(self, geometry: Geometry, run: Run) -> None:
+        self.geometry, self.run = geometry, run
+        self.path = path = get_model(geometry, run.folder)
         self.native = native.load()
         self.native.require_capsule()
         self.llama = self.native.llama
@@ -34,20 +35,23 @@ class Bench:
         self.llama.llama_log_set(self.log, c.c_void_p(0))
         self.llama.llama_backend_init()
         options = self.llama.llama_model_default_params()
-        options.n_gpu_layers = 0
+        options.n_gpu_layers = run.gpu_layers
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), options)
         if not self.model:
             raise BenchError(f"{path} cannot be loaded as a model")
         self.capsules: dict[Path, native.Capsule] = {}
 
     def capsule(self, setting: Setting) -> native.Capsule:
-        shape = str(self.shape).replace(":", "-")
-        path = self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}-{shape}.gguf")
+        path = self.capsule_path(setting)
         if path not in self.capsules:
             if not path.exists():
-                make_capsule(self.path, path, setting.capsule, self.shape, self.geometry.side, setting.mlp_width)
+                make_capsule(self.path, path, setting.capsule, self.run.shape, self.geometry.side, setting.mlp_width)
             self.capsules[path] = native.Capsule.load(self.model, path)
         return self.capsules[path]
+
+    def capsule_path(self, setting: Setting, variant: str = "") -> Path:
+        shape = str(self.run.shape).replace(":", "-")
+        return self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}-{shape}{variant}.gguf")
 
     def close(self) -> None:
         for capsule in self.capsules.values():
@@ -64,18 +68,17 @@ class Bench:
 class Context:
     """n images of a setting. Raises BenchError."""
 
-    def __init__(self, bench: Bench, setting: Setting, n: int, threads: int = 1) -> None:
+    def __init__(self, bench: Bench, setting: Setting, n: int) -> None:
         self.bench, self.setting, self.llama, self.n = bench, setting, bench.llama, n
         g = bench.geometry
         self.compressed_s = 0.0
-        self.clock = time.process_time if threads == 1 else time.perf_counter
         p = self.llama.llama_context_default_params()
         p.n_ctx = n * g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = 512
         p.n_seq_max, p.kv_unified = 2, True
         p.type_k = p.type_v = CACHE_TYPES[setting.cache]
         p.flash_attn_type = int(setting.flash)
-        p.n_threads = p.n_threads_batch = threads
+        p.n_threads = p.n_threads_batch = bench.run.threads
         if setting.capsule:
             hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
             native.next_context(bench.capsule(setting), n_hot=hot, auto_compress=False, guard=False)
@@ -113,7 +116,7 @@ class Context:
         return bytes(buffer)
 
     def decode(self, n: int) -> float:
-        return decode(self.llama, self.ctx, n, self.clock)
+        return decode(self.llama, self.ctx, n, self.bench.run.clock)
 
     def kv_bytes(self) -> int:
         """Of all images: slots, or cells."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-from ..codec.cut import BlockShape
 from .context import Bench, Context
 from .geometry import Geometry
-from .model import get_model
+from .run import Run
 from .settings import SETTINGS
 from .timing import in_turns, speedup
 
@@ -31,18 +29,18 @@ class OpRow:
     faster_than: dict[str, float]
 
 
-def measure_op(geometry: Geometry, folder: Path, tokens: int, names: tuple[str, ...], rounds: int, threads: int, shape: BlockShape) -> list[OpRow]:
+def measure_op(geometry: Geometry, tokens: int, names: tuple[str, ...], run: Run) -> list[OpRow]:
     """Raises BenchError."""
     g = geometry.attention_only()
     n = max(1, round(tokens / g.image_tokens))
     with ExitStack() as stack:
-        bench = stack.enter_context(Bench(g, get_model(g, folder), shape))
+        bench = stack.enter_context(Bench(g, run))
         timers, contexts = {}, {}
         for name in names:
-            full, empty = (stack.enter_context(closing(Context(bench, SETTINGS[name], count, threads))) for count in (n, 0))
+            full, empty = (stack.enter_context(closing(Context(bench, SETTINGS[name], count))) for count in (n, 0))
             contexts[name] = full
             timers[name] = lambda full=full, empty=empty: full.decode(1) - empty.decode(1)
-        times = in_turns(timers, rounds)
+        times = in_turns(timers, run.rounds)
         rows = []
         for name, found in times.items():
             seconds = median(found)

@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import median
 
 from ..chat.stats import BITS
-from ..codec.cut import BlockShape
 from .context import Bench, Context
 from .geometry import Geometry
-from .model import get_model
+from .run import Run
 from .settings import SETTINGS
 from .timing import QUESTION, in_turns, speedup
 
@@ -46,20 +45,20 @@ def anonymous_bytes() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def measure_whole(geometry: Geometry, folder: Path, images: int, capsule: str, rivals: tuple[str, ...], rounds: int, threads: int, shape: BlockShape) -> list[WholeRow]:
+def measure_whole(geometry: Geometry, images: int, capsule: str, rivals: tuple[str, ...], run: Run) -> list[WholeRow]:
     """The capsule's row first; each rival is open at the same time as the capsule, one after the other. Raises BenchError."""
     rows: list[WholeRow] = []
-    with Bench(geometry, get_model(geometry, folder), shape) as bench:
-        ours, memory = _open(bench, capsule, images, threads)
+    with Bench(geometry, run) as bench:
+        ours, memory = _open(bench, capsule, images)
         with closing(ours):
             for name in rivals:
-                other, other_memory = _open(bench, name, images, threads)
+                other, other_memory = _open(bench, name, images)
                 with closing(other):
                     timers = {}
                     for who, context in (("ours", ours), ("other", other)):
                         timers[who] = lambda c=context: c.decode(1)
                         timers[who + " first"] = lambda c=context: c.decode(QUESTION)
-                    t = in_turns(timers, rounds)
+                    t = in_turns(timers, run.rounds)
                     if not rows:
                         rows.append(_row(geometry, images, capsule, ours, memory, t["ours"], t["ours first"], 1.0, 1.0))
                     ratios = speedup(t["ours"], t["other"]), speedup(t["ours first"], t["other first"])
@@ -67,10 +66,10 @@ def measure_whole(geometry: Geometry, folder: Path, images: int, capsule: str, r
     return rows
 
 
-def _open(bench: Bench, name: str, images: int, threads: int) -> tuple[Context, int]:
+def _open(bench: Bench, name: str, images: int) -> tuple[Context, int]:
     gc.collect()
     before = anonymous_bytes()
-    context = Context(bench, SETTINGS[name], images, threads)
+    context = Context(bench, SETTINGS[name], images)
     context.decode(1)
     gc.collect()
     return context, anonymous_bytes() - before

@@ -1,0 +1,26 @@
+"""How everything is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..codec.cut import BlockShape
+
+
+@dataclass(frozen=True)
+class Run:
+    """folder: for models and capsules; shape: of the blocks; gpu_layers: as llama.cpp's -ngl."""
+
+    folder: Path
+    rounds: int = 9
+    threads: int = 1
+    shape: BlockShape = BlockShape(64, 8)
+    gpu_layers: int = 0
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Processor time, which other programs do not disturb, where it is all there is."""
+        return time.process_time if self.threads == 1 and not self.gpu_layers else time.perf_counter
