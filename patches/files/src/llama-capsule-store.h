@@ -435,6 +435,16 @@ private:
     };
     void attend_order(uint32_t i_layer, uint32_t n_q, std::vector<slot_ref> & res) const;
 
+    struct attend_call;
+
+    void attend_init  (attend_call & c, ggml_tensor * dst, uint32_t i_layer) const;
+    void attend_hot   (attend_call & c, uint32_t h0, uint32_t n_heads, uint32_t i_part) const;
+    void attend_cold  (attend_call & c, uint32_t i_head, uint32_t i_part) const;
+    void attend_scores(attend_call & c, uint32_t i_head, int & pattern) const;
+    void attend_result(attend_call & c, uint32_t i_head, uint32_t i_part) const;
+
+    const uint8_t * slot_data(uint32_t i_layer, const slot_ref & s) const;
+
     // returns their number
     int blobs_in_use(uint32_t i_layer, ggml_tensor ** blobs) const;
 
