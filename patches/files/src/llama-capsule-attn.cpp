@@ -8,11 +8,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 //
 // attention straight on the slots, on the CPU: one online softmax over hot cells and slots, for all query heads of a KV head at once
-//   K of a block exists only as a tile in the cache of the core, V not at all: the weights go through the basis instead
+//   V of a block does not exist: the weights go through the basis instead. K neither, or as a tile in the cache of the core
 //
 
 static constexpr uint32_t CAPSULE_GROUP_MAX = 32; // slots times queries at a time
