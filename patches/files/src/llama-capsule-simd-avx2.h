@@ -116,7 +116,7 @@ void llama_capsule_mul_cells_avx2(ggml_type type, uint32_t n_out, uint32_t n_x, 
         const uint8_t * x, size_t stride, float * out, size_t ld_out);
 
 //
-// a query: codes [d], codes in the order of q2_0 [d], offsets of q4_0 [d/32], offsets of q2_0 [d/64]
+// a query, for AVX-512 too: codes [d], codes in the order of q2_0 [d], offsets of q4_0 [d/32], offsets of q2_0 [d/64]
 //   offset: minus the sum of the codes times the one that stands for 0 in a row; two of 16 bits, of every other pair of codes
 //
 
