@@ -95,3 +95,12 @@ def test_the_mean(lossless, path):
     if path == "op":
         pytest.skip("attention in f32: what is seen is the rounding of stock, and that case by case")
     assert mean(lossless) <= 1e-9
+
+
+@pytest.mark.parametrize(("name", "known"), [("LLAMA_KVCAPSULE_PATH", "reconstruct host unpack fused op"), ("LLAMA_KVCAPSULE_SIMD", "0 plain")])
+def test_a_switch_that_is_not_there(models, capsules, patched, name, known):
+    model = models()
+    case = Case("a", model, [text(3)], capsule=capsules(model, block_size=N))
+    plain, odd = (patched([case], env=env)["a"] for env in ({}, {name: "fast"}))
+    assert any(f"{name}=fast is ignored, there are: {known}" in line for line in odd.log) and not any("is ignored" in line for line in plain.log)
+    assert (odd.logits() == plain.logits()).all()

@@ -20,7 +20,7 @@ static constexpr int64_t CAPSULE_OP_GROUPS     = 512; // of threads: enough to f
 static bool capsule_op_floats() {
     static const char * env = getenv("LLAMA_KVCAPSULE_SIMD");
 
-    return env && atoi(env) == 0;
+    return env && strcmp(env, "0") == 0;
 }
 
 ggml_capsule_params llama_capsule_store::op_params(uint32_t i_layer) const {

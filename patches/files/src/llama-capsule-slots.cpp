@@ -26,10 +26,30 @@ llama_capsule_path llama_capsule_store::path(uint32_t i_layer) const {
     return paths[i_layer];
 }
 
-void llama_capsule_store::init_paths() {
-    const char * env = getenv("LLAMA_KVCAPSULE_PATH");
+// of a variable with a few known values; what is none of them is as if it were not set
+static std::string capsule_env(const char * name, const std::vector<std::string> & known) {
+    const char * env = getenv(name);
+    if (!env || !*env || std::find(known.begin(), known.end(), env) != known.end()) {
+        return env ? env : "";
+    }
 
-    const std::string wanted = env ? env : "";
+    std::string list;
+    for (const auto & value : known) {
+        list += " " + value;
+    }
+    LLAMA_LOG_WARN("%s: %s=%s is ignored, there are:%s\n", __func__, name, env, list.c_str());
+
+    return "";
+}
+
+void llama_capsule_store::init_paths() {
+    const std::string wanted = capsule_env("LLAMA_KVCAPSULE_PATH", { "reconstruct", "host", "unpack", "fused", "op" });
+
+    std::vector<std::string> simds = { "0" };
+    for (const auto & simd : llama_capsule_simd_all()) {
+        simds.push_back(simd.name);
+    }
+    capsule_env("LLAMA_KVCAPSULE_SIMD", simds);
 
     std::string warned;
 
