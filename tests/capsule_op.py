@@ -23,7 +23,7 @@ from kvcapsule_gguf.codec.rope import apply_rope, frequencies
 from kvcapsule_gguf.codec.types import ROW_TYPES, RowCounts, row_counts, total_rows
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "i8": 24, "i32": 26}  # enum ggml_type
-V, V_TRANS, NORM, ROT_K, ROT_V, TILE_F32, RETAIN, _, QUERY = (1 << i for i in range(9))  # enum ggml_capsule_flag
+V, V_TRANS, NORM, ROT_K, ROT_V, TILE_F32, RETAIN, _, QUERY, TIER_1 = (1 << i for i in range(10))  # enum ggml_capsule_flag
 
 F32 = row_counts(f32=16)
 
@@ -85,7 +85,7 @@ class Weights(ctypes.Structure):
     """struct ggml_capsule_weights."""
 
     NAMES = ("k_mean", "v_mean", "k_basis", "k_basis_h", "v_basis", "v_basis_h", "v_basis_t", "token_order", "neighbours", "gate", "mlp_up", "mlp_up_bias", "mlp_down",
-             "mlp_up_h", "mlp_down_h", "size")  # fmt: skip
+             "mlp_up_h", "mlp_down_h", "query_weight", "size")  # fmt: skip
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]
 
 
@@ -105,6 +105,7 @@ class Data:
     v_mean: np.ndarray
     k_basis: np.ndarray
     v_basis: np.ndarray
+    query_weight: np.ndarray
     retain: Retain
     slots: list[np.ndarray] = field(default_factory=list)
     keys: list[np.ndarray] = field(default_factory=list)
@@ -121,7 +122,8 @@ class Data:
         dropped = s.N - s.kept
         retain = Retain(rng.permutation(s.N), s.kept, rng.integers(0, max(s.kept, 1), (dropped, s.neighbours)), normal(s.heads, dropped, s.neighbours, s.d_k) / 2,
                         normal(s.heads, s.mlp, s.neighbours * s.d_k) / 8, normal(s.heads, s.mlp), normal(s.heads, s.d_k, s.mlp) / 4)  # fmt: skip
-        data = cls(s, normal(s.heads, s.d_k), normal(s.heads, s.d_v), *bases, retain)
+        query_weight = np.random.default_rng(s.seed).uniform(0.2, 3, (s.heads, s.d_k)).astype(np.float32)
+        data = cls(s, normal(s.heads, s.d_k), normal(s.heads, s.d_v), *bases, query_weight, retain)
         for tier in range(2):
             n = s.slots[tier]
             k, v = normal(max(n, 1), s.heads, s.N, s.d_k), normal(max(n, 1), s.heads, s.N, s.d_v)  # the codec wants one block at least
@@ -171,7 +173,7 @@ class Data:
         r, pad = self.retain, -s.N % 8
         up = r.mlp_up.swapaxes(1, 2)
         for name, x in {
-            "k_mean": self.k_mean, "v_mean": self.v_mean, "k_basis": np.pad(self.k_basis, ((0, 0), (0, pad))), "v_basis": np.pad(self.v_basis, ((0, 0), (0, pad))),
+            "k_mean": self.k_mean, "v_mean": self.v_mean, "query_weight": self.query_weight, "k_basis": np.pad(self.k_basis, ((0, 0), (0, pad))), "v_basis": np.pad(self.v_basis, ((0, 0), (0, pad))),
             "k_basis_h": half(self.k_basis), "v_basis_h": half(self.v_basis),
             "v_basis_t": self.v_basis.T, "token_order": r.order.astype(np.int32), "neighbours": r.neighbours.astype(np.int32), "gate": r.gate,
             "mlp_up": up, "mlp_up_bias": r.mlp_up_bias, "mlp_down": r.mlp_down.swapaxes(1, 2),
@@ -275,6 +277,7 @@ def ggml(folder: Path | None = None) -> Any:
         ("ggml_init", pointer, [InitParams]), ("ggml_free", None, [pointer]), ("ggml_get_data", pointer, [pointer]), ("ggml_nbytes", ctypes.c_size_t, [pointer]),
         ("ggml_new_tensor_4d", pointer, [pointer, i32, i64, i64, i64, i64]), ("ggml_new_graph", pointer, [pointer]),
         ("ggml_build_forward_expand", None, [pointer, pointer]), ("ggml_capsule_unpack", pointer, [pointer] * 7), ("ggml_capsule_attn", pointer, [pointer] * 11),
+        ("ggml_capsule_encode", pointer, [pointer] * 7), ("ggml_capsule_errors", pointer, [pointer] * 7),
         ("ggml_capsule_weights_layout", Weights, [pointer]), ("ggml_capsule_slot_size", ctypes.c_size_t, [pointer, i32]), ("ggml_capsule_valid", ctypes.c_bool, [pointer]),
     ):  # fmt: skip
         getattr(base, name).restype, getattr(base, name).argtypes = result, arguments

@@ -16,6 +16,8 @@ import native_code
 import numpy as np
 import pytest
 from capsule_op import Data, Graph, V, constants, ggml, graph, params
+from test_capsule_encode import CASES as ENCODE_CASES
+from test_capsule_encode import both
 from test_capsule_op import BASE, CASES, HEADS, of_rows
 from test_capsule_query import PCA, RETAIN
 
@@ -102,6 +104,21 @@ def test_nor_does_it_where_keys_are_not_rebuilt(lib, s):
             assert run(lib, node, threads, rng.permutation(threads)) == expected
         found = [run(lib, node, 128, rng.permutation(128), shared) for shared in (40 * 1024, 32 * 1024, 24 * 1024, 16 * 1024, 12 * 1024, 0)]
         assert set(found) == {expected, rebuilt}
+
+
+@pytest.mark.parametrize("s", [ENCODE_CASES["rotated q8_0 cache"], ENCODE_CASES["a usual block"], ENCODE_CASES["odd block"]], ids=["rotated", "usual", "odd"])
+def test_nor_do_slots_depend_on_it(lib, s):
+    """Nor on how much of a block is in shared memory at a time."""
+    rng = np.random.default_rng(0)
+    for cells in both(s):
+        with graph() as g:
+            encode, errors = cells.nodes(g)
+            results = set()
+            for threads, shared in ((128, DEFAULT), (128, 30 * 1024), (128, 0), (32, DEFAULT), (256, 0)):
+                for order in (None, np.arange(threads)[::-1], rng.permutation(threads)):
+                    # the errors read what was written just now
+                    results.add((run(lib, encode, threads, order, shared), run(lib, errors, threads, order, shared) if errors else b""))
+            assert len(results) == 1
 
 
 PRODUCTS = {

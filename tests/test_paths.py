@@ -6,11 +6,12 @@ LLAMA_KVCAPSULE_SIMD=0 selects plain C++: sums of floats instead of products in 
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from llama_runner import Case, compress, image, lossless_limit, nmse, rounded_limit, text
+from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
 from test_lossless import CHAT, N, Script, label, mean, settings
 from test_lossless import both as run_both
-from test_lossy import GRID, KINDS
+from test_lossy import GRID, KINDS, LAYERS, wild
 
 RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
 UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}
@@ -21,7 +22,7 @@ MANY = 24  # images: more slots than one chunk of the reconstruction
 
 
 PATHS = {"reconstruct": RECONSTRUCT | PLAIN, "reconstruct, 8 bits": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED, "op": OP | PLAIN, "op, 8 bits": OP}
-FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path with the same kernels
+FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path with the same kernels (the op has its own)
 SECOND = 5e-3  # the second image was computed with the first in view, so that some codes of its slots are the next ones: a random model makes much of that
 
 
@@ -104,3 +105,33 @@ def test_a_switch_that_is_not_there(models, capsules, patched, name, known):
     plain, odd = (patched([case], env=env)["a"] for env in ({}, {name: "fast"}))
     assert any(f"{name}=fast is ignored, there are: {known}" in line for line in odd.log) and not any("is ignored" in line for line in plain.log)
     assert (odd.logits() == plain.logits()).all()
+
+
+COMPRESSED = {"graded": 25, "graded, M-RoPE": 28, "graded, q8_0 cache": 25, "one of each": 200}  # kappa: some blocks are refused
+
+
+def test_images_are_compressed_by_the_op(models, capsules, patched, tmp_path):
+    """The same tiers as on the host and the same slots, but for a few codes; a state with them is read. The picture has a remainder, which becomes a padded slot."""
+    h, w = 12, 26
+    picture = image_file(wild(tmp_path / "wild.npy", 256, h * w, 3), h, w)
+    reads = [read_kv(il) for il in range(LAYERS)]
+    steps = [picture, *reads, compress(), stats(), *reads, state_save("s"), state_load("s")]
+    cases = []
+    for name, kappa in COMPRESSED.items():
+        k = KINDS[name]
+        capsule = capsules(models(k.model), block_size=N, lossless=False, kappa=kappa, **k.file)
+        cases.append(Case(name, models(k.model), steps, capsule=capsule, guard=True, type_k=k.cache, type_v=k.cache, flash_attn=k.cache != "f16"))
+    host, op = (patched(cases, env=env) for env in (UNPACK, OP))
+    equal = []
+    for name in COMPRESSED:
+        assert not host[name].error and not op[name].error
+        economy, faithful = op[name].values("stats")[0]["n_slots"]
+        assert [economy, faithful] == host[name].values("stats")[0]["n_slots"] and economy > 1 and faithful > 1
+        for il in range(LAYERS):
+            for x in "kv":
+                before, hot = (done[name].steps[1 + il].arrays[x] for done in (host, op))
+                wanted, ours = (done[name].steps[3 + LAYERS + il].arrays[x] for done in (host, op))
+                assert np.array_equal(before, hot)
+                assert nmse(ours, wanted) <= 1e-3 * nmse(wanted, before)
+                equal.append(np.array_equal(ours, wanted))
+    assert not all(equal)  # sums in another order: the op did it

@@ -1,6 +1,6 @@
 // the phases of GGML_OP_CAPSULE with any number of threads, in any order: a shared library for test_capsule_phases.py
 #include "ggml-capsule-attn.h"
-#include "ggml-capsule-unpack.h"
+#include "ggml-capsule-encode.h"
 #include "ggml-capsule.h"
 
 #include <vector>
@@ -9,6 +9,10 @@ template <typename T, typename U>
 static void run_item(const ggml_tensor * op, capsule_threads threads, const capsule_args & args, capsule_ptrs ptrs, char * sm, int item) {
     if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
         capsule_unpack<T, U>(threads, args, ptrs, sm, item);
+    } else if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_ENCODE) {
+        capsule_encode(threads, args, ptrs, sm, item);
+    } else if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_ERRORS) {
+        capsule_errors(threads, args, ptrs, sm, item);
     } else {
         capsule_attn<T, U>(threads, args, ptrs, sm, item);
     }

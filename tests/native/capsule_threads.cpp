@@ -10,7 +10,7 @@ static thread_local int  g_n_barriers;
 #define CAPSULE_BARRIER() (g_n_barriers++ == g_skip ? 0 : pthread_barrier_wait(&g_barrier))
 
 #include "ggml-capsule-attn.h"
-#include "ggml-capsule-unpack.h"
+#include "ggml-capsule-encode.h"
 #include "ggml-capsule.h"
 #include "ggml-cpu.h"
 
@@ -82,6 +82,10 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared, bool mma) {
             for (int item = 0; item < args.n_items; ++item) {
                 if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_UNPACK) {
                     capsule_unpack<capsule_half, capsule_half>(t, args, ptrs, sm, item);
+                } else if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_ENCODE) {
+                    capsule_encode(t, args, ptrs, sm, item);
+                } else if (ggml_capsule_op_of(op) == GGML_CAPSULE_OP_ERRORS) {
+                    capsule_errors(t, args, ptrs, sm, item);
                 } else if (mma) {
                     capsule_attn<capsule_half, float>(t, args, ptrs, sm, item);
                 } else {
@@ -96,8 +100,9 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared, bool mma) {
     }
     pthread_barrier_destroy(&g_barrier);
 
+    // slots: the errors tell
     float res = 0.0f;
-    for (int64_t i = 0; i < ggml_nelements(op); ++i) {
+    for (int64_t i = 0; i < ggml_nelements(op) && op->type == GGML_TYPE_F32; ++i) {
         const float x = ((float *) expected.data())[i];
         res = std::max(res, fabsf(((float *) op->data)[i] - x)/std::max(1.0f, fabsf(x)));
     }
@@ -199,6 +204,38 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
     return res;
 }
 
+// two blocks of cells into their slots, then the errors
+static float run_encode(ggml_capsule_params p, size_t max_shared = 8*1024) {
+    ggml_context * ctx = ggml_init({ 1u << 24, nullptr, false });
+
+    ggml_tensor * slots   = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, 2*ggml_capsule_slot_size(&p, 0));
+    ggml_tensor * cells   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, p.d_k*p.n_head_kv, 2*p.n_block);
+    ggml_tensor * index   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, p.n_block + 1, 2);
+    ggml_tensor * angles  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.n_rot, p.n_block, 2);
+    ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
+    for (auto * t : { cells, angles, weights }) {
+        fill(t);
+    }
+    for (int i = 0; i < 2*(p.n_block + 1); ++i) {
+        ((int32_t *) index->data)[i] = i % (p.n_block + 1) == p.n_block ? i/(p.n_block + 1) : 2*p.n_block - 1 - i;
+    }
+
+    ggml_tensor * encoded = ggml_capsule_encode(ctx, &p, slots,   cells, index, angles, weights);
+    ggml_tensor * errors  = ggml_capsule_errors(ctx, &p, encoded, cells, index, angles, weights);
+
+    ggml_cgraph * gf = ggml_new_graph(ctx);
+    ggml_build_forward_expand(gf, errors);
+    ggml_graph_compute_with_ctx(ctx, gf, 1);
+
+    run_as_gpu(encoded, max_shared, false);
+
+    const float res = run_as_gpu(errors, max_shared, false);
+
+    ggml_free(ctx);
+
+    return res;
+}
+
 int main(int argc, char ** argv) {
     g_skip = argc > 1 ? atoi(argv[1]) : -1;
 
@@ -252,6 +289,9 @@ int main(int argc, char ** argv) {
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_case(mlp,     16, 1, 1, false, CAPSULE_SHARED_DEFAULT, true));
+    res = std::max(res, run_encode(pca));
+    pca.flags = GGML_CAPSULE_FLAG_V;
+    res = std::max(res, run_encode(pca));
     printf("largest difference from the CPU backend, of values above 1 relative: %g\n", res);
     return res < 2e-3f ? 0 : 1; // tiles of f16, with and without fused multiply-add
 }

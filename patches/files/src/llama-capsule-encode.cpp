@@ -21,6 +21,9 @@ void llama_capsule_store::encode(const std::vector<block *> & blocks) {
     llama_capsule_kv::reader reader(hot, std::move(cells));
 
     for (uint32_t l = 0; l < data().layers.size() && !blocks.empty(); ++l) {
+        if (op_encode_layer(blocks, l, reader)) {
+            continue;
+        }
         reader.load(data().layers[l].il, data().layers[l].rope);
 
         encode_layer(blocks, l, reader);
@@ -53,6 +56,33 @@ static float capsule_score(const llama_capsule_errors * errors, uint32_t n_head,
     return res;
 }
 
+bool llama_capsule_store::guarded(uint32_t i_layer, int i_pool, bool is_v) const {
+    const auto & codec = pools[i_pool].codecs[i_layer];
+
+    const uint32_t d = is_v ? codec.layer.n_embd_head_v : codec.layer.n_embd_head_k;
+
+    // is q4_0 a rival for this head size?
+    return i_pool == 0 && p.guard && codec.tl.kappa > 0.0f && d % ggml_blck_size(GGML_TYPE_Q4_0) == 0;
+}
+
+bool llama_capsule_store::accept(block & b, uint32_t i_layer, const block_errors & errors) const {
+    const auto & codec = pools[b.i_pool].codecs[i_layer];
+
+    for (const auto & e : errors) {
+        if (!e.empty() && capsule_score(e.data(), codec.layer.n_head_kv, N(), b.idxs.size()) > codec.tl.kappa) {
+            b.failed = true;
+        }
+    }
+    return !b.failed || b.i_pool != 0;
+}
+
+void llama_capsule_store::add_hash(const block & b, uint32_t i_layer, const uint8_t * slot) {
+    auto & pool = pools[b.i_pool];
+    auto & hash = pool.hash[b.i_slot];
+
+    hash = llama_capsule_state_hash(slot, pool.codecs[i_layer].layout.slot_stride, i_layer == 0 ? 0 : hash);
+}
+
 void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
     const auto & layer  = data().layers[i_layer];
     const auto * params = rope.params(i_layer);
@@ -66,7 +96,7 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
         std::vector<uint8_t> slot;
         std::vector<float>   angles; // keys that are stored rotated
 
-        std::array<std::vector<llama_capsule_errors>, 2> errors; // K and V, [n_head][N]; empty without a guard, or if q4_0 is no rival for the head size
+        block_errors errors;
     };
     std::vector<job> jobs;
 
@@ -83,7 +113,7 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
                 params->fill(pool.stored[b->i_slot], false, cur.angles.data());
             }
             for (bool is_v : { false, true }) {
-                if (b->i_pool == 0 && p.guard && codec.tl.kappa > 0.0f && tile(i_layer, 0, is_v).d() % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
+                if (guarded(i_layer, b->i_pool, is_v)) {
                     cur.errors[is_v].resize(n_head*N());
                 }
             }
@@ -130,21 +160,11 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
     });
 
     for (auto & cur : jobs) {
-        auto & b    = *cur.b;
-        auto & pool = pools[b.i_pool];
+        auto & b = *cur.b;
 
-        for (const auto & errors : cur.errors) {
-            if (!errors.empty() && capsule_score(errors.data(), n_head, N(), b.idxs.size()) > pool.codecs[i_layer].tl.kappa) {
-                b.failed = true;
-            }
+        if (accept(b, i_layer, cur.errors)) {
+            slot_set(pools[b.i_pool], i_layer, b.i_slot, cur.slot.data());
+            add_hash(b, i_layer, cur.slot.data());
         }
-        if (b.failed && b.i_pool == 0) {
-            continue;
-        }
-
-        slot_set(pool, i_layer, b.i_slot, cur.slot.data());
-
-        auto & hash = pool.hash[b.i_slot];
-        hash = llama_capsule_state_hash(cur.slot.data(), cur.slot.size(), i_layer == 0 ? 0 : hash);
     }
 }

@@ -310,6 +310,12 @@ void llama_capsule_kv::reader::load(int32_t il, bool rope, bool want_k, bool wan
     }
 }
 
+const float * llama_capsule_kv::reader::angles(int32_t il, bool rope) {
+    this->il = il;
+
+    return rope ? tables[find_table()].angles.data() : nullptr;
+}
+
 int llama_capsule_kv::reader::find_table() {
     const llama_capsule_rope_params params(kv.model, lctx.get_cparams(), il);
 

@@ -72,6 +72,9 @@ public:
     // a layer; copied if its device has memory of its own; either part may be left out
     void load(int32_t il, bool rope, bool want_k = true, bool want_v = true);
 
+    // what undoes the RoPE of a layer, [cells][n_rot]; nullptr without RoPE
+    const float * angles(int32_t il, bool rope);
+
     // one head of the cells [first, first + n) of the list, rows of ld values; for several threads at a time
     void read_k(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const;
     void read_v(uint32_t i_head, size_t first, size_t n, float * dst, size_t ld) const;

@@ -139,6 +139,7 @@ void llama_capsule_store::init_op_weights(uint32_t i_layer) {
     copy(w.neighbours,  layer.k_neighbours);
     copy(w.gate,        layer.k_gate);
     copy(w.mlp_up_bias, layer.k_mlp_up_bias);
+    copy(w.query_weight, layer.k_query_weight);
 
     auto half = [&](int32_t offs) {
         return (ggml_fp16_t *) (words.data() + offs);

@@ -411,6 +411,17 @@ private:
     void encode      (const std::vector<block *> & blocks);
     void encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader);
 
+    // K and V, [n_head][N]; empty if the guard does not ask
+    using block_errors = std::array<std::vector<llama_capsule_errors>, 2>;
+
+    bool guarded(uint32_t i_layer, int i_pool, bool is_v) const;
+
+    // false: the guard refuses the block, now or before
+    bool accept(block & b, uint32_t i_layer, const block_errors & errors) const;
+
+    // the rows of a layer in the hash of a slot
+    void add_hash(const block & b, uint32_t i_layer, const uint8_t * slot);
+
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
 
@@ -466,6 +477,9 @@ private:
 
     ggml_tensor * build_op_attend(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
             ggml_tensor * mask, float kq_scale) const;
+
+    // llama-capsule-op-encode.cpp: encode_layer() on the device; false if it can not do that
+    bool op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader);
 
     void build_op_unpack(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
 

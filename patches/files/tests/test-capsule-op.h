@@ -256,7 +256,69 @@ struct test_capsule : public test_case {
     }
 };
 
+// cells -> rows of slots, and their errors
+struct test_capsule_encode : public test_capsule {
+    const int n_blocks;
+
+    test_capsule_encode(int d, int n_block, int n_head_kv, int n_blocks, ggml_type type, int flags, bool perf = false) :
+        test_capsule("encode", d, n_block, n_head_kv, 1, 1, n_blocks*n_block + 10, 4, type, flags, true, perf), n_blocks(n_blocks) {
+    }
+
+    uint64_t op_flops(ggml_tensor * t) override {
+        GGML_UNUSED(t);
+        // of the projection: at most N rows of N tokens
+        return 2ull*n_blocks*p.n_block*p.n_block*p.n_head_kv*p.d_k;
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        const bool is_v   = p.flags & GGML_CAPSULE_FLAG_V;
+        const bool trans  = is_v && (p.flags & GGML_CAPSULE_FLAG_V_TRANS);
+        const int  n_embd = p.n_head_kv*p.d_k;
+
+        ggml_tensor * slots   = input(ctx, "slots", GGML_TYPE_I8, n_blocks*ggml_capsule_slot_size(&p, (p.flags & GGML_CAPSULE_FLAG_TIER_1) ? 1 : 0));
+        ggml_tensor * cells   = trans ? input(ctx, "cells", type, n_kv, n_embd) : input(ctx, "cells", type, n_embd, n_kv);
+        ggml_tensor * index   = input(ctx, "index", GGML_TYPE_I32, p.n_block + 1, n_blocks);
+        ggml_tensor * angles  = is_v ? nullptr : input(ctx, "angles", GGML_TYPE_F32, p.n_rot, p.n_block, n_blocks);
+        ggml_tensor * weights = input(ctx, "weights", GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
+
+        ggml_tensor * out = ggml_capsule_encode(ctx, &p, slots, cells, index, angles, weights);
+        if (!perf) {
+            // bytes of codes can not be compared; what they are worth can, beside that of q4_0
+            ggml_tensor * errors = ggml_capsule_errors(ctx, &p, out, cells, index, angles, weights);
+            out = ggml_cont(ctx, ggml_view_4d(ctx, errors, 2, errors->ne[1], errors->ne[2], errors->ne[3], errors->nb[1], errors->nb[2], errors->nb[3], 0));
+        }
+        ggml_set_name(out, "out");
+        return out;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_capsule::initialize_tensors(ctx);
+
+        // every second cell backwards, the last block has no cells at its end
+        std::vector<int32_t> x;
+        for (int b = 0; b < n_blocks; ++b) {
+            for (int j = 0; j < int(p.n_block); ++j) {
+                const int i = b*p.n_block + j;
+                x.push_back(b == n_blocks - 1 && j >= p.n_block - 5 ? -1 : i % 2 ? n_kv - i : i);
+            }
+            x.push_back(n_blocks - 1 - b);
+        }
+        ggml_backend_tensor_set(ggml_get_tensor(ctx, "index"), x.data(), 0, x.size()*sizeof(int32_t));
+    }
+};
+
 static void make_capsule_cases_eval(std::vector<std::unique_ptr<test_case>> & cases) {
+    for (int flags : { 0, int(GGML_CAPSULE_FLAG_V), int(GGML_CAPSULE_FLAG_TIER_1), int(GGML_CAPSULE_FLAG_NORM), int(GGML_CAPSULE_FLAG_V | GGML_CAPSULE_FLAG_V_TRANS) }) {
+        for (int d : { 64, 96, 128 }) {
+            cases.emplace_back(new test_capsule_encode(d, 48, 2, 3, GGML_TYPE_F16, flags));
+        }
+        cases.emplace_back(new test_capsule_encode(128, 64, 2, 3, GGML_TYPE_F32, flags));
+    }
+    for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (int flags : { int(GGML_CAPSULE_FLAG_ROT_K), int(GGML_CAPSULE_FLAG_ROT_V | GGML_CAPSULE_FLAG_V) }) {
+            cases.emplace_back(new test_capsule_encode(128, 64, 2, 3, type, flags));
+        }
+    }
     // queries in 8 bits: with fused multiply-add a few of them are rounded to the next integer
     for (int n_tokens : { 1, 3, 8 }) {
         for (int n_group : { 1, 4, 7 }) {
@@ -320,6 +382,10 @@ static void make_capsule_cases_perf(std::vector<std::unique_ptr<test_case>> & ca
     static const struct { int n_head_kv; int n_group; int n_terms; } models[] = { { 32, 1, 22 }, { 4, 7, 2 }, { 8, 4, 8 } };
 
     for (const auto & m : models) {
+        // an image of 1024 tokens
+        for (int side : { 0, int(GGML_CAPSULE_FLAG_V) }) {
+            cases.emplace_back(new test_capsule_encode(128, 64, m.n_head_kv, 16, GGML_TYPE_F16, side, true));
+        }
         for (int n_cold : { 16384, 65536 }) {
             make_capsule_cases_perf_of(cases, m.n_head_kv, m.n_group, m.n_terms, n_cold);
         }

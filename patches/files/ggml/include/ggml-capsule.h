@@ -20,10 +20,12 @@ extern "C" {
         GGML_CAPSULE_OP_UNPACK,  // slots -> columns of a K or V cache
         GGML_CAPSULE_OP_ATTN,    // attention over hot cells and slots, in parts
         GGML_CAPSULE_OP_COMBINE, // parts -> result
+        GGML_CAPSULE_OP_ENCODE,  // cells -> rows of slots (`pca`)
+        GGML_CAPSULE_OP_ERRORS,  // how well slots hold their cells
     };
 
     enum ggml_capsule_flag {
-        GGML_CAPSULE_FLAG_V        = 1 << 0, // unpack: V
+        GGML_CAPSULE_FLAG_V        = 1 << 0, // unpack, encode, errors: V
         GGML_CAPSULE_FLAG_V_TRANS  = 1 << 1, // V of the cache is transposed
         GGML_CAPSULE_FLAG_NORM     = 1 << 2, // RoPE of pairs of neighbours, otherwise of halves
         GGML_CAPSULE_FLAG_ROT_K    = 1 << 3, // K of the cache is Hadamard-rotated, see llama_kv_cache::build_input_k_rot()
@@ -31,6 +33,7 @@ extern "C" {
         GGML_CAPSULE_FLAG_TILE_F32 = 1 << 5, // tiles of K in F32 instead of F16
         GGML_CAPSULE_FLAG_RETAIN   = 1 << 6, // keys of tier 0 (and 1: << 7) are kept tokens instead of components
         GGML_CAPSULE_FLAG_QUERY    = 1 << 8, // attention: keys are not rebuilt where queries in 8 bits can meet their rows instead
+        GGML_CAPSULE_FLAG_TIER_1   = 1 << 9, // encode, errors: the slots are those of tier 1
     };
 
     #define GGML_CAPSULE_N_TIERS 2
@@ -74,6 +77,7 @@ extern "C" {
         int32_t mlp_down;    // F32 [n_head_kv][n_mlp][d_k]
         int32_t mlp_up_h;    // F16 [n_head_kv][d_k][n_neighbours*n_mlp], rows padded to a multiple of 16, for tensor cores
         int32_t mlp_down_h;  // F16 [n_head_kv][n_mlp][d_k], n_mlp padded to a multiple of 16
+        int32_t query_weight; // F32 [n_head_kv][d_k], errors
         int32_t size;
     };
 
@@ -112,6 +116,31 @@ extern "C" {
             struct ggml_tensor               * blob1,
             struct ggml_tensor               * weights,
             struct ggml_tensor               * rope);
+
+    // cells -> rows of slots; returns a view of slots
+    //   slots  I8, those of one tier; bytes between the heads are left alone
+    //   cells  [n_head_kv*d, n], of the types that attention reads, or transposed (V) [n, n_head_kv*d]
+    //   index  I32 [N + 1, n_blocks]: the cells of a block, < 0 where there is none, then its slot
+    //   angles F32 [n_rot, N, n_blocks] that undo the RoPE of the cells (as those of `rope`); NULL without RoPE
+    GGML_API struct ggml_tensor * ggml_capsule_encode(
+            struct ggml_context              * ctx,
+            const struct ggml_capsule_params * params,
+            struct ggml_tensor               * slots,
+            struct ggml_tensor               * cells,
+            struct ggml_tensor               * index,
+            struct ggml_tensor               * angles,
+            struct ggml_tensor               * weights);
+
+    // of the same -> F32 [3, N, n_head_kv, n_blocks]: sums of the squared errors of a token in its slot, with rotated Q4_0, and of its squares; those of keys are weighted
+    // 0 where there is no token; d is a multiple of 32
+    GGML_API struct ggml_tensor * ggml_capsule_errors(
+            struct ggml_context              * ctx,
+            const struct ggml_capsule_params * params,
+            struct ggml_tensor               * slots,
+            struct ggml_tensor               * cells,
+            struct ggml_tensor               * index,
+            struct ggml_tensor               * angles,
+            struct ggml_tensor               * weights);
 
 #ifdef  __cplusplus
 }

@@ -6,8 +6,8 @@
 // A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
 // no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
 //
-// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; -query.h: keys that are not rebuilt;
-// -attn.h: attention
+// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; -encode.h: the way back; -query.h: keys that are
+// not rebuilt; -attn.h: attention
 //
 
 #if defined(__METAL_VERSION__)
@@ -21,9 +21,12 @@
 #define CAPSULE_PHASES
 #define CAPSULE_RAISE(x) (x) = 1
 #define CAPSULE_EXP(x) exp(x)
+#define CAPSULE_DIV(x, y) ((x)/(y))
+#define CAPSULE_RINT(x) rint(x)
 typedef half capsule_half;
 CAPSULE_FN float capsule_float(float x) { return x; }
 CAPSULE_FN float capsule_float(half  x) { return (float) x; }
+CAPSULE_FN float capsule_as_half(float x) { return (float) (half) x; }
 CAPSULE_FN void capsule_put(threadgroup float & y, float x) { y = x; }
 CAPSULE_FN void capsule_put(threadgroup half  & y, float x) { y = (half) x; }
 CAPSULE_FN void capsule_put(device      half  & y, float x) { y = (half) x; }
@@ -40,9 +43,12 @@ CAPSULE_FN void capsule_put(device      half  & y, float x) { y = (half) x; }
 #define CAPSULE_PHASES
 #define CAPSULE_RAISE(x) (x) = 1
 #define CAPSULE_EXP(x) expf(x)
+#define CAPSULE_DIV(x, y) __fdiv_rn(x, y) // also with -use_fast_math
+#define CAPSULE_RINT(x) rintf(x)
 typedef half capsule_half;
 CAPSULE_FN float capsule_float(float x) { return x; }
 CAPSULE_FN float capsule_float(half  x) { return __half2float(x); }
+CAPSULE_FN float capsule_as_half(float x) { return __half2float(__float2half_rn(x)); }
 CAPSULE_FN void capsule_put(float & y, float x) { y = x; }
 CAPSULE_FN void capsule_put(half  & y, float x) { y = __float2half_rn(x); }
 #else
@@ -59,9 +65,12 @@ CAPSULE_FN void capsule_put(half  & y, float x) { y = __float2half_rn(x); }
 #define CAPSULE_UNROLL_2
 #define CAPSULE_RAISE(x) __atomic_store_n(&(x), 1, __ATOMIC_RELAXED)
 #define CAPSULE_EXP(x) expf(x)
+#define CAPSULE_DIV(x, y) ((x)/(y))
+#define CAPSULE_RINT(x) rintf(x)
 struct capsule_half { ggml_fp16_t bits; };
 CAPSULE_FN float capsule_float(float x) { return x; }
 CAPSULE_FN float capsule_float(capsule_half x) { return ggml_compute_fp16_to_fp32(x.bits); }
+CAPSULE_FN float capsule_as_half(float x) { return ggml_compute_fp16_to_fp32(ggml_compute_fp32_to_fp16(x)); }
 CAPSULE_FN void capsule_put(float & y, float x) { y = x; }
 CAPSULE_FN void capsule_put(capsule_half & y, float x) { y.bits = ggml_compute_fp32_to_fp16(x); }
 #endif
@@ -85,6 +94,7 @@ struct capsule_threads {
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
 #define CAPSULE_LANES     32
 #define CAPSULE_N_FLAGS   9
+#define CAPSULE_N_FACTORS 6 // see ggml-capsule-encode.h
 
 // see ggml-capsule-query.h
 #define CAPSULE_N_MAKE      16 // vectors that are made at a time
@@ -157,7 +167,9 @@ struct capsule_args {
     int n_slots;
     int n_parts_hot;
     int n_parts;
-    int n_items;  // unpack, attention: groups of threads; combine: rows
+    int n_items;  // combine: rows; otherwise groups of threads
+    int i_tier;   // encode, errors
+    int n_chunk_r; // encode: rows at a time
     float scale;
 
     // weights and angles, in units of 4 bytes
@@ -176,6 +188,7 @@ struct capsule_args {
     int w_mlp_down;
     int w_mlp_up_h;
     int w_mlp_down_h;
+    int w_query_weight;
     int r_pattern;
     int r_distances;
     int r_stride;  // from pattern to pattern
@@ -210,6 +223,9 @@ struct capsule_args {
     int s_red;   // F32 [2][max_q][LANES], maxima and sums
     int s_m;     // F32 [3][max_q], m, m and l
     int s_flags; // I32 [3][CAPSULE_N_FLAGS]
+    int s_x;     // F32 [n_chunk][ld_tile], encode, errors: tokens
+    int s_amax;  // F32 [n_chunk_r*d/64], encode, where the tokens were
+    int s_best;  // I32 [n_chunk_r*d/64][CAPSULE_N_FACTORS*2][4]
     int s_size;
     int ld_rows;
     int ld_tile;

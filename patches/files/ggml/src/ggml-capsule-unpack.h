@@ -6,21 +6,26 @@
 // unpack: a slot and head -> columns of the cache
 //
 
+// the first value of largest magnitude in a block of 32
+template <typename T>
+CAPSULE_FN float capsule_largest(CAPSULE_SHARED const T * x) {
+    float res = 0.0f;
+    for (int c = 0; c < 32; ++c) {
+        const float y = capsule_float(x[c]);
+        if (capsule_abs(y) > capsule_abs(res)) {
+            res = y;
+        }
+    }
+    return res;
+}
+
 // a block of 32 values as ggml's quantize_row_q8_0_ref and quantize_row_q4_0_ref
 template <typename T>
 CAPSULE_FN void capsule_quantize(int type, CAPSULE_SHARED const T * x, CAPSULE_GLOBAL char * block) {
-    float amax = 0.0f;
-    float max  = 0.0f;
-    for (int c = 0; c < 32; ++c) {
-        const float y = capsule_float(x[c]);
-        if (capsule_abs(y) > amax) {
-            amax = capsule_abs(y);
-            max  = y;
-        }
-    }
+    const float max = capsule_largest<T>(x);
 
-    const float d  = type == CAPSULE_Q8_0 ? amax/127.0f : max/-8.0f;
-    const float id = d != 0.0f ? 1.0f/d : 0.0f;
+    const float d  = type == CAPSULE_Q8_0 ? CAPSULE_DIV(capsule_abs(max), 127.0f) : CAPSULE_DIV(max, -8.0f);
+    const float id = d != 0.0f ? CAPSULE_DIV(1.0f, d) : 0.0f;
 
     capsule_put(*(CAPSULE_GLOBAL capsule_half *) block, d);
 

@@ -16,9 +16,9 @@ static constexpr int CAPSULE_MAX_D = 512;
 
 // where the sources of a node are, in the order of capsule_ptrs
 enum capsule_src {
-    CAPSULE_SRC_Q, // unpack: dst
-    CAPSULE_SRC_K,
-    CAPSULE_SRC_V,
+    CAPSULE_SRC_Q, // unpack: dst; encode, errors: cells
+    CAPSULE_SRC_K, // encode, errors: index
+    CAPSULE_SRC_V, // encode, errors: angles
     CAPSULE_SRC_MASK,
     CAPSULE_SRC_COLD,
     CAPSULE_SRC_BLOB0,
@@ -73,6 +73,7 @@ ggml_capsule_weights ggml_capsule_weights_layout(const ggml_capsule_params * p) 
     add(res.mlp_down,    p->n_head_kv*p->n_mlp*p->d_k);
     add(res.mlp_up_h,    p->n_head_kv*p->d_k*GGML_PAD(p->n_neighbours*p->n_mlp, 16)/2);
     add(res.mlp_down_h,  p->n_head_kv*p->d_k*GGML_PAD(p->n_mlp, 16)/2);
+    add(res.query_weight, p->n_head_kv*p->d_k);
 
     res.size = size;
 
@@ -245,6 +246,57 @@ ggml_tensor * ggml_capsule_attn(ggml_context * ctx, const ggml_capsule_params * 
     return res;
 }
 
+static ggml_capsule_params capsule_cells_params(const ggml_capsule_params * params, int op) {
+    ggml_capsule_params res = *params;
+
+    res.op         = op;
+    res.n_slots[0] = 0;
+    res.n_slots[1] = 0;
+    res.n_rot      = (res.flags & GGML_CAPSULE_FLAG_V) ? 0 : res.n_rot;
+
+    return res;
+}
+
+static void capsule_set_cells(ggml_tensor * res, const ggml_capsule_params & p, ggml_tensor * slots, ggml_tensor * cells, ggml_tensor * index, ggml_tensor * angles,
+        ggml_tensor * weights) {
+    const int  i_tier = (p.flags & GGML_CAPSULE_FLAG_TIER_1) ? 1 : 0;
+    const bool is_v   = p.flags & GGML_CAPSULE_FLAG_V;
+    const bool trans  = is_v && (p.flags & GGML_CAPSULE_FLAG_V_TRANS);
+
+    GGML_ASSERT(is_v || !(p.flags & (GGML_CAPSULE_FLAG_RETAIN << i_tier)));
+    GGML_ASSERT(slots->type == GGML_TYPE_I8 && ggml_is_contiguous(slots) && ggml_nbytes(slots) % ggml_capsule_slot_size(&p, i_tier) == 0);
+    GGML_ASSERT(cells->ne[trans ? 1 : 0] == p.n_head_kv*(is_v ? p.d_v : p.d_k) && cells->ne[2] == 1 && cells->ne[3] == 1);
+    GGML_ASSERT(capsule_type_of(cells->type) < CAPSULE_MAX_TYPES && cells->nb[0] == ggml_type_size(cells->type) && (!trans || ggml_blck_size(cells->type) == 1));
+    GGML_ASSERT(index->type == GGML_TYPE_I32 && ggml_is_contiguous(index) && index->ne[0] == p.n_block + 1 && ggml_nelements(index) == index->ne[0]*index->ne[1]);
+    GGML_ASSERT(p.n_rot == 0 || (angles->type == GGML_TYPE_F32 && ggml_is_contiguous(angles) && ggml_nelements(angles) == index->ne[1]*p.n_block*p.n_rot));
+
+    capsule_set_op(res, p, nullptr, nullptr, weights, nullptr);
+    res->src[CAPSULE_SRC_Q]     = cells;
+    res->src[CAPSULE_SRC_K]     = index;
+    res->src[CAPSULE_SRC_V]     = p.n_rot > 0 ? angles : nullptr;
+    res->src[CAPSULE_SRC_BLOB0] = slots;
+}
+
+ggml_tensor * ggml_capsule_encode(ggml_context * ctx, const ggml_capsule_params * params, ggml_tensor * slots, ggml_tensor * cells, ggml_tensor * index,
+        ggml_tensor * angles, ggml_tensor * weights) {
+    ggml_tensor * res = ggml_view_tensor(ctx, slots);
+
+    capsule_set_cells(res, capsule_cells_params(params, GGML_CAPSULE_OP_ENCODE), slots, cells, index, angles, weights);
+
+    return res;
+}
+
+ggml_tensor * ggml_capsule_errors(ggml_context * ctx, const ggml_capsule_params * params, ggml_tensor * slots, ggml_tensor * cells, ggml_tensor * index,
+        ggml_tensor * angles, ggml_tensor * weights) {
+    GGML_ASSERT(((params->flags & GGML_CAPSULE_FLAG_V) ? params->d_v : params->d_k) % 32 == 0);
+
+    ggml_tensor * res = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 3, params->n_block, params->n_head_kv, index->ne[1]);
+
+    capsule_set_cells(res, capsule_cells_params(params, GGML_CAPSULE_OP_ERRORS), slots, cells, index, angles, weights);
+
+    return res;
+}
+
 //
 // for the backends
 //
@@ -384,6 +436,50 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
     return false;
 }
 
+// layout of the shared memory of encode and errors, with the largest pieces that fit
+static void capsule_encode_init(capsule_args & a, int op, size_t max_shared) {
+    static const struct { int n_rows; int n_chunk; } options[] = { { CAPSULE_MAX_N, 32 }, { CAPSULE_MAX_N, 16 }, { CAPSULE_MAX_N, 8 }, { 32, 16 }, { 16, 16 }, { 8, 8 } };
+
+    const int    d    = a.is_v ? a.d_v : a.d_k;
+    const auto & tier = a.tiers[a.i_tier];
+    const int  n_rows = a.is_v ? tier.v.n_rows : tier.k.n_rows;
+
+    const bool errors = op == GGML_CAPSULE_OP_ERRORS;
+
+    // an odd number of banks
+    a.ld_rows = d + 1;
+    a.ld_tile = d + 1;
+
+    for (const auto & option : options) {
+        a.n_chunk   = std::min(option.n_chunk, a.n_pad);
+        a.n_chunk_r = errors ? n_rows : std::min(option.n_rows, GGML_PAD(n_rows, 8));
+
+        int n = 0;
+        auto add = [&](int & offs, int words) {
+            offs = n;
+            n   += GGML_PAD(4*words, 32);
+        };
+
+        add(a.s_rows, a.n_chunk_r*a.ld_rows);
+        const int n_shared = n;
+        add(a.s_x,    a.n_chunk*a.ld_tile);
+        if (errors) {
+            add(a.s_tile, a.n_chunk*a.ld_tile);
+            add(a.s_red,  a.n_chunk*CAPSULE_LANES*2);
+            a.s_size = n;
+        } else {
+            const int n_x = n;
+            n = n_shared;
+            add(a.s_amax, a.n_chunk_r*(d/64));
+            add(a.s_best, a.n_chunk_r*(d/64)*CAPSULE_N_FACTORS*2*4);
+            a.s_size = std::max(n, n_x);
+        }
+        if ((size_t) a.s_size <= max_shared) {
+            return;
+        }
+    }
+}
+
 // which keys need not be rebuilt, which values stay integers, what tensor cores do
 static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, bool mma) {
     const int d = a.is_v ? a.d_v : a.d_k;
@@ -424,7 +520,8 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
     a.norm         = (p.flags & GGML_CAPSULE_FLAG_NORM) != 0;
     a.rot_k        = (p.flags & GGML_CAPSULE_FLAG_ROT_K) ? p.d_k & -p.d_k : 0;
     a.rot_v        = (p.flags & GGML_CAPSULE_FLAG_ROT_V) ? 64 : 0;
-    a.is_v         = p.op == GGML_CAPSULE_OP_UNPACK && (p.flags & GGML_CAPSULE_FLAG_V);
+    a.is_v         = p.op != GGML_CAPSULE_OP_ATTN && p.op != GGML_CAPSULE_OP_COMBINE && (p.flags & GGML_CAPSULE_FLAG_V);
+    a.i_tier       = (p.flags & GGML_CAPSULE_FLAG_TIER_1) ? 1 : 0;
     a.v_trans      = (p.flags & GGML_CAPSULE_FLAG_V_TRANS) != 0;
     a.tile_f32     = (p.flags & GGML_CAPSULE_FLAG_TILE_F32) != 0;
     a.n_kept       = p.n_kept;
@@ -451,6 +548,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
     a.w_mlp_down    = w.mlp_down;
     a.w_mlp_up_h    = w.mlp_up_h;
     a.w_mlp_down_h  = w.mlp_down_h;
+    a.w_query_weight = w.query_weight;
     a.r_pattern     = a.n_slots*a.n_rot;
     a.r_distances   = a.n_slots*(a.n_rot + 1);
     a.r_stride      = capsule_pattern_size(p);
@@ -476,6 +574,10 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
 
     if (p.op == GGML_CAPSULE_OP_COMBINE) {
         a.n_items = src[CAPSULE_SRC_Q]->ne[1];
+    } else if (p.op == GGML_CAPSULE_OP_ENCODE || p.op == GGML_CAPSULE_OP_ERRORS) {
+        capsule_encode_init(a, p.op, max_shared);
+        a.tile_f32 = 1;
+        a.n_items  = p.n_head_kv*src[CAPSULE_SRC_K]->ne[1];
     } else {
         const int n_q = a.n_group*a.n_tokens;
 

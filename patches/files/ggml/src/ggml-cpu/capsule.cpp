@@ -2,7 +2,7 @@
 
 #include "ggml-capsule.h"
 #include "ggml-capsule-attn.h"
-#include "ggml-capsule-unpack.h"
+#include "ggml-capsule-encode.h"
 #include "ggml-cpu-impl.h"
 
 #include <vector>
@@ -47,6 +47,12 @@ void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tenso
                 for (int c = 0; c < args.d_v; ++c) {
                     ((float *) ptrs.dst)[(int64_t) item*args.d_v + c] = capsule_combine(args, ptrs.q, item, c);
                 }
+                break;
+            case GGML_CAPSULE_OP_ENCODE:
+                capsule_encode(threads, args, ptrs, sm, item);
+                break;
+            case GGML_CAPSULE_OP_ERRORS:
+                capsule_errors(threads, args, ptrs, sm, item);
                 break;
             default:
                 GGML_ABORT("fatal error");

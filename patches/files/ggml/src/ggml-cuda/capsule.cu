@@ -1,7 +1,7 @@
 #include "capsule.cuh"
 
 #include "../ggml-capsule-attn.h"
-#include "../ggml-capsule-unpack.h"
+#include "../ggml-capsule-encode.h"
 #include "ggml-capsule.h"
 
 // compiled, never run on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
@@ -19,6 +19,14 @@ static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOC
 template <typename T, typename U>
 static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
     capsule_attn<T, U>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
+}
+
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_encode_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+    capsule_encode({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
+}
+
+static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_errors_kernel(const capsule_args args, const capsule_ptrs ptrs) {
+    capsule_errors({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
 }
 
 static __global__ void capsule_combine_kernel(const capsule_args args, const capsule_ptrs ptrs) {
@@ -69,6 +77,12 @@ void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             break;
         case GGML_CAPSULE_OP_COMBINE:
             capsule_launch<capsule_combine_kernel>(ctx, args, ptrs);
+            break;
+        case GGML_CAPSULE_OP_ENCODE:
+            capsule_launch<capsule_encode_kernel>(ctx, args, ptrs);
+            break;
+        case GGML_CAPSULE_OP_ERRORS:
+            capsule_launch<capsule_errors_kernel>(ctx, args, ptrs);
             break;
         default:
             GGML_ABORT("fatal error");

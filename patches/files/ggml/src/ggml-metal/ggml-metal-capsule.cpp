@@ -31,6 +31,8 @@ static const char * capsule_kernel_name(const ggml_tensor * op, const capsule_ar
     switch (ggml_capsule_op_of(op)) {
         case GGML_CAPSULE_OP_UNPACK: return args.tile_f32 ? "kernel_capsule_unpack_f32" : "kernel_capsule_unpack_f16";
         case GGML_CAPSULE_OP_ATTN:   return args.tile_f32 ? "kernel_capsule_attn_f32"   : "kernel_capsule_attn_f16";
+        case GGML_CAPSULE_OP_ENCODE: return "kernel_capsule_encode";
+        case GGML_CAPSULE_OP_ERRORS: return "kernel_capsule_errors";
         default:                     return "kernel_capsule_combine";
     }
 }

@@ -31,6 +31,8 @@ CAPSULE_METAL_KERNEL(unpack_f16, capsule_unpack<half, half>)
 CAPSULE_METAL_KERNEL(unpack_f32, capsule_unpack<float, float>)
 CAPSULE_METAL_KERNEL(attn_f16,   capsule_attn<half, half>)
 CAPSULE_METAL_KERNEL(attn_f32,   capsule_attn<float, float>)
+CAPSULE_METAL_KERNEL(encode,     capsule_encode)
+CAPSULE_METAL_KERNEL(errors,     capsule_errors)
 
 kernel void kernel_capsule_combine(
         CAPSULE_METAL_BUFFERS,

@@ -1,0 +1,162 @@
+#include "llama-capsule-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+//
+// hot cells -> slots with GGML_OP_CAPSULE, where both of them are: only what the guard asks for comes back
+//
+
+// the backend that computes in this memory, nullptr if there is none
+static ggml_backend_t capsule_backend(ggml_backend_sched_t sched, ggml_backend_buffer_type_t buft) {
+    const int n = ggml_backend_sched_get_n_backends(sched);
+
+    // the last one is the CPU
+    for (int i = ggml_backend_buft_is_host(buft) ? n - 1 : 0; i < n; ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_supports_buft(backend, buft)) {
+            return backend;
+        }
+    }
+    return nullptr;
+}
+
+bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
+    const auto buft = layer_buft(i_layer);
+
+    ggml_backend_t backend = path(i_layer) == LLAMA_CAPSULE_PATH_OP ? capsule_backend(lctx.get_sched(), buft) : nullptr;
+    if (!backend) {
+        return false;
+    }
+
+    // the blocks of a tier
+    struct batch {
+        std::vector<block *> blocks;
+        std::vector<int32_t> index;
+        std::vector<float>   angles; // [blocks][N][n_rot]
+
+        ggml_tensor * index_t  = nullptr;
+        ggml_tensor * angles_t = nullptr;
+
+        std::array<ggml_tensor *, 2> errors = {}; // of K and V
+    };
+    std::array<batch, N_TIERS> batches;
+
+    const auto & layer = data().layers[i_layer];
+    const auto & cells = kv.layers[kv.map_layer_ids.at(layer.il)];
+
+    const auto p = op_params(i_layer);
+
+    const float * angles = reader.angles(layer.il, layer.rope);
+
+    size_t first = 0;
+    for (block * b : blocks) {
+        const size_t n = b->idxs.size();
+
+        if (!b->failed || b->i_pool != 0) {
+            auto & cur = batches[b->i_pool];
+
+            cur.blocks.push_back(b);
+            cur.index.insert(cur.index.end(), b->idxs.begin(), b->idxs.end());
+            cur.index.resize(cur.blocks.size()*(N() + 1) - 1, -1);
+            cur.index.push_back(b->i_slot);
+            if (angles) {
+                cur.angles.insert(cur.angles.end(), angles + first*p.n_rot, angles + (first + n)*p.n_rot);
+                cur.angles.resize(cur.blocks.size()*N()*p.n_rot, 0.0f);
+            }
+        }
+        first += n;
+    }
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 32*ggml_tensor_overhead() + ggml_graph_overhead_custom(32, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 32, false);
+
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        auto & cur = batches[ip];
+        if (cur.blocks.empty()) {
+            continue;
+        }
+        // K of `retain` is for the host
+        if (p.flags & (GGML_CAPSULE_FLAG_RETAIN << ip)) {
+            return false;
+        }
+
+        cur.index_t  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, N() + 1, cur.blocks.size());
+        cur.angles_t = angles ? ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, p.n_rot, N(), cur.blocks.size()) : nullptr;
+
+        for (bool is_v : { false, true }) {
+            auto pv = p;
+            pv.flags |= (ip > 0 ? GGML_CAPSULE_FLAG_TIER_1 : 0) | (is_v ? GGML_CAPSULE_FLAG_V : 0);
+
+            ggml_tensor * x = is_v ? cells.v : cells.k;
+            if (is_v && kv.v_trans) {
+                x = ggml_view_2d(ctx.get(), x, kv.get_size(), p.n_head_kv*p.d_v, kv.get_size()*ggml_element_size(x), 0);
+            }
+
+            ggml_tensor * slots = ggml_capsule_encode(ctx.get(), &pv, pools[ip].layers[i_layer].blob, x, cur.index_t, cur.angles_t, weights[i_layer].op);
+            ggml_build_forward_expand(gf, slots);
+
+            if (guarded(i_layer, ip, is_v)) {
+                cur.errors[is_v] = ggml_capsule_errors(ctx.get(), &pv, slots, x, cur.index_t, cur.angles_t, weights[i_layer].op);
+                ggml_build_forward_expand(gf, cur.errors[is_v]);
+            }
+        }
+    }
+
+    // nothing is left to do
+    if (ggml_graph_n_nodes(gf) == 0) {
+        return true;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+            return false;
+        }
+    }
+
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+    if (!buf) {
+        return false;
+    }
+    for (const auto & cur : batches) {
+        if (cur.index_t) {
+            ggml_backend_tensor_set(cur.index_t, cur.index.data(), 0, ggml_nbytes(cur.index_t));
+        }
+        if (cur.angles_t) {
+            ggml_backend_tensor_set(cur.angles_t, cur.angles.data(), 0, ggml_nbytes(cur.angles_t));
+        }
+    }
+    if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+
+    const size_t n = layer.n_head_kv*N();
+
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        const auto & cur = batches[ip];
+
+        std::vector<uint8_t> slot(pools[ip].codecs[i_layer].layout.slot_stride);
+
+        for (size_t i = 0; i < cur.blocks.size(); ++i) {
+            block_errors errors;
+            for (int side = 0; side < 2; ++side) {
+                if (cur.errors[side]) {
+                    errors[side].resize(n);
+                    ggml_backend_tensor_get(cur.errors[side], errors[side].data(), i*n*sizeof(llama_capsule_errors), n*sizeof(llama_capsule_errors));
+                }
+            }
+            if (accept(*cur.blocks[i], i_layer, errors)) {
+                slot_get(pools[ip], i_layer, cur.blocks[i]->i_slot, slot.data());
+                add_hash(*cur.blocks[i], i_layer, slot.data());
+            }
+        }
+    }
+    return true;
+}
