@@ -4,10 +4,8 @@
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
-#include <algorithm>
-
 //
-// hot cells -> slots with GGML_OP_CAPSULE, where both of them are: only what the guard asks for comes back
+// hot cells -> slots with GGML_OP_CAPSULE, where both of them are: the guard reads sums, and the hash the slots
 //
 
 // the backend that computes in this memory, nullptr if there is none
@@ -24,33 +22,23 @@ static ggml_backend_t capsule_backend(ggml_backend_sched_t sched, ggml_backend_b
     return nullptr;
 }
 
-bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
-    const auto buft = layer_buft(i_layer);
+struct llama_capsule_store::op_batch {
+    std::vector<block *> blocks;
+    std::vector<int32_t> index;  // [blocks][N + 1]
+    std::vector<float>   angles; // [blocks][N][n_rot], empty without RoPE
 
-    ggml_backend_t backend = path(i_layer) == LLAMA_CAPSULE_PATH_OP ? capsule_backend(lctx.get_sched(), buft) : nullptr;
-    if (!backend) {
-        return false;
-    }
+    ggml_tensor * index_t  = nullptr;
+    ggml_tensor * angles_t = nullptr;
 
-    // the blocks of a tier
-    struct batch {
-        std::vector<block *> blocks;
-        std::vector<int32_t> index;
-        std::vector<float>   angles; // [blocks][N][n_rot]
+    std::array<ggml_tensor *, 2> errors = {}; // of K and V
+};
 
-        ggml_tensor * index_t  = nullptr;
-        ggml_tensor * angles_t = nullptr;
-
-        std::array<ggml_tensor *, 2> errors = {}; // of K and V
-    };
-    std::array<batch, N_TIERS> batches;
-
+void llama_capsule_store::op_encode_inputs(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader,
+        std::array<op_batch, N_TIERS> & batches) const {
     const auto & layer = data().layers[i_layer];
-    const auto & cells = kv.layers[kv.map_layer_ids.at(layer.il)];
 
-    const auto p = op_params(i_layer);
-
-    const float * angles = reader.angles(layer.il, layer.rope);
+    const uint32_t n_rot  = op_params(i_layer).n_rot;
+    const float  * angles = reader.angles(layer.il, layer.rope);
 
     size_t first = 0;
     for (block * b : blocks) {
@@ -64,12 +52,74 @@ bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, u
             cur.index.resize(cur.blocks.size()*(N() + 1) - 1, -1);
             cur.index.push_back(b->i_slot);
             if (angles) {
-                cur.angles.insert(cur.angles.end(), angles + first*p.n_rot, angles + (first + n)*p.n_rot);
-                cur.angles.resize(cur.blocks.size()*N()*p.n_rot, 0.0f);
+                cur.angles.insert(cur.angles.end(), angles + first*n_rot, angles + (first + n)*n_rot);
+                cur.angles.resize(cur.blocks.size()*N()*n_rot, 0.0f);
             }
         }
         first += n;
     }
+}
+
+void llama_capsule_store::op_encode_build(ggml_context * ctx, ggml_cgraph * gf, uint32_t i_layer, int i_pool, op_batch & batch) const {
+    const auto & cells = kv.layers[kv.map_layer_ids.at(data().layers[i_layer].il)];
+
+    auto p = op_params(i_layer);
+
+    batch.index_t  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, N() + 1, batch.blocks.size());
+    batch.angles_t = batch.angles.empty() ? nullptr : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.n_rot, N(), batch.blocks.size());
+
+    p.flags |= i_pool > 0 ? GGML_CAPSULE_FLAG_TIER_1 : 0;
+
+    for (bool is_v : { false, true }) {
+        p.flags |= is_v ? GGML_CAPSULE_FLAG_V : 0;
+
+        ggml_tensor * x = is_v ? cells.v : cells.k;
+        if (is_v && kv.v_trans) {
+            x = ggml_view_2d(ctx, x, kv.get_size(), p.n_head_kv*p.d_v, kv.get_size()*ggml_element_size(x), 0);
+        }
+
+        ggml_tensor * slots = ggml_capsule_encode(ctx, &p, pools[i_pool].layers[i_layer].blob, x, batch.index_t, batch.angles_t, weights[i_layer].op);
+        ggml_build_forward_expand(gf, slots);
+
+        if (guarded(i_layer, i_pool, is_v)) {
+            batch.errors[is_v] = ggml_capsule_errors(ctx, &p, slots, x, batch.index_t, batch.angles_t, weights[i_layer].op);
+            ggml_build_forward_expand(gf, batch.errors[is_v]);
+        }
+    }
+}
+
+void llama_capsule_store::op_encode_finish(uint32_t i_layer, int i_pool, const op_batch & batch) {
+    const size_t n = data().layers[i_layer].n_head_kv*N();
+
+    std::vector<uint8_t> slot(pools[i_pool].codecs[i_layer].layout.slot_stride);
+
+    for (size_t i = 0; i < batch.blocks.size(); ++i) {
+        block & b = *batch.blocks[i];
+
+        block_errors errors;
+        for (int side = 0; side < 2; ++side) {
+            if (batch.errors[side]) {
+                errors[side].resize(n);
+                ggml_backend_tensor_get(batch.errors[side], errors[side].data(), i*n*sizeof(llama_capsule_errors), n*sizeof(llama_capsule_errors));
+            }
+        }
+        if (accept(b, i_layer, errors)) {
+            slot_get(pools[i_pool], i_layer, b.i_slot, slot.data());
+            add_hash(b, i_layer, slot.data());
+        }
+    }
+}
+
+bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
+    const auto buft = layer_buft(i_layer);
+
+    ggml_backend_t backend = path(i_layer) == LLAMA_CAPSULE_PATH_OP ? capsule_backend(lctx.get_sched(), buft) : nullptr;
+    if (!backend) {
+        return false;
+    }
+
+    std::array<op_batch, N_TIERS> batches;
+    op_encode_inputs(blocks, i_layer, reader, batches);
 
     const ggml_init_params params = {
         /*.mem_size   =*/ 32*ggml_tensor_overhead() + ggml_graph_overhead_custom(32, false),
@@ -79,39 +129,20 @@ bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, u
     ggml_context_ptr ctx { ggml_init(params) };
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 32, false);
 
+    const int flags = op_params(i_layer).flags;
+
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        auto & cur = batches[ip];
-        if (cur.blocks.empty()) {
+        if (batches[ip].blocks.empty()) {
             continue;
         }
         // K of `retain` is for the host
-        if (p.flags & (GGML_CAPSULE_FLAG_RETAIN << ip)) {
+        if (flags & (GGML_CAPSULE_FLAG_RETAIN << ip)) {
             return false;
         }
-
-        cur.index_t  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, N() + 1, cur.blocks.size());
-        cur.angles_t = angles ? ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, p.n_rot, N(), cur.blocks.size()) : nullptr;
-
-        for (bool is_v : { false, true }) {
-            auto pv = p;
-            pv.flags |= (ip > 0 ? GGML_CAPSULE_FLAG_TIER_1 : 0) | (is_v ? GGML_CAPSULE_FLAG_V : 0);
-
-            ggml_tensor * x = is_v ? cells.v : cells.k;
-            if (is_v && kv.v_trans) {
-                x = ggml_view_2d(ctx.get(), x, kv.get_size(), p.n_head_kv*p.d_v, kv.get_size()*ggml_element_size(x), 0);
-            }
-
-            ggml_tensor * slots = ggml_capsule_encode(ctx.get(), &pv, pools[ip].layers[i_layer].blob, x, cur.index_t, cur.angles_t, weights[i_layer].op);
-            ggml_build_forward_expand(gf, slots);
-
-            if (guarded(i_layer, ip, is_v)) {
-                cur.errors[is_v] = ggml_capsule_errors(ctx.get(), &pv, slots, x, cur.index_t, cur.angles_t, weights[i_layer].op);
-                ggml_build_forward_expand(gf, cur.errors[is_v]);
-            }
-        }
+        op_encode_build(ctx.get(), gf, i_layer, ip, batches[ip]);
     }
 
-    // nothing is left to do
+    // every block has been refused
     if (ggml_graph_n_nodes(gf) == 0) {
         return true;
     }
@@ -137,26 +168,8 @@ bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, u
         return false;
     }
 
-    const size_t n = layer.n_head_kv*N();
-
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        const auto & cur = batches[ip];
-
-        std::vector<uint8_t> slot(pools[ip].codecs[i_layer].layout.slot_stride);
-
-        for (size_t i = 0; i < cur.blocks.size(); ++i) {
-            block_errors errors;
-            for (int side = 0; side < 2; ++side) {
-                if (cur.errors[side]) {
-                    errors[side].resize(n);
-                    ggml_backend_tensor_get(cur.errors[side], errors[side].data(), i*n*sizeof(llama_capsule_errors), n*sizeof(llama_capsule_errors));
-                }
-            }
-            if (accept(*cur.blocks[i], i_layer, errors)) {
-                slot_get(pools[ip], i_layer, cur.blocks[i]->i_slot, slot.data());
-                add_hash(*cur.blocks[i], i_layer, slot.data());
-            }
-        }
+        op_encode_finish(i_layer, ip, batches[ip]);
     }
     return true;
 }

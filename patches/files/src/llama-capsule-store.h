@@ -481,6 +481,12 @@ private:
     // llama-capsule-op-encode.cpp: encode_layer() on the device; false if it can not do that
     bool op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader);
 
+    struct op_batch; // the blocks of a tier
+
+    void op_encode_inputs(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader, std::array<op_batch, N_TIERS> & batches) const;
+    void op_encode_build (ggml_context * ctx, ggml_cgraph * gf, uint32_t i_layer, int i_pool, op_batch & batch) const;
+    void op_encode_finish(uint32_t i_layer, int i_pool, const op_batch & batch);
+
     void build_op_unpack(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
 
     // where a graph is built, and what it writes to
