@@ -106,11 +106,14 @@ def test_nor_does_it_where_keys_are_not_rebuilt(lib, s):
         assert set(found) == {expected, rebuilt}
 
 
-@pytest.mark.parametrize("s", [ENCODE_CASES["rotated q8_0 cache"], ENCODE_CASES["a usual block"], ENCODE_CASES["odd block"]], ids=["rotated", "usual", "odd"])
-def test_nor_do_slots_depend_on_it(lib, s):
+ENCODED = ("rotated q8_0 cache", "a usual block", "odd block", "retain", "retain, rotated q8_0 cache", "retain, a usual block")
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_nor_do_slots_depend_on_it(lib, name):
     """Nor on how much of a block is in shared memory at a time."""
     rng = np.random.default_rng(0)
-    for cells in both(s):
+    for cells in both(ENCODE_CASES[name]):
         with graph() as g:
             encode, errors = cells.nodes(g)
             results = set()

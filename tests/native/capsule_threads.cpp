@@ -133,20 +133,9 @@ static void fill_half_mlp(float * x, const ggml_capsule_weights & w, const ggml_
     }
 }
 
-static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack, size_t max_shared = 8*1024, bool mma = false) { // pieces of tiles
-    ggml_context * ctx = ggml_init({ 1u << 24, nullptr, false });
-
-    ggml_tensor * blobs[GGML_CAPSULE_N_TIERS];
-    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
-        blobs[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, p.n_slots[i]*ggml_capsule_slot_size(&p, i));
-        fill_slots(blobs[i], p, i);
-    }
-    const int n_slots = p.n_slots[0] + p.n_slots[1];
-    const int n_cold  = n_slots*p.n_block;
-
+static void fill_weights(ggml_tensor * weights, const ggml_capsule_params & p) {
     const auto layout = ggml_capsule_weights_layout(&p);
 
-    ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, layout.size);
     fill(weights);
     for (int i = 0; i < layout.size; ++i) {
         ((float *) weights->data)[i] *= 0.3f; // as constants are: keys of about 10
@@ -160,10 +149,24 @@ static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens
     for (int i = 0; i < (p.n_block - p.n_kept)*p.n_neighbours; ++i) {
         ((int32_t *) weights->data)[layout.neighbours + i] = i % std::max<int>(p.n_kept, 1);
     }
+    fill_half_mlp((float *) weights->data, layout, p);
+}
+
+static float run_case(ggml_capsule_params p, int n_kv, int n_group, int n_tokens, bool unpack, size_t max_shared = 8*1024, bool mma = false) { // pieces of tiles
+    ggml_context * ctx = ggml_init({ 1u << 24, nullptr, false });
+
+    ggml_tensor * blobs[GGML_CAPSULE_N_TIERS];
+    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+        blobs[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, p.n_slots[i]*ggml_capsule_slot_size(&p, i));
+        fill_slots(blobs[i], p, i);
+    }
+    const int n_slots = p.n_slots[0] + p.n_slots[1];
+    const int n_cold  = n_slots*p.n_block;
+
+    ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
+    fill_weights(weights, p);
 
     const int n_angles = n_slots*(p.n_rot + 1) + p.n_block*p.n_rot;
-
-    fill_half_mlp((float *) weights->data, layout, p);
 
     ggml_tensor * rope = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_angles + (p.n_terms > 0 ? 1 + p.n_terms*(p.n_block + p.d_k) : 0));
     fill(rope);
@@ -213,9 +216,10 @@ static float run_encode(ggml_capsule_params p, size_t max_shared = 8*1024) {
     ggml_tensor * index   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, p.n_block + 1, 2);
     ggml_tensor * angles  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.n_rot, p.n_block, 2);
     ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
-    for (auto * t : { cells, angles, weights }) {
+    for (auto * t : { cells, angles }) {
         fill(t);
     }
+    fill_weights(weights, p);
     for (int i = 0; i < 2*(p.n_block + 1); ++i) {
         ((int32_t *) index->data)[i] = i % (p.n_block + 1) == p.n_block ? i/(p.n_block + 1) : 2*p.n_block - 1 - i;
     }
@@ -289,6 +293,7 @@ int main(int argc, char ** argv) {
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_case(mlp,     16, 1, 1, false, CAPSULE_SHARED_DEFAULT, true));
+    res = std::max(res, run_encode(retain));
     res = std::max(res, run_encode(pca));
     pca.flags = GGML_CAPSULE_FLAG_V;
     res = std::max(res, run_encode(pca));

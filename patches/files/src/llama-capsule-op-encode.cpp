@@ -4,6 +4,8 @@
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
+#include <algorithm>
+
 //
 // hot cells -> slots with GGML_OP_CAPSULE, where both of them are: the guard reads sums, and the hash the slots
 //
@@ -35,10 +37,13 @@ struct llama_capsule_store::op_batch {
 
 void llama_capsule_store::op_encode_inputs(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader,
         std::array<op_batch, N_TIERS> & batches) const {
-    const auto & layer = data().layers[i_layer];
+    const auto & layer  = data().layers[i_layer];
+    const auto * params = rope.params(i_layer);
 
     const uint32_t n_rot  = op_params(i_layer).n_rot;
     const float  * angles = reader.angles(layer.il, layer.rope);
+
+    std::vector<float> stored(n_rot); // keys that are stored rotated keep these
 
     size_t first = 0;
     for (block * b : blocks) {
@@ -52,8 +57,19 @@ void llama_capsule_store::op_encode_inputs(const std::vector<block *> & blocks, 
             cur.index.resize(cur.blocks.size()*(N() + 1) - 1, -1);
             cur.index.push_back(b->i_slot);
             if (angles) {
-                cur.angles.insert(cur.angles.end(), angles + first*n_rot, angles + (first + n)*n_rot);
+                const float * src = angles + first*n_rot;
+
                 cur.angles.resize(cur.blocks.size()*N()*n_rot, 0.0f);
+                float * dst = cur.angles.data() + (cur.blocks.size() - 1)*N()*n_rot;
+
+                if (rotated(i_layer, b->i_pool)) {
+                    params->fill(pools[b->i_pool].stored[b->i_slot], false, stored.data());
+                    for (size_t j = 0; j < n; ++j) {
+                        params->add(src + j*n_rot, stored.data(), dst + j*n_rot);
+                    }
+                } else {
+                    std::copy(src, src + n*n_rot, dst);
+                }
             }
         }
         first += n;
@@ -129,17 +145,10 @@ bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, u
     ggml_context_ptr ctx { ggml_init(params) };
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 32, false);
 
-    const int flags = op_params(i_layer).flags;
-
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        if (batches[ip].blocks.empty()) {
-            continue;
+        if (!batches[ip].blocks.empty()) {
+            op_encode_build(ctx.get(), gf, i_layer, ip, batches[ip]);
         }
-        // K of `retain` is for the host
-        if (flags & (GGML_CAPSULE_FLAG_RETAIN << ip)) {
-            return false;
-        }
-        op_encode_build(ctx.get(), gf, i_layer, ip, batches[ip]);
     }
 
     // every block has been refused

@@ -67,11 +67,11 @@ struct test_capsule : public test_case {
         memcpy(p.rows_k, rows, sizeof(rows));
         memcpy(p.rows_v, rows, sizeof(rows));
 
-        if (kind == "retain" || kind == "turn") {
-            p.flags       |= GGML_CAPSULE_FLAG_RETAIN;
+        if (kind == "retain" || kind == "turn" || kind == "encode retain") {
+            p.flags       |= GGML_CAPSULE_FLAG_RETAIN*(kind == "encode retain" ? 3 : 1);
             p.n_kept       = n/4;
             p.n_neighbours = 2;
-            p.n_mlp        = kind == "retain" ? 16 : 0;
+            p.n_mlp        = kind == "turn" ? 0 : 16;
         }
         if (kind == "project" || kind == "turn") {
             p.flags  |= GGML_CAPSULE_FLAG_QUERY;
@@ -260,8 +260,8 @@ struct test_capsule : public test_case {
 struct test_capsule_encode : public test_capsule {
     const int n_blocks;
 
-    test_capsule_encode(int d, int n_block, int n_head_kv, int n_blocks, ggml_type type, int flags, bool perf = false) :
-        test_capsule("encode", d, n_block, n_head_kv, 1, 1, n_blocks*n_block + 10, 4, type, flags, true, perf), n_blocks(n_blocks) {
+    test_capsule_encode(const char * kind, int d, int n_block, int n_head_kv, int n_blocks, ggml_type type, int flags, bool perf = false) :
+        test_capsule(kind, d, n_block, n_head_kv, 1, 1, n_blocks*n_block + 10, 4, type, flags, true, perf), n_blocks(n_blocks) {
     }
 
     uint64_t op_flops(ggml_tensor * t) override {
@@ -307,18 +307,36 @@ struct test_capsule_encode : public test_capsule {
     }
 };
 
-static void make_capsule_cases_eval(std::vector<std::unique_ptr<test_case>> & cases) {
-    for (int flags : { 0, int(GGML_CAPSULE_FLAG_V), int(GGML_CAPSULE_FLAG_TIER_1), int(GGML_CAPSULE_FLAG_NORM), int(GGML_CAPSULE_FLAG_V | GGML_CAPSULE_FLAG_V_TRANS) }) {
-        for (int d : { 64, 96, 128 }) {
-            cases.emplace_back(new test_capsule_encode(d, 48, 2, 3, GGML_TYPE_F16, flags));
+static void make_capsule_cases_encode(std::vector<std::unique_ptr<test_case>> & cases) {
+    const auto encode = [&](const char * kind, int d, int n_block, ggml_type type, int flags) {
+        cases.emplace_back(new test_capsule_encode(kind, d, n_block, 2, 3, type, flags));
+    };
+    for (const char * kind : { "encode", "encode retain" }) {
+        for (int flags : { 0, int(GGML_CAPSULE_FLAG_TIER_1), int(GGML_CAPSULE_FLAG_NORM) }) {
+            for (int d : { 64, 96, 128 }) {
+                encode(kind, d, 48, GGML_TYPE_F16, flags);
+            }
+            encode(kind, 128, 64, GGML_TYPE_F32, flags);
         }
-        cases.emplace_back(new test_capsule_encode(128, 64, 2, 3, GGML_TYPE_F32, flags));
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            encode(kind, 128, 64, type, GGML_CAPSULE_FLAG_ROT_K);
+        }
+    }
+    // values are the same in both
+    for (int flags : { int(GGML_CAPSULE_FLAG_V), int(GGML_CAPSULE_FLAG_V | GGML_CAPSULE_FLAG_V_TRANS) }) {
+        for (int d : { 64, 96, 128 }) {
+            encode("encode", d, 48, GGML_TYPE_F16, flags);
+        }
+        encode("encode", 128, 64, GGML_TYPE_F32, flags);
     }
     for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        for (int flags : { int(GGML_CAPSULE_FLAG_ROT_K), int(GGML_CAPSULE_FLAG_ROT_V | GGML_CAPSULE_FLAG_V) }) {
-            cases.emplace_back(new test_capsule_encode(128, 64, 2, 3, type, flags));
-        }
+        encode("encode", 128, 64, type, GGML_CAPSULE_FLAG_ROT_V | GGML_CAPSULE_FLAG_V);
     }
+}
+
+static void make_capsule_cases_eval(std::vector<std::unique_ptr<test_case>> & cases) {
+    make_capsule_cases_encode(cases);
+
     // queries in 8 bits: with fused multiply-add a few of them are rounded to the next integer
     for (int n_tokens : { 1, 3, 8 }) {
         for (int n_group : { 1, 4, 7 }) {
@@ -384,8 +402,9 @@ static void make_capsule_cases_perf(std::vector<std::unique_ptr<test_case>> & ca
     for (const auto & m : models) {
         // an image of 1024 tokens
         for (int side : { 0, int(GGML_CAPSULE_FLAG_V) }) {
-            cases.emplace_back(new test_capsule_encode(128, 64, m.n_head_kv, 16, GGML_TYPE_F16, side, true));
+            cases.emplace_back(new test_capsule_encode("encode", 128, 64, m.n_head_kv, 16, GGML_TYPE_F16, side, true));
         }
+        cases.emplace_back(new test_capsule_encode("encode retain", 128, 64, m.n_head_kv, 16, GGML_TYPE_F16, 0, true));
         for (int n_cold : { 16384, 65536 }) {
             make_capsule_cases_perf_of(cases, m.n_head_kv, m.n_group, m.n_terms, n_cold);
         }

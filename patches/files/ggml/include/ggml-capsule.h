@@ -20,7 +20,7 @@ extern "C" {
         GGML_CAPSULE_OP_UNPACK,  // slots -> columns of a K or V cache
         GGML_CAPSULE_OP_ATTN,    // attention over hot cells and slots, in parts
         GGML_CAPSULE_OP_COMBINE, // parts -> result
-        GGML_CAPSULE_OP_ENCODE,  // cells -> rows of slots (`pca`)
+        GGML_CAPSULE_OP_ENCODE,  // cells -> rows of slots
         GGML_CAPSULE_OP_ERRORS,  // how well slots hold their cells
     };
 
@@ -121,7 +121,7 @@ extern "C" {
     //   slots  I8, those of one tier; bytes between the heads are left alone
     //   cells  [n_head_kv*d, n], of the types that attention reads, or transposed (V) [n, n_head_kv*d]
     //   index  I32 [N + 1, n_blocks]: the cells of a block, < 0 where there is none, then its slot
-    //   angles F32 [n_rot, N, n_blocks] that undo the RoPE of the cells (as those of `rope`); NULL without RoPE
+    //   angles F32 [n_rot, N, n_blocks] that undo the RoPE of the cells (as those of `rope`), or what is not to be stored of it; NULL without RoPE
     GGML_API struct ggml_tensor * ggml_capsule_encode(
             struct ggml_context              * ctx,
             const struct ggml_capsule_params * params,

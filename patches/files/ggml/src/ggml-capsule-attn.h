@@ -531,7 +531,7 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             }
             CAPSULE_PHASE((capsule_attn_query_scores(tid, t.n, a, it, vs, tier.k.n_rows, data, col, p.weights, sm)));
         } else if (!hot) {
-            capsule_rows_k<T>(t, a, slot, p.weights, i, it.head, sm);
+            capsule_rows_k<T>(t, a, tier, slot, p.weights, it.head, sm);
         }
         for (int first = 0; first < n && vs.n_var == 0; first += a.n_chunk) {
             const int n_tile = capsule_min(a.n_chunk, n - first);
@@ -539,7 +539,7 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
             if (hot) {
                 CAPSULE_PHASE((capsule_attn_load_hot<U>(tid, t.n, a, p.k, it.head, col + first, n_tile, tile)));
             } else {
-                capsule_tile_k<T, U>(t, a, p.weights, p.rope, i, it.head, first, n_tile, sm);
+                capsule_tile_k<T, U>(t, a, tier, p.weights, capsule_rope_of(a, p.rope, i), it.head, first, n_tile, sm);
             }
             CAPSULE_PHASE_Q(capsule_attn_scores, tid, t.n, a, it, mask, data, col + first, first, n_tile, tile, sm);
         }

@@ -6,7 +6,7 @@
 // A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
 // no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
 //
-// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; -encode.h: the way back; -query.h: keys that are
+// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; the way back: -cells.h, -put.h, -encode.h; -query.h: keys that are
 // not rebuilt; -attn.h: attention
 //
 
@@ -18,6 +18,7 @@
 #define CAPSULE_PRIVATE thread
 #define CAPSULE_UNROLL _Pragma("unroll")
 #define CAPSULE_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define CAPSULE_BARRIER_GLOBAL() threadgroup_barrier(mem_flags::mem_device)
 #define CAPSULE_PHASES
 #define CAPSULE_RAISE(x) (x) = 1
 #define CAPSULE_EXP(x) exp(x)
@@ -75,6 +76,11 @@ CAPSULE_FN void capsule_put(float & y, float x) { y = x; }
 CAPSULE_FN void capsule_put(capsule_half & y, float x) { y.bits = ggml_compute_fp32_to_fp16(x); }
 #endif
 
+// what threads of the group have written to global memory can be read from here on; Metal alone needs more for that than the end of a phase
+#if !defined(CAPSULE_BARRIER_GLOBAL)
+#define CAPSULE_BARRIER_GLOBAL()
+#endif
+
 #if defined(CAPSULE_PHASES)
 // every thread runs the kernel
 struct capsule_threads {
@@ -94,7 +100,7 @@ struct capsule_threads {
 #define CAPSULE_MAX_TYPES 5 // F32, F16, Q8_0, Q4_0, Q2_0
 #define CAPSULE_LANES     32
 #define CAPSULE_N_FLAGS   9
-#define CAPSULE_N_FACTORS 6 // see ggml-capsule-encode.h
+#define CAPSULE_N_FACTORS 6 // see ggml-capsule-put.h
 
 // see ggml-capsule-query.h
 #define CAPSULE_N_MAKE      16 // vectors that are made at a time
@@ -123,6 +129,7 @@ struct capsule_part {
 struct capsule_tier {
     capsule_part k;
     capsule_part v;
+    capsule_part kept; // retain: of k, the rows that are tokens
     int          slot_size;
     int          n_slots;
     int          retain;
@@ -224,6 +231,7 @@ struct capsule_args {
     int s_m;     // F32 [3][max_q], m, m and l
     int s_flags; // I32 [3][CAPSULE_N_FLAGS]
     int s_x;     // F32 [n_chunk][ld_tile], encode, errors: tokens
+    int s_kept;  // F32 [n_kept][ld_rows], encode, retain; then s_z: [n_chunk_r][n_mlp]
     int s_amax;  // F32 [n_chunk_r*d/64], encode, where the tokens were
     int s_best;  // I32 [n_chunk_r*d/64][CAPSULE_N_FACTORS*2][4]
     int s_size;

@@ -230,13 +230,14 @@ CAPSULE_FN void capsule_tile(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL con
     CAPSULE_PHASE((capsule_tile_pca(tid, t.n, a, mean, basis, n_rows, d, rope, first, n, rows, tile)));
 }
 
-// hidden units of the key MLP -> [N - n_kept][n_mlp]
+// hidden units of the key MLP for n dropped tokens from j0 on -> [n][n_mlp]
 template <typename T>
-CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, CAPSULE_SHARED const T * rows, CAPSULE_SHARED float * z) {
+CAPSULE_FN void capsule_mlp(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int j0, int n, CAPSULE_SHARED const T * rows,
+        CAPSULE_SHARED float * z) {
     CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
 
-    for (int i = tid; i < (a.N - a.n_kept)*a.n_mlp; i += nt) {
-        const int j = i/a.n_mlp;
+    for (int i = tid; i < n*a.n_mlp; i += nt) {
+        const int j = j0 + i/a.n_mlp;
         const int m = i%a.n_mlp;
 
         float x = weights[a.w_mlp_up_bias + i_head*a.n_mlp + m];
@@ -302,16 +303,34 @@ CAPSULE_FN void capsule_mlp_down(int, int, CAPSULE_ARGS, const float *, int, int
 }
 #endif
 
+// what gated neighbours say of a pair of channels of dropped token j, and the key MLP (z: its hidden units), where tensor cores do not
+template <typename T>
+CAPSULE_FN void capsule_predict(CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int j, int c0, int c1, CAPSULE_SHARED const T * rows,
+        CAPSULE_SHARED const float * z, CAPSULE_PRIVATE float & x0, CAPSULE_PRIVATE float & x1) {
+    CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours + j*a.n_neighbours;
+
+    for (int k = 0; k < a.n_neighbours; ++k) {
+        CAPSULE_SHARED const T     * row  = rows + neighbours[k]*a.ld_rows;
+        CAPSULE_GLOBAL const float * gate = weights + a.w_gate + ((i_head*(a.N - a.n_kept) + j)*a.n_neighbours + k)*a.d_k;
+
+        x0 += gate[c0]*capsule_float(row[c0]);
+        x1 += gate[c1]*capsule_float(row[c1]);
+    }
+    for (int m = 0; m < a.n_mlp && !a.mma; ++m) {
+        CAPSULE_GLOBAL const float * down = weights + a.w_mlp_down + (i_head*a.n_mlp + m)*a.d_k;
+
+        x0 += down[c0]*z[m];
+        x1 += down[c1]*z[m];
+    }
+}
+
 // kept tokens as they are, the others predicted from their neighbours, plus a residual
 template <typename T, typename U>
 CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_head, int n_rows,
         capsule_rope rope, int first, int n, CAPSULE_SHARED const T * rows, CAPSULE_SHARED const float * z, CAPSULE_SHARED U * tile) {
-    CAPSULE_GLOBAL const int32_t * order      = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
-    CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
+    CAPSULE_GLOBAL const int32_t * order = (CAPSULE_GLOBAL const int32_t *) weights + a.w_token_order;
 
-    const int d       = a.d_k;
-    const int n_pairs = d/2;
-    const int n_drop  = a.N - a.n_kept;
+    const int n_pairs = a.d_k/2;
 
     for (int u = tid; u < a.N*n_pairs; u += nt) {
         const int i  = u/n_pairs;
@@ -331,22 +350,10 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
         if (i >= a.n_kept) {
             const int j = i - a.n_kept;
 
-            for (int k = 0; k < a.n_neighbours; ++k) {
-                CAPSULE_SHARED const T     * row  = rows + neighbours[j*a.n_neighbours + k]*a.ld_rows;
-                CAPSULE_GLOBAL const float * gate = weights + a.w_gate + ((i_head*n_drop + j)*a.n_neighbours + k)*d;
-
-                x0 += gate[c0]*capsule_float(row[c0]);
-                x1 += gate[c1]*capsule_float(row[c1]);
-            }
+            capsule_predict(a, weights, i_head, j, c0, c1, rows, z + j*a.n_mlp, x0, x1);
             if (a.mma && a.n_mlp > 0) {
                 x0 += capsule_float(tile[t*a.ld_tile + c0]);
                 x1 += capsule_float(tile[t*a.ld_tile + c1]);
-            }
-            for (int m = 0; m < a.n_mlp && !a.mma; ++m) {
-                CAPSULE_GLOBAL const float * down = weights + a.w_mlp_down + (i_head*a.n_mlp + m)*d;
-
-                x0 += down[c0]*z[j*a.n_mlp + m];
-                x1 += down[c1]*z[j*a.n_mlp + m];
             }
         }
 
@@ -365,33 +372,29 @@ CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM cons
 }
 
 template <typename T>
-CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head,
-        CAPSULE_SHARED char * sm) {
-    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
+CAPSULE_FN void capsule_rows_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_tier & tier, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights,
+        int i_head, CAPSULE_SHARED char * sm) {
+    CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
 
-    capsule_rows<T>(t, a, tier.k, slot, i_head, a.d_k, CAPSULE_SM_T(a.s_rows));
+    capsule_rows<T>(t, a, tier.k, slot, i_head, a.d_k, rows);
     if (tier.retain && a.n_mlp > 0) {
 #if defined(CAPSULE_MMA)
         if (a.mma) {
-            CAPSULE_PHASE((capsule_mlp_product(tid, t.n, a, weights, i_head, (const T *) CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_u))));
+            CAPSULE_PHASE((capsule_mlp_product(tid, t.n, a, weights, i_head, (const T *) rows, CAPSULE_SM_F(a.s_u))));
             CAPSULE_PHASE((capsule_mlp_finish (tid, t.n, a, weights, i_head, CAPSULE_SM_F(a.s_u), (capsule_half *) (sm + a.s_z))));
             return;
         }
 #endif
-        CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, CAPSULE_SM_T(a.s_rows), CAPSULE_SM_F(a.s_z))));
+        CAPSULE_PHASE((capsule_mlp<T>(tid, t.n, a, weights, i_head, 0, a.N - a.n_kept, rows, CAPSULE_SM_F(a.s_z))));
     }
 }
 
 // rows -> tile of n keys from first on, with RoPE
 template <typename T, typename U>
-CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, CAPSULE_GLOBAL const float * tables, int i_slot, int i_head,
+CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_tier & tier, CAPSULE_GLOBAL const float * weights, capsule_rope rope, int i_head,
         int first, int n, CAPSULE_SHARED char * sm) {
-    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
-
     CAPSULE_SHARED T * rows = CAPSULE_SM_T(a.s_rows);
     CAPSULE_SHARED U * tile = CAPSULE_SM_U(a.s_tile);
-
-    const capsule_rope rope = capsule_rope_of(a, tables, i_slot);
 
     if (tier.retain) {
 #if defined(CAPSULE_MMA)
@@ -405,15 +408,24 @@ CAPSULE_FN void capsule_tile_k(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL c
     }
 }
 
-// the same for values
+// K or V, as a.is_v says
+template <typename T>
+CAPSULE_FN void capsule_rows_kv(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_tier & tier, CAPSULE_GLOBAL const char * slot, CAPSULE_GLOBAL const float * weights,
+        int i_head, CAPSULE_SHARED char * sm) {
+    if (a.is_v) {
+        capsule_rows<T>(t, a, tier.v, slot, i_head, a.d_v, CAPSULE_SM_T(a.s_rows));
+    } else {
+        capsule_rows_k<T>(t, a, tier, slot, weights, i_head, sm);
+    }
+}
+
 template <typename T, typename U>
-CAPSULE_FN void capsule_tile_v(capsule_threads t, CAPSULE_ARGS, CAPSULE_GLOBAL const float * weights, int i_slot, int i_head, int first, int n, CAPSULE_SHARED char * sm) {
-    CAPSULE_PARAM const capsule_part & part = a.tiers[capsule_tier_of(a, i_slot)].v;
-
-    capsule_rope rope;
-    rope.first     = 0;
-    rope.distances = 0;
-
-    capsule_tile<T, U>(t, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, weights + a.w_v_basis_h, part.n_rows, a.d_v, rope, first, n,
-            CAPSULE_SM_T(a.s_rows), CAPSULE_SM_U(a.s_tile));
+CAPSULE_FN void capsule_tile_kv(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_tier & tier, CAPSULE_GLOBAL const float * weights, capsule_rope rope, int i_head,
+        int first, int n, CAPSULE_SHARED char * sm) {
+    if (a.is_v) {
+        capsule_tile<T, U>(t, a, weights + a.w_v_mean + i_head*a.d_v, weights + a.w_v_basis, weights + a.w_v_basis_h, tier.v.n_rows, a.d_v, rope, first, n,
+                CAPSULE_SM_T(a.s_rows), CAPSULE_SM_U(a.s_tile));
+    } else {
+        capsule_tile_k<T, U>(t, a, tier, weights, rope, i_head, first, n, sm);
+    }
 }

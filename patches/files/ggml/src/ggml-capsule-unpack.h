@@ -92,26 +92,22 @@ CAPSULE_FN void capsule_unpack(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, 
     const int i_slot = item/a.n_head_kv;
     const int i_head = item%a.n_head_kv;
 
+    CAPSULE_PARAM const capsule_tier & tier = a.tiers[capsule_tier_of(a, i_slot)];
+
     CAPSULE_GLOBAL const char * slot = capsule_slot(a, p.blob0, p.blob1, i_slot);
     CAPSULE_SHARED U          * tile = CAPSULE_SM_U(a.s_tile);
+
+    const capsule_rope rope = capsule_rope_of(a, p.rope, i_slot);
 
     const int d   = a.is_v ? a.d_v   : a.d_k;
     const int rot = a.is_v ? a.rot_v : a.rot_k;
 
-    if (a.is_v) {
-        capsule_rows<T>(t, a, a.tiers[capsule_tier_of(a, i_slot)].v, slot, i_head, d, CAPSULE_SM_T(a.s_rows));
-    } else {
-        capsule_rows_k<T>(t, a, slot, p.weights, i_slot, i_head, sm);
-    }
+    capsule_rows_kv<T>(t, a, tier, slot, p.weights, i_head, sm);
 
     for (int first = 0; first < a.N; first += a.n_chunk) {
         const int n = capsule_min(a.n_chunk, a.N - first);
 
-        if (a.is_v) {
-            capsule_tile_v<T, U>(t, a, p.weights, i_slot, i_head, first, n, sm);
-        } else {
-            capsule_tile_k<T, U>(t, a, p.weights, p.rope, i_slot, i_head, first, n, sm);
-        }
+        capsule_tile_kv<T, U>(t, a, tier, p.weights, rope, i_head, first, n, sm);
         CAPSULE_HADAMARD(U, tile, n, d, a.ld_tile, rot);
         CAPSULE_PHASE((capsule_store<U>(tid, t.n, a, tile, d, i_head, i_slot*a.N + first, n, p.dst)));
     }

@@ -100,11 +100,27 @@ static int capsule_part_init(capsule_part & part, int offs, int n_head, int d, c
     return GGML_PAD(offs + n_head*part.head_stride, 4);
 }
 
+// the first n rows
+static capsule_part capsule_part_head(const capsule_part & part, int n) {
+    capsule_part res = part;
+
+    int n_left = n;
+    for (int & count : res.count) {
+        count   = std::min(count, n_left);
+        n_left -= count;
+    }
+    res.n_rows  = n - n_left;
+    res.n_plain = std::min(part.n_plain, res.n_rows);
+
+    return res;
+}
+
 static void capsule_tier_init(capsule_tier & tier, const ggml_capsule_params & p, int i) {
     tier.slot_size = capsule_part_init(tier.k, 0,              p.n_head_kv, p.d_k, p.rows_k[i]);
     tier.slot_size = capsule_part_init(tier.v, tier.slot_size, p.n_head_kv, p.d_v, p.rows_v[i]);
     tier.n_slots   = p.n_slots[i];
     tier.retain    = (p.flags & (GGML_CAPSULE_FLAG_RETAIN << i)) != 0;
+    tier.kept      = capsule_part_head(tier.k, p.n_kept);
 }
 
 size_t ggml_capsule_slot_size(const ggml_capsule_params * params, int tier) {
@@ -263,7 +279,6 @@ static void capsule_set_cells(ggml_tensor * res, const ggml_capsule_params & p, 
     const bool is_v   = p.flags & GGML_CAPSULE_FLAG_V;
     const bool trans  = is_v && (p.flags & GGML_CAPSULE_FLAG_V_TRANS);
 
-    GGML_ASSERT(is_v || !(p.flags & (GGML_CAPSULE_FLAG_RETAIN << i_tier)));
     GGML_ASSERT(slots->type == GGML_TYPE_I8 && ggml_is_contiguous(slots) && ggml_nbytes(slots) % ggml_capsule_slot_size(&p, i_tier) == 0);
     GGML_ASSERT(cells->ne[trans ? 1 : 0] == p.n_head_kv*(is_v ? p.d_v : p.d_k) && cells->ne[2] == 1 && cells->ne[3] == 1);
     GGML_ASSERT(capsule_type_of(cells->type) < CAPSULE_MAX_TYPES && cells->nb[0] == ggml_type_size(cells->type) && (!trans || ggml_blck_size(cells->type) == 1));
@@ -440,11 +455,11 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
 static void capsule_encode_init(capsule_args & a, int op, size_t max_shared) {
     static const struct { int n_rows; int n_chunk; } options[] = { { CAPSULE_MAX_N, 32 }, { CAPSULE_MAX_N, 16 }, { CAPSULE_MAX_N, 8 }, { 32, 16 }, { 16, 16 }, { 8, 8 } };
 
-    const int    d    = a.is_v ? a.d_v : a.d_k;
-    const auto & tier = a.tiers[a.i_tier];
-    const int  n_rows = a.is_v ? tier.v.n_rows : tier.k.n_rows;
-
-    const bool errors = op == GGML_CAPSULE_OP_ERRORS;
+    const int    d      = a.is_v ? a.d_v : a.d_k;
+    const auto & tier   = a.tiers[a.i_tier];
+    const int    n_rows = a.is_v ? tier.v.n_rows : tier.k.n_rows;
+    const bool   retain = !a.is_v && tier.retain;
+    const bool   errors = op == GGML_CAPSULE_OP_ERRORS;
 
     // an odd number of banks
     a.ld_rows = d + 1;
@@ -461,13 +476,20 @@ static void capsule_encode_init(capsule_args & a, int op, size_t max_shared) {
         };
 
         add(a.s_rows, a.n_chunk_r*a.ld_rows);
-        const int n_shared = n;
-        add(a.s_x,    a.n_chunk*a.ld_tile);
         if (errors) {
+            add(a.s_x,    a.n_chunk*a.ld_tile);
             add(a.s_tile, a.n_chunk*a.ld_tile);
             add(a.s_red,  a.n_chunk*CAPSULE_LANES*2);
+            add(a.s_z,    retain ? (a.N - a.n_kept)*a.n_mlp : 0);
             a.s_size = n;
         } else {
+            if (retain && n_rows > a.n_kept) {
+                add(a.s_kept, a.n_kept*a.ld_rows);
+                add(a.s_z,    a.n_chunk_r*a.n_mlp);
+            }
+            // in the same place; `retain` has its tokens where the rows are
+            const int n_shared = n;
+            add(a.s_x,    retain ? 0 : a.n_chunk*a.ld_tile);
             const int n_x = n;
             n = n_shared;
             add(a.s_amax, a.n_chunk_r*(d/64));

@@ -4,7 +4,10 @@ option(GGML_METAL_CAPSULE "ggml: capsule kernels on Metal (experimental, never r
 
 if (GGML_METAL_CAPSULE)
     set(CAPSULE_SOURCE "#include <metal_stdlib>\nusing namespace metal;\n")
-    foreach(name ../ggml-capsule-impl.h ../ggml-capsule-mma.h ../ggml-capsule-tile.h ../ggml-capsule-unpack.h ../ggml-capsule-encode.h ../ggml-capsule-query.h ../ggml-capsule-attn.h kernels/capsule.metal)
+    foreach(name
+            ../ggml-capsule-impl.h ../ggml-capsule-mma.h ../ggml-capsule-tile.h ../ggml-capsule-unpack.h
+            ../ggml-capsule-cells.h ../ggml-capsule-put.h ../ggml-capsule-encode.h
+            ../ggml-capsule-query.h ../ggml-capsule-attn.h kernels/capsule.metal)
         set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${name})
         file(READ ${CMAKE_CURRENT_SOURCE_DIR}/${name} text)
         string(REPLACE "#pragma once" "" text "${text}")
