@@ -18,11 +18,11 @@ static void run_item(const ggml_tensor * op, capsule_threads threads, const caps
     }
 }
 
-// returns the bytes of shared memory, of which there are max_shared; mma: with what stands for tensor cores here
-extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order, int max_shared, int mma) {
+// returns the bytes of shared memory, of which there are max_shared, for the vectors of many queries most_shared; mma: with what stands for tensor cores here
+extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * order, int max_shared, int most_shared, int mma) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, max_shared, mma, args, ptrs);
+    ggml_capsule_args_init(op, max_shared, most_shared, mma, args, ptrs);
 
     // what a phase has not written is not to be relied on
     std::vector<float> shared(args.s_size/sizeof(float), NAN);

@@ -67,7 +67,7 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared, bool mma) {
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, max_shared, mma, args, ptrs);
+    ggml_capsule_args_init(op, max_shared, max_shared, mma, args, ptrs);
     GGML_ASSERT(args.mma == mma);
 
     std::vector<float> shared(args.s_size/sizeof(float));

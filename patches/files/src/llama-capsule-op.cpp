@@ -76,14 +76,11 @@ bool llama_capsule_store::op_available(uint32_t i_layer) const {
 
     const auto buft = layer_buft(i_layer);
 
-    // the CPU backend has it
-    if (ggml_backend_buft_is_host(buft)) {
-        return true;
-    }
+    ggml_backend_dev_t dev = ggml_backend_buft_is_host(buft) ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : ggml_backend_buft_get_device(buft);
 
-    // ask with a node as it will be: both tiers, one slot each
+    // ask with nodes as they will be: both tiers, one slot each
     const ggml_init_params params = {
-        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
@@ -101,16 +98,30 @@ bool llama_capsule_store::op_available(uint32_t i_layer) const {
     ggml_tensor * weights = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ggml_capsule_weights_layout(&p).size);
     ggml_tensor * angles  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2*(p.n_rot + 1) + N()*p.n_rot);
 
-    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_k, p.n_head_kv, 1);
-    ggml_tensor * k    = ggml_new_tensor_3d(ctx, kv.type_k(), p.d_k, p.n_head_kv, N());
-    ggml_tensor * v    = kv.v_trans ? ggml_new_tensor_3d(ctx, kv.type_v(), N(), p.n_head_kv, p.d_v) : ggml_new_tensor_3d(ctx, kv.type_v(), p.d_v, p.n_head_kv, N());
-    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 2*N(), 1);
+    // columns of the cache or the scratch, [d, n_head_kv, n]
+    const auto columns = [&](ggml_type type, int64_t d, int64_t n, bool trans) {
+        return trans ? ggml_new_tensor_3d(ctx, type, n, p.n_head_kv, d) : ggml_new_tensor_3d(ctx, type, d, p.n_head_kv, n);
+    };
+    const auto flat = [&](ggml_tensor * t, bool trans) {
+        return trans ? ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]) : ggml_reshape_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]);
+    };
 
-    ggml_tensor * out = ggml_capsule_attn(ctx, &p, q, k, v, mask, mask, blobs[0], blobs[1], weights, angles);
+    ggml_tensor * k = columns(kv.type_k(), p.d_k, 2*N(), false);
+    ggml_tensor * v = columns(kv.type_v(), p.d_v, 2*N(), kv.v_trans);
 
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    std::vector<ggml_tensor *> nodes;
+    for (int64_t n_tokens : { int64_t(1), CAPSULE_OP_MAX_TOKENS }) {
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_k, kv.hparams.n_head(data().layers[i_layer].il), n_tokens);
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 2*N(), n_tokens);
 
-    return dev && ggml_backend_dev_supports_op(dev, out) && ggml_backend_dev_supports_op(dev, out->src[0]);
+        nodes.push_back(ggml_capsule_attn(ctx, &p, q, k, v, mask, mask, blobs[0], blobs[1], weights, angles));
+        nodes.push_back(nodes.back()->src[0]);
+    }
+    nodes.push_back(ggml_capsule_unpack(ctx, &p, flat(k, false), blobs[0], blobs[1], weights, angles));
+    p.flags |= GGML_CAPSULE_FLAG_V;
+    nodes.push_back(ggml_capsule_unpack(ctx, &p, flat(v, kv.v_trans), blobs[0], blobs[1], weights, angles));
+
+    return dev && std::all_of(nodes.begin(), nodes.end(), [&](const ggml_tensor * t) { return ggml_backend_dev_supports_op(dev, t); });
 }
 
 void llama_capsule_store::init_op_weights(uint32_t i_layer) {

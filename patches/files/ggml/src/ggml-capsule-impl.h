@@ -216,16 +216,16 @@ struct capsule_args {
     int s_u;     // F32 [n_kept][ld_u], tensor cores, where the tile will be
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
-    int s_w;     // F32 [max_q][n_rows], where the rows of K were
-    int s_codes;    // I8 [n_rows][4*ld_codes], where the rows and the tile were
+    int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were
+    int s_w;        // F32 [max_q][n_rows], where the dots were
+    int s_codes;    // I8 [n_rows][4*ld_codes]
     int s_scales;   // F32 [n_rows][d/32]
-    int s_dots;     // F32 [n_vec][n_rows] or [n_vec]
     int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were
-    int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where the dots are
+    int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where dots and codes will be
     int s_make_red; // F32 [CAPSULE_N_MAKE][LANES]
     int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
     int s_v_scales; // F32 [n_vec][d_k/32]
-    int s_v_mean;   // F32 [n_vec]
+    int s_v_mean;   // F32 [n_vec], pca
     int s_o;     // F32 [n_o][max_q][d_v]
     int s_red;   // F32 [2][max_q][LANES], maxima and sums
     int s_m;     // F32 [3][max_q], m, m and l
@@ -263,8 +263,8 @@ struct capsule_ptrs {
 #if !defined(__METAL_VERSION__)
 struct ggml_tensor;
 
-// of a node of GGML_OP_CAPSULE: args.s_size bytes of shared memory at most, if that is possible; mma: args.mma, if that is possible
-GGML_API void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma, capsule_args & args, capsule_ptrs & ptrs);
+// of a node of GGML_OP_CAPSULE: args.s_size bytes of shared memory at most, if that is possible; for the vectors of many queries most_shared; mma: args.mma, if that is possible
+GGML_API void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, size_t most_shared, bool mma, capsule_args & args, capsule_ptrs & ptrs);
 
 #define CAPSULE_SHARED_DEFAULT (48*1024) // every CUDA device has it
 

@@ -195,7 +195,7 @@ CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vect
 }
 
 // -> integers of 8 bits with a scale per 32
-CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int v0, int n, CAPSULE_SHARED char * sm) {
+CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int n, CAPSULE_SHARED char * sm) {
     const int n_blocks = a.d_k/32;
 
     for (int u = tid; u < n*n_blocks; u += nt) {
@@ -221,7 +221,7 @@ CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int v0, 
         }
         CAPSULE_SM_F(a.s_v_scales)[(v0 + v)*n_blocks + b] = amax/127.0f;
 
-        if (b == 0) {
+        if (b == 0 && !vs.retain) {
             float sum = 0.0f;
             for (int i = 0; i < CAPSULE_LANES; ++i) {
                 sum += CAPSULE_SM_F(a.s_make_red)[v*CAPSULE_LANES + i];
@@ -347,6 +347,6 @@ CAPSULE_FN void capsule_vectors_init(capsule_threads t, CAPSULE_ARGS, capsule_ve
 
         CAPSULE_PHASE((capsule_vectors_make(tid, t.n, a, vs, v, n, i_head, weights, rope, sm)));
         CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_make), n, a.d_k, a.ld_make, a.d_k & -a.d_k);
-        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, v, n, sm)));
+        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, vs, v, n, sm)));
     }
 }

@@ -340,6 +340,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
     int n_rows_v = 0;
     int n_codes  = 0;
     int n_vec    = 0;
+    int n_mean   = 0;
     int n_dots   = 0;
     int n_terms  = 0;
     bool mlp     = false;
@@ -358,6 +359,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
 
             n_codes = std::max(n_codes, tier.k.n_rows);
             n_vec   = std::max(n_vec,   n);
+            n_mean  = std::max(n_mean,  tier.retain ? 0 : n);
             n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
             n_terms = std::max(n_terms, tier.retain ? 0 : n*a.n_pad);
         }
@@ -403,19 +405,22 @@ static void capsule_shared_init(capsule_args & a, int op) {
         // in the same place
         const int n_tile = n;
         n = 0;
-        add(a.s_w,        a.max_q*a.ld_w*4);
-        add(a.s_codes,    n_codes*a.ld_codes*4);
-        add(a.s_scales,   n_codes*(std::max(a.d_k, a.d_v)/32)*4);
+        add(a.s_dots,   n_dots*4);
+        a.s_w = a.s_dots;
+        n = std::max<int>(n, a.s_w + GGML_PAD(a.max_q*a.ld_w*4, 32));
+        add(a.s_codes,  n_codes*a.ld_codes*4);
+        add(a.s_scales, n_codes*(std::max(a.d_k, a.d_v)/32)*4);
         a.s_terms = a.s_codes;
         n = std::max<int>(n, a.s_terms + GGML_PAD(n_terms*4, 32));
-        add(a.s_dots,     std::max(n_dots, n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make : 0)*4);
+        const int n_codes_end = n;
+        n = 0;
+        add(a.s_make,     n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make*4    : 0);
         add(a.s_make_red, n_vec > 0 ? CAPSULE_N_MAKE*CAPSULE_LANES*4 : 0);
-        a.s_make = a.s_dots;
-        n = std::max(n, n_tile);
+        n = std::max({ n, n_codes_end, n_tile });
 
         add(a.s_v_codes,  n_vec*a.ld_codes*4);
         add(a.s_v_scales, n_vec*(a.d_k/32)*4);
-        add(a.s_v_mean,   n_vec*4);
+        add(a.s_v_mean,   n_mean*4);
 
         add(a.s_q,     a.max_q*a.d_k*4);
         add(a.s_s,     a.max_q*a.N*4);
@@ -427,14 +432,12 @@ static void capsule_shared_init(capsule_args & a, int op) {
     a.s_size = n;
 }
 
-// the largest pieces that fit; false if vectors do not, or only at the price of reading a slot for each query
-static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_shared) {
+// the largest pieces that fit, of at least n_least queries (or all n_q)
+static bool capsule_pieces_init(capsule_args & a, int op, int n_q, int n_least, size_t max_shared) {
     static const struct { int n_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 4, 32 }, { 4, 16 }, { 4, 8 }, { 2, 16 }, { 1, 16 } };
 
-    const bool query = a.tiers[0].query || a.tiers[1].query;
-
     for (const auto & option : options) {
-        if (option.n_q < (query ? std::min(n_q, 2) : 4)) {
+        if (option.n_q < std::min(n_q, n_least)) {
             break;
         }
         a.n_q     = std::max(1, std::min(option.n_q, n_q));
@@ -449,6 +452,42 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, size_t max_sh
         }
     }
     return false;
+}
+
+// the first form that fits: with tensor cores or without; with the vectors of `retain`, which many queries share more memory for, those of `pca`, or none
+static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shared, size_t most_shared) {
+    static const struct { bool retain; bool pca; bool most; } forms[] = {
+        { true, true, false }, { true, true, true }, { false, true, false }, { false, false, false },
+    };
+
+    const bool mma = a.mma;
+
+    bool query[GGML_CAPSULE_N_TIERS];
+    bool retain = false;
+    for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+        query[i] = a.tiers[i].query;
+        retain   = retain || (query[i] && a.tiers[i].retain);
+    }
+
+    for (const auto & form : forms) {
+        if (form.retain && form.most && !retain) {
+            continue;
+        }
+        bool any = false;
+        for (int i = 0; i < GGML_CAPSULE_N_TIERS; ++i) {
+            a.tiers[i].query = query[i] && (a.tiers[i].retain ? form.retain : form.pca);
+            any = any || a.tiers[i].query;
+        }
+        // keys that are rebuilt, or fetched, are not for one query alone
+        const int n_least = any && !form.most ? 2 : 4;
+
+        for (bool cores : { true, false }) {
+            a.mma = mma && cores;
+            if (capsule_pieces_init(a, op, n_q, n_least, form.most ? most_shared : max_shared)) {
+                return;
+            }
+        }
+    }
 }
 
 // layout of the shared memory of encode and errors, with the largest pieces that fit
@@ -524,7 +563,7 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
     }
 }
 
-void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma, capsule_args & a, capsule_ptrs & ptrs) {
+void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, size_t most_shared, bool mma, capsule_args & a, capsule_ptrs & ptrs) {
     const auto p = capsule_params_of(op);
     const auto w = ggml_capsule_weights_layout(&p);
 
@@ -605,17 +644,7 @@ void ggml_capsule_args_init(const ggml_tensor * op, size_t max_shared, bool mma,
 
         capsule_forms_init(a, p, mma);
 
-        // with everything, without tensor cores, without vectors
-        bool fits = capsule_pieces_init(a, p.op, n_q, max_shared);
-        if (!fits && a.mma) {
-            a.mma = 0;
-            fits  = capsule_pieces_init(a, p.op, n_q, max_shared);
-        }
-        if (!fits) {
-            a.tiers[0].query = 0;
-            a.tiers[1].query = 0;
-            capsule_pieces_init(a, p.op, n_q, max_shared);
-        }
+        capsule_form_init(a, p.op, n_q, max_shared, most_shared);
         a.n_tiles = (n_q + a.n_q - 1)/a.n_q;
         a.n_items = p.n_head_kv*(p.op == GGML_CAPSULE_OP_ATTN ? a.n_parts*a.n_tiles : a.n_slots);
     }

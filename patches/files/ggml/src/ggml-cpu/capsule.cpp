@@ -18,7 +18,7 @@ void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tenso
 
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, false, args, ptrs);
+    ggml_capsule_args_init(dst, CAPSULE_SHARED_DEFAULT, CAPSULE_SHARED_DEFAULT, false, args, ptrs);
 
     const int op = ggml_capsule_op_of(dst);
 

@@ -27,6 +27,10 @@ static ggml_metal_library_t capsule_library(ggml_metal_device_t dev) {
     return libraries[dev] = ggml_metal_library_init_from_source(dev, CAPSULE_METAL_SOURCE, true);
 }
 
+static size_t capsule_max_shared(ggml_metal_device_t dev) {
+    return ggml_metal_device_get_props(dev)->max_theadgroup_memory_size;
+}
+
 static const char * capsule_kernel_name(const ggml_tensor * op, const capsule_args & args) {
     switch (ggml_capsule_op_of(op)) {
         case GGML_CAPSULE_OP_UNPACK: return args.tile_f32 ? "kernel_capsule_unpack_f32" : "kernel_capsule_unpack_f16";
@@ -48,9 +52,9 @@ static ggml_metal_pipeline_with_params capsule_pipeline(ggml_metal_library_t lib
 bool ggml_metal_capsule_supported(ggml_metal_device_t dev, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, false, args, ptrs);
+    ggml_capsule_args_init(op, capsule_max_shared(dev), capsule_max_shared(dev), false, args, ptrs);
 
-    if ((size_t) args.s_size > ggml_metal_device_get_props(dev)->max_theadgroup_memory_size) {
+    if ((size_t) args.s_size > capsule_max_shared(dev)) {
         return false;
     }
 
@@ -66,7 +70,7 @@ bool ggml_metal_capsule_supported(ggml_metal_device_t dev, const ggml_tensor * o
 int ggml_metal_capsule_encode(ggml_metal_device_t dev, ggml_metal_encoder_t enc, const ggml_tensor * op) {
     capsule_args args;
     capsule_ptrs ptrs;
-    ggml_capsule_args_init(op, ggml_metal_device_get_props(dev)->max_theadgroup_memory_size, false, args, ptrs);
+    ggml_capsule_args_init(op, capsule_max_shared(dev), capsule_max_shared(dev), false, args, ptrs);
 
     ggml_metal_encoder_set_pipeline(enc, capsule_pipeline(capsule_library(dev), capsule_kernel_name(op, args)));
     ggml_metal_encoder_set_bytes   (enc, &args, sizeof(args), 0);
