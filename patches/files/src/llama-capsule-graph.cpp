@@ -507,12 +507,18 @@ ggml_tensor * llama_capsule_store::build_retain(ggml_context * ctx, ggml_tensor 
     }
 
     if (w.mlp_up) {
+        // the slots as more columns of each head: one product for all, and Vulkan repeats no matrix along dimension 3
+        auto swap = [&](ggml_tensor * x) {
+            return ggml_cont(ctx, ggml_permute(ctx, x, 0, 1, 3, 2));
+        };
+
+        z = ggml_reshape_3d(ctx, swap(z), z->ne[0], n_drop*n_slots, n_head);
         z = ggml_mul_mat(ctx, w.mlp_up, z);
         z = ggml_add(ctx, z, w.mlp_up_bias);
         z = ggml_gelu_erf(ctx, z);
         z = ggml_mul_mat(ctx, w.mlp_down, z);
 
-        pred = ggml_add(ctx, pred, z);
+        pred = ggml_add(ctx, pred, swap(ggml_reshape_4d(ctx, z, d, n_drop, n_slots, n_head)));
     }
 
     if (n_res > 0) {
