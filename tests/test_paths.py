@@ -13,7 +13,7 @@ import pytest
 from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
 from test_lossless import CHAT, N, Script, label, mean, settings
 from test_lossless import both as run_both
-from test_lossy import GRID, KINDS, LAYERS, wild
+from test_lossy import GRID, KINDS, wild
 from tiny_gguf import TinyModel
 
 RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
@@ -112,20 +112,23 @@ def test_a_switch_that_is_not_there(models, capsules, patched, name, known):
 
 COMPRESSED = {  # kappa: some blocks are refused
     "graded": 25, "graded, M-RoPE": 28, "graded, q8_0 cache": 25, "one of each": 200,
-    "retain, residuals": 180, "retain, M-RoPE": 30, "retain, q8_0 cache": 30, "retain, MLP": 30,
+    "retain, residuals": 180, "retain, M-RoPE": 30, "retain, q8_0 cache": 30, "retain, MLP": 30, "10 layers": 40,
 }  # fmt: skip
-COMPRESSED_KINDS = KINDS | {"retain, M-RoPE": replace(KINDS["retain, q8_0 cache"], model=TinyModel("qwen2vl"), cache="f16")}
+COMPRESSED_KINDS = KINDS | {
+    "retain, M-RoPE": replace(KINDS["retain, q8_0 cache"], model=TinyModel("qwen2vl"), cache="f16"),
+    "10 layers": replace(KINDS["graded"], model=TinyModel("llama", n_layer=10)),  # two graphs
+}
 
 
 def test_images_are_compressed_by_the_op(models, capsules, patched, tmp_path):
     """The same tiers as on the host and the same slots, but for a few codes; a state with them is read. The picture has a remainder, which becomes a padded slot."""
     h, w = 12, 26
     picture = image_file(wild(tmp_path / "wild.npy", 256, h * w, 3), h, w)
-    reads = [read_kv(il) for il in range(LAYERS)]
-    steps = [picture, *reads, compress(), stats(), *reads, state_save("s"), state_load("s")]
     cases = []
     for name, kappa in COMPRESSED.items():
         k = COMPRESSED_KINDS[name]
+        reads = [read_kv(il) for il in range(k.model.n_layer)]
+        steps = [picture, *reads, compress(), stats(), *reads, state_save("s"), state_load("s")]
         capsule = capsules(models(k.model), block_size=N, lossless=False, kappa=kappa, **k.file)
         cases.append(Case(name, models(k.model), steps, capsule=capsule, guard=True, type_k=k.cache, type_v=k.cache, flash_attn=k.cache != "f16"))
     host, op = (patched(cases, env=env) for env in (UNPACK, OP))
@@ -133,11 +136,12 @@ def test_images_are_compressed_by_the_op(models, capsules, patched, tmp_path):
     for name in COMPRESSED:
         assert not host[name].error and not op[name].error
         economy, faithful = op[name].values("stats")[0]["n_slots"]
-        assert [economy, faithful] == host[name].values("stats")[0]["n_slots"] and economy > 1 and faithful > 1
-        for il in range(LAYERS):
+        assert [economy, faithful] == host[name].values("stats")[0]["n_slots"] and economy > 1 and faithful > 1, name
+        layers = COMPRESSED_KINDS[name].model.n_layer
+        for il in range(layers):
             for x in "kv":
                 before, hot = (done[name].steps[1 + il].arrays[x] for done in (host, op))
-                wanted, ours = (done[name].steps[3 + LAYERS + il].arrays[x] for done in (host, op))
+                wanted, ours = (done[name].steps[3 + layers + il].arrays[x] for done in (host, op))
                 assert np.array_equal(before, hot)
                 assert nmse(ours, wanted) <= 1e-3 * nmse(wanted, before)
                 if not np.array_equal(ours, wanted):

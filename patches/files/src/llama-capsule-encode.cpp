@@ -14,19 +14,25 @@ void llama_capsule_store::encode(const std::vector<block *> & blocks) {
 
     std::vector<uint32_t> cells;
     for (block * b : blocks) {
-        llama_capsule_rope_pos(kv.v_cells[0], b->idxs[0], kv.hparams.n_pos_per_embd(), pools[b->i_pool].stored[b->i_slot].data(), 1);
+        auto & pool = pools[b->i_pool];
+
+        pool.hash[b->i_slot] = 0;
+        llama_capsule_rope_pos(kv.v_cells[0], b->idxs[0], kv.hparams.n_pos_per_embd(), pool.stored[b->i_slot].data(), 1);
         cells.insert(cells.end(), b->idxs.begin(), b->idxs.end());
     }
 
     llama_capsule_kv::reader reader(hot, std::move(cells));
 
-    for (uint32_t l = 0; l < data().layers.size() && !blocks.empty(); ++l) {
-        if (op_encode_layer(blocks, l, reader)) {
+    for (uint32_t l = 0; l < data().layers.size() && !blocks.empty();) {
+        const uint32_t n_done = op_encode(blocks, l, reader);
+        if (n_done > 0) {
+            l += n_done;
             continue;
         }
         reader.load(data().layers[l].il, data().layers[l].rope);
 
         encode_layer(blocks, l, reader);
+        l++;
     }
 }
 
@@ -74,13 +80,6 @@ bool llama_capsule_store::accept(block & b, uint32_t i_layer, const block_errors
         }
     }
     return !b.failed || b.i_pool != 0;
-}
-
-void llama_capsule_store::add_hash(const block & b, uint32_t i_layer, const uint8_t * slot) {
-    auto & pool = pools[b.i_pool];
-    auto & hash = pool.hash[b.i_slot];
-
-    hash = llama_capsule_state_hash(slot, pool.codecs[i_layer].layout.slot_stride, i_layer == 0 ? 0 : hash);
 }
 
 void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
@@ -164,7 +163,6 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
 
         if (accept(b, i_layer, cur.errors)) {
             slot_set(pools[b.i_pool], i_layer, b.i_slot, cur.slot.data());
-            add_hash(b, i_layer, cur.slot.data());
         }
     }
 }

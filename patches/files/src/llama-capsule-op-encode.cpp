@@ -5,9 +5,10 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <map>
 
 //
-// hot cells -> slots with GGML_OP_CAPSULE, where both of them are: the guard reads sums, and the hash the slots
+// hot cells -> slots with GGML_OP_CAPSULE, where both of them are, some layers at a time: only the sums for the guard come back
 //
 
 // the backend that computes in this memory, nullptr if there is none
@@ -24,161 +25,225 @@ static ggml_backend_t capsule_backend(ggml_backend_sched_t sched, ggml_backend_b
     return nullptr;
 }
 
+static constexpr uint32_t CAPSULE_OP_LAYERS = 8; // of a graph: a block that the guard refuses is encoded in vain in the rest of them
+
+// the blocks of a tier
 struct llama_capsule_store::op_batch {
     std::vector<block *> blocks;
-    std::vector<int32_t> index;  // [blocks][N + 1]
-    std::vector<float>   angles; // [blocks][N][n_rot], empty without RoPE
+    std::vector<size_t>  first; // of their cells in the reader
+    std::vector<int32_t> index; // [blocks][N + 1]
 
-    ggml_tensor * index_t  = nullptr;
-    ggml_tensor * angles_t = nullptr;
+    ggml_tensor * index_t = nullptr;
 
-    std::array<ggml_tensor *, 2> errors = {}; // of K and V
+    // by what undoes the RoPE of the cells, -1: there is none
+    struct table {
+        std::vector<float> angles; // [blocks][N][n_rot]
+
+        ggml_tensor * angles_t = nullptr;
+    };
+    std::map<int, table> tables;
 };
 
-void llama_capsule_store::op_encode_inputs(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader,
-        std::array<op_batch, N_TIERS> & batches) const {
-    const auto & layer  = data().layers[i_layer];
-    const auto * params = rope.params(i_layer);
+struct llama_capsule_store::op_graph {
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
 
-    const uint32_t n_rot  = op_params(i_layer).n_rot;
-    const float  * angles = reader.angles(layer.il, layer.rope);
+    ggml_cgraph * gf = nullptr;
+
+    std::array<op_batch, N_TIERS> batches;
+
+    // of K and V, nullptr if the guard does not ask
+    using errors = std::array<ggml_tensor *, 2>;
+
+    std::vector<std::array<errors, N_TIERS>> layers;
+};
+
+void llama_capsule_store::op_encode_blocks(const std::vector<block *> & blocks, op_graph & g) const {
+    size_t first = 0;
+    for (block * b : blocks) {
+        if (!b->failed || b->i_pool != 0) {
+            auto & batch = g.batches[b->i_pool];
+
+            batch.blocks.push_back(b);
+            batch.first.push_back(first);
+            batch.index.insert(batch.index.end(), b->idxs.begin(), b->idxs.end());
+            batch.index.resize(batch.blocks.size()*(N() + 1) - 1, -1);
+            batch.index.push_back(b->i_slot);
+        }
+        first += b->idxs.size();
+    }
+
+    for (auto & batch : g.batches) {
+        if (!batch.blocks.empty()) {
+            batch.index_t = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I32, N() + 1, batch.blocks.size());
+        }
+    }
+}
+
+// layers with the same angles share them
+ggml_tensor * llama_capsule_store::op_encode_angles(uint32_t i_layer, int i_pool, llama_capsule_kv::reader & reader, op_graph & g) const {
+    const auto * params = rope.params(i_layer);
+    if (!params) {
+        return nullptr;
+    }
+
+    const uint32_t n_rot = params->n_rot;
+
+    auto & batch = g.batches[i_pool];
+    auto & res   = batch.tables[rope.find_table(i_layer, rotated(i_layer, 0), rotated(i_layer, 1))];
+    if (res.angles_t) {
+        return res.angles_t;
+    }
+    res.angles.resize(batch.blocks.size()*N()*n_rot, 0.0f);
+    res.angles_t = ggml_new_tensor_3d(g.ctx.get(), GGML_TYPE_F32, n_rot, N(), batch.blocks.size());
+
+    const float * angles = reader.angles(data().layers[i_layer].il, true);
 
     std::vector<float> stored(n_rot); // keys that are stored rotated keep these
 
-    size_t first = 0;
-    for (block * b : blocks) {
-        const size_t n = b->idxs.size();
+    for (size_t i = 0; i < batch.blocks.size(); ++i) {
+        const block & b   = *batch.blocks[i];
+        const float * src = angles + batch.first[i]*n_rot;
+        float       * dst = res.angles.data() + i*N()*n_rot;
 
-        if (!b->failed || b->i_pool != 0) {
-            auto & cur = batches[b->i_pool];
-
-            cur.blocks.push_back(b);
-            cur.index.insert(cur.index.end(), b->idxs.begin(), b->idxs.end());
-            cur.index.resize(cur.blocks.size()*(N() + 1) - 1, -1);
-            cur.index.push_back(b->i_slot);
-            if (angles) {
-                const float * src = angles + first*n_rot;
-
-                cur.angles.resize(cur.blocks.size()*N()*n_rot, 0.0f);
-                float * dst = cur.angles.data() + (cur.blocks.size() - 1)*N()*n_rot;
-
-                if (rotated(i_layer, b->i_pool)) {
-                    params->fill(pools[b->i_pool].stored[b->i_slot], false, stored.data());
-                    for (size_t j = 0; j < n; ++j) {
-                        params->add(src + j*n_rot, stored.data(), dst + j*n_rot);
-                    }
-                } else {
-                    std::copy(src, src + n*n_rot, dst);
-                }
-            }
+        if (!rotated(i_layer, i_pool)) {
+            std::copy(src, src + b.idxs.size()*n_rot, dst);
+            continue;
         }
-        first += n;
+        params->fill(pools[i_pool].stored[b.i_slot], false, stored.data());
+        for (size_t j = 0; j < b.idxs.size(); ++j) {
+            params->add(src + j*n_rot, stored.data(), dst + j*n_rot);
+        }
     }
+
+    return res.angles_t;
 }
 
-void llama_capsule_store::op_encode_build(ggml_context * ctx, ggml_cgraph * gf, uint32_t i_layer, int i_pool, op_batch & batch) const {
+// false: the backend lacks something
+bool llama_capsule_store::op_encode_build(ggml_backend_t backend, uint32_t i_layer, llama_capsule_kv::reader & reader, op_graph & g) const {
     const auto & cells = kv.layers[kv.map_layer_ids.at(data().layers[i_layer].il)];
 
-    auto p = op_params(i_layer);
+    ggml_context * ctx = g.ctx.get();
 
-    batch.index_t  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, N() + 1, batch.blocks.size());
-    batch.angles_t = batch.angles.empty() ? nullptr : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.n_rot, N(), batch.blocks.size());
+    std::vector<ggml_tensor *> nodes;
 
-    p.flags |= i_pool > 0 ? GGML_CAPSULE_FLAG_TIER_1 : 0;
-
-    for (bool is_v : { false, true }) {
-        p.flags |= is_v ? GGML_CAPSULE_FLAG_V : 0;
-
-        ggml_tensor * x = is_v ? cells.v : cells.k;
-        if (is_v && kv.v_trans) {
-            x = ggml_view_2d(ctx, x, kv.get_size(), p.n_head_kv*p.d_v, kv.get_size()*ggml_element_size(x), 0);
+    std::array<op_graph::errors, N_TIERS> errors = {};
+    for (int ip = 0; ip < N_TIERS; ++ip) {
+        if (g.batches[ip].blocks.empty()) {
+            continue;
         }
+        ggml_tensor * index  = g.batches[ip].index_t;
+        ggml_tensor * angles = op_encode_angles(i_layer, ip, reader, g);
 
-        ggml_tensor * slots = ggml_capsule_encode(ctx, &p, pools[i_pool].layers[i_layer].blob, x, batch.index_t, batch.angles_t, weights[i_layer].op);
-        ggml_build_forward_expand(gf, slots);
+        auto p = op_params(i_layer);
 
-        if (guarded(i_layer, i_pool, is_v)) {
-            batch.errors[is_v] = ggml_capsule_errors(ctx, &p, slots, x, batch.index_t, batch.angles_t, weights[i_layer].op);
-            ggml_build_forward_expand(gf, batch.errors[is_v]);
-        }
-    }
-}
+        p.flags |= ip > 0 ? GGML_CAPSULE_FLAG_TIER_1 : 0;
 
-void llama_capsule_store::op_encode_finish(uint32_t i_layer, int i_pool, const op_batch & batch) {
-    const size_t n = data().layers[i_layer].n_head_kv*N();
+        for (bool is_v : { false, true }) {
+            p.flags |= is_v ? GGML_CAPSULE_FLAG_V : 0;
 
-    std::vector<uint8_t> slot(pools[i_pool].codecs[i_layer].layout.slot_stride);
+            ggml_tensor * x = is_v ? cells.v : cells.k;
+            if (is_v && kv.v_trans) {
+                x = ggml_view_2d(ctx, x, kv.get_size(), p.n_head_kv*p.d_v, kv.get_size()*ggml_element_size(x), 0);
+            }
 
-    for (size_t i = 0; i < batch.blocks.size(); ++i) {
-        block & b = *batch.blocks[i];
-
-        block_errors errors;
-        for (int side = 0; side < 2; ++side) {
-            if (batch.errors[side]) {
-                errors[side].resize(n);
-                ggml_backend_tensor_get(batch.errors[side], errors[side].data(), i*n*sizeof(llama_capsule_errors), n*sizeof(llama_capsule_errors));
+            nodes.push_back(ggml_capsule_encode(ctx, &p, pools[ip].layers[i_layer].blob, x, index, angles, weights[i_layer].op));
+            if (guarded(i_layer, ip, is_v)) {
+                nodes.push_back(ggml_capsule_errors(ctx, &p, nodes.back(), x, index, angles, weights[i_layer].op));
+                errors[ip][is_v] = nodes.back();
             }
         }
-        if (accept(b, i_layer, errors)) {
-            slot_get(pools[i_pool], i_layer, b.i_slot, slot.data());
-            add_hash(b, i_layer, slot.data());
+    }
+
+    for (const ggml_tensor * t : nodes) {
+        if (!ggml_backend_supports_op(backend, t)) {
+            return false;
         }
+    }
+    for (ggml_tensor * t : nodes) {
+        ggml_build_forward_expand(g.gf, t);
+    }
+    g.layers.push_back(errors);
+
+    return true;
+}
+
+bool llama_capsule_store::op_encode_compute(ggml_backend_t backend, ggml_backend_buffer_type_t buft, op_graph & g) const {
+    g.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(g.ctx.get(), buft));
+    if (!g.buf) {
+        return false;
+    }
+    for (const auto & batch : g.batches) {
+        if (batch.index_t) {
+            ggml_backend_tensor_set(batch.index_t, batch.index.data(), 0, ggml_nbytes(batch.index_t));
+        }
+        for (const auto & [i_table, table] : batch.tables) {
+            ggml_backend_tensor_set(table.angles_t, table.angles.data(), 0, ggml_nbytes(table.angles_t));
+        }
+    }
+    return ggml_backend_graph_compute(backend, g.gf) == GGML_STATUS_SUCCESS;
+}
+
+// what the guard says of a layer
+void llama_capsule_store::op_encode_finish(uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums) const {
+    const size_t n = data().layers[i_layer].n_head_kv*N();
+
+    block_errors all;
+    for (int side = 0; side < 2; ++side) {
+        if (sums[side]) {
+            all[side].resize(batch.blocks.size()*n);
+            ggml_backend_tensor_get(sums[side], all[side].data(), 0, ggml_nbytes(sums[side]));
+        }
+    }
+
+    for (size_t i = 0; i < batch.blocks.size(); ++i) {
+        block_errors errors;
+        for (int side = 0; side < 2; ++side) {
+            if (sums[side]) {
+                errors[side].assign(all[side].begin() + i*n, all[side].begin() + (i + 1)*n);
+            }
+        }
+        accept(*batch.blocks[i], i_layer, errors);
     }
 }
 
-bool llama_capsule_store::op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
+uint32_t llama_capsule_store::op_encode(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) const {
     const auto buft = layer_buft(i_layer);
 
     ggml_backend_t backend = path(i_layer) == LLAMA_CAPSULE_PATH_OP ? capsule_backend(lctx.get_sched(), buft) : nullptr;
     if (!backend) {
-        return false;
+        return 0;
     }
 
-    std::array<op_batch, N_TIERS> batches;
-    op_encode_inputs(blocks, i_layer, reader, batches);
+    static constexpr size_t n_tensors = CAPSULE_OP_LAYERS*N_TIERS*8;
 
     const ggml_init_params params = {
-        /*.mem_size   =*/ 32*ggml_tensor_overhead() + ggml_graph_overhead_custom(32, false),
+        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
-    ggml_context_ptr ctx { ggml_init(params) };
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 32, false);
+    op_graph g;
+    g.ctx.reset(ggml_init(params));
+    g.gf = ggml_new_graph_custom(g.ctx.get(), n_tensors, false);
 
-    for (int ip = 0; ip < N_TIERS; ++ip) {
-        if (!batches[ip].blocks.empty()) {
-            op_encode_build(ctx.get(), gf, i_layer, ip, batches[ip]);
-        }
-    }
+    op_encode_blocks(blocks, g);
 
-    // every block has been refused
-    if (ggml_graph_n_nodes(gf) == 0) {
-        return true;
-    }
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
-            return false;
-        }
+    const uint32_t n_max = std::min<uint32_t>(CAPSULE_OP_LAYERS, data().layers.size() - i_layer);
+
+    uint32_t n = 0;
+    while (n < n_max && path(i_layer + n) == LLAMA_CAPSULE_PATH_OP && layer_buft(i_layer + n) == buft && op_encode_build(backend, i_layer + n, reader, g)) {
+        ++n;
     }
 
-    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
-    if (!buf) {
-        return false;
-    }
-    for (const auto & cur : batches) {
-        if (cur.index_t) {
-            ggml_backend_tensor_set(cur.index_t, cur.index.data(), 0, ggml_nbytes(cur.index_t));
-        }
-        if (cur.angles_t) {
-            ggml_backend_tensor_set(cur.angles_t, cur.angles.data(), 0, ggml_nbytes(cur.angles_t));
-        }
-    }
-    if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
-        return false;
+    // without nodes every block has been refused
+    if (ggml_graph_n_nodes(g.gf) > 0 && !op_encode_compute(backend, buft, g)) {
+        return 0;
     }
 
-    for (int ip = 0; ip < N_TIERS; ++ip) {
-        op_encode_finish(i_layer, ip, batches[ip]);
+    for (uint32_t i = 0; i < n; ++i) {
+        for (int ip = 0; ip < N_TIERS; ++ip) {
+            op_encode_finish(i_layer + i, g.batches[ip], g.layers[i][ip]);
+        }
     }
-    return true;
+    return n;
 }

@@ -395,6 +395,23 @@ static void capsule_state_vision(const llama_kv_cells & cells, llama_seq_id seq_
     }
 }
 
+uint64_t llama_capsule_store::slot_hash(const pool & pool, uint32_t i_slot) const {
+    uint64_t & res = pool.hash[i_slot];
+    if (res != 0) {
+        return res;
+    }
+
+    std::vector<uint8_t> buf;
+    for (size_t l = 0; l < pool.layers.size(); ++l) {
+        buf.resize(pool.codecs[l].layout.slot_stride);
+        slot_get(pool, l, i_slot, buf.data());
+
+        res = llama_capsule_state_hash(buf.data(), buf.size(), res);
+    }
+
+    return res;
+}
+
 // slots: the indices of the slots, per tier
 llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::array<std::vector<uint32_t>, N_TIERS> & slots) const {
     llama_capsule_state res;
@@ -418,7 +435,6 @@ llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::arr
 
         for (uint32_t s = 0; s < pools[ip].n_used; ++s) {
             llama_capsule_state_slot slot;
-            slot.hash   = pools[ip].hash[s];
             slot.stored = pools[ip].stored[s];
             slot.cells.resize(N());
 
@@ -438,6 +454,7 @@ llama_capsule_state llama_capsule_store::state_get(llama_seq_id seq_id, std::arr
                 }
             }
             if (wanted) {
+                slot.hash = slot_hash(pools[ip], s);
                 slots[ip].push_back(s);
                 res.slots[ip].push_back(std::move(slot));
             }

@@ -218,8 +218,9 @@ private:
         std::vector<llama_capsule_codec> codecs; // per layer
         std::vector<pool_layer>          layers;
 
-        std::vector<bool>     used;
-        std::vector<uint64_t> hash; // of the data of a slot
+        std::vector<bool> used;
+
+        mutable std::vector<uint64_t> hash; // of the data of a slot, 0: nobody has asked yet
 
         std::vector<llama_capsule_pos> stored; // position by which the keys of a slot are rotated, in the layers where they are
     };
@@ -393,6 +394,8 @@ private:
 
     llama_capsule_state state_get(llama_seq_id seq_id, std::array<std::vector<uint32_t>, N_TIERS> & slots) const;
 
+    uint64_t slot_hash(const pool & pool, uint32_t i_slot) const;
+
     void state_set_hot (const llama_capsule_state & state, llama_seq_id seq_id);
     void state_set_cold(const llama_capsule_state & state, llama_seq_id seq_id, llama_io_read_i & io);
 
@@ -418,9 +421,6 @@ private:
 
     // false: the guard refuses the block, now or before
     bool accept(block & b, uint32_t i_layer, const block_errors & errors) const;
-
-    // the rows of a layer in the hash of a slot
-    void add_hash(const block & b, uint32_t i_layer, const uint8_t * slot);
 
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
@@ -478,14 +478,18 @@ private:
     ggml_tensor * build_op_attend(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
             ggml_tensor * mask, float kq_scale) const;
 
-    // llama-capsule-op-encode.cpp: encode_layer() on the device; false if it can not do that
-    bool op_encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader);
+    // llama-capsule-op-encode.cpp: encode_layer() on the device; returns how many layers from i_layer on are done, 0 if the host has to
+    uint32_t op_encode(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) const;
 
-    struct op_batch; // the blocks of a tier
+    struct op_batch;
+    struct op_graph;
 
-    void op_encode_inputs(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader, std::array<op_batch, N_TIERS> & batches) const;
-    void op_encode_build (ggml_context * ctx, ggml_cgraph * gf, uint32_t i_layer, int i_pool, op_batch & batch) const;
-    void op_encode_finish(uint32_t i_layer, int i_pool, const op_batch & batch);
+    void op_encode_blocks (const std::vector<block *> & blocks, op_graph & g) const;
+    bool op_encode_build  (ggml_backend_t backend, uint32_t i_layer, llama_capsule_kv::reader & reader, op_graph & g) const;
+    bool op_encode_compute(ggml_backend_t backend, ggml_backend_buffer_type_t buft, op_graph & g) const;
+    void op_encode_finish (uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums) const;
+
+    ggml_tensor * op_encode_angles(uint32_t i_layer, int i_pool, llama_capsule_kv::reader & reader, op_graph & g) const;
 
     void build_op_unpack(const llm_graph_context & g, llm_graph_input_capsule & inp, uint32_t i_layer, ggml_tensor * k_cold, ggml_tensor * v_cold) const;
 
