@@ -39,7 +39,7 @@ extern "C" int capsule_run(const ggml_tensor * op, int n_threads, const int * or
             run_item<capsule_half, capsule_half>(op, threads, args, ptrs, sm, item);
         }
     }
-    return args.mma == mma ? args.s_size : -1;
+    return (args.mma || args.mma_v) == mma ? args.s_size : -1;
 }
 
 // the parts that ggml_capsule_attn() combines

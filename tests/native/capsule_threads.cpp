@@ -68,7 +68,7 @@ static float run_as_gpu(ggml_tensor * op, size_t max_shared, bool mma) {
     capsule_args args;
     capsule_ptrs ptrs;
     ggml_capsule_args_init(op, max_shared, max_shared, mma, args, ptrs);
-    GGML_ASSERT(args.mma == mma);
+    GGML_ASSERT((args.mma || args.mma_v) == mma);
 
     std::vector<float> shared(args.s_size/sizeof(float));
     char * sm = (char *) shared.data();
@@ -293,6 +293,11 @@ int main(int argc, char ** argv) {
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_case(mlp,     16, 1, 1, false, CAPSULE_SHARED_DEFAULT, true));
+    // values too: 5 queries, without and with keys that are rebuilt
+    turn.scale = product.scale;
+    turn.rows_k[1][1] = turn.rows_v[1][1] = product.rows_k[1][1] = product.rows_v[1][1] = 0;
+    res = std::max(res, run_case(turn,    16, 5, 1, false, 64*1024, true));
+    res = std::max(res, run_case(product, 16, 5, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_encode(retain));
     res = std::max(res, run_encode(pca));
     pca.flags = GGML_CAPSULE_FLAG_V;

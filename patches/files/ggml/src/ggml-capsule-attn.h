@@ -421,6 +421,48 @@ CAPSULE_FN void capsule_attn_code_values(int tid, int nt, CAPSULE_ARGS, capsule_
     }
 }
 
+#if defined(CAPSULE_MMA)
+//
+// the same on tensor cores: 16 queries (those that are not there are zero), rows and weights in F16
+//
+
+// after the softmax, in the same phase: a thread reads what it wrote there
+CAPSULE_FN void capsule_attn_half_weights(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n, char * sm) {
+    const int lane = tid % CAPSULE_LANES;
+
+    for (int i = tid/CAPSULE_LANES; i < 16; i += nt/CAPSULE_LANES) {
+        capsule_half * dst = (capsule_half *) (sm + a.s_half) + i*a.ld_half;
+
+        for (int j = lane; j < a.n_mma; j += CAPSULE_LANES) {
+            capsule_put(dst[j], i >= it.i0 && i < it.i1 && j < n ? CAPSULE_SM_F(a.s_s)[i*a.N + j] : 0.0f);
+        }
+    }
+}
+
+// weights of rows -> F16, and the accumulators for what is added to them
+CAPSULE_FN void capsule_attn_half_rows(int tid, int nt, CAPSULE_ARGS, capsule_item it, int n_rows, int step, char * sm) {
+    for (int u = tid; u < 16*n_rows; u += nt) {
+        capsule_put(((capsule_half *) (sm + a.s_half))[u/n_rows*a.ld_half + u%n_rows], CAPSULE_SM_F(a.s_w)[u/n_rows*a.ld_w + u%n_rows]);
+    }
+    for (int u = tid; u < (it.i1 - it.i0)*a.d_v; u += nt) {
+        const int i = it.i0 + u/a.d_v;
+
+        CAPSULE_SM_F(a.s_o)[i*a.d_v + u%a.d_v] *= capsule_attn_factor(a, i, step, sm);
+    }
+}
+
+CAPSULE_FN void capsule_attn_mma_values(capsule_threads t, CAPSULE_ARGS, capsule_item it, const float * basis_h, int n_rows, int step, char * sm) {
+    const int n = (n_rows + 15)/16*16;
+
+    const capsule_half * half = (const capsule_half *) (sm + a.s_half);
+    const capsule_half * rows = (const capsule_half *) (sm + a.s_v_rows);
+
+    CAPSULE_PHASE((capsule_mma(tid, t.n, 16, n, a.n_mma, half, a.ld_half, (const capsule_half *) basis_h, a.n_mma, CAPSULE_SM_F(a.s_w), a.ld_w)));
+    CAPSULE_PHASE((capsule_attn_half_rows(tid, t.n, a, it, n, step, sm)));
+    CAPSULE_PHASE((capsule_mma(tid, t.n, 16, a.d_v, n, half, a.ld_half, rows, a.d_v + 8, CAPSULE_SM_F(a.s_o), a.d_v, true)));
+}
+#endif
+
 // l: the sums of all lanes
 CAPSULE_FN void capsule_attn_sum(int tid, CAPSULE_ARGS, CAPSULE_SHARED char * sm) {
     if (tid < a.max_q) {
@@ -545,6 +587,21 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
         }
 
         CAPSULE_GLOBAL const char * head = slot + tier.v.offs + it.head*tier.v.head_stride; // values
+#if defined(CAPSULE_MMA)
+        if (sizeof(T) == 2 && !hot && a.mma_v) {
+            CAPSULE_PHASE(
+                capsule_attn_max(tid, t.n, a, it, n, sm);
+                capsule_load_rows(tid, t.n, tier.v, head, a.d_v, a.d_v + 8, a.n_mma, (capsule_half *) (sm + a.s_v_rows));
+            );
+            CAPSULE_PHASE(
+                capsule_attn_softmax(tid, t.n, a, it, n, step, sm);
+                capsule_attn_half_weights(tid, t.n, a, it, n, sm);
+            );
+            capsule_attn_mma_values(t, a, it, p.weights + a.w_v_basis_h, tier.v.n_rows, step, sm);
+            step++;
+            continue;
+        }
+#endif
         CAPSULE_PHASE(
             capsule_attn_max(tid, t.n, a, it, n, sm);
             if (!hot && tier.codes) {

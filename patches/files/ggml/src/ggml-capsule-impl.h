@@ -169,7 +169,8 @@ struct capsule_args {
     int n_mlp;
     int n_neighbours;
     int n_terms;  // of the projected-query form, at most
-    int mma;      // tensor cores
+    int mma;      // tensor cores: keys
+    int mma_v;    // values
     int n_mma;    // N, rounded up to a multiple of 16
     int n_slots;
     int n_parts_hot;
@@ -217,7 +218,9 @@ struct capsule_args {
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
     int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were
-    int s_w;        // F32 [max_q][n_rows], where the dots were
+    int s_w;        // F32 [max_q][n_rows], where the dots were, or for tensor cores [16][n_mma]
+    int s_v_rows;   // F16 [n_mma][d_v + 8], tensor cores, where rows and tile, or dots and codes, were
+    int s_half;     // F16 [16][n_mma], weights of tokens, then of rows
     int s_codes;    // I8 [n_rows][4*ld_codes]
     int s_scales;   // F32 [n_rows][d/32]
     int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were
@@ -226,7 +229,7 @@ struct capsule_args {
     int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
     int s_v_scales; // F32 [n_vec][d_k/32]
     int s_v_mean;   // F32 [n_vec], pca
-    int s_o;     // F32 [n_o][max_q][d_v]
+    int s_o;     // F32 [n_o][max_q][d_v], or for tensor cores [16][d_v]
     int s_red;   // F32 [2][max_q][LANES], maxima and sums
     int s_m;     // F32 [3][max_q], m, m and l
     int s_flags; // I32 [3][CAPSULE_N_FLAGS]
@@ -243,6 +246,7 @@ struct capsule_args {
     int ld_codes; // in words
     int ld_make;
     int ld_w;
+    int ld_half;
     int n_o;     // accumulators: 2 if there are both plain and rotated rows of values
     int n_rot_o; // size of the Hadamard transform that takes the last accumulator back, 0: none
 };

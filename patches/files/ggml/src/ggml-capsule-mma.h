@@ -48,6 +48,11 @@ namespace capsule_wmma {
         }
     }
 
+    template <typename Frag>
+    static inline void load_matrix_sync(Frag & f, const float * src, unsigned ld, layout_t) {
+        load_matrix_sync(f, src, ld);
+    }
+
     template <typename D, typename A, typename B, typename C>
     static inline void mma_sync(D & d, const A & a, const B & b, const C & c) {
         for (int i = 0; i < 16; ++i) {
@@ -73,8 +78,9 @@ namespace capsule_wmma {
 
 #if defined(CAPSULE_MMA)
 
-// c [n_i][n_j] = a [n_i][n_k]*b [n_k][n_j], all of them multiples of 16: a warp takes a tile of c
-CAPSULE_FN void capsule_mma(int tid, int nt, int n_i, int n_j, int n_k, const capsule_half * a, int ld_a, const capsule_half * b, int ld_b, float * c, int ld_c) {
+// c [n_i][n_j] = (or +=) a [n_i][n_k]*b [n_k][n_j], all of them multiples of 16: a warp takes a tile of c
+CAPSULE_FN void capsule_mma(int tid, int nt, int n_i, int n_j, int n_k, const capsule_half * a, int ld_a, const capsule_half * b, int ld_b, float * c, int ld_c,
+        bool add = false) {
     CAPSULE_WARP_CALL(tid);
 
     for (int u = tid/CAPSULE_LANES; u < n_i/16*(n_j/16); u += nt/CAPSULE_LANES) {
@@ -82,7 +88,11 @@ CAPSULE_FN void capsule_mma(int tid, int nt, int n_i, int n_j, int n_k, const ca
         const int j = u%(n_j/16)*16;
 
         capsule_wmma::fragment<capsule_wmma::accumulator, 16, 16, 16, float> sum;
-        capsule_wmma::fill_fragment(sum, 0.0f);
+        if (add) {
+            capsule_wmma::load_matrix_sync(sum, c + i*ld_c + j, ld_c, capsule_wmma::mem_row_major);
+        } else {
+            capsule_wmma::fill_fragment(sum, 0.0f);
+        }
 
         for (int k = 0; k < n_k; k += 16) {
             capsule_wmma::fragment<capsule_wmma::matrix_a, 16, 16, 16, capsule_half, capsule_wmma::row_major> x;

@@ -65,27 +65,26 @@ CAPSULE_FN void capsule_sink(capsule_rows_sink<T> to, int row, int word, uint32_
     }
 }
 
-// rows of a head -> [n_rows][ld_rows]
+// rows of a head -> [n_rows][ld], zeros behind them up to n_fill
 template <typename T>
-CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, CAPSULE_SHARED T * rows) {
+CAPSULE_FN void capsule_load_rows(int tid, int nt, CAPSULE_PARAM const capsule_part & p, CAPSULE_GLOBAL const char * head, int d, int ld, int n_fill, CAPSULE_SHARED T * rows) {
     for (int type = CAPSULE_F32; type <= CAPSULE_F16; ++type) {
         CAPSULE_GLOBAL const char * src = head + p.type_offs[type];
-        CAPSULE_SHARED T          * dst = rows + (type == CAPSULE_F32 ? 0 : p.count[CAPSULE_F32])*a.ld_rows;
+        CAPSULE_SHARED T          * dst = rows + (type == CAPSULE_F32 ? 0 : p.count[CAPSULE_F32])*ld;
 
         for (int u = tid; u < p.count[type]*d; u += nt) {
-            capsule_put(dst[u/d*a.ld_rows + u%d], capsule_value(type, src + u/d*p.row_size[type], u%d));
+            capsule_put(dst[u/d*ld + u%d], capsule_value(type, src + u/d*p.row_size[type], u%d));
         }
     }
 
     capsule_rows_sink<T> to;
     to.rows = rows;
-    to.ld   = a.ld_rows;
+    to.ld   = ld;
 
     capsule_read_words(tid, nt, p, head, d, to);
 
-    // tensor cores take 16 rows at a time
-    for (int u = tid; a.mma && u < (a.n_mma - p.n_rows)*d; u += nt) {
-        capsule_put(rows[(p.n_rows + u/d)*a.ld_rows + u%d], 0.0f);
+    for (int u = tid; u < (n_fill - p.n_rows)*d; u += nt) {
+        capsule_put(rows[(p.n_rows + u/d)*ld + u%d], 0.0f);
     }
 }
 
@@ -365,7 +364,8 @@ CAPSULE_FN void capsule_tile_retain(int tid, int nt, CAPSULE_ARGS, CAPSULE_GLOBA
 template <typename T>
 CAPSULE_FN void capsule_rows(capsule_threads t, CAPSULE_ARGS, CAPSULE_PARAM const capsule_part & part, CAPSULE_GLOBAL const char * slot, int i_head, int d,
         CAPSULE_SHARED T * rows) {
-    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, a, part, slot + part.offs + i_head*part.head_stride, d, rows)));
+    // tensor cores take 16 rows at a time
+    CAPSULE_PHASE((capsule_load_rows<T>(tid, t.n, part, slot + part.offs + i_head*part.head_stride, d, a.ld_rows, a.mma ? a.n_mma : 0, rows)));
     if (part.n_rows > part.n_plain) {
         CAPSULE_HADAMARD(T, rows + part.n_plain*a.ld_rows, part.n_rows - part.n_plain, d, a.ld_rows, d & -d);
     }

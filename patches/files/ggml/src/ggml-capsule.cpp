@@ -363,7 +363,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
             n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
             n_terms = std::max(n_terms, tier.retain ? 0 : n*a.n_pad);
         }
-        if (tier.codes && attn) {
+        if (tier.codes && attn && !a.mma_v) {
             n_codes = std::max(n_codes, tier.v.n_rows);
         }
         n_rows_v = std::max(n_rows_v, tier.v.n_rows);
@@ -377,7 +377,8 @@ static void capsule_shared_init(capsule_args & a, int op) {
     // an odd number of banks, so that threads can go through different rows side by side; tensor cores want multiples of 16 bytes
     a.ld_rows  = a.mma ? d + 8 : d;
     a.ld_tile  = a.mma ? d + 4 : d + (a.tile_f32 ? 1 : 2);
-    a.ld_w     = n_rows_v + 1;
+    a.ld_w     = a.mma_v ? a.n_mma + 4 : n_rows_v + 1;
+    a.ld_half  = a.n_mma + 8;
     a.ld_z     = GGML_PAD(a.n_mlp, 16) + 8;
     a.ld_up    = GGML_PAD(a.n_neighbours*a.n_mlp, 16);
     a.ld_u     = a.ld_up + 4;
@@ -406,8 +407,10 @@ static void capsule_shared_init(capsule_args & a, int op) {
         const int n_tile = n;
         n = 0;
         add(a.s_dots,   n_dots*4);
-        a.s_w = a.s_dots;
-        n = std::max<int>(n, a.s_w + GGML_PAD(a.max_q*a.ld_w*4, 32));
+        if (!a.mma_v) {
+            a.s_w = a.s_dots;
+            n = std::max<int>(n, a.s_w + GGML_PAD(a.max_q*a.ld_w*4, 32));
+        }
         add(a.s_codes,  n_codes*a.ld_codes*4);
         add(a.s_scales, n_codes*(std::max(a.d_k, a.d_v)/32)*4);
         a.s_terms = a.s_codes;
@@ -417,6 +420,14 @@ static void capsule_shared_init(capsule_args & a, int op) {
         add(a.s_make,     n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make*4    : 0);
         add(a.s_make_red, n_vec > 0 ? CAPSULE_N_MAKE*CAPSULE_LANES*4 : 0);
         n = std::max({ n, n_codes_end, n_tile });
+        if (a.mma_v) {
+            const int n_keys = n;
+            n = 0;
+            add(a.s_v_rows, a.n_mma*(a.d_v + 8)*2);
+            add(a.s_half,   16*a.ld_half*2);
+            add(a.s_w,      16*a.ld_w*4);
+            n = std::max(n, n_keys);
+        }
 
         add(a.s_v_codes,  n_vec*a.ld_codes*4);
         add(a.s_v_scales, n_vec*(a.d_k/32)*4);
@@ -424,7 +435,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
 
         add(a.s_q,     a.max_q*a.d_k*4);
         add(a.s_s,     a.max_q*a.N*4);
-        add(a.s_o,     a.max_q*a.d_v*a.n_o*4);
+        add(a.s_o,     (a.mma_v ? 16 : a.max_q)*a.d_v*a.n_o*4);
         add(a.s_red,   a.max_q*CAPSULE_LANES*2*4);
         add(a.s_m,     a.max_q*3*4);
         add(a.s_flags, 3*CAPSULE_N_FLAGS*4);
@@ -433,8 +444,8 @@ static void capsule_shared_init(capsule_args & a, int op) {
 }
 
 // the largest pieces that fit, of at least n_least queries (or all n_q)
-static bool capsule_pieces_init(capsule_args & a, int op, int n_q, int n_least, size_t max_shared) {
-    static const struct { int n_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 4, 32 }, { 4, 16 }, { 4, 8 }, { 2, 16 }, { 1, 16 } };
+static bool capsule_pieces_init(capsule_args & a, int op, int n_q, int n_least, bool mma_v, size_t max_shared) {
+    static const struct { int n_q; int n_chunk; } options[] = { { 8, CAPSULE_MAX_N }, { 8, 32 }, { 8, 16 }, { 4, 32 }, { 4, 16 }, { 4, 8 }, { 2, 16 }, { 1, 16 } };
 
     for (const auto & option : options) {
         if (option.n_q < std::min(n_q, n_least)) {
@@ -442,6 +453,7 @@ static bool capsule_pieces_init(capsule_args & a, int op, int n_q, int n_least, 
         }
         a.n_q     = std::max(1, std::min(option.n_q, n_q));
         a.max_q   = GGML_PAD(a.n_q, 4);
+        a.mma_v   = mma_v && a.n_q >= 4;
         a.n_chunk = std::min(option.n_chunk, a.mma ? a.n_mma : a.n_pad);
         if (a.mma && a.n_chunk % 16 != 0) {
             break;
@@ -460,7 +472,8 @@ static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shar
         { true, true, false }, { true, true, true }, { false, true, false }, { false, false, false },
     };
 
-    const bool mma = a.mma;
+    const bool mma   = a.mma;
+    const bool mma_v = a.mma_v;
 
     bool query[GGML_CAPSULE_N_TIERS];
     bool retain = false;
@@ -483,7 +496,7 @@ static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shar
 
         for (bool cores : { true, false }) {
             a.mma = mma && cores;
-            if (capsule_pieces_init(a, op, n_q, n_least, form.most ? most_shared : max_shared)) {
+            if (capsule_pieces_init(a, op, n_q, n_least, mma_v && cores, form.most ? most_shared : max_shared)) {
                 return;
             }
         }
@@ -550,10 +563,12 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
     for (const auto & tier : a.tiers) {
         product = product || (tier.n_slots > 0 && (!tier.retain || a.n_mlp > 0));
     }
-    a.mma = mma && product && !a.tile_f32 && d % 16 == 0;
+    a.mma   = mma && product && !a.tile_f32 && d % 16 == 0;
+    a.mma_v = mma && !a.tile_f32 && p.op == GGML_CAPSULE_OP_ATTN && a.n_slots > 0 && a.d_v % 16 == 0;
 
     for (auto & tier : a.tiers) {
         tier.codes = tier.v.n_plain == 0;
+        a.mma_v    = a.mma_v && (tier.codes || tier.n_slots == 0);
         tier.query = (p.flags & GGML_CAPSULE_FLAG_QUERY) && tier.k.n_plain == 0 && tier.n_slots > 0 && p.op == GGML_CAPSULE_OP_ATTN;
         if (tier.retain) {
             tier.query = tier.query && a.n_mlp == 0;
