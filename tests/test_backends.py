@@ -12,7 +12,9 @@ import sys
 import pytest
 from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server
 from conftest import ROOT, library
-from llama_runner import Case, nmse, rounded_limit
+from llama_runner import Case, compress, image_file, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
+from test_lossy import wild
+from test_paths import COMPRESSED, COMPRESSED_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,38 @@ def server():
 
 def test_rpc(models, capsules, patched, server):
     rows = compare(patched, models, capsules, Device(rpc=server), full=False)
+    assert not [row for row in rows if not row.good]
+
+
+def test_the_op_on_a_device_with_memory_of_its_own(models, capsules, patched, server):
+    """GGML_OP_CAPSULE of the server, which is of the same build: attention and compression there, all layers or some, no more splits."""
+    rows = compare(patched, models, capsules, Device(rpc=server, fused=True), env={"LLAMA_KVCAPSULE_PATH": "op", "GGML_RPC_CAPSULE": "1"})
+    assert not [row for row in rows if not row.good]
+    # without flash attention the others round queries to f16
+    assert all(row.nmse > rounded_limit(False) for row in rows if "no FA, f16" in row.case)
+
+
+@pytest.mark.parametrize("name", ["graded", "one of each", "retain, residuals", "retain, MLP", "10 layers"])
+def test_slots_do_not_depend_on_where_the_op_runs(models, capsules, patched, server, tmp_path, name):
+    """Compression on that device: the guard's tiers and the slots are those of the same op in host memory, a state with them is read."""
+    k = COMPRESSED_KINDS[name]
+    model = models(k.model)
+    picture = image_file(wild(tmp_path / "wild.npy", 256, 96, 3), 8, 12)
+    reads = [read_kv(il) for il in range(k.model.n_layer)]
+    steps = [picture, *reads, compress(), stats(), *reads, state_save("s"), state_load("s"), text(3)]
+    capsule = capsules(model, block_size=N, lossless=False, kappa=COMPRESSED[name], **k.file)
+    cases = [Case(place, model, steps, capsule=capsule, guard=True, **where) for place, where in (("host", {}), ("device", {"ngl": 99, "rpc": server}))]
+    done = patched(cases, env={"LLAMA_KVCAPSULE_PATH": "op", "GGML_RPC_CAPSULE": "1"})
+    host, device = done["host"], done["device"]
+    assert not host.error and not device.error
+    assert host.values("stats")[0]["n_slots"] == device.values("stats")[0]["n_slots"]
+    for a, b in zip(host.steps, device.steps, strict=True):
+        assert all(nmse(b.arrays[x], a.arrays[x]) <= 1e-5 for x in a.arrays if x in "kv")
+
+
+def test_the_op_where_the_server_may_lack_it(models, capsules, patched, server):
+    """Layers of the server reconstruct, those of the CPU have the op."""
+    rows = compare(patched, models, capsules, Device(rpc=server), full=False, env={"LLAMA_KVCAPSULE_PATH": "op"})
     assert not [row for row in rows if not row.good]
 
 
