@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server
+from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server, settings
 from conftest import ROOT, library
 from llama_runner import Case, compress, image_file, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
 from test_lossy import wild
@@ -28,13 +28,13 @@ def server():
 
 
 def test_rpc(models, capsules, patched, server):
-    rows = compare(patched, models, capsules, Device(rpc=server), full=False)
+    rows = compare(patched, models, capsules, Device(rpc=server), settings(full=False))
     assert not [row for row in rows if not row.good]
 
 
 def test_the_op_on_a_device_with_memory_of_its_own(models, capsules, patched, server):
     """GGML_OP_CAPSULE of the server, which is of the same build: attention and compression there, all layers or some, no more splits."""
-    rows = compare(patched, models, capsules, Device(rpc=server, fused=True), env={"LLAMA_KVCAPSULE_PATH": "op", "GGML_RPC_CAPSULE": "1"})
+    rows = compare(patched, models, capsules, Device(rpc=server, fused=True), settings(full=True), env={"LLAMA_KVCAPSULE_PATH": "op", "GGML_RPC_CAPSULE": "1"})
     assert not [row for row in rows if not row.good]
     # without flash attention the others round queries to f16
     assert all(row.nmse > rounded_limit(False) for row in rows if "no FA, f16" in row.case)
@@ -60,13 +60,13 @@ def test_slots_do_not_depend_on_where_the_op_runs(models, capsules, patched, ser
 
 def test_the_op_where_the_server_may_lack_it(models, capsules, patched, server):
     """Layers of the server reconstruct, those of the CPU have the op."""
-    rows = compare(patched, models, capsules, Device(rpc=server), full=False, env={"LLAMA_KVCAPSULE_PATH": "op"})
+    rows = compare(patched, models, capsules, Device(rpc=server), settings(full=False), env={"LLAMA_KVCAPSULE_PATH": "op"})
     assert not [row for row in rows if not row.good]
 
 
 def test_a_device_that_lacks_an_op(models, capsules, patched, server):
     """The slots stay in host memory; right, but with more splits."""
-    rows = compare(patched, models, capsules, Device(rpc=server), full=False, env={"LLAMA_KVCAPSULE_PATH": "host"})
+    rows = compare(patched, models, capsules, Device(rpc=server), settings(full=False), env={"LLAMA_KVCAPSULE_PATH": "host"})
     assert not [row for row in rows if row.error or row.nmse > row.limit or not row.in_slots]
     assert all(row.splits > row.splits_without for row in rows)
 

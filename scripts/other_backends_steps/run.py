@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backend_cases import Device, Row, compare, rpc_server
+from backend_cases import Device, Row, Setting, compare, failed, limit, rpc_server, settings
 from setup_steps import native
 from setup_steps.common import CACHE, LLAMA, ROOT, run as run_logged
 
-PAGE = ROOT / "docs" / "results" / "other-backends.md"
-DEMO = ROOT / "kvcapsule_gguf" / "demo"
-QUESTIONS = ("What is at the top right?", "Where is the circle?", "What does the word say?")
+from . import page
+from .demo import ask
+
 RPC_SERVER = native.RPC_SERVER + (".exe" if os.name == "nt" else "")
+TIMEOUT = 1800  # seconds, of one process
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that are a table of their own; `env` is set for both libraries, with and without a capsule."""
+
+    device: Device
+    settings: list[Setting]
+    sentence: str = ""
+    env: dict[str, str] = field(default_factory=dict)
 
 
 def build(backend: str, defines: list[str], jobs: int) -> Path:
@@ -41,37 +55,60 @@ def build(backend: str, defines: list[str], jobs: int) -> Path:
 
 
 def run(backend: str, lib: Path, quick: bool, with_demo: bool, write: bool) -> int:
+    begin = time.monotonic()
     with ExitStack() as stack:
         if backend == "rpc":
             program = next((p for p in (lib / RPC_SERVER, lib / "bin" / RPC_SERVER) if p.is_file()), None)
             if program is None:
                 raise RuntimeError(f"no {RPC_SERVER} in {lib}")
-            device = Device(rpc=stack.enter_context(rpc_server(program)))
+            groups = _rpc(stack.enter_context(rpc_server(program)), quick)
         else:
             os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")
-            device = Device(name="Vulkan0", exact=False)
-        title = _title(backend, lib, device)
+            groups = _vulkan(quick)
+        title = _title(backend, lib, groups[0].device)
         say(f"{title}: lossless capsules")
-        rows = lossless(lib, device, quick)
+        tables = [(group.sentence, list(lossless(lib, group))) for group in groups]
         answers = []
         if with_demo:
             say(f"{title}: the demo")
-            answers = demo(lib, device)
-    text = page(backend, title, rows, answers)
+            for a in ask(lib, groups[0].device, TIMEOUT):
+                say(f"--capsule {a.capsule} -ngl {a.ngl}: {', '.join(a.texts) or a.error}")
+                answers.append(a)
+    text = page.section(backend, title, tables, answers)
     print(text)
     if write:
-        _replace(backend, text)
-    same = all(a["answers"] == answers[0]["answers"] for a in answers)
-    return 0 if same and all(row.good for row in rows) else 1
+        page.replace(backend, text)
+    say(f"{(time.monotonic() - begin) / 60:.0f} minutes")
+    answered = all(a.texts and a.texts == answers[0].texts for a in answers)
+    return 0 if answered and all(row.good for _, rows in tables for row in rows) else 1
 
 
-def lossless(lib: Path, device: Device, quick: bool) -> list[Row]:
+def _rpc(address: str, quick: bool) -> list[Group]:
+    return [Group(Device(rpc=address), list(settings(full=not quick)))]
+
+
+def _vulkan(quick: bool) -> list[Group]:
+    chats = [Setting("chat", "llama", fa, *kind) for fa in (False, True) for kind in (("f16", "pca"), ("f16", "retain"), ("q8_0", "retain"))]
+    return [
+        Group(Device(name="Vulkan0", exact=False), list(settings(full=not quick))),
+        Group(
+            Device(name="Vulkan0"),
+            chats[: 1 if quick else None],
+            "With `GGML_VK_DISABLE_F16=1` the device multiplies in f32 and has to keep to the limits of the CPU:",
+            {"GGML_VK_DISABLE_F16": "1"},
+        ),
+    ]
+
+
+def lossless(lib: Path, group: Group) -> Iterator[Row]:
+    """Each case in processes of its own: one that dies or hangs is a row, and the others follow."""
     from llama_runner import run as run_cases
     from make_capsule import random_capsule
     from tiny_gguf import ModelStore
 
     with tempfile.TemporaryDirectory(prefix="kvcapsule-") as folder:
         path = Path(folder)
+        models = ModelStore(path)
 
         def capsule(model: Path, **kind: Any) -> Path:
             out = path / f"{model.stem}-{'-'.join(f'{k}={v}' for k, v in kind.items())}.gguf"
@@ -79,39 +116,14 @@ def lossless(lib: Path, device: Device, quick: bool) -> list[Row]:
                 random_capsule(model, out, **kind)
             return out
 
-        return compare(lambda cases, env={}: run_cases(cases, lib, env=env, timeout=7200), ModelStore(path), capsule, device, full=not quick)
-
-
-def demo(lib: Path, device: Device) -> list[dict[str, Any]]:
-    """The same questions with the capsule off and on, all layers on the device, then half of them."""
-    model = next(p for p in sorted(DEMO.glob("kvdemo-*.gguf")))
-    where = [*(["--device", device.name] if device.name else []), *(["--rpc", device.rpc] if device.rpc else [])]
-    out = []
-    for capsule, ngl in (("off", 99), ("auto", 99), ("auto", 4)):
-        command = [sys.executable, "-m", "kvcapsule_gguf.chat.cli", model, "--capsule", capsule, "-ngl", str(ngl), *where]
-        command += ["--temp", "0", "-n", "16", "-c", "2048", "--json"]
-        lines = "".join(f"{line}\n" for line in (f"/image {DEMO / 'scene-1.jpg'}", *QUESTIONS))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_ARG_", "LLAMA_KVCAPSULE"))} | {"KVCAPSULE_LIB": str(lib)}
-        done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, input=lines, capture_output=True, text=True, timeout=7200)
-        reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        if len(reports) != len(QUESTIONS):
-            raise RuntimeError(f"the demo with --capsule {capsule} -ngl {ngl} ended with status {done.returncode}: {done.stderr[-300:]}")
-        last = reports[-1]
-        out.append({"capsule": capsule, "ngl": ngl, "answers": [r["answer"].strip() for r in reports], "f16": last["kv_bytes_f16_equivalent"], "now": last["kv_bytes"]})
-    return out
-
-
-def page(backend: str, title: str, rows: list[Row], answers: list[dict[str, Any]]) -> str:
-    lines = [f"## {title}", "", f"`scripts/other_backends {backend}` printed this. Splits: parts of the graph that run on one device, with slots in use / without a capsule.", ""]
-    lines += ["| case | -ngl | NMSE of the logits | at most | splits | tokens in slots | |", "|---|---|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(f"| {r.case} | {r.ngl} | {r.nmse:.1e} | {r.limit:.0e} | {r.splits} / {r.splits_without} | {r.in_slots} | {'ok' if r.good else r.error[:80] or 'DIFFERS'} |")
-    if not answers:
-        return "\n".join(lines) + "\n"
-    lines += ["", f"The demo model: {', '.join(QUESTIONS)}", "", "| capsule | -ngl | answers | KV of the picture, MiB | smaller |", "|---|---|---|---|---|"]
-    for a in answers:
-        lines.append(f"| {a['capsule']} | {a['ngl']} | {', '.join(a['answers'])} | {a['now'] / 2**20:.2f} | {a['f16'] / a['now']:.1f}x |")
-    return "\n".join(lines) + "\n"
+        for i, setting in enumerate(group.settings, 1):
+            begin = time.monotonic()
+            try:
+                row = compare(lambda cases, env={}: run_cases(cases, lib, env=group.env | dict(env), timeout=TIMEOUT), models, capsule, group.device, [setting])[0]
+            except subprocess.TimeoutExpired:
+                row = failed(setting, limit(group.device, setting), f"no end in {TIMEOUT} s")
+            say(f"{i} of {len(group.settings)}, {row.case}, -ngl {row.ngl}: {page.verdict(row)}, {time.monotonic() - begin:.0f} s")
+            yield row
 
 
 def _title(backend: str, lib: Path, device: Device) -> str:
@@ -121,14 +133,18 @@ def _title(backend: str, lib: Path, device: Device) -> str:
     found = subprocess.run([sys.executable, "-c", code, str(lib), device.name], cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(found.stderr.strip().splitlines()[-1])
-    return f"Vulkan: {found.stdout.strip()}"
+    name = found.stdout.strip()
+    return ", ".join(part for part in (f"Vulkan: {name}", _driver(name)) if part)
 
 
-def _replace(backend: str, text: str) -> None:
-    """This backend's section of the page; the other one stays."""
-    begin, end = f"<!-- {backend}, begin -->", f"<!-- {backend}, end -->"
-    page = PAGE.read_text()
-    PAGE.write_text(page[: page.index(begin) + len(begin)] + f"\n{text}" + page[page.index(end) :])
+def _driver(device: str) -> str:
+    """The version of a Vulkan device's driver, "" without vulkaninfo."""
+    try:
+        text = subprocess.run(["vulkaninfo", "--summary"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    found = re.search(rf"deviceName\s*= {re.escape(device)}\n(?:.*\n)*?\s*driverInfo\s*= ([^(\n]*)", text)
+    return found[1].strip() if found else ""
 
 
 def say(text: str) -> None:
