@@ -324,120 +324,103 @@ static comparison test_mul_int(const simd & s) {
     return res;
 }
 
-static comparison test_to_codes(const simd & s) {
-    const uint32_t d = one_of({ 64, 128, 256 });
-    const auto x = values(d, rng() % 8 ? 1.0f : 0.0f);
+// rows as they are stored, each in a lane against queries of its own
+static comparison test_score_rows(const simd & s) {
+    const uint32_t d = one_of({ 64, 128, 256 }), n_q = 1 + rng() % 9, n_groups = 1 + rng() % 4, n_src = 1 + rng() % 5, L = s.n_lanes, n_had = llama_capsule_hadamard_size(d);
+    const ggml_type type = LLAMA_CAPSULE_TYPES[2 + rng() % 3];
+    const uint32_t n_rows = 1 + rng() % (n_groups*L);
 
-    std::vector<int8_t> codes(d);
-    std::vector<float>  sums(d/QK);
-    const float scale = s.to_codes(d, x.data(), codes.data(), sums.data());
-
-    float max = 0.0f;
-    for (float v : x) {
-        max = std::max(max, fabsf(v));
+    std::vector<rows> src;
+    std::vector<const uint8_t *> data;
+    for (uint32_t i = 0; i < n_src; ++i) {
+        src.emplace_back(type, n_rows, d);
     }
+    for (const auto & x : src) {
+        data.push_back(x.data.data());
+    }
+
+    std::vector<uint32_t> row(n_groups*L), first = { 0 };
+    for (auto & r : row) {
+        r = rng() % n_rows;
+    }
+    for (uint32_t g = 0; g < n_groups; ++g) {
+        first.push_back(first.back() + 1 + rng() % 5);
+    }
+
+    const uint32_t n_v = first.back(), ld = n_v*L + rng() % 9;
+    const size_t   size = llama_capsule_score::query_size(d, L);
+
+    llama_capsule_buf<uint8_t> queries; // aligned
+    std::fill_n(queries.resize(n_v*n_q*size), n_v*n_q*size, 0xa5);
+
+    std::vector<float> views(n_v*n_q*L*d, 0.0f);
+    for (uint32_t v = 0; v < n_v*n_q; ++v) {
+        std::vector<std::vector<float>> x(L), gates(L);
+        std::vector<const float *> px(L, nullptr), pg(L, nullptr);
+        for (uint32_t l = 0; l < L; ++l) {
+            if (rng() % 4 == 0) {
+                continue;
+            }
+            x[l]  = values(d);
+            px[l] = x[l].data();
+            if (rng() % 2) {
+                gates[l] = values(d);
+                pg[l]    = gates[l].data();
+            }
+            float * y = views.data() + (v*L + l)*d;
+            for (uint32_t i = 0; i < d; ++i) {
+                y[i] = x[l][i]*(pg[l] ? pg[l][i] : 1.0f);
+            }
+            llama_capsule_hadamard(y, n_had, d);
+        }
+        s.to_lanes(type, d, px.data(), pg.data(), queries.data() + v*size);
+    }
+
+    const uint32_t g0 = rng() % n_groups;
+    std::vector<float> out(n_src*n_q*ld, CANARY);
+    const llama_capsule_score score = { d, n_q, row.data(), first.data(), queries.data(), ld };
+    s.score_rows(score, type, g0, n_groups, n_src, data.data(), rng() % 2 ? data.data() : nullptr, out.data());
 
     comparison res;
-    res.check(scale == max/127.0f);
-    for (uint32_t i = 0; i < d; i += QK) {
-        int sum = 0;
-        for (uint32_t j = i; j < i + QK; ++j) {
-            res.check(codes[j] == (max > 0.0f ? lrintf(x[j]*(127.0f/max)) : 0));
-            sum += codes[j];
-        }
-        res.check(sums[i/QK] == sum);
-    }
-    return res;
-}
+    for (uint32_t n = 0; n < n_src; ++n) {
+        for (uint32_t q = 0; q < n_q; ++q) {
+            const float * got = out.data() + (n*n_q + q)*ld;
+            res.check(std::all_of(got, got + first[g0]*L, [](float x) { return x == CANARY; }) && std::all_of(got + n_v*L, got + ld, [](float x) { return x == CANARY; }));
 
-static comparison test_score_rows(const simd & s) {
-    static constexpr int zero[LLAMA_CAPSULE_N_TYPES] = { 0, 0, 0, 8, 1 };
+            for (uint32_t g = g0; g < n_groups; ++g) {
+                for (uint32_t v = first[g]; v < first[g + 1]; ++v) {
+                    for (uint32_t l = 0; l < L; ++l) {
+                        const float * x = views.data() + ((v*n_q + q)*L + l)*d;
+                        const float * y = src[n].x.data() + row[g*L + l]*d;
 
-    const int      t    = 2 + rng() % 3;
-    const uint32_t d    = one_of({ 64, 128, 256 }), n_q = 1 + rng() % 32, n_tokens = 1 + rng() % 64, n_rows = 1 + rng() % 12, i_row = rng() % 3;
-    const rows     src(LLAMA_CAPSULE_TYPES[t], n_rows, d);
-
-    std::vector<uint32_t> first = { 0 }, token;
-    for (uint32_t r = 0; r < i_row + n_rows; ++r) {
-        for (uint32_t k = rng() % 5; k > 0; --k) {
-            token.push_back(rng() % n_tokens);
-        }
-        first.push_back(token.size());
-    }
-
-    const uint32_t n = token.size();
-    std::vector<int8_t> codes(n_q*n*d);
-    for (auto & c : codes) {
-        c = (int8_t) (rng() % 255 - 127);
-    }
-    const auto scales = values(n_q*n);
-
-    llama_capsule_buf<float> offsets, acc; // aligned, as score_rows expects them
-    std::fill_n(offsets.resize(n_q*n*LLAMA_CAPSULE_VEC + 1), n_q*n*LLAMA_CAPSULE_VEC, 0.0f);
-    std::fill_n(acc.resize(n_q*n_tokens*LLAMA_CAPSULE_VEC), n_q*n_tokens*LLAMA_CAPSULE_VEC, 0.125f);
-
-    std::vector<double> want(n_q*n_tokens, 1.0), size(n_q*n_tokens, 0.0);
-    for (uint32_t i = 0; i < n_q*n; ++i) {
-        for (uint32_t j = 0; j < d; ++j) {
-            offsets.data()[i*LLAMA_CAPSULE_VEC + j/QK] -= zero[t]*codes[i*d + j];
-        }
-    }
-    for (uint32_t i = 0; i < n_q; ++i) {
-        for (uint32_t r = 0; r < n_rows; ++r) {
-            for (uint32_t v = first[i_row + r]; v < first[i_row + r + 1]; ++v) {
-                double sum = 0.0, all = 0.0;
-                for (uint32_t j = 0; j < d; ++j) {
-                    sum += (double) src.x[r*d + j]*codes[(i*n + v)*d + j];
-                    all += fabs(src.x[r*d + j]*codes[(i*n + v)*d + j]);
+                        double sum = 0.0, x2 = 0.0, y2 = 0.0;
+                        for (uint32_t i = 0; i < d; ++i) {
+                            sum += (double) x[i]*y[i];
+                            x2  += (double) x[i]*x[i];
+                            y2  += (double) y[i]*y[i];
+                        }
+                        res.add(got[v*L + l], sum, sqrt(x2*y2/d));
+                    }
                 }
-                want[i*n_tokens + token[v]] += scales[i*n + v]*sum;
-                size[i*n_tokens + token[v]] += fabs(scales[i*n + v]*all);
             }
         }
     }
-
-    const llama_capsule_score score = { d, n_q, n_tokens, n, first.data(), token.data(), codes.data(), scales.data(), offsets.data() };
-    s.score_rows(score, src.type, i_row, n_rows, src.data.data(), acc.data());
-
-    std::vector<float> got(n_q*n_tokens);
-    s.sum(got.size(), acc.data(), got.data());
-
-    comparison res;
-    for (size_t i = 0; i < got.size(); ++i) {
-        res.add(got[i], want[i], size[i]);
-    }
     return res;
 }
 
-static comparison test_sum(const simd & s) {
-    const uint32_t n = 1 + rng() % 70;
-    const auto x = values(n*LLAMA_CAPSULE_VEC);
-    std::vector<float> out(n);
-    s.sum(n, x.data(), out.data());
+// rows of one type alone
+template<ggml_type TYPE>
+static comparison test_mul_rows(const simd & s) {
+    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 48 : 300), d = TYPE == GGML_TYPE_Q4_0 ? one_of({ 32, 64, 96, 128, 256 }) : one_of({ 64, 128, 256 });
 
-    comparison res;
-    for (uint32_t i = 0; i < n; ++i) {
-        double sum = 0.0, size = 0.0;
-        for (uint32_t j = 0; j < LLAMA_CAPSULE_VEC; ++j) {
-            sum  += x[i*LLAMA_CAPSULE_VEC + j];
-            size += fabs(x[i*LLAMA_CAPSULE_VEC + j]);
-        }
-        res.add(out[i], sum, size);
-    }
-    return res;
-}
-
-static comparison test_mul_q2(const simd & s) {
-    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 48 : 300), d = one_of({ 64, 128, 256 });
-
-    const rows src(GGML_TYPE_Q2_0, n_rows, d);
+    const rows src(TYPE, n_rows, d);
     matrix w(1 + rng() % 32, n_rows);
     for (uint32_t i = 0; i < w.n*n_rows; ++i) {
         w.at(i/n_rows, i%n_rows) *= i/n_rows % 5 == 4 ? 0.0f : powf(2.0f, 3*uniform());
     }
     matrix out(w.n, d);
     const auto before = out;
-    s.mul_q2(w.n, n_rows, d, w.x.data(), w.ld, src.data.data(), out.x.data(), out.ld);
+    s.mul_rows(TYPE, w.n, n_rows, d, w.x.data(), w.ld, src.data.data(), rng() % 2 ? src.data.data() : nullptr, out.x.data(), out.ld);
 
     comparison res;
     for (uint32_t q = 0; q < w.n; ++q) {
@@ -623,10 +606,9 @@ static int run(const simd & s, int n_cases) {
         { "from_float",    true,                     test_from_float,                0     },
         { "mul_int, q4_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
         { "mul_int, q2_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
-        { "to_codes",      s.to_codes != nullptr,    test_to_codes,                  0     },
-        { "score_rows",    s.score_rows != nullptr,  test_score_rows,                1e-12 },
-        { "sum",           s.sum != nullptr,         test_sum,                       1e-12 },
-        { "mul_q2",        s.mul_q2 != nullptr,      test_mul_q2,                    1e-6  },
+        { "score_rows",     s.score_rows != nullptr, test_score_rows,                3e-4  },
+        { "mul_rows, q4_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q4_0>,  1e-3  },
+        { "mul_rows, q2_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q2_0>,  1e-3  },
         { "dot_cells",     s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
         { "mul_cells",     s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
         { "dot_rows",      s.dot_rows != nullptr,    test_dot_rows,                  3e-4  },

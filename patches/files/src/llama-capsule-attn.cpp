@@ -28,10 +28,21 @@ void llama_capsule_store::attend_order(uint32_t i_layer, uint32_t n_q, std::vect
 
     uint32_t col = 0;
     for (int ip = 0; ip < N_TIERS; ++ip) {
-        const bool usable = rotated(i_layer, ip) && variants[i_layer][ip].usable() && n_q <= CAPSULE_QUERY_MAX;
+        const auto & projection = projections[i_layer][ip];
+
+        const bool turned    = rotated(i_layer, ip) && variants[i_layer][ip].usable() && n_q <= CAPSULE_QUERY_MAX;
+        const bool projected = projection.usable();
 
         for (uint32_t s = 0; s < pools[ip].n_used; ++s, col += N()) {
-            res.push_back({ ip, s, col, usable && !rope.moved(ip, s) ? N_TIERS*rope.pattern(ip, s) + ip : -1 });
+            slot_ref cur = { ip, s, col, -1, projected ? &rope.views(i_layer, ip, s) : nullptr };
+
+            if (projected && !projection.pays(n_q, *cur.views)) {
+                cur.views = nullptr;
+            }
+            if (turned && !rope.moved(ip, s)) {
+                cur.pattern = N_TIERS*rope.pattern(ip, s) + ip;
+            }
+            res.push_back(cur);
         }
     }
 
@@ -69,7 +80,8 @@ struct llama_capsule_store::attend_call {
 
     std::vector<slot_ref>        order;
     std::vector<slot_ref>        slots;
-    std::vector<const uint8_t *> rows;
+    std::vector<const uint8_t *> rows; // of the slots
+    std::vector<const uint8_t *> next; // as many slots that come after them, or none
     std::vector<uint8_t>         kinds; // of the masks of the slots, [n_slots][n_tokens]
 };
 
@@ -93,6 +105,7 @@ void llama_capsule_store::attend_init(attend_call & c, ggml_tensor * dst, uint32
     c.rotated_v   = tile(i_layer, 0, true).has_rotated() || tile(i_layer, 1, true).has_rotated();
     c.rope        = rope.params(i_layer);
 
+    c.a.query.reset();
     attend_order(i_layer, c.n_q, c.order);
 
     // once for all heads: the rows of the mask are long, those of a slot far apart
@@ -124,44 +137,55 @@ void llama_capsule_store::attend_hot(attend_call & c, uint32_t h0, uint32_t n_he
     c.hot.attend(c.k, c.v, kv.v_trans, c.hot_mask, h0, c.k->ne[2]*i_part/c.n_parts, c.k->ne[2]*(i_part + 1)/c.n_parts);
 }
 
-// the scores of the slots at hand
-void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & pattern) const {
+// the scores of n of the slots at hand that are served alike, from i on
+void llama_capsule_store::attend_slots(attend_call & c, uint32_t i_head, int & pattern, size_t i, uint32_t n) const {
     auto & a = c.a;
 
-    c.rows.clear();
-    for (size_t i = 0; i < c.slots.size(); ++i) {
-        const auto & cur = c.slots[i];
-        const int    ip  = cur.i_pool;
+    const auto & cur  = c.slots[i];
+    const int    ip   = cur.i_pool;
+    const auto & keys = tile(c.i_layer, ip, false);
 
-        const auto & keys = tile(c.i_layer, ip, false);
+    const float * first     = c.rope ? rope.first(c.i_layer, ip, cur.i_slot, rotated(c.i_layer, ip)) : nullptr;
+    const float * distances = c.rope ? rope.distances(c.i_layer, ip, cur.i_slot) : nullptr;
 
-        const float * first     = c.rope ? rope.first(c.i_layer, ip, cur.i_slot, rotated(c.i_layer, ip)) : nullptr;
-        const float * distances = c.rope ? rope.distances(c.i_layer, ip, cur.i_slot) : nullptr;
+    float * s = a.s.data() + i*c.n_pad;
 
-        const uint8_t * slot = slot_data(c.i_layer, cur);
-
-        c.rows.push_back(slot);
-        tile(c.i_layer, ip, true).prefetch(slot, i_head);
-        if (i + 1 < c.slots.size()) {
-            keys.prefetch(slot_data(c.i_layer, c.slots[i + 1]), i_head);
+    if (cur.pattern >= 0) {
+        if (cur.pattern != pattern) {
+            pattern = cur.pattern;
+            a.query.init(variants[c.i_layer][ip], i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k, distances, *c.rope);
         }
-
-        const auto & projection = projections[c.i_layer][ip];
-
-        if (projection.usable() && projection.pays(c.n_q, rope.views(c.i_layer, ip, cur.i_slot))) {
-            a.projected.init(projection, rope.views(c.i_layer, ip, cur.i_slot), c.rope, i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k);
-            a.projected.scores(keys, slot, a.s.data() + i*c.n_pad, a.ld_s);
-        } else if (cur.pattern < 0) {
-            a.score(keys, slot, i_head, N(), c.rope, first, distances, i*c.n_pad);
-        } else {
-            if (cur.pattern != pattern) {
-                pattern = cur.pattern;
-                a.query.init(variants[c.i_layer][ip], i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k, distances, *c.rope);
-            }
-            a.query.scores(keys, slot, a.s.data() + i*c.n_pad, a.ld_s);
-        }
+        a.query.scores(keys, n, c.rows.data() + i, c.next.empty() ? nullptr : c.next.data() + i, s, c.n_pad, a.ld_s);
+    } else if (cur.views) {
+        a.projected.init(projections[c.i_layer][ip], *cur.views, c.rope, i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k);
+        a.projected.scores(keys, c.rows[i], s, a.ld_s);
+    } else {
+        a.score(keys, c.rows[i], i_head, N(), c.rope, first, distances, i*c.n_pad);
     }
-    a.clear_padding(N(), c.n_pad);
+}
+
+// the scores of the slots at hand
+void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & pattern) const {
+    const auto & keys   = tile(c.i_layer, c.slots[0].i_pool, false);
+    const auto & values = tile(c.i_layer, c.slots[0].i_pool, true);
+
+    for (size_t i = 0, n; i < c.slots.size(); i += n) {
+        const int p = c.slots[i].pattern;
+
+        // all that the same queries serve
+        for (n = 1; p >= 0 && i + n < c.slots.size() && c.slots[i + n].pattern == p; ++n) {
+        }
+
+        // a query for many slots looks ahead itself
+        if (p < 0) {
+            values.prefetch(c.rows[i], i_head);
+            if (i + 1 < c.rows.size()) {
+                keys.prefetch(c.rows[i + 1], i_head);
+            }
+        }
+        attend_slots(c, i_head, pattern, i, n);
+    }
+    c.a.clear_padding(N(), c.n_pad);
 }
 
 // a part of the slots
@@ -188,6 +212,15 @@ void llama_capsule_store::attend_cold(attend_call & c, uint32_t i_head, uint32_t
             continue;
         }
         a.set_columns(c.slots.size()*c.n_pad);
+
+        c.rows.clear();
+        c.next.clear();
+        for (size_t j = 0; j < c.slots.size(); ++j) {
+            const auto & next = c.order[std::min<size_t>(i + j, i_end - 1)];
+
+            c.rows.push_back(slot_data(c.i_layer, c.slots[j]));
+            c.next.push_back(next.i_pool == ip ? slot_data(c.i_layer, next) : c.rows[j]);
+        }
 
         attend_scores(c, i_head, pattern);
         a.values(tile(c.i_layer, ip, true), c.rows, i_head, c.rotated_v);

@@ -1,6 +1,7 @@
 #include "llama-capsule-query.h"
 
 #include <algorithm>
+#include <numeric>
 
 //
 // llama_capsule_variants
@@ -17,41 +18,75 @@ llama_capsule_variants::llama_capsule_variants(const llama_capsule_codec & codec
     const uint32_t n_rows = llama_capsule_rows_total(counts);
 
     // rows as they are stored, all of them rotated
-    if (codec.tl.key_codec != LLAMA_CAPSULE_KEY_CODEC_RETAIN || layer.n_mlp > 0 || counts[0] + counts[1] > 0 || (d != 64 && d != 128 && d != 256)) {
+    if (codec.tl.key_codec != LLAMA_CAPSULE_KEY_CODEC_RETAIN || layer.n_mlp > 0 || counts[0] + counts[1] > 0 || (d != 64 && d != 128 && d != 256) ||
+            !llama_capsule_simd_get().score_rows) {
         return;
     }
 
-    static constexpr float ZERO[LLAMA_CAPSULE_N_TYPES] = { 0, 0, 0, -8, -1 };
+    std::vector<std::vector<variant>> by_row(n_rows);
 
-    for (uint32_t r = 0; r < n_rows; ++r) {
-        first.push_back(token.size());
-        token.push_back(layer.token_order[r]);
-        gate .push_back(-1);
+    groups.push_back(0);
+    uint32_t i_row = 0;
+    for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+        for (uint32_t r = i_row; r < i_row + counts[t]; ++r) {
+            by_row[r].push_back({ layer.token_order[r], NONE });
+            for (uint32_t j = 0; j < (N - layer.n_kept)*K && r < layer.n_kept; ++j) {
+                if (layer.k_neighbours[j] == (int32_t) r) {
+                    by_row[r].push_back({ layer.token_order[layer.n_kept + j/K], j*d });
+                }
+            }
+        }
+        add_groups(i_row, counts[t], by_row);
+        i_row += counts[t];
+    }
+    first.push_back(variants.size()/llama_capsule_simd_get().n_lanes);
 
-        for (uint32_t j = 0; j < (N - layer.n_kept)*K && r < layer.n_kept; ++j) {
-            if (layer.k_neighbours[j] == (int32_t) r) {
-                token.push_back(layer.token_order[layer.n_kept + j/K]);
-                gate .push_back(j*d);
+    const uint32_t n_dropped = N - layer.n_kept;
+
+    n_terms = (K + 1)/2;
+    own  .assign(N, variants.size());
+    terms.assign(2*n_terms*n_dropped, variants.size());
+    for (uint32_t v = 0; v < variants.size(); ++v) {
+        const auto & cur = variants[v];
+        if (cur.token == NONE) {
+            continue;
+        }
+        if (cur.gate == NONE) {
+            own[cur.token] = v;
+        } else {
+            const uint32_t j = cur.gate/d/K;
+            const uint32_t k = cur.gate/d%K;
+            terms[(k/2*n_dropped + j)*2 + k%2] = v;
+        }
+    }
+}
+
+// rows that meet about as many queries go together
+void llama_capsule_variants::add_groups(uint32_t i0, uint32_t n, std::vector<std::vector<variant>> & by_row) {
+    const uint32_t n_lanes = llama_capsule_simd_get().n_lanes;
+
+    std::vector<uint32_t> order(n);
+    std::iota(order.begin(), order.end(), i0);
+    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return by_row[a].size() > by_row[b].size(); });
+
+    for (uint32_t i = 0; i < n; i += n_lanes) {
+        first.push_back(variants.size()/n_lanes);
+
+        for (uint32_t j = 0; j < n_lanes; ++j) {
+            rows.push_back(order[std::min(i + j, n - 1)] - i0);
+        }
+        for (uint32_t v = 0; v < by_row[order[i]].size(); ++v) {
+            for (uint32_t j = 0; j < n_lanes; ++j) {
+                const bool empty = i + j >= n || v >= by_row[order[i + j]].size();
+                variants.push_back(empty ? variant{ NONE, NONE } : by_row[order[i + j]][v]);
             }
         }
     }
-    first.push_back(token.size());
-
-    uint32_t i_row = 0;
-    for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        i_row += counts[t];
-        zero.resize(first[i_row], ZERO[t]);
-    }
-
-    by_token.resize(token.size());
-    for (uint32_t v = 0; v < token.size(); ++v) {
-        by_token[v] = v;
-    }
-    std::stable_sort(by_token.begin(), by_token.end(), [&](uint32_t a, uint32_t b) { return token[a] < token[b]; });
+    groups.push_back(first.size());
 }
 
 bool llama_capsule_variants::usable() const {
-    return !first.empty() && llama_capsule_simd_get().score_rows;
+    return !variants.empty();
 }
 
 //
@@ -68,72 +103,86 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
     const auto & data  = variants.codec.data;
     const auto & layer = variants.codec.layer;
 
-    const uint32_t d = layer.n_embd_head_k;
-    const uint32_t n = variants.token.size();
+    const uint32_t d         = layer.n_embd_head_k;
+    const uint32_t N         = data.block_size;
+    const uint32_t n_vectors = variants.variants.size()/simd.n_lanes;
+    const size_t   size      = llama_capsule_score::query_size(d, simd.n_lanes);
 
-    const float * gates = layer.k_gate.data() + i_head*(data.block_size - layer.n_kept)*data.n_neighbours*d;
+    const float * gates = layer.k_gate.data() + i_head*(N - layer.n_kept)*data.n_neighbours*d;
 
-    angles.resize(rope.n_rot);
-    turned.resize(n_q*d);
-    row   .resize(d);
-    codes .resize(n_q*n*d);
-    scales.resize(n_q*n);
-
-    std::fill_n(offsets.resize(n_q*n*LLAMA_CAPSULE_VEC), n_q*n*LLAMA_CAPSULE_VEC, 0.0f);
-
-    uint32_t last = UINT32_MAX;
-    for (uint32_t v : variants.by_token) {
-        const uint32_t t = variants.token[v];
-        if (t != last) {
-            rope.negate(distances + t*rope.n_rot, angles.data());
-            for (uint32_t i = 0; i < n_q; ++i) {
-                std::copy(q + i*ld_q, q + i*ld_q + d, turned.data() + i*d);
-            }
-            simd.rope(n_q, turned.data(), d, angles.data(), 0, rope.n_rot, rope.norm);
-            last = t;
+    if (distances != this->distances) {
+        this->distances = distances;
+        angles.resize(N*rope.n_rot);
+        for (uint32_t t = 0; t < N; ++t) {
+            rope.negate(distances + t*rope.n_rot, angles.data() + t*rope.n_rot);
         }
+    }
 
-        for (uint32_t i = 0; i < n_q; ++i) {
-            if (variants.gate[v] < 0) {
-                std::copy(turned.data() + i*d, turned.data() + (i + 1)*d, row.data());
-            } else {
-                std::fill_n(row.data(), d, 0.0f);
-                simd.fma(d, gates + variants.gate[v], turned.data() + i*d, row.data());
-            }
-            simd.hadamard(row.data(), llama_capsule_hadamard_size(d), d);
+    turned    .resize(N*d);
+    lanes     .resize(simd.n_lanes);
+    lane_gates.resize(simd.n_lanes);
+    queries   .resize(n_vectors*n_q*size);
 
-            float * sums = offsets.data() + (i*n + v)*LLAMA_CAPSULE_VEC;
+    for (uint32_t i = 0; i < n_q; ++i) {
+        for (uint32_t t = 0; t < N; ++t) {
+            std::copy(q + i*ld_q, q + i*ld_q + d, turned.data() + t*d);
+        }
+        simd.rope(N, turned.data(), d, angles.data(), rope.n_rot, rope.n_rot, rope.norm);
 
-            scales.data()[i*n + v] = simd.to_codes(d, row.data(), codes.data() + (i*n + v)*d, sums);
-            for (uint32_t b = 0; b < LLAMA_CAPSULE_VEC; ++b) {
-                sums[b] *= variants.zero[v];
+        for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+            for (uint32_t v = variants.first[variants.groups[t]]; v < variants.first[variants.groups[t + 1]]; ++v) {
+                for (uint32_t j = 0; j < simd.n_lanes; ++j) {
+                    const auto & cur = variants.variants[v*simd.n_lanes + j];
+
+                    lanes     [j] = cur.token == llama_capsule_variants::NONE ? nullptr : turned.data() + cur.token*d;
+                    lane_gates[j] = cur.gate  == llama_capsule_variants::NONE ? nullptr : gates + cur.gate;
+                }
+                simd.to_lanes(LLAMA_CAPSULE_TYPES[t], d, lanes.data(), lane_gates.data(), queries.data() + (v*n_q + i)*size);
             }
         }
     }
 }
 
-void llama_capsule_query::scores(const llama_capsule_tile & tile, const uint8_t * slot, float * out, size_t ld_out) {
-    const auto & simd   = llama_capsule_simd_get();
-    const auto & counts = variants->codec.tl.key_rows;
+void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const uint8_t * const * next, float * out, size_t ld_slot, size_t ld_out) {
+    const auto & simd  = llama_capsule_simd_get();
+    const auto & layer = variants->codec.layer;
 
-    const uint32_t N = variants->codec.data.block_size;
+    const uint32_t N         = variants->codec.data.block_size;
+    const uint32_t n_dropped = N - layer.n_kept;
+    const uint32_t n_zero    = variants->variants.size();
+    const size_t   ld        = GGML_PAD(n_zero + 1, LLAMA_CAPSULE_VEC);
 
-    const llama_capsule_score s = {
-        variants->codec.layer.n_embd_head_k, n_q, N, (uint32_t) variants->token.size(), variants->first.data(), variants->token.data(),
-        codes.data(), scales.data(), offsets.data(),
-    };
+    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->rows.data(), variants->first.data(), queries.data(), ld };
 
-    std::fill_n(acc.resize(n_q*N*LLAMA_CAPSULE_VEC), n_q*N*LLAMA_CAPSULE_VEC, 0.0f);
+    products.resize(n*n_q*ld);
+    src     .resize(n);
+    src_next.resize(n);
 
-    uint32_t i_row = 0;
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        if (counts[t] > 0) {
-            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], i_row, counts[t], tile.rows_at(slot, i_head, t), acc.data());
+        if (variants->groups[t] < variants->groups[t + 1]) {
+            for (uint32_t i = 0; i < n; ++i) {
+                src     [i] = tile.rows_at(slots[i], i_head, t);
+                src_next[i] = next ? tile.rows_at(next[i], i_head, t) : nullptr;
+            }
+            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], variants->groups[t + 1], n, src.data(), next ? src_next.data() : nullptr, products.data());
         }
-        i_row += counts[t];
     }
 
-    for (uint32_t i = 0; i < n_q; ++i) {
-        simd.sum(N, acc.data() + i*N*LLAMA_CAPSULE_VEC, out + i*ld_out);
+    const uint16_t * dropped = layer.token_order.data() + layer.n_kept;
+
+    for (uint32_t i = 0; i < n*n_q; ++i) {
+        float * p = products.data() + i*ld;
+        float * y = out + i/n_q*ld_slot + i%n_q*ld_out;
+
+        p[n_zero] = 0.0f;
+        for (uint32_t t = 0; t < N; ++t) {
+            y[t] = p[variants->own[t]];
+        }
+        const uint32_t * term = variants->terms.data();
+        for (uint32_t k = 0; k < variants->n_terms; ++k) {
+            for (uint32_t j = 0; j < n_dropped; ++j, term += 2) {
+                y[dropped[j]] += p[term[0]] + p[term[1]];
+            }
+        }
     }
 }

@@ -8,31 +8,52 @@
 //   those of the rows that it is predicted from with the same query times its gates. These queries are made once for all slots with the same distances
 //
 
-// which queries the rows of a layer in a tier meet, ordered by row
+// which queries the rows of a layer in a tier meet
 struct llama_capsule_variants {
+    static constexpr uint32_t NONE = UINT32_MAX;
+
+    // a query and the row that it meets, in a lane of a vector
+    struct variant {
+        uint32_t token; // NONE: the lane is empty
+        uint32_t gate;  // offset in the gates of a head, NONE: the row is that of the token itself
+    };
+
     const llama_capsule_codec & codec;
 
-    std::vector<uint32_t> first; // [n_rows + 1]
-    std::vector<uint32_t> token;
-    std::vector<int32_t>  gate;  // offset in the gates of a head, -1: the row is that of the token itself
-    std::vector<float>    zero;  // minus the code that stands for 0 in the row
+    // groups of rows of one type, see llama_capsule_score
+    std::vector<uint32_t> groups; // [LLAMA_CAPSULE_N_TYPES + 1], the groups of a type
+    std::vector<uint32_t> rows;
+    std::vector<uint32_t> first;
 
-    std::vector<uint32_t> by_token; // ordered by token
+    std::vector<variant>  variants; // [n_vectors][n_lanes]
+
+    // the products that add up to the score of a token; variants.size() stands for 0
+    std::vector<uint32_t> own;   // [N] of its own row, by token
+    std::vector<uint32_t> terms; // [n_terms][n_dropped][2]: of the rows that it is predicted from, two at a time
+    uint32_t n_terms = 0;
 
     llama_capsule_variants(const llama_capsule_codec & codec);
 
     // false if the tile has to be decoded
     bool usable() const;
+
+private:
+    void add_groups(uint32_t i0, uint32_t n, std::vector<std::vector<variant>> & by_row);
 };
 
 class llama_capsule_query {
 public:
+    // distances may have changed
+    void reset() {
+        distances = nullptr;
+    }
+
     // q [n_q][d], as the first token of a slot sees it; distances [N][n_rot]
     void init(const llama_capsule_variants & variants, uint32_t i_head, uint32_t n_q, const float * q, size_t ld_q,
             const float * distances, const llama_capsule_rope_params & rope);
 
-    // scores of the tokens of a slot: out[i*ld_out + t]
-    void scores(const llama_capsule_tile & tile, const uint8_t * slot, float * out, size_t ld_out);
+    // scores of the tokens of n slots: out[i_slot*ld_slot + i_q*ld_out + t]; next: slots that are read after them, or nullptr
+    void scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const uint8_t * const * next, float * out, size_t ld_slot, size_t ld_out);
 
 private:
     const llama_capsule_variants * variants = nullptr;
@@ -40,11 +61,16 @@ private:
     uint32_t i_head = 0;
     uint32_t n_q    = 0;
 
-    llama_capsule_buf<float>  angles;
-    llama_capsule_buf<float>  turned;  // [n_q][d]
-    llama_capsule_buf<float>  row;     // [d]
-    llama_capsule_buf<int8_t> codes;   // see llama_capsule_score
-    llama_capsule_buf<float>  scales;
-    llama_capsule_buf<float>  offsets;
-    llama_capsule_buf<float>  acc;     // [n_q][N][LLAMA_CAPSULE_VEC]
+    const float * distances = nullptr; // that the angles are of
+
+    llama_capsule_buf<float>   angles;  // [N][n_rot], negative
+    llama_capsule_buf<float>   turned;  // [N][d], a query as the tokens see it
+    llama_capsule_buf<uint8_t> queries; // see llama_capsule_score
+
+    std::vector<const float *> lanes;
+    std::vector<const float *> lane_gates;
+
+    llama_capsule_buf<float>     products; // [n][n_q][variants, and a 0]
+    std::vector<const uint8_t *> src;
+    std::vector<const uint8_t *> src_next;
 };

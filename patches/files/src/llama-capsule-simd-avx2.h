@@ -99,14 +99,14 @@ INLINE void hadamard_64(float * x, float scale) {
     }
 }
 
+// llama-capsule-simd-score.cpp
+void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query);
+
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t g1, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out);
+
 // llama-capsule-simd-rows.cpp
-float llama_capsule_to_codes_avx2(uint32_t d, const float * x, int8_t * codes, float * sums);
-
-void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc);
-
-void llama_capsule_sum_avx2(uint32_t n, const float * x, float * out);
-
-void llama_capsule_mul_q2_avx2(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+        float * out, size_t ld_out);
 
 // llama-capsule-simd-hot.cpp
 void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,
@@ -128,6 +128,8 @@ static constexpr int Q4_ZERO = 8;
 static constexpr int Q2_ZERO = 1;
 
 // llama-capsule-simd-query.cpp
+void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
+
 size_t llama_capsule_query_size_avx2(uint32_t d);
 
 float llama_capsule_to_query_avx2(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean);

@@ -22,7 +22,7 @@
 #endif
 
 #define INLINE TARGET __attribute__((always_inline)) static inline
-#include "llama-capsule-simd-project.h"
+#include "llama-capsule-simd-score.h"
 
 // the halves of a vector, added
 INLINE __m256 fold(__m512 a) {
@@ -30,6 +30,8 @@ INLINE __m256 fold(__m512 a) {
 }
 
 static llama_capsule_simd base; // for the last 8 values, and for queries
+
+void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
 namespace {
 
@@ -96,6 +98,15 @@ struct avx512 {
         return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
     }
 
+    // one of each row
+    INLINE F halves(const uint8_t * const * rows, size_t offs) {
+        uint16_t h[N];
+        for (int i = 0; i < N; ++i) {
+            memcpy(h + i, rows[i] + offs, sizeof(h[i]));
+        }
+        return load_half((const uint8_t *) h);
+    }
+
     INLINE B    load_b (const uint8_t * p)     { return _mm_loadu_si128((const __m128i *) p); }
     INLINE void store_b(uint32_t * p, B a)     { _mm_storeu_si128((__m128i *) p, a); }
     INLINE B    sub_b  (B a, int x)            { return _mm_sub_epi8(a, _mm_set1_epi8(x)); }
@@ -151,6 +162,10 @@ struct avx512 {
         return (x[0] + x[1])/-8;
     }
 
+    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
+        llama_capsule_to_codes_avx2(type, d, n, lanes);
+    }
+
     // codes with signs become codes without
     static constexpr int ZERO_Q8 = 128;
 
@@ -162,13 +177,13 @@ struct avx512 {
     }
 
     // 16 bytes of each row: x[i] has word i of all
-    INLINE void load_words(const uint8_t * const * rows, I * x) {
+    INLINE void load_words(const uint8_t * const * rows, size_t offs, I * x) {
         __m512i y[4];
         for (int i = 0; i < 4; ++i) {
-            y[i] = _mm512_castsi128_si512(load_b(rows[i]));
-            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  4]), 1);
-            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  8]), 2);
-            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i + 12]), 3);
+            y[i] = _mm512_castsi128_si512(load_b(rows[i] + offs));
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  4] + offs), 1);
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i +  8] + offs), 2);
+            y[i] = _mm512_inserti32x4(y[i], load_b(rows[i + 12] + offs), 3);
         }
         const __m512i z0 = _mm512_unpacklo_epi32(y[0], y[1]);
         const __m512i z1 = _mm512_unpackhi_epi32(y[0], y[1]);
@@ -254,114 +269,6 @@ static void project_avx512(const llama_capsule_project & p, uint32_t n_v, const 
     (p.n_out % 16 == 0 ? project_vec<avx512> : base.project)(p, n_v, x, ld_x, scales, means, ld_s, phi, out);
 }
 
-// 64 codes of 2 bits
-INLINE __m512i codes_q2(const uint8_t * qs) {
-    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) qs));
-    const __m512i y = _mm512_or_si512(x, _mm512_slli_epi32(x, 12));
-
-    return _mm512_and_si512(_mm512_or_si512(y, _mm512_slli_epi32(y, 6)), _mm512_set1_epi32(0x03030303));
-}
-
-INLINE __m256i codes_q4(const uint8_t * qs) {
-    const __m128i x  = _mm_loadu_si128((const __m128i *) qs);
-    const __m128i lo = avx512::bits<0, 15>(x);
-    const __m128i hi = avx512::bits<4, 15>(x);
-
-    return _mm256_set_m128i(hi, lo);
-}
-
-INLINE __m512i both(__m256i lo, __m256i hi) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
-}
-
-// codes of a row as they are stored, NZ = d/64; the scale of each QK of them goes to scales and, for each 4 of them, to lanes
-template<ggml_type TYPE, int NZ>
-INLINE void row_codes(const uint8_t * src, __m512i * codes, float * scales, __m512 * lanes) {
-    for (int z = 0; z < NZ; ++z) {
-        float * s = scales + 2*z;
-
-        s[0] = avx512::half(src);
-        switch (TYPE) {
-            case GGML_TYPE_Q8_0:
-                codes[z] = both(_mm256_loadu_si256((const __m256i *) (src + 2)), _mm256_loadu_si256((const __m256i *) (src + Q8_SIZE + 2)));
-                s[1] = avx512::half(src + Q8_SIZE);
-                src += 2*Q8_SIZE;
-                break;
-            case GGML_TYPE_Q4_0:
-                codes[z] = both(codes_q4(src + 2), codes_q4(src + Q4_SIZE + 2));
-                s[1] = avx512::half(src + Q4_SIZE);
-                src += 2*Q4_SIZE;
-                break;
-            default:
-                codes[z] = codes_q2(src + 2);
-                s[1] = s[0];
-                src += Q2_SIZE;
-                break;
-        }
-        lanes[z] = _mm512_castsi512_ps(both(_mm256_castps_si256(_mm256_set1_ps(s[0])), _mm256_castps_si256(_mm256_set1_ps(s[1]))));
-    }
-}
-
-template<ggml_type TYPE, int NZ>
-TARGET static void score_rows(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    static constexpr size_t   size = TYPE == GGML_TYPE_Q8_0 ? 2*NZ*Q8_SIZE : TYPE == GGML_TYPE_Q4_0 ? 2*NZ*Q4_SIZE : NZ*Q2_SIZE;
-    static constexpr uint32_t d    = NZ*QK2;
-
-    const size_t n_variants = s.n_variants;
-
-    for (uint32_t r = i_row; r < i_row + n_rows; ++r, src += size) {
-        __m512i   codes[NZ];
-        __m512    lanes[NZ];
-        __mmask64 minus[NZ]; // codes of 8 bits have a sign
-        float     scales[LLAMA_CAPSULE_VEC] = { 0 };
-
-        row_codes<TYPE, NZ>(src, codes, scales, lanes);
-        for (int z = 0; z < NZ && TYPE == GGML_TYPE_Q8_0; ++z) {
-            minus[z] = _mm512_movepi8_mask(codes[z]);
-            codes[z] = _mm512_abs_epi8(codes[z]);
-        }
-        const __m256 all = _mm256_loadu_ps(scales);
-
-        for (uint32_t i = 0; i < s.n_q; ++i) {
-            for (size_t v = i*n_variants + s.first[r]; v < i*n_variants + s.first[r + 1]; ++v) {
-                const int8_t * q = s.codes + v*d;
-
-                __m512 x = _mm512_setzero_ps();
-                for (int z = 0; z < NZ; ++z, q += 64) {
-                    __m512i y = _mm512_loadu_si512(q);
-                    if (TYPE == GGML_TYPE_Q8_0) {
-                        y = _mm512_mask_sub_epi8(y, minus[z], _mm512_setzero_si512(), y);
-                    }
-                    x = _mm512_fmadd_ps(lanes[z], _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[z], y)), x);
-                }
-                const __m256 sum = _mm256_fmadd_ps(all, _mm256_loadu_ps(s.offsets + v*LLAMA_CAPSULE_VEC), fold(x));
-
-                float * out = acc + (i*s.n_tokens + s.token[v - i*n_variants])*LLAMA_CAPSULE_VEC;
-                _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(s.scales[v]), sum, _mm256_loadu_ps(out)));
-            }
-        }
-    }
-}
-
-template<ggml_type TYPE>
-static void score_rows_of(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    switch (s.d) {
-        case  64: score_rows<TYPE, 1>(s, i_row, n_rows, src, acc); break;
-        case 128: score_rows<TYPE, 2>(s, i_row, n_rows, src, acc); break;
-        case 256: score_rows<TYPE, 4>(s, i_row, n_rows, src, acc); break;
-        default: GGML_ABORT("fatal error");
-    }
-}
-
-static void score_rows_avx512(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    switch (type) {
-        case GGML_TYPE_Q8_0: score_rows_of<GGML_TYPE_Q8_0>(s, i_row, n_rows, src, acc); break;
-        case GGML_TYPE_Q4_0: score_rows_of<GGML_TYPE_Q4_0>(s, i_row, n_rows, src, acc); break;
-        case GGML_TYPE_Q2_0: score_rows_of<GGML_TYPE_Q2_0>(s, i_row, n_rows, src, acc); break;
-        default: GGML_ABORT("fatal error");
-    }
-}
-
 #endif // CAPSULE_AVX512
 
 void llama_capsule_simd_add_avx512(std::vector<llama_capsule_simd> & all) {
@@ -380,8 +287,10 @@ void llama_capsule_simd_add_avx512(std::vector<llama_capsule_simd> & all) {
     s.hadamard   = hadamard_vec<avx512>;
     s.to_float   = to_float_vec<avx512>;
     s.mul_int    = mul_int_vec<avx512>;
-    s.score_rows = score_rows_avx512;
-    s.mul_q2     = mul_q2_vec<avx512>;
+    s.n_lanes    = avx512::N;
+    s.to_lanes   = to_lanes_vec<avx512>;
+    s.score_rows = score_rows_vec<avx512>;
+    s.mul_rows   = mul_rows_vec<avx512>;
     s.dot_cells  = dot_cells_avx512;
     s.mul_cells  = mul_cells_avx512;
     s.dot_rows   = dot_rows_vec<avx512>;

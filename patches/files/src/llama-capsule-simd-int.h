@@ -221,9 +221,13 @@ TARGET static void mul_int_vec(uint32_t n_out, uint32_t d, const int16_t * basis
     }
 }
 
-template<class V>
-TARGET static void mul_q2_vec(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
+// rows of 4 bits with both bytes of the weights, rows of 2 bits with the high ones
+template<class V, int BITS>
+TARGET static void mul_rows_of(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
     static thread_local int_buffers buf;
+
+    static constexpr uint32_t cols  = BITS == 4 ? QK : QK2;
+    static constexpr int      terms = BITS == 4 ? 2 : 1;
 
     const uint32_t n_pad   = GGML_PAD(n_rows, 16);
     const uint32_t n_quads = n_pad/4;
@@ -238,20 +242,20 @@ TARGET static void mul_q2_vec(uint32_t n_out, uint32_t n_rows, uint32_t d, const
 
     std::fill_n(f, n_pad, 0.0f);
 
-    for (uint32_t b = 0; b < d/QK2; ++b) {
-        int_codes<V, 2>(buf, n_rows, n_pad, d, b, src);
+    for (uint32_t b = 0; b < d/cols; ++b) {
+        int_codes<V, BITS>(buf, n_rows, n_pad, d, b, src);
 
         for (uint32_t t = 0; t < n_out; ++t) {
             std::copy(w + t*ld_w, w + t*ld_w + n_rows, f);
 
-            one[t] = to_ints<V>(n_pad, f, buf.scales.data(), INT_TOP, ints);
+            one[t] = to_ints<V>(n_pad, f, buf.scales.data(), terms > 1 ? INT_TOP : 127.0f, ints);
             if (one[t] == 0.0f) {
                 std::fill_n(ints, n_pad, 0);
             }
 
             int32_t sum = 0;
             for (uint32_t r = 0; r < n_pad; ++r) {
-                hi[t*n_pad + r] = (int8_t) ((ints[r] + 128) >> 8);
+                hi[t*n_pad + r] = (int8_t) (terms > 1 ? (ints[r] + 128) >> 8 : ints[r]);
                 lo[t*n_pad + r] = (int8_t) ints[r];
                 sum += ints[r];
             }
@@ -259,6 +263,16 @@ TARGET static void mul_q2_vec(uint32_t n_out, uint32_t n_rows, uint32_t d, const
         }
 
         const int_weights weights = { buf.w.data(), ld_term, 1, n_quads, offs, one };
-        int_product<V, 2, 2>(n_out, n_quads, buf.codes.data(), weights, out + b*QK2, ld_out);
+        int_product<V, BITS, terms>(n_out, n_quads, buf.codes.data(), weights, out + b*cols, ld_out);
     }
+}
+
+template<class V>
+static void mul_rows_vec(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+        float * out, size_t ld_out) {
+    for (uint32_t r = 0; r < n_rows && next; ++r) {
+        __builtin_prefetch(next + r*ggml_row_size(type, d));
+    }
+
+    (type == GGML_TYPE_Q4_0 ? mul_rows_of<V, 4> : mul_rows_of<V, 2>)(n_out, n_rows, d, w, ld_w, src, out, ld_out);
 }

@@ -9,7 +9,7 @@
 #include <arm_neon.h>
 
 #define INLINE TARGET __attribute__((always_inline)) static inline
-#include "llama-capsule-simd-project.h"
+#include "llama-capsule-simd-score.h"
 
 namespace {
 
@@ -95,24 +95,20 @@ struct neon {
         v[3] = vcvtq_f32_s32(vmovl_high_s16(hi));
     }
 
-    // the sums of 32 products of bytes, in 4 lanes
-    INLINE I dot32(const int8x16_t * a, const int8x16_t * b) {
+    // acc[i] += a[4*i..] b[4*i..]
+    INLINE I dot(I acc, I a, I b) {
+        const int8x16_t x = vreinterpretq_s8_s32(a);
+        const int8x16_t y = vreinterpretq_s8_s32(b);
 #ifdef CAPSULE_DOTPROD
-        return vdotq_s32(vdotq_s32(vdupq_n_s32(0), a[0], b[0]), a[1], b[1]);
+        return vdotq_s32(acc, x, y);
 #else
-        int16x8_t x = vmull_s8(vget_low_s8(a[0]), vget_low_s8(b[0]));
-        int16x8_t y = vmull_s8(vget_low_s8(a[1]), vget_low_s8(b[1]));
+        const int32x4_t lo = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)));
+        const int32x4_t hi = vpaddlq_s16(vmull_high_s8(x, y));
 
-        x = vmlal_high_s8(x, a[0], b[0]);
-        y = vmlal_high_s8(y, a[1], b[1]);
-
-        return vpadalq_s16(vpaddlq_s16(x), y);
+        return vaddq_s32(acc, vpaddq_s32(lo, hi));
 #endif
     }
 
-#ifdef CAPSULE_DOTPROD
-    // acc[i] += a[4*i..] b[4*i..]
-    INLINE I    dot         (I acc, I a, I b)     { return vdotq_s32(acc, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
     INLINE I    load_int    (const uint32_t * x)  { return vreinterpretq_s32_u32(vld1q_u32(x)); }
     INLINE void store_int   (int32_t * x, I a)    { vst1q_s32(x, a); }
     INLINE I    set1_int    (uint32_t x)          { return vreinterpretq_s32_u32(vdupq_n_u32(x)); }
@@ -121,6 +117,48 @@ struct neon {
     INLINE I    to_int      (F a)                 { return vcvtnq_s32_f32(a); }
     INLINE F    to_float    (I a)                 { return vcvtq_f32_s32(a); }
 
+    static constexpr int ZERO_Q8 = 0;
+
+    INLINE I signed_codes(I a) { return a; }
+
+    template<int SHIFT, int MASK>
+    INLINE I bits_int(I a) {
+        return vreinterpretq_s32_u8(bits<SHIFT, MASK>(vreinterpretq_u8_s32(a)));
+    }
+
+    // 16 bytes of each row: x[i] has word i of all
+    INLINE void load_words(const uint8_t * const * rows, size_t offs, I * x) {
+        const int64x2_t a0 = load_zip<false>(rows[0] + offs, rows[1] + offs);
+        const int64x2_t a1 = load_zip<true> (rows[0] + offs, rows[1] + offs);
+        const int64x2_t b0 = load_zip<false>(rows[2] + offs, rows[3] + offs);
+        const int64x2_t b1 = load_zip<true> (rows[2] + offs, rows[3] + offs);
+
+        x[0] = vreinterpretq_s32_s64(vzip1q_s64(a0, b0));
+        x[1] = vreinterpretq_s32_s64(vzip2q_s64(a0, b0));
+        x[2] = vreinterpretq_s32_s64(vzip1q_s64(a1, b1));
+        x[3] = vreinterpretq_s32_s64(vzip2q_s64(a1, b1));
+    }
+
+    template<bool HIGH>
+    INLINE int64x2_t load_zip(const uint8_t * a, const uint8_t * b) {
+        const I x = vreinterpretq_s32_u8(vld1q_u8(a));
+        const I y = vreinterpretq_s32_u8(vld1q_u8(b));
+
+        return vreinterpretq_s64_s32(HIGH ? vzip2q_s32(x, y) : vzip1q_s32(x, y));
+    }
+
+    // one of each row
+    INLINE F halves(const uint8_t * const * rows, size_t offs) {
+        uint16_t h[N];
+        for (int i = 0; i < N; ++i) {
+            memcpy(h + i, rows[i] + offs, sizeof(h[i]));
+        }
+        return load_half((const uint8_t *) h);
+    }
+
+    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
+
+#ifdef CAPSULE_DOTPROD
     // the codes of 4 columns each, one in two bits of a byte
     INLINE void store_crumbs(uint32_t * dst, B x) {
         static const int32_t shifts[4] = { 0, -2, -4, -6 };
@@ -141,36 +179,6 @@ struct neon {
         int32_t x;
         memcpy(&x, sums + sizeof(x)*b, sizeof(x));
         return x;
-    }
-
-    static constexpr int ZERO_Q8 = 0;
-
-    INLINE I signed_codes(I a) { return a; }
-
-    template<int SHIFT, int MASK>
-    INLINE I bits_int(I a) {
-        return vreinterpretq_s32_u8(bits<SHIFT, MASK>(vreinterpretq_u8_s32(a)));
-    }
-
-    // 16 bytes of each row: x[i] has word i of all
-    INLINE void load_words(const uint8_t * const * rows, I * x) {
-        const int64x2_t a0 = load_zip<false>(rows[0], rows[1]);
-        const int64x2_t a1 = load_zip<true> (rows[0], rows[1]);
-        const int64x2_t b0 = load_zip<false>(rows[2], rows[3]);
-        const int64x2_t b1 = load_zip<true> (rows[2], rows[3]);
-
-        x[0] = vreinterpretq_s32_s64(vzip1q_s64(a0, b0));
-        x[1] = vreinterpretq_s32_s64(vzip2q_s64(a0, b0));
-        x[2] = vreinterpretq_s32_s64(vzip1q_s64(a1, b1));
-        x[3] = vreinterpretq_s32_s64(vzip2q_s64(a1, b1));
-    }
-
-    template<bool HIGH>
-    INLINE int64x2_t load_zip(const uint8_t * a, const uint8_t * b) {
-        const I x = vreinterpretq_s32_u8(vld1q_u8(a));
-        const I y = vreinterpretq_s32_u8(vld1q_u8(b));
-
-        return vreinterpretq_s64_s32(HIGH ? vzip2q_s32(x, y) : vzip1q_s32(x, y));
     }
 
     // pairs of 16 bits
@@ -268,7 +276,8 @@ TARGET static float add_max_neon(float * s, const float * mask, uint32_t n) {
     return vmaxvq_f32(m);
 }
 
-TARGET static float to_codes_neon(uint32_t d, const float * x, int8_t * codes, float * sums) {
+// x in 8 bits, and the sums of 32 codes each; returns the scale
+TARGET static float to_codes_neon(uint32_t d, const float * x, int8_t * codes, int32_t * sums) {
     float32x4_t m = vdupq_n_f32(0.0f);
     for (uint32_t i = 0; i < d; i += 4) {
         m = vmaxq_f32(m, vabsq_f32(vld1q_f32(x + i)));
@@ -285,9 +294,37 @@ TARGET static float to_codes_neon(uint32_t d, const float * x, int8_t * codes, f
             sum = vaddq_s32(sum, vaddq_s32(a, b));
             vst1_s8(codes + j, vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
         }
-        sums[i/QK] = (float) vaddvq_s32(sum);
+        sums[i/QK] = vaddvq_s32(sum);
     }
     return max/127.0f;
+}
+
+// of 64 codes every fourth one
+static void order_q2(uint32_t d, const int8_t * codes, int8_t * dst) {
+    for (uint32_t i = 0; i < d; i += QK2) {
+        const int8x16x4_t c = vld4q_s8(codes + i);
+        for (int j = 0; j < 4; ++j) {
+            vst1q_s8(dst + i + 16*j, c.val[j]);
+        }
+    }
+}
+
+void neon::to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
+    for (const auto * lane = lanes; lane < lanes + n; ++lane) {
+        float y[256];
+        for (uint32_t i = 0; i < d; ++i) {
+            y[i] = !lane->x ? 0.0f : lane->gates ? lane->x[i]*lane->gates[i] : lane->x[i];
+        }
+        hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
+
+        const uint32_t n_codes = type == GGML_TYPE_Q2_0 ? QK2 : QK;
+        for (uint32_t i = 0; i < d; i += n_codes) {
+            lane->scales[i/n_codes] = to_codes_neon(n_codes, y + i, lane->codes + i, lane->sums + i/QK);
+        }
+        if (type == GGML_TYPE_Q2_0) {
+            order_q2(d, lane->codes, lane->codes);
+        }
+    }
 }
 
 #ifdef CAPSULE_DOTPROD
@@ -310,117 +347,13 @@ static float to_query_neon(const llama_capsule_view & view, const float * x, voi
     int8_t  * codes = (int8_t *) dst;
     int32_t * sums  = (int32_t *) (codes + 2*d);
 
-    float f[256/QK];
-    const float scale = to_codes_neon(d, y, codes, f);
-    std::copy(f, f + d/QK, sums);
+    const float scale = to_codes_neon(d, y, codes, sums);
 
-    // of 64 codes every fourth one
-    for (uint32_t i = 0; i < d; i += QK2) {
-        const int8x16x4_t c = vld4q_s8(codes + i);
-        for (int j = 0; j < 4; ++j) {
-            vst1q_s8(codes + d + i + 16*j, c.val[j]);
-        }
-    }
+    order_q2(d, codes, codes + d);
+
     return scale;
 }
 #endif
-
-TARGET static void sum_neon(uint32_t n, const float * x, float * out) {
-    for (uint32_t i = 0; i < n; ++i, x += LLAMA_CAPSULE_VEC) {
-        out[i] = vaddvq_f32(vaddq_f32(vld1q_f32(x), vld1q_f32(x + 4)));
-    }
-}
-
-// the codes of a row as they are stored, and the scale of each QK of them
-template<ggml_type TYPE, int NB>
-INLINE void row_codes(const uint8_t * src, int8x16_t * codes, float * scales) {
-    for (int b = 0; b < NB; ++b) {
-        int8x16_t * c = codes + 2*b;
-        scales[b] = neon::half(src);
-        switch (TYPE) {
-            case GGML_TYPE_Q8_0:
-                c[0] = vreinterpretq_s8_u8(vld1q_u8(src + 2));
-                c[1] = vreinterpretq_s8_u8(vld1q_u8(src + 2 + 16));
-                src += Q8_SIZE;
-                break;
-            case GGML_TYPE_Q4_0:
-                c[0] = vreinterpretq_s8_u8(neon::bits<0, 15>(vld1q_u8(src + 2)));
-                c[1] = vreinterpretq_s8_u8(neon::bits<4, 15>(vld1q_u8(src + 2)));
-                src += Q4_SIZE;
-                break;
-            default:
-                {
-                    const uint8x16_t x = vld1q_u8(src + 2);
-
-                    uint8x16_t y[4] = { neon::bits<0, 3>(x), neon::bits<2, 3>(x), neon::bits<4, 3>(x), neon::bits<6, 3>(x) };
-                    neon::interleave(y);
-                    for (int j = 0; j < 4; ++j) {
-                        c[j] = vreinterpretq_s8_u8(y[j]);
-                    }
-                    b++;
-                    scales[b] = scales[b - 1];
-                    src += Q2_SIZE;
-                } break;
-        }
-    }
-}
-
-// in the first 4 of LLAMA_CAPSULE_VEC floats
-template<ggml_type TYPE, int NB>
-TARGET static void score_rows(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    static constexpr size_t   size = TYPE == GGML_TYPE_Q8_0 ? NB*Q8_SIZE : TYPE == GGML_TYPE_Q4_0 ? NB*Q4_SIZE : NB/2*Q2_SIZE;
-    static constexpr uint32_t d    = NB*QK;
-
-    const size_t n_variants = s.n_variants;
-
-    for (uint32_t r = i_row; r < i_row + n_rows; ++r, src += size) {
-        int8x16_t codes [2*NB];
-        float     scales[LLAMA_CAPSULE_VEC] = { 0 };
-
-        row_codes<TYPE, NB>(src, codes, scales);
-
-        const float32x4_t lo = vld1q_f32(scales);
-        const float32x4_t hi = vld1q_f32(scales + 4);
-
-        for (uint32_t i = 0; i < s.n_q; ++i) {
-            for (size_t v = i*n_variants + s.first[r]; v < i*n_variants + s.first[r + 1]; ++v) {
-                const int8_t * q      = s.codes   + v*d;
-                const float  * offset = s.offsets + v*LLAMA_CAPSULE_VEC;
-
-                float32x4_t x = vmulq_f32(lo, vld1q_f32(offset));
-                if (NB > 4) {
-                    x = vfmaq_f32(x, hi, vld1q_f32(offset + 4));
-                }
-                for (int b = 0; b < NB; ++b, q += QK) {
-                    const int8x16_t y[2] = { vld1q_s8(q), vld1q_s8(q + 16) };
-                    x = vfmaq_n_f32(x, vcvtq_f32_s32(neon::dot32(codes + 2*b, y)), scales[b]);
-                }
-
-                float * out = acc + (i*s.n_tokens + s.token[v - i*n_variants])*LLAMA_CAPSULE_VEC;
-                vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), x, s.scales[v]));
-            }
-        }
-    }
-}
-
-template<ggml_type TYPE>
-static void score_rows_of(const llama_capsule_score & s, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    switch (s.d) {
-        case  64: score_rows<TYPE, 2>(s, i_row, n_rows, src, acc); break;
-        case 128: score_rows<TYPE, 4>(s, i_row, n_rows, src, acc); break;
-        case 256: score_rows<TYPE, 8>(s, i_row, n_rows, src, acc); break;
-        default: GGML_ABORT("fatal error");
-    }
-}
-
-static void score_rows_neon(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc) {
-    switch (type) {
-        case GGML_TYPE_Q8_0: score_rows_of<GGML_TYPE_Q8_0>(s, i_row, n_rows, src, acc); break;
-        case GGML_TYPE_Q4_0: score_rows_of<GGML_TYPE_Q4_0>(s, i_row, n_rows, src, acc); break;
-        case GGML_TYPE_Q2_0: score_rows_of<GGML_TYPE_Q2_0>(s, i_row, n_rows, src, acc); break;
-        default: GGML_ABORT("fatal error");
-    }
-}
 
 static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
     base = plain;
@@ -437,15 +370,15 @@ static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
     s.exp_sum    = exp_sum_vec<neon>;
     s.hadamard   = hadamard_vec<neon>;
     s.to_float   = to_float_vec<neon>;
-    s.to_codes   = to_codes_neon;
-    s.score_rows = score_rows_neon;
-    s.sum        = sum_neon;
+    s.n_lanes    = neon::N;
+    s.to_lanes   = to_lanes_vec<neon>;
+    s.score_rows = score_rows_vec<neon>;
     s.dot_cells  = dot_cells_vec<neon>;
     s.mul_cells  = mul_cells_vec<neon>;
 #ifdef CAPSULE_DOTPROD
     s.name       = "dotprod";
     s.mul_int    = mul_int_vec<neon>;
-    s.mul_q2     = mul_q2_vec<neon>;
+    s.mul_rows   = mul_rows_vec<neon>;
     s.query_size = neon::query_size;
     s.to_query   = to_query_neon;
     s.dot_rows   = dot_rows_vec<neon>;

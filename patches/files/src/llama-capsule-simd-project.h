@@ -25,40 +25,27 @@ struct row_group {
 
 }
 
+// rows: of each lane
 template<class V, ggml_type TYPE, int R>
-INLINE void group_rows(row_group<V, R> & g, uint32_t d, uint32_t n_rows, const uint8_t * src) {
+INLINE void group_rows(row_group<V, R> & g, uint32_t d, const uint8_t * const (*rows)[V::N]) {
     using T = row_type<TYPE>;
 
-    const size_t stride = d/T::n_codes*T::size;
-
     for (int r = 0; r < R; ++r) {
-        // lanes without a row repeat the last one
-        const uint8_t * rows[V::N];
-        for (uint32_t i = 0; i < V::N; ++i) {
-            rows[i] = src + std::min(V::N*r + i, n_rows - 1)*stride;
-        }
-
+        size_t offs = 0;
         for (uint32_t b = 0; b < d/T::n_codes; ++b) {
-            uint16_t h[V::N];
-            for (int i = 0; i < V::N; ++i) {
-                memcpy(h + i, rows[i], sizeof(h[i]));
-                rows[i] += sizeof(h[i]);
-            }
-            g.scales[b][r] = V::load_half((const uint8_t *) h);
+            g.scales[b][r] = V::halves(rows[r], offs);
+            offs += 2;
 
             auto dst = g.codes + b*T::n_codes/4;
-            for (int j = 0; j < T::n_codes*T::n_bits/128; ++j, dst += 4) {
+            for (int j = 0; j < T::n_codes*T::n_bits/128; ++j, dst += 4, offs += 16) {
                 typename V::I x[4];
-                V::load_words(rows, x);
+                V::load_words(rows[r], offs, x);
                 for (int i = 0; i < 4; ++i) {
                     dst[i][r] = T::n_bits == 8 ? V::signed_codes(x[i]) : V::template bits_int<0, (1 << (T::n_bits & 7)) - 1>(x[i]);
                     for (int p = 1; p < 8/T::n_bits; ++p) {
                         dst[4*p + i][r] = T::n_bits == 4 ? V::template bits_int<4, 15>(x[i]) :
                             p == 1 ? V::template bits_int<2, 3>(x[i]) : p == 2 ? V::template bits_int<4, 3>(x[i]) : V::template bits_int<6, 3>(x[i]);
                     }
-                }
-                for (auto & row : rows) {
-                    row += 16;
                 }
             }
         }
@@ -117,8 +104,16 @@ INLINE void group_dot(const row_group<V, R> & g, uint32_t d, const int8_t * quer
 
 template<class V, ggml_type TYPE, int R>
 TARGET static void group_dots(uint32_t d, uint32_t n_rows, const uint8_t * src, uint32_t n_q, const int8_t * queries, size_t stride, float * out, size_t ld_out) {
+    const size_t size = d/row_type<TYPE>::n_codes*row_type<TYPE>::size;
+
+    // lanes without a row repeat the last one
+    const uint8_t * rows[R][V::N];
+    for (uint32_t i = 0; i < R*V::N; ++i) {
+        rows[i/V::N][i%V::N] = src + std::min(i, n_rows - 1)*size;
+    }
+
     row_group<V, R> g;
-    group_rows<V, TYPE, R>(g, d, n_rows, src);
+    group_rows<V, TYPE, R>(g, d, rows);
 
     uint32_t q = 0;
     for (; q + 4 <= n_q; q += 4) {

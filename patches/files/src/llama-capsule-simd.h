@@ -60,20 +60,32 @@ struct llama_capsule_int_rows {
     uint32_t n_q2;
 };
 
-// queries in 8 bits, for rows that are read as they are stored: variants of a query, ordered by the row that they meet
+// queries in 8 bits, for rows that are read as they are stored: each row meets its own. Groups of n_lanes rows, one in each lane
 struct llama_capsule_score {
-    uint32_t d;
+    uint32_t d; // 64, 128 or 256
     uint32_t n_q;
-    uint32_t n_tokens;
-    uint32_t n_variants;
 
-    const uint32_t * first; // [n_rows + 1] variants of a row
-    const uint32_t * token; // [n_variants] whose score they add to
+    const uint32_t * rows;    // [n_groups][n_lanes]
+    const uint32_t * first;   // [n_groups + 1], the vectors of a group
+    const uint8_t  * queries; // [n_vectors][n_q][query_size()], see to_lanes
+    size_t           ld_out;  // from one query to the next: n_vectors*n_lanes or more
 
-    const int8_t * codes;   // [n_q][n_variants][d]
-    const float  * scales;  // [n_q][n_variants]
-    const float  * offsets; // [n_q][n_variants][LLAMA_CAPSULE_VEC], sums of 32 codes each times what stands for 0 in the row
+    static size_t query_size(uint32_t d, uint32_t n_lanes) {
+        return n_lanes*(d + d/QK*(sizeof(int32_t) + sizeof(float)));
+    }
 };
+
+// x times its gates, or x alone, or zeros, Hadamard-rotated, in 8 bits
+struct llama_capsule_lane {
+    const float * x;
+    const float * gates;
+
+    int8_t  * codes;  // [d], for rows of 2 bits in the order in which their codes come out
+    int32_t * sums;   // [d/QK]
+    float   * scales; // [d/QK2] for rows of 2 bits, [d/QK] for others
+};
+
+static constexpr uint32_t LLAMA_CAPSULE_MAX_LANES = 16;
 
 // a query as a base view sees it, see llama_capsule_views
 struct llama_capsule_view {
@@ -129,17 +141,20 @@ struct llama_capsule_simd {
     void (*mul_int)(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows,
             float * out, size_t ld_out);
 
-    // the next three are nullptr together: x in 8 bits and the sums of 32 codes each; returns the scale
-    float (*to_codes)(uint32_t d, const float * x, int8_t * codes, float * sums);
+    // the next three are 0 together
+    uint32_t n_lanes;
 
-    // rows [i_row, i_row + n_rows) of a list, of type q8_0, q4_0 or q2_0, d 64, 128 or 256; adds to acc [n_q][n_tokens][LLAMA_CAPSULE_VEC], whose sums are the scores
-    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t i_row, uint32_t n_rows, const uint8_t * src, float * acc);
+    // a llama_capsule_lane each as rows of this type meet it: d/4 times the codes of all lanes, 4 of each; d/QK times what the codes of 0 add up to; d/QK times scales
+    void (*to_lanes)(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query);
 
-    // out[i] = sum of the LLAMA_CAPSULE_VEC values of row i of x
-    void (*sum)(uint32_t n, const float * x, float * out);
+    // out[n][q][v][lane] = <row of the lane, its query in vector v>, for the groups [g0, g1) of rows of type q8_0, q4_0 or q2_0, in each of n_src lists of them;
+    //   next: lists that are read after them, or nullptr
+    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t g1, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out);
 
-    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
-    void (*mul_q2)(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+    // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
+    //   next: rows that are read after them, or nullptr
+    void (*mul_rows)(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+            float * out, size_t ld_out);
 
     // a row without rotating it: byte for byte what llama_capsule_row_quantize() writes
     void (*from_float)(ggml_type type, const float * x, void * dst, uint32_t d);

@@ -442,7 +442,9 @@ private:
         int      i_pool;
         uint32_t i_slot;
         uint32_t col;     // in the mask
-        int      pattern; // slots that the same queries serve have the same, < 0: the keys are rebuilt
+        int      pattern; // slots that the same queries serve have the same, < 0: none do
+
+        const llama_capsule_views * views; // that serve the slot, nullptr: without a pattern its keys are rebuilt
     };
     void attend_order(uint32_t i_layer, uint32_t n_q, std::vector<slot_ref> & res) const;
 
@@ -452,6 +454,7 @@ private:
     void attend_hot   (attend_call & c, uint32_t h0, uint32_t n_heads, uint32_t i_part) const;
     void attend_cold  (attend_call & c, uint32_t i_head, uint32_t i_part) const;
     void attend_scores(attend_call & c, uint32_t i_head, int & pattern) const;
+    void attend_slots (attend_call & c, uint32_t i_head, int & pattern, size_t i, uint32_t n) const;
     void attend_result(attend_call & c, uint32_t i_head, uint32_t i_part) const;
 
     const uint8_t * slot_data(uint32_t i_layer, const slot_ref & s) const;

@@ -91,10 +91,11 @@ uint32_t llama_capsule_tile::ld_rows() const {
     return GGML_PAD(n_rows(), LLAMA_CAPSULE_VEC);
 }
 
-void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head) const {
+void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head, int t) const {
 #ifdef __GNUC__
     const uint8_t * p = rows_at(slot, i_head, 0);
-    for (size_t i = 0; i < part.head_stride; i += 64) {
+    const size_t    n = t < LLAMA_CAPSULE_N_TYPES ? part.type_offs[t] - part.type_offs[0] : part.head_stride;
+    for (size_t i = 0; i < n; i += 64) {
         __builtin_prefetch(p + i);
     }
 #endif
@@ -144,20 +145,27 @@ void llama_capsule_tile::decode_rows(const uint8_t * slot, uint32_t i_head, bool
     decode_types(slot, i_head, 0, LLAMA_CAPSULE_N_TYPES, rotated, out);
 }
 
-void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
+void llama_capsule_tile::mul_rows(const uint8_t * slot, const uint8_t * next, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
     static thread_local llama_capsule_buf<float> rows;
 
     const auto & simd = llama_capsule_simd_get();
 
-    // rows of 2 bits are read as they are stored, without padding
-    const bool     as_stored = rotated && simd.mul_q2 && counts[T_Q2] > 0;
-    const uint32_t n_float   = n_rows() - (as_stored ? counts[T_Q2] : 0);
+    // rows of 4 and 2 bits are read as they are stored, without padding
+    const bool     as_stored = rotated && simd.mul_rows;
+    const uint32_t n_float   = n_rows() - (as_stored ? counts[T_Q4] + counts[T_Q2] : 0);
 
-    decode_types(slot, i_head, 0, as_stored ? T_Q2 : LLAMA_CAPSULE_N_TYPES, rotated, rows.resize(n_float*ld()));
+    if (next) {
+        prefetch(next, i_head, as_stored ? T_Q4 : LLAMA_CAPSULE_N_TYPES);
+    }
+    decode_types(slot, i_head, 0, as_stored ? T_Q4 : LLAMA_CAPSULE_N_TYPES, rotated, rows.resize(n_float*ld()));
 
     simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
-    if (as_stored) {
-        simd.mul_q2(n_q, counts[T_Q2], d(), w + n_float, ld_w, rows_at(slot, i_head, T_Q2), out, ld());
+
+    w += n_float;
+    for (int t = T_Q4; t < LLAMA_CAPSULE_N_TYPES && as_stored; w += counts[t++]) {
+        if (counts[t] > 0) {
+            simd.mul_rows(LLAMA_CAPSULE_TYPES[t], n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), next ? rows_at(next, i_head, t) : nullptr, out, ld());
+        }
     }
 }
 
