@@ -77,8 +77,8 @@ def test_the_breakdown_counts_slots(models, capsules, patched, account):
     assert last["bytes_pools"] - first["bytes_pools"] > 2**19
 
 
-# large enough that what the C library keeps for itself (up to 5 MB, not the same every time) is a small share
-BIG = TinyModel("llama", n_layer=8, n_head=8, n_head_kv=8, head=128, n_ff=128)
+# large enough that what the C library keeps for itself (up to 10 MB, not the same every time) is a small share
+BIG = TinyModel("llama", n_layer=16, n_head=8, n_head_kv=8, head=128, n_ff=128)
 IMAGES, IMAGE = 16, (16, 16)
 
 

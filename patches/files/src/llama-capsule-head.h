@@ -24,7 +24,7 @@ struct llama_capsule_head {
 
     llama_capsule_buf<float> mask;   // [n_q/n_group][ld_s]
     llama_capsule_buf<float> s;      // [n_q][ld_s]
-    llama_capsule_buf<float> x;      // keys or values of a chunk or block
+    llama_capsule_buf<float> x;      // [N][ld_k] of a slot
     llama_capsule_buf<float> w;      // [n_q][slots][rows]
     llama_capsule_buf<float> zeros;  // [rows]
     llama_capsule_buf<float> angles; // of the first token of a slot, negative
@@ -51,7 +51,6 @@ struct llama_capsule_head {
 
         mask.resize(n_q/n_group*n_cols_max);
         s   .resize(n_q*n_cols_max);
-        x   .resize(n_cols_max*std::max(ld_k, ld_v));
         w   .resize(n_q*n_slots_max*n_rows_max);
 
         std::fill_n(zeros.resize(n_rows_max), n_rows_max, 0.0f);
@@ -134,7 +133,7 @@ struct llama_capsule_head {
     // scores of one slot -> columns from to on
     void score(const llama_capsule_tile & tile, const uint8_t * slot, uint32_t i_head, uint32_t N,
             const llama_capsule_rope_params * rope, const float * first, const float * distances, uint32_t to) {
-        tile.decode(slot, i_head, x.data());
+        tile.decode(slot, i_head, x.resize(N*ld_k));
 
         // the key of a token is R(first) R(distance) k
         const float * q = turn_queries(rope, first);

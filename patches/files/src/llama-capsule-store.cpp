@@ -724,7 +724,7 @@ std::vector<llama_capsule_store::cold_token> llama_capsule_store::read(llama_seq
                     slot_get(pool, i_layer, s, slot.data());
                     codec.decode(slot.data(), k.data(), v.data());
                     if (rotated(i_layer, ip)) {
-                        rotate(i_layer, pool.stored[s], true, N(), k.data());
+                        unrotate(i_layer, pool.stored[s], N(), k.data());
                     }
                     decoded = true;
                 }

@@ -352,8 +352,8 @@ private:
     // are the keys stored with the RoPE of the first token of a slot?
     bool rotated(uint32_t i_layer, int i_pool) const;
 
-    // k [n][n_head_kv][d], all by the same position
-    void rotate(uint32_t i_layer, const llama_capsule_pos & pos, bool inverse, uint32_t n, float * k) const;
+    // k [n][n_head_kv][d], all back by the same position
+    void unrotate(uint32_t i_layer, const llama_capsule_pos & pos, uint32_t n, float * k) const;
 
     void init_weights(uint32_t i_layer);
     void init_scratch_const();

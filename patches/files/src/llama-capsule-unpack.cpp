@@ -61,7 +61,7 @@ void llama_capsule_store::update_rope() const {
     }
 }
 
-void llama_capsule_store::rotate(uint32_t i_layer, const llama_capsule_pos & pos, bool inverse, uint32_t n, float * k) const {
+void llama_capsule_store::unrotate(uint32_t i_layer, const llama_capsule_pos & pos, uint32_t n, float * k) const {
     init_tiles();
 
     const auto & layer  = data().layers[i_layer];
@@ -69,9 +69,7 @@ void llama_capsule_store::rotate(uint32_t i_layer, const llama_capsule_pos & pos
 
     std::vector<float> cs(params->n_rot);
     params->fill(pos, false, cs.data());
-    if (inverse) {
-        params->negate(cs.data(), cs.data());
-    }
+    params->negate(cs.data(), cs.data());
 
     llama_capsule_simd_get().rope(n*layer.n_head_kv, k, layer.n_embd_head_k, cs.data(), 0, params->n_rot, params->norm);
 }
