@@ -158,13 +158,18 @@ PRODUCTS = {
     "heads of 80": of_rows(HEADS[80], "f16"),
     "key MLP": replace(CASES["retain, q4_0 with residuals"], ragged=0.2),
     "key MLP of 24, heads of 128": replace(CASES["retain, q4_0 with residuals"], mlp=24, neighbours=3, d_k=128, d_v=128, n_rot=128, N=40, kept=18, rows_k=(row_counts(q4_0=18), row_counts(q4_0=18, q2_0=22))),
-    "query": replace(PCA, tokens=8),
+    "query": replace(PCA, tokens=4, group=1),  # 48 vectors
+    "query, one": replace(PCA, tokens=1, group=1),
+    "query, odd block": replace(PCA, N=24, tokens=3, group=2, terms=(5, 7, 3), rows_k=(row_counts(q8_0=2, q4_0=6, q2_0=10), row_counts(q8_0=24)), ragged=0.4),
+    "query, too many": replace(PCA, tokens=8),  # rebuilt
+    "query, no rows": replace(PCA, rows_k=(row_counts(q8_0=0), row_counts(q8_0=16))),
+    "query, retain and pca": replace(PCA, retain=(True, False), kept=6, neighbours=2, rows_k=(row_counts(q8_0=6), row_counts(q4_0=16))),
     "query, retain": replace(RETAIN, tokens=8, ragged=0.3),
     "retain without MLP": replace(RETAIN, query=False, tokens=3, ragged=0.3),
     "one query": replace(of_rows(HEADS[128], "mixed"), tokens=1, group=1),
     "8 sequences": replace(PCA, tokens=8, group=1, sequences=8, slots=(13, 6), ragged=0.3),
 }
-F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .008 (key MLP), in attention .0015 (queries in 8 bits)
+F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .008 (key MLP), in attention .0015 (8 sequences that see few tokens each)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -293,6 +293,8 @@ int main(int argc, char ** argv) {
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_case(mlp,     16, 1, 1, false, CAPSULE_SHARED_DEFAULT, true));
+    project.scale = product.scale;
+    res = std::max(res, run_case(project, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     // values too: 5 queries, without and with keys that are rebuilt
     turn.scale = product.scale;
     turn.rows_k[1][1] = turn.rows_v[1][1] = product.rows_k[1][1] = product.rows_v[1][1] = 0;

@@ -105,6 +105,7 @@ struct capsule_threads {
 // see ggml-capsule-query.h
 #define CAPSULE_N_MAKE      16 // vectors that are made at a time
 #define CAPSULE_MAX_VECTORS 48 // pca: if the queries of an item take more, it is less work to rebuild the keys
+#define CAPSULE_DOTS        16.0f // unit of products in F16
 #define CAPSULE_NEG       (-1e30f) // -INFINITY is not for fast-math
 
 enum capsule_type {
@@ -169,7 +170,8 @@ struct capsule_args {
     int n_mlp;
     int n_neighbours;
     int n_terms;  // of the projected-query form, at most
-    int mma;      // tensor cores: keys
+    int mma;      // tensor cores: keys that are rebuilt
+    int mma_t;    // pca: products of rows and vectors times the basis
     int mma_v;    // values
     int n_mma;    // N, rounded up to a multiple of 16
     int n_slots;
@@ -217,13 +219,13 @@ struct capsule_args {
     int s_u;     // F32 [n_kept][ld_u], tensor cores, where the tile will be
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
-    int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were
+    int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were, or for tensor cores F16 [n_mma][ld_dots]
     int s_w;        // F32 [max_q][n_rows], where the dots were, or for tensor cores [16][n_mma]
     int s_v_rows;   // F16 [n_mma][d_v + 8], tensor cores, where rows and tile, or dots and codes, were
     int s_half;     // F16 [16][n_mma], weights of tokens, then of rows
     int s_codes;    // I8 [n_rows][4*ld_codes]
     int s_scales;   // F32 [n_rows][d/32]
-    int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were
+    int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were, or for tensor cores [n_mma][ld_terms]
     int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where dots and codes will be
     int s_make_red; // F32 [CAPSULE_N_MAKE][LANES]
     int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
@@ -247,6 +249,8 @@ struct capsule_args {
     int ld_make;
     int ld_w;
     int ld_half;
+    int ld_dots;
+    int ld_terms;
     int n_o;     // accumulators: 2 if there are both plain and rotated rows of values
     int n_rot_o; // size of the Hadamard transform that takes the last accumulator back, 0: none
 };

@@ -235,9 +235,10 @@ CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, capsule_
 // scores of n_q queries
 //
 
-// products of rows and vectors [v0, v1): pca [n_vec][n_rows], retain [n_vec]
+// products of rows and vectors [v0, v1): pca [n_vec][n_rows], or for tensor cores [n_rows][ld_dots], zero up to a multiple of 16 rows; retain [n_vec]
 CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int v1, int n_rows, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
-    CAPSULE_SHARED float * dots = CAPSULE_SM_F(a.s_dots);
+    CAPSULE_SHARED float        * dots = CAPSULE_SM_F(a.s_dots);
+    CAPSULE_SHARED capsule_half * half = (CAPSULE_SHARED capsule_half *) (sm + a.s_dots);
 
     if (vs.retain) {
         CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
@@ -268,12 +269,28 @@ CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vector
 
         CAPSULE_UNROLL
         for (int b = 0; b < 4; ++b) {
-            if (b < n) {
+            if (b < n && a.mma_t) {
+                capsule_put(half[r*a.ld_dots + v + b], x[b]/CAPSULE_DOTS);
+            } else if (b < n) {
                 dots[(v + b)*n_rows + r] = x[b];
             }
         }
     }
+    const int n_fill = a.mma_t ? (n_rows + 15)/16*16 - n_rows : 0;
+    for (int u = tid; u < n_fill*(v1 - v0); u += nt) {
+        capsule_put(half[(n_rows + u/(v1 - v0))*a.ld_dots + v0 + u%(v1 - v0)], 0.0f);
+    }
 }
+
+#if defined(CAPSULE_MMA)
+// the same times the basis on tensor cores -> [n_mma tokens][ld_terms]
+CAPSULE_FN void capsule_query_mma_terms(int tid, int nt, CAPSULE_ARGS, int v0, int v1, int n_rows, const float * basis_h, char * sm) {
+    const int v = v0/16*16;
+
+    capsule_mma(tid, nt, a.n_mma, (v1 - v + 15)/16*16, (n_rows + 15)/16*16, (const capsule_half *) basis_h, a.n_mma,
+            (const capsule_half *) (sm + a.s_dots) + v, a.ld_dots, CAPSULE_SM_F(a.s_terms) + v, a.ld_terms);
+}
+#endif
 
 // pca: dots*basis -> [n_vec][n_pad], B vectors and 4 tokens at a time
 template <int B>
@@ -314,12 +331,15 @@ CAPSULE_FN void capsule_query_terms(int tid, int nt, CAPSULE_ARGS, int v0, int v
 
 // query i and token t of pca
 CAPSULE_FN float capsule_query_pca(CAPSULE_ARGS, capsule_vectors vs, int i, int t, CAPSULE_SHARED const char * sm) {
-    CAPSULE_SHARED const float * x    = (CAPSULE_SHARED const float *) (sm + a.s_terms) + i*vs.n_var*a.n_pad + t;
+    CAPSULE_SHARED const float * x    = (CAPSULE_SHARED const float *) (sm + a.s_terms) + (a.mma_t ? t*a.ld_terms + i*vs.n_var : i*vs.n_var*a.n_pad + t);
     CAPSULE_SHARED const float * mean = (CAPSULE_SHARED const float *) (sm + a.s_v_mean) + i*vs.n_var;
+
+    const int   step = a.mma_t ? 1 : a.n_pad;
+    const float unit = a.mma_t ? CAPSULE_DOTS : 1.0f;
 
     float res = 0.0f;
     for (int m = 0; m < vs.n_var; ++m) {
-        res += (vs.phi ? vs.phi[m*a.N + t] : 1.0f)*(x[m*a.n_pad] + mean[m]);
+        res += (vs.phi ? vs.phi[m*a.N + t] : 1.0f)*(unit*x[m*step] + mean[m]);
     }
     return res;
 }

@@ -340,7 +340,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
     int n_rows_v = 0;
     int n_codes  = 0;
     int n_vec    = 0;
-    int n_mean   = 0;
+    int n_mean   = 0; // vectors of pca
     int n_dots   = 0;
     int n_terms  = 0;
     bool mlp     = false;
@@ -360,8 +360,8 @@ static void capsule_shared_init(capsule_args & a, int op) {
             n_codes = std::max(n_codes, tier.k.n_rows);
             n_vec   = std::max(n_vec,   n);
             n_mean  = std::max(n_mean,  tier.retain ? 0 : n);
-            n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
-            n_terms = std::max(n_terms, tier.retain ? 0 : n*a.n_pad);
+            n_dots  = std::max(n_dots,  tier.retain ? n : a.mma_t ? 0 : n*tier.k.n_rows);
+            n_terms = std::max(n_terms, tier.retain || a.mma_t ? 0 : n*a.n_pad);
         }
         if (tier.codes && attn && !a.mma_v) {
             n_codes = std::max(n_codes, tier.v.n_rows);
@@ -370,6 +370,13 @@ static void capsule_shared_init(capsule_args & a, int op) {
         mlp      = mlp     || (tier.retain && a.n_mlp > 0 && !a.is_v);
         plain    = plain   || tier.v.n_plain > 0;
         rotated  = rotated || tier.v.n_plain < tier.v.n_rows;
+    }
+
+    a.ld_dots  = GGML_PAD(n_mean, 16) + 8;
+    a.ld_terms = GGML_PAD(n_mean, 16) + 4;
+    if (a.mma_t) {
+        n_dots  = std::max(n_dots, a.n_mma*a.ld_dots/2);
+        n_terms = a.n_mma*a.ld_terms;
     }
 
     const int d = a.is_v ? a.d_v : a.d_k;
@@ -473,6 +480,7 @@ static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shar
     };
 
     const bool mma   = a.mma;
+    const bool mma_t = a.mma_t;
     const bool mma_v = a.mma_v;
 
     bool query[GGML_CAPSULE_N_TIERS];
@@ -495,7 +503,8 @@ static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shar
         const int n_least = any && !form.most ? 2 : 4;
 
         for (bool cores : { true, false }) {
-            a.mma = mma && cores;
+            a.mma   = mma   && cores;
+            a.mma_t = mma_t && cores && form.pca;
             if (capsule_pieces_init(a, op, n_q, n_least, mma_v && cores, form.most ? most_shared : max_shared)) {
                 return;
             }
@@ -574,6 +583,7 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
             tier.query = tier.query && a.n_mlp == 0;
         } else {
             tier.query = tier.query && (a.n_rot == 0 || a.n_terms > 0);
+            a.mma_t    = a.mma_t || (tier.query && mma && !a.tile_f32);
         }
     }
 }
