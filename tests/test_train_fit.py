@@ -11,7 +11,7 @@ from kvcapsule_gguf.codec.types import ROW_TYPES, legal, row_counts, rows_bytes,
 from kvcapsule_gguf.train.fit_pca import fit_basis
 from kvcapsule_gguf.train.fit_retain import RetainOptions, fit_gates, fit_retain, frequency_groups
 from kvcapsule_gguf.train.guard import thresholds
-from kvcapsule_gguf.train.pattern import kept_tokens, neighbours
+from kvcapsule_gguf.train.pattern import kept_tokens, most_used_first, neighbours
 from kvcapsule_gguf.train.sensitivity import groups, weights
 from kvcapsule_gguf.train.schedule import DISTORTION, Part, allocate, faithful_rows, layer_ratios, retain_rows, schedule
 
@@ -139,6 +139,9 @@ def test_pattern(n, width):
             assert len(set(row)) == 4
             left, right = [k for k in kept if k < t], [k for k in kept if k > t]
             assert (not left or left[-1] in kept[row[:2]]) and (not right or right[0] in kept[row[:2]])
+        ordered, same = most_used_first(kept, near)
+        assert (ordered[same] == kept[near]).all() and sorted(ordered) == kept.tolist()
+        assert (np.diff(np.bincount(same.ravel(), minlength=m)) <= 0).all()
 
 
 def test_neighbours_above_and_below():

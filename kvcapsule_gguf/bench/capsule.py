@@ -12,7 +12,7 @@ from ..codec.types import RowCounts, row_counts
 from ..format.base_model import base_of, read_base_model
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from ..format.writer import write_capsule
-from ..train.pattern import kept_tokens, neighbours
+from ..train.pattern import kept_tokens, most_used_first, neighbours
 from ..train.schedule import faithful_rows
 
 BLOCK, KEPT, NEIGHBOURS = 64, 33, 2
@@ -71,6 +71,7 @@ def _layer(base, i: int, retain: bool, h: int, width: int) -> Layer:
     if retain:
         kept = kept_tokens(BLOCK, KEPT, width)
         dropped, nearest = neighbours(BLOCK, kept, NEIGHBOURS, width)
+        kept, nearest = most_used_first(kept, nearest)
         layer.kept_count, layer.mlp_width = KEPT, h
         layer.token_order = np.concatenate([kept, dropped]).astype(np.uint16)
         layer.k_neighbours = nearest

@@ -9,7 +9,7 @@ import numpy as np
 from ..codec.retain import Retain
 from ..codec.rope import pair_index
 from ..codec.rows import round_trip
-from .pattern import kept_tokens, neighbours
+from .pattern import kept_tokens, most_used_first, neighbours
 from .source import TrainError
 
 
@@ -69,6 +69,7 @@ def fit_retain(
     heads = blocks.shape[1]
     kept = kept_tokens(n, options.kept, options.width)
     dropped, near = neighbours(n, kept, options.neighbours, options.width)
+    kept, near = most_used_first(kept, near)
     decoded = round_trip(blocks[:, :, kept], kept_rows)
     x, y = decoded[:, :, near], blocks[:, :, dropped]
     gate = fit_gates(x, y, frequency_groups(rope_type, d, n_rot), options.ridge).astype(np.float16)

@@ -39,3 +39,10 @@ def neighbours(n: int, kept: np.ndarray, count: int, width: int = 0) -> tuple[np
         # fewer kept tokens than neighbours: the last is repeated, the gates share it
         out[j] = picked + [picked[-1]] * (count - len(picked))
     return dropped, out
+
+
+def most_used_first(kept: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """kept and near of neighbours(), the kept tokens ordered by how many others they predict: attention reads neighbouring rows with as many queries as the busiest of
+    them needs (llama-capsule-query.cpp), and the first rows get the most bits."""
+    order = np.argsort(-np.bincount(near.ravel(), minlength=len(kept)), kind="stable")
+    return kept[order], np.argsort(order)[near].astype(near.dtype)

@@ -1,7 +1,6 @@
 #include "llama-capsule-query.h"
 
 #include <algorithm>
-#include <numeric>
 
 //
 // llama_capsule_variants
@@ -24,22 +23,37 @@ llama_capsule_variants::llama_capsule_variants(const llama_capsule_codec & codec
     }
 
     std::vector<std::vector<variant>> by_row(n_rows);
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        by_row[r].push_back({ layer.token_order[r], NONE });
+        for (uint32_t j = 0; j < (N - layer.n_kept)*K && r < layer.n_kept; ++j) {
+            if (layer.k_neighbours[j] == (int32_t) r) {
+                by_row[r].push_back({ layer.token_order[layer.n_kept + j/K], j*d });
+            }
+        }
+    }
 
-    groups.push_back(0);
-    uint32_t i_row = 0;
-    for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        for (uint32_t r = i_row; r < i_row + counts[t]; ++r) {
-            by_row[r].push_back({ layer.token_order[r], NONE });
-            for (uint32_t j = 0; j < (N - layer.n_kept)*K && r < layer.n_kept; ++j) {
-                if (layer.k_neighbours[j] == (int32_t) r) {
-                    by_row[r].push_back({ layer.token_order[layer.n_kept + j/K], j*d });
+    const uint32_t n_lanes = llama_capsule_simd_get().n_lanes;
+
+    // as many vectors for a group as one of its rows meets queries; training orders the kept tokens by that
+    uint32_t r = 0;
+    for (uint32_t count : counts) {
+        groups.push_back(first.size());
+        for (uint32_t end = r + count; r < end; r = std::min(r + n_lanes, end)) {
+            first.push_back(variants.size()/n_lanes);
+
+            const uint32_t n = std::min(n_lanes, end - r);
+            for (uint32_t v = 0, more = 1; more > 0; ++v) {
+                more = 0;
+                for (uint32_t j = 0; j < n_lanes; ++j) {
+                    const bool empty = j >= n || v >= by_row[r + j].size();
+                    variants.push_back(empty ? variant{ NONE, NONE } : by_row[r + j][v]);
+                    more += j < n && v + 1 < by_row[r + j].size();
                 }
             }
         }
-        add_groups(i_row, counts[t], by_row);
-        i_row += counts[t];
     }
-    first.push_back(variants.size()/llama_capsule_simd_get().n_lanes);
+    groups.push_back(first.size());
+    first .push_back(variants.size()/n_lanes);
 
     const uint32_t n_dropped = N - layer.n_kept;
 
@@ -59,30 +73,6 @@ llama_capsule_variants::llama_capsule_variants(const llama_capsule_codec & codec
             terms[(k/2*n_dropped + j)*2 + k%2] = v;
         }
     }
-}
-
-// rows that meet about as many queries go together
-void llama_capsule_variants::add_groups(uint32_t i0, uint32_t n, std::vector<std::vector<variant>> & by_row) {
-    const uint32_t n_lanes = llama_capsule_simd_get().n_lanes;
-
-    std::vector<uint32_t> order(n);
-    std::iota(order.begin(), order.end(), i0);
-    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return by_row[a].size() > by_row[b].size(); });
-
-    for (uint32_t i = 0; i < n; i += n_lanes) {
-        first.push_back(variants.size()/n_lanes);
-
-        for (uint32_t j = 0; j < n_lanes; ++j) {
-            rows.push_back(order[std::min(i + j, n - 1)] - i0);
-        }
-        for (uint32_t v = 0; v < by_row[order[i]].size(); ++v) {
-            for (uint32_t j = 0; j < n_lanes; ++j) {
-                const bool empty = i + j >= n || v >= by_row[order[i + j]].size();
-                variants.push_back(empty ? variant{ NONE, NONE } : by_row[order[i + j]][v]);
-            }
-        }
-    }
-    groups.push_back(first.size());
 }
 
 bool llama_capsule_variants::usable() const {
@@ -144,27 +134,28 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
 }
 
 void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const uint8_t * const * next, float * out, size_t ld_slot, size_t ld_out) {
-    const auto & simd  = llama_capsule_simd_get();
-    const auto & layer = variants->codec.layer;
+    const auto & simd   = llama_capsule_simd_get();
+    const auto & layer  = variants->codec.layer;
+    const auto & counts = variants->codec.tl.key_rows;
 
     const uint32_t N         = variants->codec.data.block_size;
     const uint32_t n_dropped = N - layer.n_kept;
     const uint32_t n_zero    = variants->variants.size();
     const size_t   ld        = GGML_PAD(n_zero + 1, LLAMA_CAPSULE_VEC);
 
-    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->rows.data(), variants->first.data(), queries.data(), ld };
+    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->first.data(), queries.data(), ld };
 
     products.resize(n*n_q*ld);
     src     .resize(n);
     src_next.resize(n);
 
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-        if (variants->groups[t] < variants->groups[t + 1]) {
+        if (counts[t] > 0) {
             for (uint32_t i = 0; i < n; ++i) {
                 src     [i] = tile.rows_at(slots[i], i_head, t);
                 src_next[i] = next ? tile.rows_at(next[i], i_head, t) : nullptr;
             }
-            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], variants->groups[t + 1], n, src.data(), next ? src_next.data() : nullptr, products.data());
+            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], counts[t], n, src.data(), next ? src_next.data() : nullptr, products.data());
         }
     }
 

@@ -21,8 +21,7 @@ struct llama_capsule_variants {
     const llama_capsule_codec & codec;
 
     // groups of rows of one type, see llama_capsule_score
-    std::vector<uint32_t> groups; // [LLAMA_CAPSULE_N_TYPES + 1], the groups of a type
-    std::vector<uint32_t> rows;
+    std::vector<uint32_t> groups; // [LLAMA_CAPSULE_N_TYPES + 1], the first of a type
     std::vector<uint32_t> first;
 
     std::vector<variant>  variants; // [n_vectors][n_lanes]
@@ -36,9 +35,6 @@ struct llama_capsule_variants {
 
     // false if the tile has to be decoded
     bool usable() const;
-
-private:
-    void add_groups(uint32_t i0, uint32_t n, std::vector<std::vector<variant>> & by_row);
 };
 
 class llama_capsule_query {

@@ -109,28 +109,40 @@ INLINE void score_tile(const row_group<V, R> & g, uint32_t d, const uint8_t * co
     }
 }
 
+// a few lines of memory at a time: many of them would hold up what is read meanwhile
+template<int LEVEL>
+INLINE void fetch(const uint8_t * p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(p + i, 0, LEVEL);
+    }
+}
+
+// rows [r0, r0 + V::N) of R lists; there are more lists, next is read after all of them
 template<class V, ggml_type TYPE, int R>
-TARGET static void score_group(const llama_capsule_score & s, uint32_t i_group, const uint8_t * const * src, const uint8_t * const * next, float * out, size_t ld_src) {
+TARGET static void score_group(const llama_capsule_score & s, uint32_t i_group, uint32_t r0, uint32_t n_rows, const uint8_t * const * src, bool more,
+        const uint8_t * const * next, float * out, size_t ld_src) {
     static constexpr uint32_t Q = 4; // vectors at a time
 
     const uint32_t d      = s.d;
     const size_t   size   = d/row_type<TYPE>::n_codes*row_type<TYPE>::size;
     const size_t   stride = llama_capsule_score::query_size(d, V::N);
 
+    // lanes without a row repeat the last one
     const uint8_t * rows[R][V::N];
     for (int r = 0; r < R; ++r) {
-        for (int i = 0; i < V::N; ++i) {
-            rows[r][i] = src[r] + s.rows[i_group*V::N + i]*size;
+        for (uint32_t i = 0; i < V::N; ++i) {
+            rows[r][i] = src[r] + std::min(r0 + i, n_rows - 1)*size;
+        }
+        if (more) {
+            fetch<3>(src[R + r] + r0*size, std::min<uint32_t>(V::N, n_rows - r0)*size);
+        }
+        if (next) {
+            fetch<2>(next[r] + r0*size, std::min<uint32_t>(V::N, n_rows - r0)*size);
         }
     }
 
     row_group<V, R> g;
     group_rows<V, TYPE, R>(g, d, rows);
-
-    // a few lines of memory at a time: many of them would hold up what is read meanwhile
-    for (int i = 0; i < R*V::N && next; ++i) {
-        __builtin_prefetch(next[i/V::N] + s.rows[i_group*V::N + i%V::N]*size, 0, 2);
-    }
 
     const uint32_t n = (s.first[i_group + 1] - s.first[i_group])*s.n_q;
 
@@ -151,36 +163,37 @@ TARGET static void score_group(const llama_capsule_score & s, uint32_t i_group, 
             score_tile<V, TYPE, R, Q>(g, d, queries, dst, ld_src);
         } else if (j + 1 == n) {
             switch (n % Q) {
-            case 1: score_tile<V, TYPE, R, 1>(g, d, queries, dst, ld_src); break;
-            case 2: score_tile<V, TYPE, R, 2>(g, d, queries, dst, ld_src); break;
-            default: score_tile<V, TYPE, R, 3>(g, d, queries, dst, ld_src); break;
+                case 1:  score_tile<V, TYPE, R, 1>(g, d, queries, dst, ld_src); break;
+                case 2:  score_tile<V, TYPE, R, 2>(g, d, queries, dst, ld_src); break;
+                default: score_tile<V, TYPE, R, 3>(g, d, queries, dst, ld_src); break;
             }
         }
     }
 }
 
 template<class V, ggml_type TYPE>
-static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t g1, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
+static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
     const size_t ld_src = s.n_q*s.ld_out;
 
     // the queries of a group stay in the cache of the core
-    for (uint32_t g = g0; g < g1; ++g) {
+    for (uint32_t r = 0; r < n_rows; r += V::N, ++g0) {
         uint32_t i = 0;
         for (; i + 2 <= n_src; i += 2) {
-            score_group<V, TYPE, 2>(s, g, src + i, next ? next + i : nullptr, out + i*ld_src, ld_src);
+            score_group<V, TYPE, 2>(s, g0, r, n_rows, src + i, i + 4 <= n_src, next ? next + i : nullptr, out + i*ld_src, ld_src);
         }
         if (i < n_src) {
-            score_group<V, TYPE, 1>(s, g, src + i, next ? next + i : nullptr, out + i*ld_src, ld_src);
+            score_group<V, TYPE, 1>(s, g0, r, n_rows, src + i, false, next ? next + i : nullptr, out + i*ld_src, ld_src);
         }
     }
 }
 
 template<class V>
-static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t g1, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
+static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next,
+        float * out) {
     switch (type) {
-        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, g1, n_src, src, next, out); break;
-        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, g1, n_src, src, next, out); break;
-        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, g1, n_src, src, next, out); break;
+        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, n_rows, n_src, src, next, out); break;
+        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, n_rows, n_src, src, next, out); break;
+        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, n_rows, n_src, src, next, out); break;
         default: GGML_ABORT("fatal error");
     }
 }

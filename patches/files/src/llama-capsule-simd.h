@@ -60,12 +60,11 @@ struct llama_capsule_int_rows {
     uint32_t n_q2;
 };
 
-// queries in 8 bits, for rows that are read as they are stored: each row meets its own. Groups of n_lanes rows, one in each lane
+// queries in 8 bits, for rows that are read as they are stored: each row meets its own. Groups of n_lanes rows of a type, one in each lane
 struct llama_capsule_score {
     uint32_t d; // 64, 128 or 256
     uint32_t n_q;
 
-    const uint32_t * rows;    // [n_groups][n_lanes]
     const uint32_t * first;   // [n_groups + 1], the vectors of a group
     const uint8_t  * queries; // [n_vectors][n_q][query_size()], see to_lanes
     size_t           ld_out;  // from one query to the next: n_vectors*n_lanes or more
@@ -147,9 +146,10 @@ struct llama_capsule_simd {
     // a llama_capsule_lane each as rows of this type meet it: d/4 times the codes of all lanes, 4 of each; d/QK times what the codes of 0 add up to; d/QK times scales
     void (*to_lanes)(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query);
 
-    // out[n][q][v][lane] = <row of the lane, its query in vector v>, for the groups [g0, g1) of rows of type q8_0, q4_0 or q2_0, in each of n_src lists of them;
+    // out[n][q][v][lane] = <row of the lane, its query in vector v>, in each of n_src lists of n_rows rows of type q8_0, q4_0 or q2_0, which are the groups from g0 on;
     //   next: lists that are read after them, or nullptr
-    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t g1, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out);
+    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
+            const uint8_t * const * next, float * out);
 
     // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
     //   next: rows that are read after them, or nullptr
