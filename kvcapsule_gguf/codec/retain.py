@@ -19,7 +19,7 @@ from .types import rows_bytes, total_rows
 class Retain:
     """What a layer knows about its dropped keys; N tokens, m of them kept, K neighbours, MLP width h (arrays of zero size if h = 0)."""
 
-    order: np.ndarray  # int [N]: the m kept tokens, then the dropped ones, most worth a residual first
+    order: np.ndarray  # int [N]: the m kept tokens, most used first, then the dropped ones, most worth a residual first
     kept: int  # m
     neighbours: np.ndarray  # int [N-m, K]: row index (0..m-1) of each kept neighbour
     gate: np.ndarray  # f32 [H, N-m, K, d]
