@@ -293,7 +293,7 @@ int main(int argc, char ** argv) {
     res = std::max(res, run_case(turn,    16, 1, 1, false, CAPSULE_SHARED_DEFAULT));
     res = std::max(res, run_case(product, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     res = std::max(res, run_case(mlp,     16, 1, 1, false, CAPSULE_SHARED_DEFAULT, true));
-    project.scale = product.scale;
+    project.scale = 0.1f*product.scale; // the CPU has queries in 8 bits
     res = std::max(res, run_case(project, 16, 2, 1, false, CAPSULE_SHARED_DEFAULT, true));
     // values too: 5 queries, without and with keys that are rebuilt
     turn.scale = product.scale;

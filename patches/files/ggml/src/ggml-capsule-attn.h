@@ -564,17 +564,20 @@ CAPSULE_FN void capsule_attn(capsule_threads t, CAPSULE_ARGS, capsule_ptrs p, CA
                 made0 = it.i0;
                 made1 = it.i1;
             }
-            CAPSULE_PHASE((capsule_load_codes(tid, t.n, a, tier.k, slot + tier.k.offs + it.head*tier.k.head_stride, a.d_k, sm)));
-            CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, v0, v1, tier.k.n_rows, p.weights, sm)));
+            CAPSULE_GLOBAL const char * head = slot + tier.k.offs + it.head*tier.k.head_stride;
 #if defined(CAPSULE_MMA)
-            if (sizeof(T) == 2 && !vs.retain && a.mma_t) {
-                CAPSULE_PHASE((capsule_query_mma_terms(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis_h, sm)));
+            if (sizeof(T) == 2 && a.mma_t && !vs.retain) {
+                capsule_query_mma(t, a, tier.k, head, v0, v1, p.weights + a.w_k_basis_h, sm);
             } else
 #endif
-            if (!vs.retain && v1 - v0 == 1) {
-                CAPSULE_PHASE((capsule_query_terms<1>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
-            } else if (!vs.retain) {
-                CAPSULE_PHASE((capsule_query_terms<4>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
+            {
+                CAPSULE_PHASE((capsule_load_codes(tid, t.n, a, tier.k, head, a.d_k, sm)));
+                CAPSULE_PHASE((capsule_query_dots(tid, t.n, a, vs, v0, v1, tier.k.n_rows, p.weights, sm)));
+                if (!vs.retain && v1 - v0 == 1) {
+                    CAPSULE_PHASE((capsule_query_terms<1>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
+                } else if (!vs.retain) {
+                    CAPSULE_PHASE((capsule_query_terms<4>(tid, t.n, a, v0, v1, tier.k.n_rows, p.weights + a.w_k_basis, sm)));
+                }
             }
             CAPSULE_PHASE((capsule_attn_query_scores(tid, t.n, a, it, vs, tier.k.n_rows, data, col, p.weights, sm)));
         } else if (!hot) {

@@ -171,7 +171,7 @@ struct capsule_args {
     int n_neighbours;
     int n_terms;  // of the projected-query form, at most
     int mma;      // tensor cores: keys that are rebuilt
-    int mma_t;    // pca: products of rows and vectors times the basis
+    int mma_t;    // pca: rows that meet vectors
     int mma_v;    // values
     int n_mma;    // N, rounded up to a multiple of 16
     int n_slots;
@@ -219,16 +219,18 @@ struct capsule_args {
     int s_u;     // F32 [n_kept][ld_u], tensor cores, where the tile will be
     int s_q;     // F32 [max_q][d_k]
     int s_s;     // F32 [max_q][N]
-    int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were, or for tensor cores F16 [n_mma][ld_dots]
+    int s_dots;     // F32 [n_vec][n_rows] or [n_vec], where the rows and the tile were
     int s_w;        // F32 [max_q][n_rows], where the dots were, or for tensor cores [16][n_mma]
     int s_v_rows;   // F16 [n_mma][d_v + 8], tensor cores, where rows and tile, or dots and codes, were
     int s_half;     // F16 [16][n_mma], weights of tokens, then of rows
     int s_codes;    // I8 [n_rows][4*ld_codes]
     int s_scales;   // F32 [n_rows][d/32]
-    int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were, or for tensor cores [n_mma][ld_terms]
+    int s_terms;    // F32 [n_vec][n_pad], pca, where the codes were, or for tensor cores [n_mma][ld_terms], products with rows, then that
+    int s_k_rows;   // F16 [n_mma][d_k + 8], tensor cores, then [n_mma][ld_dots]
     int s_make;     // F32 [CAPSULE_N_MAKE][ld_make], where dots and codes will be
     int s_make_red; // F32 [CAPSULE_N_MAKE][LANES]
     int s_v_codes;  // I8 [n_vec][4*ld_codes], kept from slot to slot
+    int s_v_half;   // F16 [n_vec][d_k + 8], pca on tensor cores, in the same place
     int s_v_scales; // F32 [n_vec][d_k/32]
     int s_v_mean;   // F32 [n_vec], pca
     int s_o;     // F32 [n_o][max_q][d_v], or for tensor cores [16][d_v]

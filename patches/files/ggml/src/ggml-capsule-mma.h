@@ -26,6 +26,7 @@ namespace capsule_wmma {
     struct matrix_b {};
     struct accumulator {};
     struct row_major {};
+    struct col_major {};
 
     enum layout_t { mem_row_major };
 
@@ -45,6 +46,12 @@ namespace capsule_wmma {
     static inline void load_matrix_sync(Frag & f, const T * src, unsigned ld) {
         for (int i = 0; i < 16*16; ++i) {
             f.x[i] = capsule_float(src[i/16*ld + i%16]);
+        }
+    }
+
+    static inline void load_matrix_sync(fragment<matrix_b, 16, 16, 16, capsule_half, col_major> & f, const capsule_half * src, unsigned ld) {
+        for (int i = 0; i < 16*16; ++i) {
+            f.x[i] = capsule_float(src[i%16*ld + i/16]);
         }
     }
 
@@ -78,7 +85,18 @@ namespace capsule_wmma {
 
 #if defined(CAPSULE_MMA)
 
-// c [n_i][n_j] = (or +=) a [n_i][n_k]*b [n_k][n_j], all of them multiples of 16: a warp takes a tile of c
+template <bool trans>
+struct capsule_mma_b {
+    typedef capsule_wmma::fragment<capsule_wmma::matrix_b, 16, 16, 16, capsule_half, capsule_wmma::row_major> fragment;
+};
+
+template <>
+struct capsule_mma_b<true> {
+    typedef capsule_wmma::fragment<capsule_wmma::matrix_b, 16, 16, 16, capsule_half, capsule_wmma::col_major> fragment;
+};
+
+// c [n_i][n_j] = (or +=) a [n_i][n_k]*b [n_k][n_j] (trans: b [n_j][n_k]), all of them multiples of 16: a warp takes a tile of c
+template <bool trans = false>
 CAPSULE_FN void capsule_mma(int tid, int nt, int n_i, int n_j, int n_k, const capsule_half * a, int ld_a, const capsule_half * b, int ld_b, float * c, int ld_c,
         bool add = false) {
     CAPSULE_WARP_CALL(tid);
@@ -96,10 +114,10 @@ CAPSULE_FN void capsule_mma(int tid, int nt, int n_i, int n_j, int n_k, const ca
 
         for (int k = 0; k < n_k; k += 16) {
             capsule_wmma::fragment<capsule_wmma::matrix_a, 16, 16, 16, capsule_half, capsule_wmma::row_major> x;
-            capsule_wmma::fragment<capsule_wmma::matrix_b, 16, 16, 16, capsule_half, capsule_wmma::row_major> y;
+            typename capsule_mma_b<trans>::fragment y;
 
             capsule_wmma::load_matrix_sync(x, a + i*ld_a + k, ld_a);
-            capsule_wmma::load_matrix_sync(y, b + k*ld_b + j, ld_b);
+            capsule_wmma::load_matrix_sync(y, trans ? b + j*ld_b + k : b + k*ld_b + j, ld_b);
             capsule_wmma::mma_sync(sum, x, y, sum);
         }
         capsule_wmma::store_matrix_sync(c + i*ld_c + j, sum, ld_c, capsule_wmma::mem_row_major);

@@ -195,7 +195,7 @@ CAPSULE_FN void capsule_vectors_make(int tid, int nt, CAPSULE_ARGS, capsule_vect
 }
 
 // -> integers of 8 bits with a scale per 32
-CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int n, CAPSULE_SHARED char * sm) {
+CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, int v0, int n, CAPSULE_SHARED char * sm) {
     const int n_blocks = a.d_k/32;
 
     for (int u = tid; u < n*n_blocks; u += nt) {
@@ -220,14 +220,26 @@ CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, capsule_
             dst[w] = (int) word;
         }
         CAPSULE_SM_F(a.s_v_scales)[(v0 + v)*n_blocks + b] = amax/127.0f;
+    }
+}
 
-        if (b == 0 && !vs.retain) {
-            float sum = 0.0f;
-            for (int i = 0; i < CAPSULE_LANES; ++i) {
-                sum += CAPSULE_SM_F(a.s_make_red)[v*CAPSULE_LANES + i];
-            }
-            CAPSULE_SM_F(a.s_v_mean)[v0 + v] = sum;
+// -> F16, for tensor cores
+CAPSULE_FN void capsule_vectors_half(int tid, int nt, CAPSULE_ARGS, int v0, int n, CAPSULE_SHARED char * sm) {
+    CAPSULE_SHARED capsule_half * dst = (CAPSULE_SHARED capsule_half *) (sm + a.s_v_half) + v0*(a.d_k + 8);
+
+    for (int u = tid; u < n*a.d_k; u += nt) {
+        capsule_put(dst[u/a.d_k*(a.d_k + 8) + u%a.d_k], CAPSULE_SM_F(a.s_make)[u/a.d_k*a.ld_make + u%a.d_k]);
+    }
+}
+
+// products with the mean
+CAPSULE_FN void capsule_vectors_mean(int tid, int nt, CAPSULE_ARGS, int v0, int n, CAPSULE_SHARED char * sm) {
+    for (int v = tid; v < n; v += nt) {
+        float sum = 0.0f;
+        for (int i = 0; i < CAPSULE_LANES; ++i) {
+            sum += CAPSULE_SM_F(a.s_make_red)[v*CAPSULE_LANES + i];
         }
+        CAPSULE_SM_F(a.s_v_mean)[v0 + v] = sum;
     }
 }
 
@@ -235,10 +247,9 @@ CAPSULE_FN void capsule_vectors_quantize(int tid, int nt, CAPSULE_ARGS, capsule_
 // scores of n_q queries
 //
 
-// products of rows and vectors [v0, v1): pca [n_vec][n_rows], or for tensor cores [n_rows][ld_dots], zero up to a multiple of 16 rows; retain [n_vec]
+// products of rows and vectors [v0, v1): pca [n_vec][n_rows], retain [n_vec]
 CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vectors vs, int v0, int v1, int n_rows, CAPSULE_GLOBAL const float * weights, CAPSULE_SHARED char * sm) {
-    CAPSULE_SHARED float        * dots = CAPSULE_SM_F(a.s_dots);
-    CAPSULE_SHARED capsule_half * half = (CAPSULE_SHARED capsule_half *) (sm + a.s_dots);
+    CAPSULE_SHARED float * dots = CAPSULE_SM_F(a.s_dots);
 
     if (vs.retain) {
         CAPSULE_GLOBAL const int32_t * neighbours = (CAPSULE_GLOBAL const int32_t *) weights + a.w_neighbours;
@@ -269,28 +280,12 @@ CAPSULE_FN void capsule_query_dots(int tid, int nt, CAPSULE_ARGS, capsule_vector
 
         CAPSULE_UNROLL
         for (int b = 0; b < 4; ++b) {
-            if (b < n && a.mma_t) {
-                capsule_put(half[r*a.ld_dots + v + b], x[b]/CAPSULE_DOTS);
-            } else if (b < n) {
+            if (b < n) {
                 dots[(v + b)*n_rows + r] = x[b];
             }
         }
     }
-    const int n_fill = a.mma_t ? (n_rows + 15)/16*16 - n_rows : 0;
-    for (int u = tid; u < n_fill*(v1 - v0); u += nt) {
-        capsule_put(half[(n_rows + u/(v1 - v0))*a.ld_dots + v0 + u%(v1 - v0)], 0.0f);
-    }
 }
-
-#if defined(CAPSULE_MMA)
-// the same times the basis on tensor cores -> [n_mma tokens][ld_terms]
-CAPSULE_FN void capsule_query_mma_terms(int tid, int nt, CAPSULE_ARGS, int v0, int v1, int n_rows, const float * basis_h, char * sm) {
-    const int v = v0/16*16;
-
-    capsule_mma(tid, nt, a.n_mma, (v1 - v + 15)/16*16, (n_rows + 15)/16*16, (const capsule_half *) basis_h, a.n_mma,
-            (const capsule_half *) (sm + a.s_dots) + v, a.ld_dots, CAPSULE_SM_F(a.s_terms) + v, a.ld_terms);
-}
-#endif
 
 // pca: dots*basis -> [n_vec][n_pad], B vectors and 4 tokens at a time
 template <int B>
@@ -328,6 +323,33 @@ CAPSULE_FN void capsule_query_terms(int tid, int nt, CAPSULE_ARGS, int v0, int v
         }
     }
 }
+
+#if defined(CAPSULE_MMA)
+CAPSULE_FN void capsule_query_half_dots(int tid, int nt, CAPSULE_ARGS, int n_rows, int v, int n_v, char * sm) {
+    for (int u = tid; u < n_rows*n_v; u += nt) {
+        const int r = u/n_v;
+        const int c = v + u%n_v;
+
+        capsule_put(((capsule_half *) (sm + a.s_k_rows))[r*a.ld_dots + c], CAPSULE_SM_F(a.s_terms)[r*a.ld_terms + c]/CAPSULE_DOTS);
+    }
+}
+
+// the same on tensor cores, with rows and vectors in F16 -> [n_mma tokens][ld_terms]
+CAPSULE_FN void capsule_query_mma(capsule_threads t, CAPSULE_ARGS, const capsule_part & part, const char * head, int v0, int v1, const float * basis_h, char * sm) {
+    const int v   = v0/16*16;
+    const int n_v = (v1 - v + 15)/16*16;
+    const int n_r = (part.n_rows + 15)/16*16;
+    const int ld  = a.d_k + 8;
+
+    capsule_half       * rows    = (capsule_half *) (sm + a.s_k_rows);
+    const capsule_half * vectors = (const capsule_half *) (sm + a.s_v_half) + v*ld;
+
+    CAPSULE_PHASE((capsule_load_rows(tid, t.n, part, head, a.d_k, ld, n_r, rows)));
+    CAPSULE_PHASE((capsule_mma<true>(tid, t.n, n_r, n_v, a.d_k, rows, ld, vectors, ld, CAPSULE_SM_F(a.s_terms) + v, a.ld_terms)));
+    CAPSULE_PHASE((capsule_query_half_dots(tid, t.n, a, n_r, v, n_v, sm)));
+    CAPSULE_PHASE((capsule_mma(tid, t.n, a.n_mma, n_v, n_r, (const capsule_half *) basis_h, a.n_mma, rows + v, a.ld_dots, CAPSULE_SM_F(a.s_terms) + v, a.ld_terms)));
+}
+#endif
 
 // query i and token t of pca
 CAPSULE_FN float capsule_query_pca(CAPSULE_ARGS, capsule_vectors vs, int i, int t, CAPSULE_SHARED const char * sm) {
@@ -367,6 +389,15 @@ CAPSULE_FN void capsule_vectors_init(capsule_threads t, CAPSULE_ARGS, capsule_ve
 
         CAPSULE_PHASE((capsule_vectors_make(tid, t.n, a, vs, v, n, i_head, weights, rope, sm)));
         CAPSULE_HADAMARD(float, CAPSULE_SM_F(a.s_make), n, a.d_k, a.ld_make, a.d_k & -a.d_k);
-        CAPSULE_PHASE((capsule_vectors_quantize(tid, t.n, a, vs, v, n, sm)));
+        CAPSULE_PHASE(
+            if (a.mma_t && !vs.retain) {
+                capsule_vectors_half(tid, t.n, a, v, n, sm);
+            } else {
+                capsule_vectors_quantize(tid, t.n, a, v, n, sm);
+            }
+            if (!vs.retain) {
+                capsule_vectors_mean(tid, t.n, a, v, n, sm);
+            }
+        );
     }
 }

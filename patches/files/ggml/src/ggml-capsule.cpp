@@ -340,7 +340,7 @@ static void capsule_shared_init(capsule_args & a, int op) {
     int n_rows_v = 0;
     int n_codes  = 0;
     int n_vec    = 0;
-    int n_mean   = 0; // vectors of pca
+    int n_mean   = 0; // vectors of pca, n_vec: those in 8 bits
     int n_dots   = 0;
     int n_terms  = 0;
     bool mlp     = false;
@@ -357,11 +357,15 @@ static void capsule_shared_init(capsule_args & a, int op) {
         if (tier.query) {
             const int n = tier.retain ? a.n_q*capsule_n_vectors(a, tier) : std::min(a.n_q*capsule_n_vectors(a, tier), CAPSULE_MAX_VECTORS);
 
-            n_codes = std::max(n_codes, tier.k.n_rows);
-            n_vec   = std::max(n_vec,   n);
-            n_mean  = std::max(n_mean,  tier.retain ? 0 : n);
-            n_dots  = std::max(n_dots,  tier.retain ? n : a.mma_t ? 0 : n*tier.k.n_rows);
-            n_terms = std::max(n_terms, tier.retain || a.mma_t ? 0 : n*a.n_pad);
+            if (!tier.retain) {
+                n_mean = std::max(n_mean, n);
+            }
+            if (tier.retain || !a.mma_t) {
+                n_codes = std::max(n_codes, tier.k.n_rows);
+                n_vec   = std::max(n_vec,   n);
+                n_dots  = std::max(n_dots,  tier.retain ? n : n*tier.k.n_rows);
+                n_terms = std::max(n_terms, tier.retain ? 0 : n*a.n_pad);
+            }
         }
         if (tier.codes && attn && !a.mma_v) {
             n_codes = std::max(n_codes, tier.v.n_rows);
@@ -374,10 +378,6 @@ static void capsule_shared_init(capsule_args & a, int op) {
 
     a.ld_dots  = GGML_PAD(n_mean, 16) + 8;
     a.ld_terms = GGML_PAD(n_mean, 16) + 4;
-    if (a.mma_t) {
-        n_dots  = std::max(n_dots, a.n_mma*a.ld_dots/2);
-        n_terms = a.n_mma*a.ld_terms;
-    }
 
     const int d = a.is_v ? a.d_v : a.d_k;
 
@@ -422,22 +422,35 @@ static void capsule_shared_init(capsule_args & a, int op) {
         add(a.s_scales, n_codes*(std::max(a.d_k, a.d_v)/32)*4);
         a.s_terms = a.s_codes;
         n = std::max<int>(n, a.s_terms + GGML_PAD(n_terms*4, 32));
-        const int n_codes_end = n;
-        n = 0;
-        add(a.s_make,     n_vec > 0 ? CAPSULE_N_MAKE*a.ld_make*4    : 0);
-        add(a.s_make_red, n_vec > 0 ? CAPSULE_N_MAKE*CAPSULE_LANES*4 : 0);
-        n = std::max({ n, n_codes_end, n_tile });
+
+        int n_most = std::max(n_tile, n);
+        auto next = [&]() {
+            n_most = std::max(n_most, n);
+            n      = 0;
+        };
+        next();
+        if (n_vec + n_mean > 0) {
+            add(a.s_make,     CAPSULE_N_MAKE*a.ld_make*4);
+            add(a.s_make_red, CAPSULE_N_MAKE*CAPSULE_LANES*4);
+            next();
+        }
+        if (a.mma_t) {
+            add(a.s_k_rows, a.n_mma*(a.d_k + 8)*2);
+            add(a.s_terms,  a.n_mma*a.ld_terms*4);
+            next();
+        }
         if (a.mma_v) {
-            const int n_keys = n;
-            n = 0;
             add(a.s_v_rows, a.n_mma*(a.d_v + 8)*2);
             add(a.s_half,   16*a.ld_half*2);
             add(a.s_w,      16*a.ld_w*4);
-            n = std::max(n, n_keys);
+            next();
         }
+        n = n_most;
 
         add(a.s_v_codes,  n_vec*a.ld_codes*4);
         add(a.s_v_scales, n_vec*(a.d_k/32)*4);
+        a.s_v_half = a.s_v_codes;
+        n = std::max<int>(n, a.s_v_half + (a.mma_t ? GGML_PAD(n_mean, 16)*(a.d_k + 8)*2 : 0));
         add(a.s_v_mean,   n_mean*4);
 
         add(a.s_q,     a.max_q*a.d_k*4);
@@ -502,10 +515,11 @@ static void capsule_form_init(capsule_args & a, int op, int n_q, size_t max_shar
         // keys that are rebuilt, or fetched, are not for one query alone
         const int n_least = any && !form.most ? 2 : 4;
 
-        for (bool cores : { true, false }) {
-            a.mma   = mma   && cores;
-            a.mma_t = mma_t && cores && form.pca;
-            if (capsule_pieces_init(a, op, n_q, n_least, mma_v && cores, form.most ? most_shared : max_shared)) {
+        // tensor cores for everything, not for rows that meet vectors, for nothing
+        for (int cores = 2; cores >= 0; --cores) {
+            a.mma   = mma   && cores > 0;
+            a.mma_t = mma_t && cores > 1 && form.pca;
+            if (capsule_pieces_init(a, op, n_q, n_least, mma_v && cores > 0, form.most ? most_shared : max_shared)) {
                 return;
             }
         }
@@ -583,7 +597,7 @@ static void capsule_forms_init(capsule_args & a, const ggml_capsule_params & p, 
             tier.query = tier.query && a.n_mlp == 0;
         } else {
             tier.query = tier.query && (a.n_rot == 0 || a.n_terms > 0);
-            a.mma_t    = a.mma_t || (tier.query && mma && !a.tile_f32);
+            a.mma_t    = a.mma_t || (tier.query && mma && !a.tile_f32 && d % 16 == 0 && d > CAPSULE_MAX_VECTORS);
         }
     }
 }
