@@ -11,6 +11,7 @@ from test_codec_quantize import GGML_TYPE
 
 from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.quantize import DECODE, ENCODE
+from kvcapsule_gguf.train.speed import base_views
 
 ENERGY = 1e-5  # of the views that are left out, see llama-capsule-views.cpp
 PRODUCTS = 1.5e-4  # mean square error of products with queries in 8 bits, by that of products of independent vectors of these lengths
@@ -47,7 +48,7 @@ def test_views(lib, name, d, norm):
     cs = np.ascontiguousarray(np.concatenate([np.cos(angle), np.sin(angle)], 1)[:, order], np.float32)
     phi, turn, still = np.zeros((n, n), np.float32), np.zeros((n, n_rot), np.float32), np.zeros(n, np.float32)
     m = lib.views(n, n_rot, norm, d, pointer(cs), pointer(phi), pointer(turn), pointer(still))
-    assert 1 < m < n / 2
+    assert 1 < m < n / 2 and m == base_views(angle, (d - n_rot) // 2)
     phi, turn, still = phi[:m], turn[:m], still[:m]
     np.testing.assert_allclose(phi @ phi.T, np.eye(m), atol=1e-6)
 

@@ -16,6 +16,7 @@ from kvcapsule_gguf.codec.block import BlockCodec
 from kvcapsule_gguf.codec.guard import block_score
 from kvcapsule_gguf.codec.rope import pair_index
 from kvcapsule_gguf.codec.types import total_rows
+from kvcapsule_gguf.format.capsule import PCA, RETAIN
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
 from kvcapsule_gguf.codec.cut import BlockShape
@@ -126,9 +127,17 @@ def test_the_same_seed_gives_the_same_file(models, tmp_path):
     pytest.importorskip("torch").set_num_threads(1)
     files = []
     for i in range(2):
-        capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="retain", block=BlockShape(64), seed=4), **QUIET)
+        capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="retain", mlp_width=16, block=BlockShape(64), seed=4), **QUIET)
         files.append(write_capsule(tmp_path / f"{i}.gguf", capsule).read_bytes())
     assert files[0] == files[1]
+
+
+def test_auto_is_what_it_says(models):
+    said: list[str] = []
+    capsule = train(source(models(arch="llama"), 8), TrainOptions(codec="auto", block=BlockShape(64)), said.append)
+    chosen = capsule.provenance["codec"]
+    assert [line for line in said if line.startswith(f"--codec {chosen}: ")]
+    assert set(capsule.tiers[-1].key_codec) == {RETAIN if chosen == "retain" else PCA}
 
 
 def test_pyramid(trained):
@@ -185,7 +194,7 @@ def test_pictures_without_one_square_grid_are_cut_by_rows(models, tmp_path):
 def test_retain_in_tiles(models):
     """Neighbours above and below are those of the tile."""
     pytest.importorskip("torch").set_num_threads(1)
-    capsule = train(source(models(arch="qwen2vl"), 8), TrainOptions(codec="retain", mlp_width=0, block=BlockShape(32, 8)), **QUIET)
+    capsule = train(source(models(arch="qwen2vl"), 8), TrainOptions(codec="retain", block=BlockShape(32, 8)), **QUIET)
     layer = capsule.layers[0]
     y, x = np.divmod(layer.token_order.astype(int), 8)
     dropped, near = np.arange(layer.kept_count, 32), layer.k_neighbours

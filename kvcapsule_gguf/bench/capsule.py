@@ -14,18 +14,19 @@ from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from ..format.writer import write_capsule
 from ..train.pattern import kept_tokens, most_used_first, neighbours
 from ..train.schedule import faithful_rows
+from .settings import Setting
 
-BLOCK, KEPT, NEIGHBOURS = 64, 33, 2
+BLOCK, KEPT = 64, 26
 VALUES = row_counts(q8_0=2, q4_0=15, q2_0=47)
 PCA_KEYS = row_counts(q8_0=3, q4_0=25, q2_0=36)
-RETAIN_KEYS = row_counts(q4_0=KEPT, q2_0=BLOCK - KEPT)
+RETAIN_KEYS = row_counts(q4_0=33, q2_0=31)
 
 
-def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: int, mlp_width: int = 0, kappa: Sequence[float] | None = None) -> Path:
-    """codec: "pca" or "retain"; shape: of BLOCK tokens; side: of the images, in tokens; mlp_width is that of the key MLP of `retain`; kappa: of each layer, None: no guard."""
+def make_capsule(model: Path, path: Path, setting: Setting, shape: BlockShape, side: int, kappa: Sequence[float] | None = None) -> Path:
+    """shape: of BLOCK tokens; side: of the images, in tokens; kappa: of each layer, None: no guard."""
     base = read_base_model(model)
-    retain = codec == "retain"
-    layers = [_layer(base, i, retain, mlp_width, shape.tile_width or side) for i in base.kv_layers]
+    retain = setting.capsule == "retain"
+    layers = [_layer(base, i, setting, shape.tile_width or side) for i in base.kv_layers]
 
     def tier(name: str, keys: RowCounts, values: RowCounts, key_codec: int, kappa: Sequence[float] | None = None) -> Tier:
         n = len(layers)
@@ -38,17 +39,18 @@ def make_capsule(model: Path, path: Path, codec: str, shape: BlockShape, side: i
         block_shape=shape.kind,
         layers=layers,
         tiers=[tier("faithful", faithful, faithful, PCA), tier("economy", RETAIN_KEYS if retain else PCA_KEYS, VALUES, RETAIN if retain else PCA, kappa)],
-        name=f"random {codec} capsule for {base.name}",
+        name=f"random {setting.capsule} capsule for {base.name}",
         block_width=shape.tile_width or side,
         image_tokens=0 if base.rope_type in GRID_ROPE_TYPES else side * side,
-        neighbour_count=NEIGHBOURS if retain else 0,
+        neighbour_count=setting.neighbours if retain else 0,
     )
     capsule.set_ratios()
     capsule.default_ratio = capsule.tiers[1].ratio
     return write_capsule(path, capsule)
 
 
-def _layer(base, i: int, retain: bool, h: int, width: int) -> Layer:
+def _layer(base, i: int, setting: Setting, width: int) -> Layer:
+    retain, k, h = setting.capsule == "retain", setting.neighbours, setting.mlp_width
     heads, d = base.head_count_kv[i], base.key_length[i]
     rng = np.random.default_rng(i)
 
@@ -70,15 +72,15 @@ def _layer(base, i: int, retain: bool, h: int, width: int) -> Layer:
     )
     if retain:
         kept = kept_tokens(BLOCK, KEPT, width)
-        dropped, nearest = neighbours(BLOCK, kept, NEIGHBOURS, width)
+        dropped, nearest = neighbours(BLOCK, kept, k, width)
         kept, nearest = most_used_first(kept, nearest)
         layer.kept_count, layer.mlp_width = KEPT, h
         layer.token_order = np.concatenate([kept, dropped]).astype(np.uint16)
         layer.k_neighbours = nearest
-        gate = rng.random((heads, BLOCK - KEPT, NEIGHBOURS, 1)) / NEIGHBOURS
-        layer.k_gate = np.broadcast_to(gate, (heads, BLOCK - KEPT, NEIGHBOURS, d)).astype(np.float16)
+        gate = rng.random((heads, BLOCK - KEPT, k, 1)) / k
+        layer.k_gate = np.broadcast_to(gate, (heads, BLOCK - KEPT, k, d)).astype(np.float16)
     if retain and h:
-        layer.k_mlp_up = (rng.standard_normal((heads, h, NEIGHBOURS * d)) / (NEIGHBOURS * d) ** 0.5).astype(np.float16)
+        layer.k_mlp_up = (rng.standard_normal((heads, h, k * d)) / (k * d) ** 0.5).astype(np.float16)
         layer.k_mlp_up_bias = np.zeros((heads, h), np.float32)
         layer.k_mlp_down = (0.1 * rng.standard_normal((heads, d, h))).astype(np.float16)
     return layer

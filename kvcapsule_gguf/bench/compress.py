@@ -53,7 +53,7 @@ class Image:
         self.tier = 0 if last_kappa == ALL else 1
         path = bench.capsule_path(setting, f"-{last_kappa}")
         if not path.exists():
-            make_capsule(bench.path, path, setting.capsule, bench.run.shape, self.g.side, setting.mlp_width, [ALL] * (self.g.n_layer - 1) + [last_kappa])
+            make_capsule(bench.path, path, setting, bench.run.shape, self.g.side, [ALL] * (self.g.n_layer - 1) + [last_kappa])
         self.capsule = native.Capsule.load(bench.model, path)
         p = self.llama.llama_context_default_params()
         p.n_ctx = self.g.image_tokens + TEXT_ROOM

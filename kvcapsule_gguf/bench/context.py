@@ -45,13 +45,13 @@ class Bench:
         path = self.capsule_path(setting)
         if path not in self.capsules:
             if not path.exists():
-                make_capsule(self.path, path, setting.capsule, self.run.shape, self.geometry.side, setting.mlp_width)
+                make_capsule(self.path, path, setting, self.run.shape, self.geometry.side)
             self.capsules[path] = native.Capsule.load(self.model, path)
         return self.capsules[path]
 
     def capsule_path(self, setting: Setting, variant: str = "") -> Path:
         shape = str(self.run.shape).replace(":", "-")
-        return self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.mlp_width}-{shape}{variant}.gguf")
+        return self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.neighbours}-{setting.mlp_width}-{shape}{variant}.gguf")
 
     def close(self) -> None:
         for capsule in self.capsules.values():

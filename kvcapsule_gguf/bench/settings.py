@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Setting:
-    """cache: type of the hot cache; capsule: codec that images are compressed with, "" = none; hot: only one image is, the others stay hot:
+    """cache: type of the hot cache; capsule: codec that images are compressed with, "" = none; neighbours, mlp_width: of `retain`; hot: only one image is, the others stay hot:
     our kernel on an uncompressed cache."""
 
     name: str
     flash: bool = True
     cache: str = "f16"
     capsule: str = ""
+    neighbours: int = 4
     mlp_width: int = 0
     hot: bool = False
 
@@ -25,11 +26,12 @@ SETTINGS = {
         Setting("f16 no FA", flash=False),
         Setting("q8_0 FA", cache="q8_0"),
         Setting("q4_0 FA", cache="q4_0"),
-        Setting("own f16", capsule="pca", hot=True),
-        Setting("own q8_0", cache="q8_0", capsule="pca", hot=True),
+        Setting("own f16", capsule="retain", hot=True),
+        Setting("own q8_0", cache="q8_0", capsule="retain", hot=True),
         Setting("pca", capsule="pca"),
         Setting("pca q8_0", cache="q8_0", capsule="pca"),
         Setting("retain", capsule="retain"),
+        Setting("retain 2", capsule="retain", neighbours=2),
         *(Setting(f"retain MLP {h}", capsule="retain", mlp_width=h) for h in (8, 16, 32)),
     )
 }

@@ -14,7 +14,7 @@ from ..codec.cut import BlockShape
 from ..eval.vlm import EvalError
 from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES, CapsuleError
-from ..format.schema import MAX_BLOCK, MIN_BLOCK
+from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
 from ..format.writer import write_capsule
 from ..native import NativeError
 from .guard import PASS
@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
-    p.add_argument("--codec", choices=("pca", "retain"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor (default: %(default)s)")
+    p.add_argument("--codec", choices=("pca", "retain", "auto"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor, which CPUs read faster; auto: pca where it is fast too (default: %(default)s)")
+    p.add_argument("--neighbours", type=int, default=4, metavar="N", help="retain: kept tokens that a dropped one is predicted from; with 2 attention on a CPU takes a fifth less, and the keys lose a tenth more (default: %(default)s)")
+    p.add_argument("--mlp", type=int, default=0, metavar="N", help="retain: width of the key MLP; one of 16 takes 4 %% off the error of the keys and makes attention on a CPU several times slower (default: none)")
     p.add_argument("--layers", choices=LAYER_SCHEDULES, default="uniform", help="how bytes are shared between layers; sensitivity measures on the model what an error costs in each (default: %(default)s)")
     p.add_argument("--loss", choices=("queries", "mse"), default="queries", help="error of the keys as text queries see it, or the plain one, for comparison (default: %(default)s)")
     p.add_argument("--guard", type=float, default=PASS, metavar="SHARE", help="share of the blocks of ordinary pictures that are stored small; the rest, and blocks of stranger pictures, are kept at higher precision (default: %(default)s)")
@@ -63,6 +65,10 @@ def run(args: argparse.Namespace) -> Path:
     """Raises TrainError, CapsuleError, NativeError."""
     if not 0.5 <= args.guard <= 1:
         raise TrainError(f"--guard {args.guard} is not in 0.5..1")
+    if not 1 <= args.neighbours <= MAX_NEIGHBOURS:
+        raise TrainError(f"--neighbours {args.neighbours} is not in 1..{MAX_NEIGHBOURS}")
+    if not 0 <= args.mlp <= MAX_MLP:
+        raise TrainError(f"--mlp {args.mlp} is not in 0..{MAX_MLP}")
     if args.n_images < 4:
         raise TrainError(f"--n-images {args.n_images} is too few: at least 4")
     for path in (args.model, args.mmproj):
@@ -81,7 +87,8 @@ def run(args: argparse.Namespace) -> Path:
 
     start = time.monotonic()
     options = TrainOptions(
-        codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block=args.block, seed=args.seed, device=args.device
+        codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block=args.block, seed=args.seed, device=args.device,
+        neighbours=args.neighbours, mlp_width=args.mlp,
     )
     work = args.work or output.with_name(output.name + ".work")
     try:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from .fit_retain import RetainOptions, fit_retain
 from .guard import PASS, calibrate
 from .schedule import PRESETS, PROBE_PICTURES, Part, faithful_rows, probe_count, retain_rows, schedule
 from .source import KVSample, KVSource, TrainError
+from .speed import choose_codec
 from .store import MEMORY, STATE, BlockStore
 from .timing import duration, remaining
 
@@ -32,7 +33,7 @@ FEW = 16  # pictures
 
 @dataclass(frozen=True)
 class TrainOptions:
-    codec: str = "pca"  # pca or retain, of the keys of the economy tiers
+    codec: str = "pca"  # pca, retain or auto (speed.choose_codec), of the keys of the economy tiers
     layers: str = "uniform"  # one of schedule.LAYER_SCHEDULES
     guard: float = PASS  # share of blocks of ordinary pictures that may take the economy tier
     loss: str = "queries"  # the keys' error as text queries see it, or "mse": the plain one
@@ -40,8 +41,8 @@ class TrainOptions:
     seed: int = 0
     memory: int = MEMORY  # store.MEMORY
     kept: float = 0.4  # retain: share of the tokens that are kept
-    neighbours: int = 4
-    mlp_width: int = 16
+    neighbours: int = 4  # retain: kept tokens that a dropped one is predicted from; with 2 attention takes a fifth less, and keys lose more
+    mlp_width: int = 0  # retain: of the key MLP; one of 16 takes 4 % off the error, and keys have to be rebuilt (docs/results/decode-cpu.md)
     device: str = "auto"  # of the key MLPs: cpu, cuda, or what torch finds
     ratios: dict[str, float] = field(default_factory=lambda: dict(PRESETS))
 
@@ -182,6 +183,10 @@ def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callabl
     model, n = store.model, store.block_size
     grid = model.rope_type in GRID_ROPE_TYPES
     width = store.block.tile_width or (next(iter(store.widths)) if len(store.widths) == 1 else 0)
+    if options.codec == "auto":
+        codec, why = choose_codec(model, store.block, width)
+        options = replace(options, codec=codec)
+        say(why)
     fitted: list[FittedLayer] = []
     start = time.monotonic()
     for i, index in enumerate(model.kv_layers):
