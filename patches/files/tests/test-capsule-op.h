@@ -151,6 +151,9 @@ struct test_capsule : public test_case {
                     const auto w = ggml_capsule_weights_layout(&p);
                     set_half(x.data() + w.k_basis, x.data() + w.k_basis_h);
                     set_half(x.data() + w.v_basis, x.data() + w.v_basis_h);
+                    for (int i = 0; i < p.n_block*p.n_block; ++i) {
+                        x[w.v_basis_t + i] = x[w.v_basis + i%p.n_block*GGML_PAD(p.n_block, 8) + i/p.n_block];
+                    }
                     set_half_mlp(x.data(), w);
                     for (int i = 0; i < p.n_block; ++i) {
                         words[w.token_order + i] = (5*i + 1) % p.n_block; // n_block is not a multiple of 5
