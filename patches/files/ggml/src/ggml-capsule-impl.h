@@ -6,8 +6,8 @@
 // A kernel is a sequence of phases with barriers between them. A phase is a function of the id of the thread; what one thread writes in a phase
 // no other thread of the group reads or writes in the same phase. The CPU runs the threads of a phase one after the other, in any order.
 //
-// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; the way back: -cells.h, -put.h, -encode.h; -query.h: keys that are
-// not rebuilt; -attn.h: attention
+// here: names of a backend, what a kernel is told, values of rows; -mma.h: tensor cores; -tile.h: blocks; -unpack.h; the way back: -cells.h, -put.h, -encode.h;
+// -query.h: keys that are not rebuilt; attention: -scores.h, -attn.h
 //
 
 #if defined(__METAL_VERSION__)

@@ -7,7 +7,7 @@ if (GGML_METAL_CAPSULE)
     foreach(name
             ../ggml-capsule-impl.h ../ggml-capsule-mma.h ../ggml-capsule-tile.h ../ggml-capsule-unpack.h
             ../ggml-capsule-cells.h ../ggml-capsule-put.h ../ggml-capsule-encode.h
-            ../ggml-capsule-query.h ../ggml-capsule-attn.h kernels/capsule.metal)
+            ../ggml-capsule-query.h ../ggml-capsule-scores.h ../ggml-capsule-attn.h kernels/capsule.metal)
         set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${name})
         file(READ ${CMAKE_CURRENT_SOURCE_DIR}/${name} text)
         string(REPLACE "#pragma once" "" text "${text}")
