@@ -14,7 +14,7 @@ import llama_cpp.llama_cpp as L
 import numpy as np
 from kvcapsule_gguf.native.devices import Devices
 
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q8_0": 8}
 LIB = L._lib
 FLOAT_P = ctypes.POINTER(ctypes.c_float)
 

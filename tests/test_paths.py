@@ -110,6 +110,15 @@ def test_a_switch_that_is_not_there(models, capsules, patched, name, known):
     assert (odd.logits() == plain.logits()).all()
 
 
+def test_a_cache_that_the_op_does_not_know(models, capsules, patched):
+    """One line, and the layers take another path."""
+    model = models()
+    case = Case("a", model, CHAT, capsule=capsules(model, block_size=N), type_k="bf16")
+    plain, op = (patched([case], env=env)["a"] for env in ({}, OP))
+    assert len([line for line in op.log if "lacks GGML_OP_CAPSULE" in line]) == 1 and not any("lacks" in line for line in plain.log)
+    assert (op.logits() == plain.logits()).all()
+
+
 COMPRESSED = {  # kappa: some blocks are refused
     "graded": 25, "graded, M-RoPE": 28, "graded, q8_0 cache": 25, "one of each": 200,
     "retain, residuals": 180, "retain, M-RoPE": 30, "retain, q8_0 cache": 30, "retain, MLP": 30, "10 layers": 40,

@@ -51,7 +51,14 @@ void llama_capsule_store::init_paths() {
     }
     capsule_env("LLAMA_KVCAPSULE_SIMD", simds);
 
+    // not for every layer
     std::string warned;
+    const auto warn = [&warned, func = __func__](const std::string & line) {
+        if (line != warned) {
+            LLAMA_LOG_INFO("%s: %s\n", func, line.c_str());
+            warned = line;
+        }
+    };
 
     for (uint32_t i = 0; i < data().layers.size(); ++i) {
         const auto buft = layer_buft(i);
@@ -65,10 +72,13 @@ void llama_capsule_store::init_paths() {
             res = LLAMA_CAPSULE_PATH_HOST;
             continue;
         }
-        if (known && wanted == "op" && op_available(i)) {
-            init_op_weights(i);
-            res = LLAMA_CAPSULE_PATH_OP;
-            continue;
+        if (known && wanted == "op") {
+            if (op_available(i)) {
+                init_op_weights(i);
+                res = LLAMA_CAPSULE_PATH_OP;
+                continue;
+            }
+            warn(format("%s lacks GGML_OP_CAPSULE for these heads, blocks or types of the cache: its layers take another path", ggml_backend_buft_name(buft)));
         }
         if (known && wanted != "reconstruct" && ggml_backend_buft_is_host(buft)) {
             res = wanted == "unpack" ? LLAMA_CAPSULE_PATH_UNPACK : LLAMA_CAPSULE_PATH_FUSED;
@@ -90,10 +100,7 @@ void llama_capsule_store::init_paths() {
         weights[i] = {};
         res = LLAMA_CAPSULE_PATH_HOST;
 
-        if (line != warned) {
-            LLAMA_LOG_INFO("%s: %s: the slots of its layers stay in host memory, attention over them is slower\n", __func__, line.c_str());
-            warned = line;
-        }
+        warn(line + ": the slots of its layers stay in host memory, attention over them is slower");
     }
 }
 
