@@ -602,12 +602,12 @@ static int run(const simd & s, int n_cases) {
         { "from_float",    true,                     test_from_float,                0     },
         { "mul_int, q4_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
         { "mul_int, q2_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
-        { "score_rows",     s.score_rows != nullptr, test_score_rows,                3e-4  },
+        { "score_rows",     s.score_rows != nullptr, test_score_rows,                1e-3  },
         { "mul_rows, q4_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q4_0>,  1e-3  },
         { "mul_rows, q2_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q2_0>,  1e-3  },
         { "dot_cells",     s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
         { "mul_cells",     s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
-        { "dot_rows",      s.dot_rows != nullptr,    test_dot_rows,                  3e-4  },
+        { "dot_rows",      s.dot_rows != nullptr,    test_dot_rows,                  1e-3  },
         { "project",       s.project != nullptr,     test_project,                   1e-8  },
     };
 
