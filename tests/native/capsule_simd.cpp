@@ -590,31 +590,31 @@ struct test {
 
 static int run(const simd & s, int n_cases) {
     const test tests[] = {
-        { "mul",           true,                     test_mul,                       1e-12 },
-        { "dot",           true,                     test_dot,                       1e-12 },
-        { "fma",           true,                     test_fma,                       1e-12 },
-        { "scale",         true,                     test_scale,                     1e-12 },
-        { "rope",          true,                     test_rope,                      1e-12 },
-        { "add_max",       true,                     test_add_max,                   0     },
-        { "exp_sum",       true,                     test_exp_sum,                   1e-12 },
-        { "hadamard",      true,                     test_hadamard,                  0     },
-        { "to_float",      true,                     test_to_float,                  0     },
-        { "from_float",    true,                     test_from_float,                0     },
-        { "mul_int, q4_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
-        { "mul_int, q2_0", s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
-        { "score_rows",     s.score_rows != nullptr, test_score_rows,                1e-3  },
-        { "mul_rows, q4_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q4_0>,  1e-3  },
-        { "mul_rows, q2_0", s.mul_rows != nullptr,   test_mul_rows<GGML_TYPE_Q2_0>,  1e-3  },
-        { "dot_cells",     s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
-        { "mul_cells",     s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
-        { "dot_rows",      s.dot_rows != nullptr,    test_dot_rows,                  1e-3  },
-        { "project",       s.project != nullptr,     test_project,                   1e-8  },
+        { "mul",            true,                     test_mul,                       1e-12 },
+        { "dot",            true,                     test_dot,                       1e-12 },
+        { "fma",            true,                     test_fma,                       1e-12 },
+        { "scale",          true,                     test_scale,                     1e-12 },
+        { "rope",           true,                     test_rope,                      1e-12 },
+        { "add_max",        true,                     test_add_max,                   0     },
+        { "exp_sum",        true,                     test_exp_sum,                   1e-12 },
+        { "hadamard",       true,                     test_hadamard,                  0     },
+        { "to_float",       true,                     test_to_float,                  0     },
+        { "from_float",     true,                     test_from_float,                0     },
+        { "mul_int, q4_0",  s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
+        { "mul_int, q2_0",  s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
+        { "score_rows",     s.score_rows != nullptr,  test_score_rows,                1e-3  },
+        { "mul_rows, q4_0", s.mul_rows != nullptr,    test_mul_rows<GGML_TYPE_Q4_0>,  1e-3  },
+        { "mul_rows, q2_0", s.mul_rows != nullptr,    test_mul_rows<GGML_TYPE_Q2_0>,  1e-3  },
+        { "dot_cells",      s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },
+        { "mul_cells",      s.mul_cells != nullptr,   test_mul_cells,                 1e-12 },
+        { "dot_rows",       s.dot_rows != nullptr,    test_dot_rows,                  1e-3  },
+        { "project",        s.project != nullptr,     test_project,                   1e-8  },
     };
 
     int n_bad = 0;
     for (const auto & t : tests) {
         if (!t.have) {
-            printf("%-8s %-14s -\n", s.name, t.name);
+            printf("%-8s %-15s -\n", s.name, t.name);
             continue;
         }
         double worst = 0.0;
@@ -624,7 +624,7 @@ static int run(const simd & s, int n_cases) {
             worst = std::max(worst, res.nmse());
             bad  += !(res.ok && res.nmse() <= t.limit);
         }
-        printf("%-8s %-14s %d cases, worst NMSE %.1e, limit %.0e: %s\n", s.name, t.name, n_cases, worst, t.limit, bad ? "WRONG" : "ok");
+        printf("%-8s %-15s %d cases, worst NMSE %.1e, limit %.0e: %s\n", s.name, t.name, n_cases, worst, t.limit, bad ? "WRONG" : "ok");
         n_bad += bad > 0;
     }
     return n_bad;
