@@ -14,9 +14,11 @@ from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from ..format.writer import write_capsule
 from ..train.pattern import kept_tokens, most_used_first, neighbours
 from ..train.schedule import faithful_rows
+from ..train.trainer import TrainOptions
 from .settings import Setting
 
-BLOCK, KEPT = 64, 26
+BLOCK = 64
+KEPT = round(TrainOptions.kept * BLOCK)
 VALUES = row_counts(q8_0=2, q4_0=15, q2_0=47)
 PCA_KEYS = row_counts(q8_0=3, q4_0=25, q2_0=36)
 RETAIN_KEYS = row_counts(q4_0=33, q2_0=31)

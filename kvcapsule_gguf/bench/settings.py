@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..train.trainer import TrainOptions
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -14,8 +16,8 @@ class Setting:
     flash: bool = True
     cache: str = "f16"
     capsule: str = ""
-    neighbours: int = 4
-    mlp_width: int = 0
+    neighbours: int = TrainOptions.neighbours
+    mlp_width: int = TrainOptions.mlp_width
     hot: bool = False
 
 

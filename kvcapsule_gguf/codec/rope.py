@@ -45,6 +45,16 @@ def axis_of_pair(rope_type: str, n: int, sections: Sequence[int]) -> np.ndarray:
     return axis
 
 
+def angles(
+    positions: np.ndarray, rope_type: str, n: int, freq_base: float, sections: Sequence[int] = (0, 0, 0, 0), factors: np.ndarray | None = None
+) -> np.ndarray:
+    """f64 [T, n / 2]: by which every pair is rotated at positions int [T] (or [T, 4] for M-RoPE: t, y, x, extra)."""
+    positions = np.asarray(positions)
+    if positions.ndim == 1:
+        positions = np.repeat(positions[:, None], 4, 1)
+    return positions[:, axis_of_pair(rope_type, n, sections)] * frequencies(n, freq_base, factors)
+
+
 def apply_rope(
     x: np.ndarray,
     positions: np.ndarray,
@@ -61,10 +71,7 @@ def apply_rope(
     if rope_type == "none":
         return x.copy()
     n = x.shape[-1] if n is None else n
-    positions = np.asarray(positions)
-    if positions.ndim == 1:
-        positions = np.repeat(positions[:, None], 4, 1)
-    angle = positions[:, axis_of_pair(rope_type, n, sections)] * frequencies(n, freq_base, factors)
+    angle = angles(positions, rope_type, n, freq_base, sections, factors)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     if inverse:
         sin = -sin

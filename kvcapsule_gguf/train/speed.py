@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..codec.cut import BlockShape
-from ..codec.rope import axis_of_pair, frequencies
+from ..codec.rope import angles
 from ..format.base_model import BaseModel
 from ..format.capsule import GRID_ROPE_TYPES
 
@@ -29,9 +29,8 @@ def block_angles(model: BaseModel, layer: int, block: BlockShape, width: int) ->
     if model.rope_type in GRID_ROPE_TYPES:
         places = np.stack([np.zeros_like(t), y, x, np.zeros_like(t)], 1)
     else:
-        places = np.repeat((y * (width or columns) + x)[:, None], 4, 1)
-    n = model.rope_dimensions
-    return places[:, axis_of_pair(model.rope_type, n, model.rope_sections)] * frequencies(n, model.freq_base[layer], model.freq_factors)
+        places = y * (width or columns) + x
+    return angles(places, model.rope_type, model.rope_dimensions, model.freq_base[layer], model.rope_sections, model.freq_factors)
 
 
 def nanoseconds(codec: str, queries: int, views: int) -> float:

@@ -81,7 +81,7 @@ struct llama_capsule_store::attend_call {
     std::vector<slot_ref>        order;
     std::vector<slot_ref>        slots;
     std::vector<const uint8_t *> rows; // of the slots
-    std::vector<const uint8_t *> next; // as many slots that come after them, or none
+    std::vector<const uint8_t *> next; // as many slots, which are read after them
     std::vector<uint8_t>         kinds; // of the masks of the slots, [n_slots][n_tokens]
 };
 
@@ -155,7 +155,7 @@ void llama_capsule_store::attend_slots(attend_call & c, uint32_t i_head, int & p
             pattern = cur.pattern;
             a.query.init(variants[c.i_layer][ip], i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k, distances, *c.rope);
         }
-        a.query.scores(keys, n, c.rows.data() + i, c.next.empty() ? nullptr : c.next.data() + i, s, c.n_pad, a.ld_s);
+        a.query.scores(keys, n, c.rows.data() + i, c.next.data() + i, s, c.n_pad, a.ld_s);
     } else if (cur.views) {
         a.projected.init(projections[c.i_layer][ip], *cur.views, c.rope, i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k);
         a.projected.scores(keys, c.rows[i], s, a.ld_s);
@@ -166,8 +166,7 @@ void llama_capsule_store::attend_slots(attend_call & c, uint32_t i_head, int & p
 
 // the scores of the slots at hand
 void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & pattern) const {
-    const auto & keys   = tile(c.i_layer, c.slots[0].i_pool, false);
-    const auto & values = tile(c.i_layer, c.slots[0].i_pool, true);
+    const auto & keys = tile(c.i_layer, c.slots[0].i_pool, false);
 
     for (size_t i = 0, n; i < c.slots.size(); i += n) {
         const int p = c.slots[i].pattern;
@@ -177,11 +176,8 @@ void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & 
         }
 
         // a query for many slots looks ahead itself
-        if (p < 0) {
-            values.prefetch(c.rows[i], i_head);
-            if (i + 1 < c.rows.size()) {
-                keys.prefetch(c.rows[i + 1], i_head);
-            }
+        if (p < 0 && i + 1 < c.rows.size()) {
+            keys.prefetch(c.rows[i + 1], i_head);
         }
         attend_slots(c, i_head, pattern, i, n);
     }
