@@ -221,7 +221,7 @@ TARGET static void mul_int_vec(uint32_t n_out, uint32_t d, const int16_t * basis
     }
 }
 
-// rows of 4 bits with both bytes of the weights, rows of 2 bits with the high ones
+// rows of 4 bits with weights of 16 bits, rows of 2 bits with weights of 8 bits
 template<class V, int BITS>
 TARGET static void mul_rows_of(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
     static thread_local int_buffers buf;

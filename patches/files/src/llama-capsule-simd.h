@@ -84,8 +84,6 @@ struct llama_capsule_lane {
     float   * scales; // [d/QK2] for rows of 2 bits, [d/QK] for others
 };
 
-static constexpr uint32_t LLAMA_CAPSULE_MAX_LANES = 16;
-
 // a query as a base view sees it, see llama_capsule_views
 struct llama_capsule_view {
     uint32_t d;     // 64, 128, 192 or 256
