@@ -324,11 +324,12 @@ static comparison test_mul_int(const simd & s) {
     return res;
 }
 
-// rows as they are stored, each in a lane against queries of its own
+// rows of slots as they are stored, against the queries that they meet
 static comparison test_score_rows(const simd & s) {
-    const uint32_t d = one_of({ 64, 128, 256 }), n_q = 1 + rng() % 9, n_src = 1 + rng() % 5, L = s.n_lanes, n_had = llama_capsule_hadamard_size(d);
+    const uint32_t S = llama_capsule_score::n_slots(s.n_lanes), P = llama_capsule_score::n_rows(s.n_lanes), N = 1 + rng() % 70;
+    const uint32_t d = one_of({ 64, 128, 256 }), n_q = 1 + rng() % 9, n_src = 1 + rng() % (3*S), n_had = llama_capsule_hadamard_size(d);
     const ggml_type type = LLAMA_CAPSULE_TYPES[2 + rng() % 3];
-    const uint32_t n_rows = 1 + rng() % (4*L), g0 = rng() % 3, n_groups = g0 + (n_rows + L - 1)/L;
+    const uint32_t n_rows = 1 + rng() % 20, g0 = rng() % 3, n_groups = g0 + (n_rows + P - 1)/P;
 
     std::vector<rows> src;
     std::vector<const uint8_t *> data;
@@ -344,63 +345,102 @@ static comparison test_score_rows(const simd & s) {
         first.push_back(first.back() + 1 + rng() % 5);
     }
 
-    const uint32_t n_v = first.back(), ld = n_v*L + rng() % 9;
-    const size_t   size = llama_capsule_score::query_size(d, L);
+    const uint32_t n_v = first.back();
+    const size_t   size = llama_capsule_score::query_size(d, P), ld = N*S + 8*(rng() % 3);
 
     llama_capsule_buf<uint8_t> queries; // aligned
     std::fill_n(queries.resize(n_v*n_q*size), n_v*n_q*size, 0xa5);
 
-    std::vector<float> views(n_v*n_q*L*d, 0.0f);
-    for (uint32_t v = 0; v < n_v*n_q; ++v) {
-        std::vector<std::vector<float>> x(L), gates(L);
-        std::vector<const float *> px(L, nullptr), pg(L, nullptr);
-        for (uint32_t l = 0; l < L; ++l) {
-            if (rng() % 4 == 0) {
-                continue;
-            }
-            x[l]  = values(d);
-            px[l] = x[l].data();
-            if (rng() % 2) {
-                gates[l] = values(d);
-                pg[l]    = gates[l].data();
-            }
-            float * y = views.data() + (v*L + l)*d;
-            for (uint32_t i = 0; i < d; ++i) {
-                y[i] = x[l][i]*(pg[l] ? pg[l][i] : 1.0f);
-            }
-            llama_capsule_hadamard(y, n_had, d);
-        }
-        s.to_lanes(type, d, px.data(), pg.data(), queries.data() + v*size);
+    std::vector<uint32_t> tokens(n_v*P);
+    for (auto & t : tokens) {
+        t = rng() % N;
     }
 
-    std::vector<float> out(n_src*n_q*ld, CANARY);
-    const llama_capsule_score score = { d, n_q, first.data(), queries.data(), ld };
+    std::vector<float> views(n_v*n_q*P*d);
+    for (uint32_t g = 0, v = 0; g < n_groups; ++g) {
+        for (uint32_t n = (first[g + 1] - first[g])*n_q, j = 0; j < n; ++j, ++v) {
+            std::vector<std::vector<float>> x(P), gates(P);
+            std::vector<const float *> px(P), pg(P, nullptr);
+            for (uint32_t p = 0; p < P; ++p) {
+                x[p]  = values(d);
+                px[p] = x[p].data();
+                if (rng() % 2) {
+                    gates[p] = values(d);
+                    pg[p]    = gates[p].data();
+                }
+                float * y = views.data() + (v*P + p)*d;
+                for (uint32_t i = 0; i < d; ++i) {
+                    y[i] = x[p][i]*(pg[p] ? pg[p][i] : 1.0f);
+                }
+                llama_capsule_hadamard(y, n_had, d);
+            }
+            s.to_lanes(type, d, px.data(), pg.data(), n, j, queries.data() + first[g]*n_q*size);
+        }
+    }
+
+    const size_t n_out = (n_src + S - 1)/S*n_q*ld;
+
+    llama_capsule_buf<float> out;
+    std::fill_n(out.resize(n_out), n_out, 0.5f);
+    const llama_capsule_score score = { d, n_q, first.data(), tokens.data(), queries.data(), ld };
     s.score_rows(score, type, g0, n_rows, n_src, data.data(), rng() % 2 ? data.data() : nullptr, out.data());
 
     comparison res;
     for (uint32_t n = 0; n < n_src; ++n) {
         for (uint32_t q = 0; q < n_q; ++q) {
-            const float * got = out.data() + (n*n_q + q)*ld;
-            res.check(std::all_of(got, got + first[g0]*L, [](float x) { return x == CANARY; }) && std::all_of(got + n_v*L, got + ld, [](float x) { return x == CANARY; }));
+            const float * got = out.data() + (n/S*n_q + q)*ld;
+            res.check(std::all_of(got + N*S, got + ld, [](float x) { return x == 0.5f; }));
 
+            std::vector<double> sum(N, 0.0), square(N, 0.0);
             for (uint32_t g = g0; g < n_groups; ++g) {
-                for (uint32_t v = first[g]; v < first[g + 1]; ++v) {
-                    for (uint32_t l = 0; l < L; ++l) {
-                        const float * x = views.data() + ((v*n_q + q)*L + l)*d;
-                        const float * y = src[n].x.data() + std::min((g - g0)*L + l, n_rows - 1)*d;
+                for (uint32_t v = first[g]*P; v < first[g + 1]*P; ++v) {
+                    // the vectors of a group come with all queries
+                    const float * x = views.data() + ((v/P*n_q + q)*P + v%P)*d;
+                    const float * y = src[n].x.data() + std::min((g - g0)*P + v%P, n_rows - 1)*d;
 
-                        double sum = 0.0, x2 = 0.0, y2 = 0.0;
-                        for (uint32_t i = 0; i < d; ++i) {
-                            sum += (double) x[i]*y[i];
-                            x2  += (double) x[i]*x[i];
-                            y2  += (double) y[i]*y[i];
-                        }
-                        res.add(got[v*L + l], sum, sqrt(x2*y2/d));
+                    double x2 = 0.0, y2 = 0.0;
+                    for (uint32_t i = 0; i < d; ++i) {
+                        sum[tokens[v]] += (double) x[i]*y[i];
+                        x2 += (double) x[i]*x[i];
+                        y2 += (double) y[i]*y[i];
                     }
+                    square[tokens[v]] += x2*y2/d;
+                }
+            }
+            for (uint32_t t = 0; t < N; ++t) {
+                if (square[t] > 0.0) {
+                    res.add(got[t*S + n%S] - 0.5f, sum[t], sqrt(square[t]));
+                } else {
+                    res.check(got[t*S + n%S] == 0.5f);
                 }
             }
         }
     }
+    return res;
+}
+
+static comparison test_to_slots(const simd & s) {
+    const uint32_t n = LLAMA_CAPSULE_VEC*(1 + rng() % 9), S = llama_capsule_score::n_slots(s.n_lanes);
+
+    llama_capsule_buf<float> x; // aligned
+    x.resize(n*S);
+    const auto y = values(n*S);
+    std::copy(y.begin(), y.end(), x.data());
+
+    matrix out(S, n);
+    std::vector<float *> dst;
+    for (uint32_t i = 0; i < S; ++i) {
+        dst.push_back(out.x.data() + i*out.ld);
+    }
+    s.to_slots(n, x.data(), dst.data());
+
+    comparison res;
+    for (uint32_t i = 0; i < S; ++i) {
+        for (uint32_t t = 0; t < n; ++t) {
+            res.add(out.at(i, t), y[t*S + i]);
+        }
+    }
+    res.check(out.intact());
     return res;
 }
 
@@ -603,6 +643,7 @@ static int run(const simd & s, int n_cases) {
         { "mul_int, q4_0",  s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q4_0>,   1e-7  },
         { "mul_int, q2_0",  s.mul_int != nullptr,     test_mul_int<GGML_TYPE_Q2_0>,   1e-3  },
         { "score_rows",     s.score_rows != nullptr,  test_score_rows,                1e-3  },
+        { "to_slots",       s.to_slots != nullptr,    test_to_slots,                  0.0   },
         { "mul_rows, q4_0", s.mul_rows != nullptr,    test_mul_rows<GGML_TYPE_Q4_0>,  1e-3  },
         { "mul_rows, q2_0", s.mul_rows != nullptr,    test_mul_rows<GGML_TYPE_Q2_0>,  1e-3  },
         { "dot_cells",      s.dot_cells != nullptr,   test_dot_cells,                 1e-12 },

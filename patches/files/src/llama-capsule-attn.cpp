@@ -101,12 +101,17 @@ void llama_capsule_store::attend_init(attend_call & c, ggml_tensor * dst, uint32
     c.n_q         = c.n_group*c.n_tokens;
     c.n_parts     = dst->ne[2];
     c.n_pad       = GGML_PAD(N(), LLAMA_CAPSULE_VEC);
-    c.n_slots_max = std::clamp<uint32_t>(CAPSULE_GROUP_MAX/c.n_q, 1, CAPSULE_GROUP_MAX/4);
     c.rotated_v   = tile(i_layer, 0, true).has_rotated() || tile(i_layer, 1, true).has_rotated();
     c.rope        = rope.params(i_layer);
 
     c.a.query.reset();
     attend_order(i_layer, c.n_q, c.order);
+
+    // queries of a pattern meet as many slots at once as a vector has lanes
+    const bool     patterns = std::any_of(c.order.begin(), c.order.end(), [](const slot_ref & s) { return s.pattern >= 0; });
+    const uint32_t n_lanes  = patterns ? llama_capsule_score::n_slots(c.a.simd.n_lanes) : 1;
+
+    c.n_slots_max = std::clamp<uint32_t>(CAPSULE_GROUP_MAX/c.n_q, n_lanes, CAPSULE_GROUP_MAX/4);
 
     // once for all heads: the rows of the mask are long, those of a slot far apart
     c.kinds.resize(c.order.size()*c.n_tokens);

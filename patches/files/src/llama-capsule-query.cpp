@@ -32,47 +32,30 @@ llama_capsule_variants::llama_capsule_variants(const llama_capsule_codec & codec
         }
     }
 
-    const uint32_t n_lanes = llama_capsule_simd_get().n_lanes;
+    const uint32_t n_cur = llama_capsule_score::n_rows(llama_capsule_simd_get().n_lanes); // rows at a time
 
     // as many vectors for a group as one of its rows meets queries; training orders the kept tokens by that
     uint32_t r = 0;
     for (uint32_t count : counts) {
         groups.push_back(first.size());
-        for (uint32_t end = r + count; r < end; r = std::min(r + n_lanes, end)) {
-            first.push_back(variants.size()/n_lanes);
+        for (uint32_t end = r + count; r < end; r = std::min(r + n_cur, end)) {
+            first.push_back(variants.size()/n_cur);
 
-            const uint32_t n = std::min(n_lanes, end - r);
-            for (uint32_t v = 0, more = 1; more > 0; ++v) {
-                more = 0;
-                for (uint32_t j = 0; j < n_lanes; ++j) {
-                    const bool empty = j >= n || v >= by_row[r + j].size();
-                    variants.push_back(empty ? variant{ NONE, NONE } : by_row[r + j][v]);
-                    more += j < n && v + 1 < by_row[r + j].size();
-                }
+            size_t n = 0;
+            for (uint32_t j = r; j < std::min(r + n_cur, end); ++j) {
+                n = std::max(n, by_row[j].size());
+            }
+            for (uint32_t v = 0; v < n*n_cur; ++v) {
+                const uint32_t j     = r + v%n_cur;
+                const bool     empty = j >= end || v/n_cur >= by_row[j].size();
+
+                variants.push_back(empty ? by_row[r][0] : by_row[j][v/n_cur]);
+                tokens  .push_back(empty ? N : variants.back().token);
             }
         }
     }
     groups.push_back(first.size());
-    first .push_back(variants.size()/n_lanes);
-
-    const uint32_t n_dropped = N - layer.n_kept;
-
-    n_terms = (K + 1)/2;
-    own  .assign(N, variants.size());
-    terms.assign(2*n_terms*n_dropped, variants.size());
-    for (uint32_t v = 0; v < variants.size(); ++v) {
-        const auto & cur = variants[v];
-        if (cur.token == NONE) {
-            continue;
-        }
-        if (cur.gate == NONE) {
-            own[cur.token] = v;
-        } else {
-            const uint32_t j = cur.gate/d/K;
-            const uint32_t k = cur.gate/d%K;
-            terms[(k/2*n_dropped + j)*2 + k%2] = v;
-        }
-    }
+    first .push_back(variants.size()/n_cur);
 }
 
 bool llama_capsule_variants::usable() const {
@@ -95,8 +78,8 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
 
     const uint32_t d         = layer.n_embd_head_k;
     const uint32_t N         = data.block_size;
-    const uint32_t n_vectors = variants.variants.size()/simd.n_lanes;
-    const size_t   size      = llama_capsule_score::query_size(d, simd.n_lanes);
+    const uint32_t n_rows    = llama_capsule_score::n_rows(simd.n_lanes);
+    const size_t   size      = llama_capsule_score::query_size(d, n_rows);
 
     const float * gates = layer.k_gate.data() + i_head*(N - layer.n_kept)*data.n_neighbours*d;
 
@@ -109,9 +92,9 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
     }
 
     turned    .resize(N*d);
-    lanes     .resize(simd.n_lanes);
-    lane_gates.resize(simd.n_lanes);
-    queries   .resize(n_vectors*n_q*size);
+    lanes     .resize(n_rows);
+    lane_gates.resize(n_rows);
+    queries   .resize(variants.first.back()*n_q*size);
 
     for (uint32_t i = 0; i < n_q; ++i) {
         for (uint32_t t = 0; t < N; ++t) {
@@ -120,14 +103,19 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
         simd.rope(N, turned.data(), d, angles.data(), rope.n_rot, rope.n_rot, rope.norm);
 
         for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
-            for (uint32_t v = variants.first[variants.groups[t]]; v < variants.first[variants.groups[t + 1]]; ++v) {
-                for (uint32_t j = 0; j < simd.n_lanes; ++j) {
-                    const auto & cur = variants.variants[v*simd.n_lanes + j];
+            for (uint32_t g = variants.groups[t]; g < variants.groups[t + 1]; ++g) {
+                const uint32_t first = variants.first[g];
+                const uint32_t n     = variants.first[g + 1] - first;
 
-                    lanes     [j] = cur.token == llama_capsule_variants::NONE ? nullptr : turned.data() + cur.token*d;
-                    lane_gates[j] = cur.gate  == llama_capsule_variants::NONE ? nullptr : gates + cur.gate;
+                for (uint32_t v = 0; v < n; ++v) {
+                    for (uint32_t j = 0; j < n_rows; ++j) {
+                        const auto & cur = variants.variants[(first + v)*n_rows + j];
+
+                        lanes     [j] = turned.data() + cur.token*d;
+                        lane_gates[j] = cur.gate == llama_capsule_variants::NONE ? nullptr : gates + cur.gate;
+                    }
+                    simd.to_lanes(LLAMA_CAPSULE_TYPES[t], d, lanes.data(), lane_gates.data(), n*n_q, v*n_q + i, queries.data() + first*n_q*size);
                 }
-                simd.to_lanes(LLAMA_CAPSULE_TYPES[t], d, lanes.data(), lane_gates.data(), queries.data() + (v*n_q + i)*size);
             }
         }
     }
@@ -138,14 +126,16 @@ void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, co
     const auto & layer  = variants->codec.layer;
     const auto & counts = variants->codec.tl.key_rows;
 
-    const uint32_t N         = variants->codec.data.block_size;
-    const uint32_t n_dropped = N - layer.n_kept;
-    const uint32_t n_zero    = variants->variants.size();
-    const size_t   ld        = GGML_PAD(n_zero + 1, LLAMA_CAPSULE_VEC);
+    const uint32_t N       = variants->codec.data.block_size;
+    const uint32_t n_slots = llama_capsule_score::n_slots(simd.n_lanes);
+    const size_t   ld      = GGML_PAD(N + 1, LLAMA_CAPSULE_VEC)*n_slots;
+    const size_t   size    = (n + n_slots - 1)/n_slots*n_q*ld;
 
-    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->first.data(), queries.data(), ld };
+    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->first.data(), variants->tokens.data(), queries.data(), ld };
 
-    products.resize(n*n_q*ld);
+    std::fill_n(sums.resize(size), size, 0.0f);
+
+    dst     .resize(n_slots);
     src     .resize(n);
     src_next.resize(n);
 
@@ -155,25 +145,17 @@ void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, co
                 src     [i] = tile.rows_at(slots[i], i_head, t);
                 src_next[i] = next ? tile.rows_at(next[i], i_head, t) : nullptr;
             }
-            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], counts[t], n, src.data(), next ? src_next.data() : nullptr, products.data());
+            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], counts[t], n, src.data(), next ? src_next.data() : nullptr, sums.data());
         }
     }
 
-    const uint16_t * dropped = layer.token_order.data() + layer.n_kept;
-
-    for (uint32_t i = 0; i < n*n_q; ++i) {
-        float * p = products.data() + i*ld;
-        float * y = out + i/n_q*ld_slot + i%n_q*ld_out;
-
-        p[n_zero] = 0.0f;
-        for (uint32_t t = 0; t < N; ++t) {
-            y[t] = p[variants->own[t]];
-        }
-        const uint32_t * term = variants->terms.data();
-        for (uint32_t k = 0; k < variants->n_terms; ++k) {
-            for (uint32_t j = 0; j < n_dropped; ++j, term += 2) {
-                y[dropped[j]] += p[term[0]] + p[term[1]];
+    for (uint32_t i = 0; i < n; i += n_slots) {
+        for (uint32_t q = 0; q < n_q; ++q) {
+            // lanes without a slot have the scores of the last one
+            for (uint32_t j = 0; j < n_slots; ++j) {
+                dst[j] = out + std::min(i + j, n - 1)*ld_slot + q*ld_out;
             }
+            simd.to_slots(GGML_PAD(N, LLAMA_CAPSULE_VEC), sums.data() + (i/n_slots*n_q + q)*ld, dst.data());
         }
     }
 }

@@ -12,9 +12,9 @@
 struct llama_capsule_variants {
     static constexpr uint32_t NONE = UINT32_MAX;
 
-    // a query and the row that it meets, in a lane of a vector
+    // a query, and the row that it meets
     struct variant {
-        uint32_t token; // NONE: the lane is empty
+        uint32_t token; // that sees the query, and whose score the product is part of
         uint32_t gate;  // offset in the gates of a head, NONE: the row is that of the token itself
     };
 
@@ -24,12 +24,8 @@ struct llama_capsule_variants {
     std::vector<uint32_t> groups; // [LLAMA_CAPSULE_N_TYPES + 1], the first of a type
     std::vector<uint32_t> first;
 
-    std::vector<variant>  variants; // [n_vectors][n_lanes]
-
-    // the products that add up to the score of a token; variants.size() stands for 0
-    std::vector<uint32_t> own;   // [N] of its own row, by token
-    std::vector<uint32_t> terms; // [n_terms][n_dropped][2]: of the rows that it is predicted from, two at a time
-    uint32_t n_terms = 0;
+    std::vector<variant>  variants; // [n_vectors][n_rows]
+    std::vector<uint32_t> tokens;   // of the variants; block_size: of none, the variant fills up a vector
 
     llama_capsule_variants(const llama_capsule_codec & codec);
 
@@ -66,7 +62,8 @@ private:
     std::vector<const float *> lanes;
     std::vector<const float *> lane_gates;
 
-    llama_capsule_buf<float>     products; // [n][n_q][variants, and a 0]
+    llama_capsule_buf<float>     sums; // [n/n_slots, rounded up][n_q][tokens, and that of none][n_slots]
+    std::vector<float *>         dst;
     std::vector<const uint8_t *> src;
     std::vector<const uint8_t *> src_next;
 };

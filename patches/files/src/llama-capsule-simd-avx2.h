@@ -100,10 +100,12 @@ INLINE void hadamard_64(float * x, float scale) {
 }
 
 // llama-capsule-simd-score.cpp
-void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query);
+void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries);
 
 void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
         const uint8_t * const * next, float * out);
+
+void llama_capsule_to_slots_avx2(uint32_t n, const float * x, float * const * out);
 
 // llama-capsule-simd-rows.cpp
 void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
@@ -129,7 +131,7 @@ static constexpr int Q4_ZERO = 8;
 static constexpr int Q2_ZERO = 1;
 
 // llama-capsule-simd-query.cpp
-void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
+float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
 
 size_t llama_capsule_query_size_avx2(uint32_t d);
 

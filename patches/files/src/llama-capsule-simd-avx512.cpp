@@ -31,7 +31,7 @@ INLINE __m256 fold(__m512 a) {
 
 static llama_capsule_simd base; // for the last 8 values, and for queries
 
-void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
+float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
 
 namespace {
 
@@ -162,8 +162,29 @@ struct avx512 {
         return (x[0] + x[1])/-8;
     }
 
-    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
-        llama_capsule_to_codes_avx2(type, d, n, lanes);
+    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
+        return llama_capsule_to_codes_avx2(type, d, lane);
+    }
+
+    INLINE uint32_t first_sum(int32_t sums, int32_t zero) {
+        return zero*((int16_t) sums + (sums >> 16));
+    }
+
+    // words of two rows, side by side for each slot
+    INLINE I load_lanes(const uint32_t * x) {
+        int64_t two;
+        memcpy(&two, x, sizeof(two));
+        return _mm512_set1_epi64(two);
+    }
+
+    INLINE F to_scale(I a) { return _mm512_castsi512_ps(a); }
+
+    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
+        const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        const __m512  x     = _mm512_permutexvar_ps(apart, _mm512_mul_ps(scale, a));
+
+        _mm256_store_ps(out + 8*tokens[0], _mm256_add_ps(_mm256_load_ps(out + 8*tokens[0]), _mm512_castps512_ps256(x)));
+        _mm256_store_ps(out + 8*tokens[1], _mm256_add_ps(_mm256_load_ps(out + 8*tokens[1]), _mm512_extractf32x8_ps(x, 1)));
     }
 
     // codes with signs become codes without

@@ -156,7 +156,17 @@ struct neon {
         return load_half((const uint8_t *) h);
     }
 
-    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
+    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
+
+    INLINE uint32_t first_sum(int32_t sum, int32_t zero) { return -zero*sum; }
+
+    // a word for all slots
+    INLINE I load_lanes(const uint32_t * x) { return vreinterpretq_s32_u32(vld1q_dup_u32(x)); }
+    INLINE F to_scale  (I a)                { return vreinterpretq_f32_s32(a); }
+
+    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
+        vst1q_f32(out + N**tokens, vfmaq_f32(vld1q_f32(out + N**tokens), scale, a));
+    }
 
 #ifdef CAPSULE_DOTPROD
     // the codes of 4 columns each, one in two bits of a byte
@@ -309,20 +319,30 @@ static void order_q2(uint32_t d, const int8_t * codes, int8_t * dst) {
     }
 }
 
-void neon::to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
-    for (const auto * lane = lanes; lane < lanes + n; ++lane) {
-        float y[256];
-        for (uint32_t i = 0; i < d; ++i) {
-            y[i] = !lane->x ? 0.0f : lane->gates ? lane->x[i]*lane->gates[i] : lane->x[i];
-        }
-        hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
+float neon::to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
+    float y[256];
+    for (uint32_t i = 0; i < d; ++i) {
+        y[i] = lane.gates ? lane.x[i]*lane.gates[i] : lane.x[i];
+    }
+    hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
 
-        const uint32_t n_codes = type == GGML_TYPE_Q2_0 ? QK2 : QK;
-        for (uint32_t i = 0; i < d; i += n_codes) {
-            lane->scales[i/n_codes] = to_codes_neon(n_codes, y + i, lane->codes + i, lane->sums + i/QK);
+    const float scale = to_codes_neon(d, y, lane.codes, lane.sums);
+
+    if (type == GGML_TYPE_Q2_0) {
+        order_q2(d, lane.codes, lane.codes);
+        for (uint32_t i = 0; i < d/QK2; ++i) {
+            lane.sums[i] = lane.sums[2*i] + lane.sums[2*i + 1];
         }
-        if (type == GGML_TYPE_Q2_0) {
-            order_q2(d, lane->codes, lane->codes);
+    }
+    return scale;
+}
+
+// 4 tokens at a time
+TARGET static void to_slots_neon(uint32_t n, const float * x, float * const * out) {
+    for (uint32_t t = 0; t < n; t += 4, x += 16) {
+        const float32x4x4_t y = vld4q_f32(x);
+        for (int i = 0; i < 4; ++i) {
+            vst1q_f32(out[i] + t, y.val[i]);
         }
     }
 }
@@ -373,6 +393,7 @@ static llama_capsule_simd neon_kernels(const llama_capsule_simd & plain) {
     s.n_lanes    = neon::N;
     s.to_lanes   = to_lanes_vec<neon>;
     s.score_rows = score_rows_vec<neon>;
+    s.to_slots   = to_slots_neon;
     s.dot_cells  = dot_cells_vec<neon>;
     s.mul_cells  = mul_cells_vec<neon>;
 #ifdef CAPSULE_DOTPROD

@@ -170,78 +170,46 @@ TARGET static float to_query(const llama_capsule_view & view, const float * x, v
     return max/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
 }
 
-template<uint32_t D, uint32_t N_CODES>
-INLINE void to_codes_lane(const float * y, const llama_capsule_lane & lane) {
-    static constexpr uint32_t n = N_CODES/32;
+template<uint32_t D, bool Q2>
+TARGET static float to_codes(const llama_capsule_lane & lane) {
+    alignas(32) float y[D];
 
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    const float  unit = 1.0f/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
-
-    __m256i c[D/32];
-    for (uint32_t b = 0; b < D/N_CODES; ++b, y += N_CODES) {
-        __m256 m = _mm256_setzero_ps();
-        for (uint32_t i = 0; i < N_CODES; i += 8) {
-            m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_load_ps(y + i)));
-        }
-        const float  max = max1(m);
-        const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
-        for (uint32_t i = 0; i < n; ++i) {
-            c[b*n + i] = codes_32(f, y + 32*i);
-        }
-        lane.scales[b] = unit*max;
+    for (uint32_t i = 0; i < D; i += 8) {
+        const __m256 v = _mm256_loadu_ps(lane.x + i);
+        _mm256_store_ps(y + i, lane.gates ? _mm256_mul_ps(v, _mm256_loadu_ps(lane.gates + i)) : v);
     }
 
+    const float  max = hadamard_max<D>(y);
+    const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
+
+    __m256i c[D/32];
+    for (uint32_t i = 0; i < D/32; ++i) {
+        c[i] = codes_32(f, y + 32*i);
+    }
     for (uint32_t i = 0; i < D/32; i += 2) {
-        const __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), c[i]),     _mm256_set1_epi16(1));
-        const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), c[i + 1]), _mm256_set1_epi16(1));
-        const __m256i s = _mm256_hadd_epi32(a, b);
-        const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-
-        _mm_storel_epi64((__m128i *) (lane.sums + i), _mm_hadd_epi32(t, t));
-
-        if (N_CODES == QK2) {
+        if (Q2) {
             order_q2(c[i], c[i + 1]);
         }
         _mm256_storeu_si256((__m256i *) (lane.codes + 32*i),      c[i]);
         _mm256_storeu_si256((__m256i *) (lane.codes + 32*i + 32), c[i + 1]);
     }
+    code_offsets<Q2 ? 2 : 1>(D/(Q2 ? QK2 : QK), c, 1, lane.sums);
+
+    return max/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
 }
 
-template<uint32_t D, uint32_t N_CODES>
-TARGET static void to_codes(uint32_t n, const llama_capsule_lane * lanes) {
-    alignas(32) float y[D];
-
-    for (uint32_t l = 0; l < n; ++l) {
-        const float * x = lanes[l].x;
-        const float * g = lanes[l].gates;
-
-        if (!x) {
-            std::fill_n(lanes[l].codes,  D,         0);
-            std::fill_n(lanes[l].sums,   D/QK,      0);
-            std::fill_n(lanes[l].scales, D/N_CODES, 0.0f);
-            continue;
-        }
-        for (uint32_t i = 0; i < D; i += 8) {
-            const __m256 v = _mm256_loadu_ps(x + i);
-            _mm256_store_ps(y + i, g ? _mm256_mul_ps(v, _mm256_loadu_ps(g + i)) : v);
-        }
-        hadamard_max<D>(y);
-        to_codes_lane<D, N_CODES>(y, lanes[l]);
-    }
-}
-
-template<uint32_t N_CODES>
-static void to_codes_of(uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
+template<bool Q2>
+static float to_codes_of(uint32_t d, const llama_capsule_lane & lane) {
     switch (d) {
-        case  64: to_codes< 64, N_CODES>(n, lanes); break;
-        case 128: to_codes<128, N_CODES>(n, lanes); break;
-        case 256: to_codes<256, N_CODES>(n, lanes); break;
+        case  64: return to_codes< 64, Q2>(lane);
+        case 128: return to_codes<128, Q2>(lane);
+        case 256: return to_codes<256, Q2>(lane);
         default: GGML_ABORT("fatal error");
     }
 }
 
-void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
-    (type == GGML_TYPE_Q2_0 ? to_codes_of<QK2> : to_codes_of<QK>)(d, n, lanes);
+float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
+    return (type == GGML_TYPE_Q2_0 ? to_codes_of<true> : to_codes_of<false>)(d, lane);
 }
 
 float llama_capsule_to_query_avx2(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean) {

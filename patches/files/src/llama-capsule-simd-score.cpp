@@ -16,21 +16,17 @@ struct avx2 {
     typedef __m256  F;
     typedef __m256i I;
 
-    INLINE F    load (const float * x)           { return _mm256_loadu_ps(x); }
-    INLINE void store(float * x, F a)            { _mm256_storeu_ps(x, a); }
-    INLINE F    set1 (float x)                   { return _mm256_set1_ps(x); }
-    INLINE F    mul  (F a, F b)                  { return _mm256_mul_ps(a, b); }
-    INLINE F    fma  (F a, F b, F c)             { return _mm256_fmadd_ps(a, b, c); }
-    // once into a register
-    INLINE I load_int(const uint32_t * x) {
-        __m256i res = _mm256_loadu_si256((const __m256i *) x);
-        __asm__("" : "+x"(res));
-        return res;
-    }
+    INLINE F set1    (float x)       { return _mm256_set1_ps(x); }
+    INLINE F fma     (F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    INLINE F to_float(I a)           { return _mm256_cvtepi32_ps(a); }
 
-    INLINE void store_int(int32_t * x, I a)      { _mm256_storeu_si256((__m256i *) x, a); }
-    INLINE I    sub_int (I a, I b)               { return _mm256_sub_epi32(a, b); }
-    INLINE F    to_float(I a)                    { return _mm256_cvtepi32_ps(a); }
+    // a word for all slots
+    INLINE I load_lanes(const uint32_t * x) { return _mm256_set1_epi32(*x); }
+    INLINE F to_scale  (I a)                { return _mm256_castsi256_ps(a); }
+
+    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
+        _mm256_store_ps(out + N**tokens, _mm256_fmadd_ps(scale, a, _mm256_load_ps(out + N**tokens)));
+    }
 
     static constexpr int ZERO_Q8 = 0;
 
@@ -70,57 +66,76 @@ struct avx2 {
         x[3] = _mm256_unpackhi_epi64(y1, y3);
     }
 
-    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
-        llama_capsule_to_codes_avx2(type, d, n, lanes);
+    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
+        return llama_capsule_to_codes_avx2(type, d, lane);
+    }
+
+    // two of 16 bits
+    INLINE uint32_t first_sum(int32_t sums, int32_t zero) {
+        return (uint16_t) (zero*(int16_t) sums) | (uint32_t) (zero*(sums >> 16)) << 16;
     }
 };
 
-// without signs: two sums of 16 bits, 2*15*127*8 at most
+// without signs: two sums of 16 bits that start from what the codes of 0 add up to, 8*127*16 at most
 template<ggml_type TYPE>
 struct lane_products<avx2, TYPE> {
-    typedef __m256i A;
-
-    INLINE A zero() {
-        return _mm256_setzero_si256();
-    }
-
     // the compiler would gather many products before it adds them up
-    INLINE void add(A & acc, __m256i a, __m256i b) {
-        __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(_mm256_maddubs_epi16(a, b)));
+    INLINE void add(__m256i & acc, __m256i a, __m256i b) {
+        __m256i sum = _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b));
+        __asm__("" : "+x"(sum));
+        acc = sum;
     }
 
-    INLINE __m256i sum(A acc) {
+    INLINE __m256i sum(__m256i acc) {
         return _mm256_madd_epi16(acc, _mm256_set1_epi16(1));
     }
 };
 
 template<>
 struct lane_products<avx2, GGML_TYPE_Q8_0> {
-    typedef __m256i A;
-
-    INLINE A zero() {
-        return _mm256_setzero_si256();
-    }
-
-    INLINE void add(A & acc, __m256i a, __m256i b) {
+    INLINE void add(__m256i & acc, __m256i a, __m256i b) {
         const __m256i x = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
         acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
     }
 
-    INLINE __m256i sum(A acc) {
+    INLINE __m256i sum(__m256i acc) {
         return acc;
     }
 };
 
 }
 
-void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query) {
-    to_lanes_vec<avx2>(type, d, x, gates, query);
+void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries) {
+    to_lanes_vec<avx2>(type, d, x, gates, n, j, queries);
 }
 
 void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
         const uint8_t * const * next, float * out) {
     score_rows_vec<avx2>(s, type, g0, n_rows, n_src, src, next, out);
+}
+
+// 8 tokens at a time
+TARGET void llama_capsule_to_slots_avx2(uint32_t n, const float * x, float * const * out) {
+    for (uint32_t t = 0; t < n; t += 8, x += 64) {
+        __m256 y[8];
+        for (int i = 0; i < 8; i += 2) {
+            const __m256 a = _mm256_load_ps(x + 8*i);
+            const __m256 b = _mm256_load_ps(x + 8*i + 8);
+
+            y[i]     = _mm256_unpacklo_ps(a, b);
+            y[i + 1] = _mm256_unpackhi_ps(a, b);
+        }
+        for (int i = 0; i < 4; ++i) {
+            // slots i and i + 4, tokens 0 to 3 and 4 to 7
+            const int k = i/2;
+
+            const __m256 a = i % 2 ? _mm256_shuffle_ps(y[k],     y[k + 2], 0xee) : _mm256_shuffle_ps(y[k],     y[k + 2], 0x44);
+            const __m256 b = i % 2 ? _mm256_shuffle_ps(y[k + 4], y[k + 6], 0xee) : _mm256_shuffle_ps(y[k + 4], y[k + 6], 0x44);
+
+            _mm256_storeu_ps(out[i]     + t, _mm256_permute2f128_ps(a, b, 0x20));
+            _mm256_storeu_ps(out[i + 4] + t, _mm256_permute2f128_ps(a, b, 0x31));
+        }
+    }
 }
 
 #endif // CAPSULE_AVX2

@@ -3,7 +3,8 @@
 #include "llama-capsule-simd-project.h"
 
 //
-// queries in 8 bits against rows as they are stored, a row in each lane: each of them meets a query of its own
+// queries in 8 bits against rows as they are stored: the same rows of as many slots as a vector has room for, one in each lane. They meet the same queries, so that no sum
+//   runs across lanes. A lane is that of slot lane/P, row lane%P, of P rows at a time
 //
 
 namespace {
@@ -11,179 +12,233 @@ namespace {
 // sums of products of four codes in each lane
 template<class V, ggml_type TYPE>
 struct lane_products {
-    typedef typename V::I A;
+    INLINE void add(typename V::I & acc, typename V::I a, typename V::I b) { acc = V::dot(acc, a, b); }
+    INLINE auto sum(typename V::I acc)                                     { return acc; }
+};
 
-    INLINE A    zero()                                          { return V::set1_int(0); }
-    INLINE void add (A & acc, typename V::I a, typename V::I b) { acc = V::dot(acc, a, b); }
-    INLINE auto sum (A acc)                                     { return acc; }
+template<class V, ggml_type TYPE>
+struct score_shape {
+    static constexpr uint32_t S = llama_capsule_score::n_slots(V::N);
+    static constexpr uint32_t P = V::N/S;
+
+    static constexpr int n_codes = row_type<TYPE>::n_codes;
+    static constexpr int n_parts = n_codes/QK;       // of 32 codes
+    static constexpr int n_words = (1 + n_codes/4)*P; // of a query in a block: what its sums start from, its codes
+
+    static constexpr int zero = TYPE == GGML_TYPE_Q2_0 ? 1 : TYPE == GGML_TYPE_Q4_0 ? 8 : V::ZERO_Q8; // the code of 0
 };
 
 }
 
+template<class V, ggml_type TYPE>
+INLINE void to_lanes_of(uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint32_t * queries) {
+    using T = score_shape<V, TYPE>;
+
+    const uint32_t n_blocks = d/T::n_codes;
+
+    int8_t  codes[256];
+    int32_t sums [256/QK];
+
+    for (uint32_t p = 0; p < T::P; ++p) {
+        const float scale = V::to_codes(TYPE, d, { x[p], gates[p], codes, sums });
+
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            uint32_t * dst = queries + (b*n + j)*T::n_words + p;
+
+            *dst = V::first_sum(sums[b], T::zero);
+            for (int i = 0; i < T::n_codes; i += 4) {
+                dst += T::P;
+                memcpy(dst, codes + b*T::n_codes + i, sizeof(*dst));
+            }
+        }
+        memcpy(queries + n_blocks*n*T::n_words + j*T::P + p, &scale, sizeof(scale));
+    }
+}
+
 template<class V>
-TARGET static void to_lanes_vec(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query) {
-    const uint32_t n_sums = type == GGML_TYPE_Q2_0 ? 2 : 1; // of QK codes, that share a scale
-    const int32_t  zero   = type == GGML_TYPE_Q2_0 ? 1 : type == GGML_TYPE_Q4_0 ? 8 : V::ZERO_Q8;
-
-    alignas(64) int8_t codes[V::N][256];
-
-    const uint8_t * rows[V::N];
-
-    int32_t * offsets = (int32_t *) (query + d*V::N);
-    float   * scales  = (float   *) offsets + d/QK*V::N;
-
-    int32_t sums[V::N][256/QK];
-    float   unit[V::N][256/QK];
-
-    llama_capsule_lane lanes[V::N];
-    for (int i = 0; i < V::N; ++i) {
-        rows [i] = (const uint8_t *) codes[i];
-        lanes[i] = { x[i], gates[i], codes[i], sums[i], unit[i] };
+TARGET static void to_lanes_vec(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries) {
+    auto * dst = (uint32_t *) queries;
+    switch (type) {
+        case GGML_TYPE_Q8_0: to_lanes_of<V, GGML_TYPE_Q8_0>(d, x, gates, n, j, dst); break;
+        case GGML_TYPE_Q4_0: to_lanes_of<V, GGML_TYPE_Q4_0>(d, x, gates, n, j, dst); break;
+        case GGML_TYPE_Q2_0: to_lanes_of<V, GGML_TYPE_Q2_0>(d, x, gates, n, j, dst); break;
+        default: GGML_ABORT("fatal error");
     }
-    V::to_codes(type, d, V::N, lanes);
+}
 
-    for (int i = 0; i < V::N; ++i) {
-        for (uint32_t b = 0; b < d/QK/n_sums; ++b) {
-            offsets[b*V::N + i] = zero*(n_sums == 2 ? sums[i][2*b] + sums[i][2*b + 1] : sums[i][b]);
-            scales [b*V::N + i] = unit[i][b];
-        }
-    }
-
-    for (uint32_t i = 0; i < d; i += 16) {
-        typename V::I words[4];
-        V::load_words(rows, i, words);
-        for (uint32_t j = 0; j < 4; ++j) {
-            V::store_int((int32_t *) query + (i/4 + j)*V::N, words[j]);
+// 32 codes of each lane, 4 at a time, a part of those in words
+template<class V, ggml_type TYPE, int PART>
+INLINE void lane_codes(const typename V::I * words, typename V::I * codes) {
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (TYPE == GGML_TYPE_Q8_0) {
+            codes[i]     = V::signed_codes(words[i]);
+            codes[i + 4] = V::signed_codes(words[i + 4]);
+        } else if constexpr (TYPE == GGML_TYPE_Q4_0) {
+            codes[i]     = V::template bits_int<0, 15>(words[i]);
+            codes[i + 4] = V::template bits_int<4, 15>(words[i]);
+        } else {
+            codes[i]     = V::template bits_int<4*PART,     3>(words[i]);
+            codes[i + 4] = V::template bits_int<4*PART + 2, 3>(words[i]);
         }
     }
 }
 
-// the rows of a group in R lists, Q vectors of queries: out[r*ld_src + q*ld_out]
-template<class V, ggml_type TYPE, int R, int Q>
-INLINE void score_tile(const row_group<V, R> & g, uint32_t d, const uint8_t * const * queries, float * const * out, size_t ld_src) {
+// Q queries against 32 codes of a block; their sums of the last part are taken up, those of this one are left or end in acc
+template<class V, ggml_type TYPE, int PART, int Q>
+INLINE void score_tile(const typename V::I * codes, typename V::F scale, const uint32_t * queries, typename V::I * sums, typename V::F * acc) {
     using P = lane_products<V, TYPE>;
+    using T = score_shape  <V, TYPE>;
 
-    static constexpr int n_codes = row_type<TYPE>::n_codes;
-
-    typename V::F acc[Q][R];
-    for (auto & a : acc) {
-        for (auto & x : a) {
-            x = V::set1(0.0f);
-        }
-    }
-    for (size_t b = 0; b < d/n_codes; ++b) {
-        typename P::A sum[Q][R];
-        for (auto & a : sum) {
-            for (auto & x : a) {
-                x = P::zero();
-            }
-        }
-
-        const uint32_t * codes[Q];
-        for (int q = 0; q < Q; ++q) {
-            codes[q] = (const uint32_t *) queries[q] + b*(n_codes/4*V::N);
-        }
-        const auto * rows = g.codes + b*n_codes/4;
-
-#pragma GCC unroll 16
-        for (int j = 0; j < n_codes/4; ++j) {
-            for (int q = 0; q < Q; ++q) {
-                const auto y = V::load_int(codes[q] + j*V::N);
-                for (int r = 0; r < R; ++r) {
-                    P::add(sum[q][r], rows[j][r], y);
-                }
-            }
-        }
-        for (int q = 0; q < Q; ++q) {
-            const auto offset = V::load_int((const uint32_t *) (queries[q] + d*V::N) + b*V::N);
-            const auto scale  = V::load((const float *) (queries[q] + d*V::N) + (d/QK + b)*V::N);
-            for (int r = 0; r < R; ++r) {
-                acc[q][r] = V::fma(V::mul(scale, g.scales[b][r]), V::to_float(V::sub_int(P::sum(sum[q][r]), offset)), acc[q][r]);
-            }
-        }
-    }
+    typename V::I sum[Q];
+#pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
-        for (int r = 0; r < R; ++r) {
-            V::store(out[q] + r*ld_src, acc[q][r]);
+        sum[q] = PART == 0 ? V::load_lanes(queries + q*T::n_words) : sums[q];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) {
+            P::add(sum[q], codes[i], V::load_lanes(queries + q*T::n_words + (1 + 8*PART + i)*T::P));
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) {
+        if (PART + 1 < T::n_parts) {
+            sums[q] = sum[q];
+        } else {
+            acc[q] = V::fma(scale, V::to_float(P::sum(sum[q])), acc[q]);
         }
     }
 }
 
-// a few lines of memory at a time: many of them would hold up what is read meanwhile
-template<int LEVEL>
-INLINE void fetch(const uint8_t * p, size_t n) {
-    for (size_t i = 0; i < n; i += 64) {
-        __builtin_prefetch(p + i, 0, LEVEL);
+// n queries, N of them or, if that is 0, any number
+template<class V, ggml_type TYPE, int PART, int N>
+INLINE void score_part(const typename V::I * words, typename V::F scale, uint32_t n, const uint32_t * queries, typename V::I * sums, typename V::F * acc) {
+    static constexpr int n_words = score_shape<V, TYPE>::n_words;
+
+    typename V::I codes[8];
+    lane_codes<V, TYPE, PART>(words, codes);
+
+    if constexpr (N > 0) {
+        score_tile<V, TYPE, PART, N>(codes, scale, queries, sums, acc);
+    } else {
+        uint32_t j = 0;
+        for (; j + 4 <= n; j += 4, queries += 4*n_words) {
+            score_tile<V, TYPE, PART, 4>(codes, scale, queries, sums + j, acc + j);
+        }
+        switch (n - j) {
+            case 3: score_tile<V, TYPE, PART, 3>(codes, scale, queries, sums + j, acc + j); break;
+            case 2: score_tile<V, TYPE, PART, 2>(codes, scale, queries, sums + j, acc + j); break;
+            case 1: score_tile<V, TYPE, PART, 1>(codes, scale, queries, sums + j, acc + j); break;
+            default: break;
+        }
     }
 }
 
-// rows [r0, r0 + V::N) of R lists; there are more lists, next is read after all of them
-template<class V, ggml_type TYPE, int R>
-TARGET static void score_group(const llama_capsule_score & s, uint32_t i_group, uint32_t r0, uint32_t n_rows, const uint8_t * const * src, bool more,
-        const uint8_t * const * next, float * out, size_t ld_src) {
-    static constexpr uint32_t Q = 4; // vectors at a time
+// products without the scales of the queries; ld: words from one block to the next
+template<class V, ggml_type TYPE, int N>
+INLINE void score_queries(const uint8_t * const * rows, uint32_t d, uint32_t n, const uint32_t * queries, size_t ld, typename V::F * out) {
+    using T = score_shape<V, TYPE>;
 
-    const uint32_t d      = s.d;
-    const size_t   size   = d/row_type<TYPE>::n_codes*row_type<TYPE>::size;
-    const size_t   stride = llama_capsule_score::query_size(d, V::N);
+    typename V::I sums[N > 0 ? N : llama_capsule_score::MAX];
+    typename V::F few [N > 0 ? N : 1];
 
-    // lanes without a row repeat the last one
-    const uint8_t * rows[R][V::N];
-    for (int r = 0; r < R; ++r) {
-        for (uint32_t i = 0; i < V::N; ++i) {
-            rows[r][i] = src[r] + std::min(r0 + i, n_rows - 1)*size;
-        }
-        if (more) {
-            fetch<3>(src[R + r] + r0*size, std::min<uint32_t>(V::N, n_rows - r0)*size);
-        }
-        if (next) {
-            fetch<2>(next[r] + r0*size, std::min<uint32_t>(V::N, n_rows - r0)*size);
-        }
+    auto * acc = N > 0 ? few : out; // in registers
+    // a call of memset takes longer
+    float zero = 0.0f;
+    __asm__("" : "+m"(zero));
+
+    for (uint32_t j = 0; j < (N > 0 ? N : n); ++j) {
+        acc[j] = V::set1(zero);
     }
 
-    row_group<V, R> g;
-    group_rows<V, TYPE, R>(g, d, rows);
+    size_t offs = 0;
+    for (uint32_t b = 0; b < d/T::n_codes; ++b, queries += ld) {
+        const auto scale = V::halves(rows, offs);
+        offs += 2;
 
-    const uint32_t n = (s.first[i_group + 1] - s.first[i_group])*s.n_q;
-
-    const uint8_t * query = s.queries + s.first[i_group]*s.n_q*stride;
-    float         * first = out + s.first[i_group]*V::N;
-
-    const uint8_t * queries[Q];
-    float         * dst    [Q];
-
-    for (uint32_t j = 0, i = 0; j < n; ++j, query += stride) {
-        queries[j % Q] = query;
-        dst    [j % Q] = first + i*s.ld_out;
-        if (++i == s.n_q) {
-            i = 0;
-            first += V::N;
+        typename V::I words[8];
+        for (int i = 0; i < T::n_codes*row_type<TYPE>::n_bits/128; ++i, offs += 16) {
+            V::load_words(rows, offs, words + 4*i);
         }
-        if (j % Q == Q - 1) {
-            score_tile<V, TYPE, R, Q>(g, d, queries, dst, ld_src);
-        } else if (j + 1 == n) {
-            switch (n % Q) {
-                case 1:  score_tile<V, TYPE, R, 1>(g, d, queries, dst, ld_src); break;
-                case 2:  score_tile<V, TYPE, R, 2>(g, d, queries, dst, ld_src); break;
-                default: score_tile<V, TYPE, R, 3>(g, d, queries, dst, ld_src); break;
+        score_part<V, TYPE, 0, N>(words, scale, n, queries, sums, acc);
+        if constexpr (T::n_parts > 1) {
+            score_part<V, TYPE, 1, N>(words, scale, n, queries, sums, acc);
+        }
+    }
+    for (int j = 0; j < N; ++j) {
+        out[j] = few[j];
+    }
+}
+
+// P rows of S slots and all queries that they meet
+template<class V, ggml_type TYPE>
+INLINE void score_group(const llama_capsule_score & s, uint32_t i_group, const uint8_t * const * rows, float * out) {
+    using T = score_shape<V, TYPE>;
+
+    const uint32_t n_q    = s.n_q;
+    const size_t   ld_out = s.ld_out;
+    const uint32_t n      = (s.first[i_group + 1] - s.first[i_group])*n_q;
+    const size_t   ld     = n*T::n_words;
+
+    const auto * queries = (const uint32_t *) (s.queries + s.first[i_group]*n_q*llama_capsule_score::query_size(s.d, T::P));
+    const auto * scales  = queries + s.d/T::n_codes*ld;
+    const auto * tokens  = s.tokens + s.first[i_group]*T::P;
+
+    typename V::F acc[llama_capsule_score::MAX];
+
+    for (uint32_t j0 = 0, q = 0; j0 < n; j0 += llama_capsule_score::MAX, queries += llama_capsule_score::MAX*T::n_words) {
+        const uint32_t n_cur = std::min<uint32_t>(n - j0, llama_capsule_score::MAX);
+        switch (n_cur) {
+            case 1:  score_queries<V, TYPE, 1>(rows, s.d, n_cur, queries, ld, acc); break;
+            case 2:  score_queries<V, TYPE, 2>(rows, s.d, n_cur, queries, ld, acc); break;
+            case 3:  score_queries<V, TYPE, 3>(rows, s.d, n_cur, queries, ld, acc); break;
+            case 4:  score_queries<V, TYPE, 4>(rows, s.d, n_cur, queries, ld, acc); break;
+            default: score_queries<V, TYPE, 0>(rows, s.d, n_cur, queries, ld, acc); break;
+        }
+        for (uint32_t j = 0; j < n_cur; ++j, scales += T::P) {
+            V::add_scores(out + q*ld_out, tokens, V::to_scale(V::load_lanes(scales)), acc[j]);
+            if (++q == n_q) {
+                q = 0;
+                tokens += T::P;
             }
+        }
+    }
+}
+
+// up to S slots
+template<class V, ggml_type TYPE>
+TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
+    using T = score_shape<V, TYPE>;
+
+    const size_t size = s.d/T::n_codes*row_type<TYPE>::size;
+
+    // lanes without a slot or a row repeat the last one
+    const uint8_t * rows[V::N];
+    for (uint32_t i = 0; i < V::N; ++i) {
+        rows[i] = src[std::min(i/T::P, n_src - 1)] + std::min(i%T::P, n_rows - 1)*size;
+    }
+    for (uint32_t r = 0; r < n_rows; r += T::P) {
+        // a few lines of memory at a time: many of them would hold up what is read meanwhile
+        for (size_t i = GGML_PAD(r*size, 64); i < std::min(r + T::P, n_rows)*size && next; i += 64) {
+            for (uint32_t j = 0; j < n_src; ++j) {
+                __builtin_prefetch(next[j] + i, 0, 2);
+            }
+        }
+        score_group<V, TYPE>(s, g0 + r/T::P, rows, out);
+
+        for (uint32_t i = 0; i < V::N; ++i) {
+            rows[i] += (r + T::P + i%T::P < n_rows ? T::P : T::P - 1)*size;
         }
     }
 }
 
 template<class V, ggml_type TYPE>
 static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
-    const size_t ld_src = s.n_q*s.ld_out;
+    static constexpr uint32_t S = score_shape<V, TYPE>::S;
 
-    // the queries of a group stay in the cache of the core
-    for (uint32_t r = 0; r < n_rows; r += V::N, ++g0) {
-        uint32_t i = 0;
-        for (; i + 2 <= n_src; i += 2) {
-            score_group<V, TYPE, 2>(s, g0, r, n_rows, src + i, i + 4 <= n_src, next ? next + i : nullptr, out + i*ld_src, ld_src);
-        }
-        if (i < n_src) {
-            score_group<V, TYPE, 1>(s, g0, r, n_rows, src + i, false, next ? next + i : nullptr, out + i*ld_src, ld_src);
-        }
+    for (uint32_t i = 0; i < n_src; i += S, out += s.n_q*s.ld_out) {
+        score_slots<V, TYPE>(s, g0, n_rows, std::min(S, n_src - i), src + i, next ? next + i : nullptr, out);
     }
 }
 

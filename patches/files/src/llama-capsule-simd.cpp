@@ -107,7 +107,7 @@ static void to_float_plain(ggml_type type, const void * src, float * dst, uint32
 
 static const llama_capsule_simd simd_plain = {
     "plain", mul_plain, dot_plain, fma_plain, scale_plain, rope_plain, add_max_plain, exp_sum_plain, llama_capsule_hadamard, to_float_plain,
-    nullptr, 0, nullptr, nullptr, nullptr,
+    nullptr, 0, nullptr, nullptr, nullptr, nullptr,
     llama_capsule_row_quantize,
 };
 
@@ -697,7 +697,7 @@ TARGET static void mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basi
 
 static const llama_capsule_simd simd_avx2 = {
     "avx2", mul_avx2, dot_avx2, fma_avx2, scale_avx2, rope_avx2, add_max_avx2, exp_sum_avx2, hadamard_avx2, to_float_avx2, mul_int_avx2,
-    8, llama_capsule_to_lanes_avx2, llama_capsule_score_rows_avx2, llama_capsule_mul_rows_avx2,
+    8, llama_capsule_to_lanes_avx2, llama_capsule_score_rows_avx2, llama_capsule_to_slots_avx2, llama_capsule_mul_rows_avx2,
     llama_capsule_from_float_avx2, llama_capsule_dot_cells_avx2, llama_capsule_mul_cells_avx2,
     llama_capsule_query_size_avx2, llama_capsule_to_query_avx2, llama_capsule_dot_rows_avx2, llama_capsule_project_avx2,
 };

@@ -60,28 +60,39 @@ struct llama_capsule_int_rows {
     uint32_t n_q2;
 };
 
-// queries in 8 bits, for rows that are read as they are stored: each row meets its own. Groups of n_lanes rows of a type, one in each lane
+// queries in 8 bits, for rows that are read as they are stored, of n_slots slots at a time, a slot in each lane of a vector. If there are more lanes, they take n_rows rows.
+//   Groups of n_rows rows of a type: vectors of queries, one for each row, and the tokens whose scores the products are part of
 struct llama_capsule_score {
+    static constexpr uint32_t MAX = 32; // products of a group at a time
+
     uint32_t d; // 64, 128 or 256
     uint32_t n_q;
 
     const uint32_t * first;   // [n_groups + 1], the vectors of a group
-    const uint8_t  * queries; // [n_vectors][n_q][query_size()], see to_lanes
-    size_t           ld_out;  // from one query to the next: n_vectors*n_lanes or more
+    const uint32_t * tokens;  // [n_vectors][n_rows]
+    const uint8_t  * queries; // [n_vectors][n_q][query_size()], those of a group as to_lanes writes them
+    size_t           ld_out;  // from one query to the next
 
-    static size_t query_size(uint32_t d, uint32_t n_lanes) {
-        return n_lanes*(d + d/QK*(sizeof(int32_t) + sizeof(float)));
+    static constexpr uint32_t n_slots(uint32_t n_lanes) {
+        return n_lanes < LLAMA_CAPSULE_VEC ? n_lanes : LLAMA_CAPSULE_VEC;
+    }
+
+    static constexpr uint32_t n_rows(uint32_t n_lanes) {
+        return n_lanes/n_slots(n_lanes);
+    }
+
+    static size_t query_size(uint32_t d, uint32_t n_rows) {
+        return n_rows*(d + d/QK*sizeof(int32_t) + sizeof(float));
     }
 };
 
-// x times its gates, or x alone, or zeros, Hadamard-rotated, in 8 bits
+// x times its gates, or x alone, Hadamard-rotated, in 8 bits
 struct llama_capsule_lane {
     const float * x;
     const float * gates;
 
-    int8_t  * codes;  // [d], for rows of 2 bits in the order in which their codes come out
-    int32_t * sums;   // [d/QK]
-    float   * scales; // [d/QK2] for rows of 2 bits, [d/QK] for others
+    int8_t  * codes; // [d], for rows of 2 bits in the order in which their codes come out
+    int32_t * sums;  // [d/QK2] for rows of 2 bits, [d/QK] for others; AVX2: less than 0, two of 16 bits, of every other pair of codes
 };
 
 // a query as a base view sees it, see llama_capsule_views
@@ -138,16 +149,20 @@ struct llama_capsule_simd {
     void (*mul_int)(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows,
             float * out, size_t ld_out);
 
-    // the next three are 0 together
+    // the next four are 0 together
     uint32_t n_lanes;
 
-    // a llama_capsule_lane each as rows of this type meet it: d/4 times the codes of all lanes, 4 of each; d/QK times what the codes of 0 add up to; d/QK times scales
-    void (*to_lanes)(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint8_t * query);
+    // vector j of the n of a group, [n_rows] queries with gates or without: for each block of codes that share a scale, n times what the codes of 0 add up to and 4 codes at a time,
+    //   one of each row; then scales
+    void (*to_lanes)(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries);
 
-    // out[n][q][v][lane] = <row of the lane, its query in vector v>, in each of n_src lists of n_rows rows of type q8_0, q4_0 or q2_0, which are the groups from g0 on;
-    //   next: lists that are read after them, or nullptr
+    // out[i/n_slots][q][token][i%n_slots] += <row, query>, for all rows and the vectors of their groups, which are those from g0 on, in each of n_src lists of n_rows rows
+    //   of type q8_0, q4_0 or q2_0; next: lists that are read after them, or nullptr
     void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
             const uint8_t * const * next, float * out);
+
+    // out[i][t] = x[t][i] of n_slots slots
+    void (*to_slots)(uint32_t n, const float * x, float * const * out);
 
     // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
     //   next: rows that are read after them, or nullptr
