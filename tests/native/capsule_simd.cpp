@@ -360,21 +360,20 @@ static comparison test_score_rows(const simd & s) {
     for (uint32_t g = 0, v = 0; g < n_groups; ++g) {
         for (uint32_t n = (first[g + 1] - first[g])*n_q, j = 0; j < n; ++j, ++v) {
             std::vector<std::vector<float>> x(P), gates(P);
-            std::vector<const float *> px(P), pg(P, nullptr);
+            std::vector<llama_capsule_lane> lanes;
             for (uint32_t p = 0; p < P; ++p) {
-                x[p]  = values(d);
-                px[p] = x[p].data();
+                x[p] = values(d);
                 if (rng() % 2) {
                     gates[p] = values(d);
-                    pg[p]    = gates[p].data();
                 }
+                lanes.push_back({ x[p].data(), gates[p].empty() ? nullptr : gates[p].data(), queries.data() + first[g]*n_q*size, n, j, p });
                 float * y = views.data() + (v*P + p)*d;
                 for (uint32_t i = 0; i < d; ++i) {
-                    y[i] = x[p][i]*(pg[p] ? pg[p][i] : 1.0f);
+                    y[i] = x[p][i]*(gates[p].empty() ? 1.0f : gates[p][i]);
                 }
                 llama_capsule_hadamard(y, n_had, d);
             }
-            s.to_lanes(type, d, px.data(), pg.data(), n, j, queries.data() + first[g]*n_q*size);
+            s.to_lanes(type, d, P, lanes.data());
         }
     }
 

@@ -91,10 +91,8 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
         }
     }
 
-    turned    .resize(N*d);
-    lanes     .resize(n_rows);
-    lane_gates.resize(n_rows);
-    queries   .resize(variants.first.back()*n_q*size);
+    turned .resize(N*d);
+    queries.resize(variants.first.back()*n_q*size);
 
     for (uint32_t i = 0; i < n_q; ++i) {
         for (uint32_t t = 0; t < N; ++t) {
@@ -103,19 +101,20 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
         simd.rope(N, turned.data(), d, angles.data(), rope.n_rot, rope.n_rot, rope.norm);
 
         for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
+            lanes.clear();
             for (uint32_t g = variants.groups[t]; g < variants.groups[t + 1]; ++g) {
                 const uint32_t first = variants.first[g];
                 const uint32_t n     = variants.first[g + 1] - first;
 
-                for (uint32_t v = 0; v < n; ++v) {
-                    for (uint32_t j = 0; j < n_rows; ++j) {
-                        const auto & cur = variants.variants[(first + v)*n_rows + j];
+                for (uint32_t v = 0; v < n*n_rows; ++v) {
+                    const auto &  cur  = variants.variants[first*n_rows + v];
+                    const float * gate = cur.gate == llama_capsule_variants::NONE ? nullptr : gates + cur.gate;
 
-                        lanes     [j] = turned.data() + cur.token*d;
-                        lane_gates[j] = cur.gate == llama_capsule_variants::NONE ? nullptr : gates + cur.gate;
-                    }
-                    simd.to_lanes(LLAMA_CAPSULE_TYPES[t], d, lanes.data(), lane_gates.data(), n*n_q, v*n_q + i, queries.data() + first*n_q*size);
+                    lanes.push_back({ turned.data() + cur.token*d, gate, queries.data() + first*n_q*size, n*n_q, v/n_rows*n_q + i, v%n_rows });
                 }
+            }
+            if (!lanes.empty()) {
+                simd.to_lanes(LLAMA_CAPSULE_TYPES[t], d, lanes.size(), lanes.data());
             }
         }
     }

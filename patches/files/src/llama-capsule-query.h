@@ -59,8 +59,7 @@ private:
     llama_capsule_buf<float>   turned;  // [N][d], a query as the tokens see it
     llama_capsule_buf<uint8_t> queries; // see llama_capsule_score
 
-    std::vector<const float *> lanes;
-    std::vector<const float *> lane_gates;
+    std::vector<llama_capsule_lane> lanes;
 
     llama_capsule_buf<float>     sums; // [n/n_slots, rounded up][n_q][tokens, and that of none][n_slots]
     std::vector<float *>         dst;

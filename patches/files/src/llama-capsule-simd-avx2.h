@@ -69,16 +69,13 @@ INLINE void codes_q2(const uint8_t * qs, __m256i & lo, __m256i & hi) {
 // llama-capsule-simd-encode.cpp
 void llama_capsule_from_float_avx2(ggml_type type, const float * x, void * dst, uint32_t d);
 
-// 64 values in registers; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
-INLINE void hadamard_64(float * x, float scale) {
+// 64 values, without a scale; the order of the operations is that of llama_capsule_hadamard(), and so are the bits
+INLINE void hadamard_64(__m256 * v) {
     const __m256 s1 = _mm256_setr_ps(1, -1,  1, -1,  1, -1,  1, -1);
     const __m256 s2 = _mm256_setr_ps(1,  1, -1, -1,  1,  1, -1, -1);
     const __m256 s4 = _mm256_setr_ps(1,  1,  1,  1, -1, -1, -1, -1);
-    const __m256 sc = _mm256_set1_ps(scale);
 
-    __m256 v[8];
     for (int i = 0; i < 8; ++i) {
-        v[i] = _mm256_loadu_ps(x + 8*i);
         v[i] = _mm256_fmadd_ps(v[i], s1, _mm256_permute_ps(v[i], 0xb1));
         v[i] = _mm256_fmadd_ps(v[i], s2, _mm256_permute_ps(v[i], 0x4e));
         v[i] = _mm256_fmadd_ps(v[i], s4, _mm256_permute2f128_ps(v[i], v[i], 0x01));
@@ -94,13 +91,23 @@ INLINE void hadamard_64(float * x, float scale) {
             }
         }
     }
+}
+
+INLINE void hadamard_64(float * x, float scale) {
+    const __m256 sc = _mm256_set1_ps(scale);
+
+    __m256 v[8];
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm256_loadu_ps(x + 8*i);
+    }
+    hadamard_64(v);
     for (int i = 0; i < 8; ++i) {
         _mm256_storeu_ps(x + 8*i, _mm256_mul_ps(v[i], sc));
     }
 }
 
 // llama-capsule-simd-score.cpp
-void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries);
+void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
 void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
         const uint8_t * const * next, float * out);
@@ -131,7 +138,7 @@ static constexpr int Q4_ZERO = 8;
 static constexpr int Q2_ZERO = 1;
 
 // llama-capsule-simd-query.cpp
-float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
+void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes);
 
 size_t llama_capsule_query_size_avx2(uint32_t d);
 

@@ -31,7 +31,7 @@ INLINE __m256 fold(__m512 a) {
 
 static llama_capsule_simd base; // for the last 8 values, and for queries
 
-float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
+void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes);
 
 namespace {
 
@@ -162,8 +162,8 @@ struct avx512 {
         return (x[0] + x[1])/-8;
     }
 
-    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
-        return llama_capsule_to_codes_avx2(type, d, lane);
+    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+        llama_capsule_to_codes_avx2(type, d, n, lanes, codes);
     }
 
     INLINE uint32_t first_sum(int32_t sums, int32_t zero) {

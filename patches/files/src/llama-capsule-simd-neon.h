@@ -156,7 +156,7 @@ struct neon {
         return load_half((const uint8_t *) h);
     }
 
-    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane);
+    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes);
 
     INLINE uint32_t first_sum(int32_t sum, int32_t zero) { return -zero*sum; }
 
@@ -319,22 +319,23 @@ static void order_q2(uint32_t d, const int8_t * codes, int8_t * dst) {
     }
 }
 
-float neon::to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
-    float y[256];
-    for (uint32_t i = 0; i < d; ++i) {
-        y[i] = lane.gates ? lane.x[i]*lane.gates[i] : lane.x[i];
-    }
-    hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
+void neon::to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+    for (const auto * lane = lanes; lane < lanes + n; ++lane, ++codes) {
+        float y[256];
+        for (uint32_t i = 0; i < d; ++i) {
+            y[i] = lane->gates ? lane->x[i]*lane->gates[i] : lane->x[i];
+        }
+        hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
 
-    const float scale = to_codes_neon(d, y, lane.codes, lane.sums);
+        codes->scale = to_codes_neon(d, y, codes->codes, codes->sums);
 
-    if (type == GGML_TYPE_Q2_0) {
-        order_q2(d, lane.codes, lane.codes);
-        for (uint32_t i = 0; i < d/QK2; ++i) {
-            lane.sums[i] = lane.sums[2*i] + lane.sums[2*i + 1];
+        if (type == GGML_TYPE_Q2_0) {
+            order_q2(d, codes->codes, codes->codes);
+            for (uint32_t i = 0; i < d/QK2; ++i) {
+                codes->sums[i] = codes->sums[2*i] + codes->sums[2*i + 1];
+            }
         }
     }
-    return scale;
 }
 
 // 4 tokens at a time

@@ -170,46 +170,94 @@ TARGET static float to_query(const llama_capsule_view & view, const float * x, v
     return max/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
 }
 
-template<uint32_t D, bool Q2>
-TARGET static float to_codes(const llama_capsule_lane & lane) {
-    alignas(32) float y[D];
+// a lane rotated, without its scale; returns the largest value
+template<uint32_t D>
+INLINE float rotate_lane(const llama_capsule_lane & lane, float * y) {
+    const float * x = lane.x;
+    const float * g = lane.gates;
 
-    for (uint32_t i = 0; i < D; i += 8) {
-        const __m256 v = _mm256_loadu_ps(lane.x + i);
-        _mm256_store_ps(y + i, lane.gates ? _mm256_mul_ps(v, _mm256_loadu_ps(lane.gates + i)) : v);
-    }
-
-    const float  max = hadamard_max<D>(y);
-    const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
-
-    __m256i c[D/32];
-    for (uint32_t i = 0; i < D/32; ++i) {
-        c[i] = codes_32(f, y + 32*i);
-    }
-    for (uint32_t i = 0; i < D/32; i += 2) {
-        if (Q2) {
-            order_q2(c[i], c[i + 1]);
+    if (D != 128) {
+        for (uint32_t i = 0; i < D; i += 8) {
+            const __m256 v = _mm256_loadu_ps(x + i);
+            _mm256_store_ps(y + i, g ? _mm256_mul_ps(v, _mm256_loadu_ps(g + i)) : v);
         }
-        _mm256_storeu_si256((__m256i *) (lane.codes + 32*i),      c[i]);
-        _mm256_storeu_si256((__m256i *) (lane.codes + 32*i + 32), c[i + 1]);
+        return hadamard_max<D>(y);
     }
-    code_offsets<Q2 ? 2 : 1>(D/(Q2 ? QK2 : QK), c, 1, lane.sums);
 
-    return max/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
+    __m256 v[8];
+    for (int half = 0; half < 2; ++half, x += 64) {
+        for (int i = 0; i < 8; ++i) {
+            v[i] = _mm256_loadu_ps(x + 8*i);
+        }
+        for (int i = 0; i < 8 && g; ++i) {
+            v[i] = _mm256_mul_ps(v[i], _mm256_loadu_ps(g + 64*half + 8*i));
+        }
+        hadamard_64(v);
+        for (int i = 0; i < 8 && half == 0; ++i) {
+            _mm256_store_ps(y + 8*i, v[i]);
+        }
+    }
+
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+
+    __m256 m0 = _mm256_setzero_ps();
+    __m256 m1 = _mm256_setzero_ps();
+    for (int i = 0; i < 8; ++i) {
+        const __m256 u = _mm256_load_ps(y + 8*i);
+        const __m256 a = _mm256_add_ps(u, v[i]);
+        const __m256 b = _mm256_sub_ps(u, v[i]);
+
+        _mm256_store_ps(y + 8*i,      a);
+        _mm256_store_ps(y + 8*i + 64, b);
+
+        m0 = _mm256_max_ps(m0, _mm256_andnot_ps(sign, a));
+        m1 = _mm256_max_ps(m1, _mm256_andnot_ps(sign, b));
+    }
+    return max1(_mm256_max_ps(m0, m1));
+}
+
+// a step of all lanes at a time: each of them alone waits for its own results
+template<uint32_t D, bool Q2>
+TARGET static void to_codes(uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+    alignas(32) float y[llama_capsule_codes::MAX][D];
+
+    for (uint32_t l = 0; l < n; ++l) {
+        codes[l].scale = rotate_lane<D>(lanes[l], y[l]);
+    }
+    for (uint32_t l = 0; l < n; ++l) {
+        auto & cur = codes[l];
+
+        const __m256 f = _mm256_set1_ps(cur.scale > 0.0f ? 127.0f/cur.scale : 0.0f);
+
+        __m256i c[D/32];
+        for (uint32_t i = 0; i < D/32; ++i) {
+            c[i] = codes_32(f, y[l] + 32*i);
+        }
+        for (uint32_t i = 0; i < D/32; i += 2) {
+            if (Q2) {
+                order_q2(c[i], c[i + 1]);
+            }
+            _mm256_storeu_si256((__m256i *) (cur.codes + 32*i),      c[i]);
+            _mm256_storeu_si256((__m256i *) (cur.codes + 32*i + 32), c[i + 1]);
+        }
+        code_offsets<Q2 ? 2 : 1>(D/(Q2 ? QK2 : QK), c, 1, cur.sums);
+
+        cur.scale *= 1.0f/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
+    }
 }
 
 template<bool Q2>
-static float to_codes_of(uint32_t d, const llama_capsule_lane & lane) {
+static void to_codes_of(uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
     switch (d) {
-        case  64: return to_codes< 64, Q2>(lane);
-        case 128: return to_codes<128, Q2>(lane);
-        case 256: return to_codes<256, Q2>(lane);
+        case  64: to_codes< 64, Q2>(n, lanes, codes); break;
+        case 128: to_codes<128, Q2>(n, lanes, codes); break;
+        case 256: to_codes<256, Q2>(n, lanes, codes); break;
         default: GGML_ABORT("fatal error");
     }
 }
 
-float llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
-    return (type == GGML_TYPE_Q2_0 ? to_codes_of<true> : to_codes_of<false>)(d, lane);
+void llama_capsule_to_codes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+    (type == GGML_TYPE_Q2_0 ? to_codes_of<true> : to_codes_of<false>)(d, n, lanes, codes);
 }
 
 float llama_capsule_to_query_avx2(const llama_capsule_view & view, const float * x, void * dst, float & dot_mean) {

@@ -66,8 +66,8 @@ struct avx2 {
         x[3] = _mm256_unpackhi_epi64(y1, y3);
     }
 
-    static float to_codes(ggml_type type, uint32_t d, const llama_capsule_lane & lane) {
-        return llama_capsule_to_codes_avx2(type, d, lane);
+    static void to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+        llama_capsule_to_codes_avx2(type, d, n, lanes, codes);
     }
 
     // two of 16 bits
@@ -105,8 +105,8 @@ struct lane_products<avx2, GGML_TYPE_Q8_0> {
 
 }
 
-void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries) {
-    to_lanes_vec<avx2>(type, d, x, gates, n, j, queries);
+void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
+    to_lanes_vec<avx2>(type, d, n, lanes);
 }
 
 void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,

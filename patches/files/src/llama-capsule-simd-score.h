@@ -31,38 +31,42 @@ struct score_shape {
 }
 
 template<class V, ggml_type TYPE>
-INLINE void to_lanes_of(uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint32_t * queries) {
+INLINE void to_lanes_of(uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
     using T = score_shape<V, TYPE>;
 
     const uint32_t n_blocks = d/T::n_codes;
 
-    int8_t  codes[256];
-    int32_t sums [256/QK];
+    llama_capsule_codes all[llama_capsule_codes::MAX];
 
-    for (uint32_t p = 0; p < T::P; ++p) {
-        const float scale = V::to_codes(TYPE, d, { x[p], gates[p], codes, sums });
+    V::to_codes(TYPE, d, n, lanes, all);
 
+    for (uint32_t i = 0; i < n; ++i) {
+        const auto & lane = lanes[i];
+        const auto & cur  = all[i];
+
+        auto * first = (uint32_t *) lane.queries;
         for (uint32_t b = 0; b < n_blocks; ++b) {
-            uint32_t * dst = queries + (b*n + j)*T::n_words + p;
+            uint32_t * dst = first + (b*lane.n + lane.j)*T::n_words + lane.p;
 
-            *dst = V::first_sum(sums[b], T::zero);
-            for (int i = 0; i < T::n_codes; i += 4) {
-                dst += T::P;
-                memcpy(dst, codes + b*T::n_codes + i, sizeof(*dst));
+            *dst = V::first_sum(cur.sums[b], T::zero);
+            for (int k = 0; k < T::n_codes/4; ++k) {
+                memcpy(dst + (1 + k)*T::P, cur.codes + b*T::n_codes + 4*k, sizeof(*dst));
             }
         }
-        memcpy(queries + n_blocks*n*T::n_words + j*T::P + p, &scale, sizeof(scale));
+        memcpy(first + n_blocks*lane.n*T::n_words + lane.j*T::P + lane.p, &cur.scale, sizeof(cur.scale));
     }
 }
 
 template<class V>
-TARGET static void to_lanes_vec(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries) {
-    auto * dst = (uint32_t *) queries;
-    switch (type) {
-        case GGML_TYPE_Q8_0: to_lanes_of<V, GGML_TYPE_Q8_0>(d, x, gates, n, j, dst); break;
-        case GGML_TYPE_Q4_0: to_lanes_of<V, GGML_TYPE_Q4_0>(d, x, gates, n, j, dst); break;
-        case GGML_TYPE_Q2_0: to_lanes_of<V, GGML_TYPE_Q2_0>(d, x, gates, n, j, dst); break;
-        default: GGML_ABORT("fatal error");
+TARGET static void to_lanes_vec(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
+    for (uint32_t n_cur; n > 0; n -= n_cur, lanes += n_cur) {
+        n_cur = std::min(n, llama_capsule_codes::MAX);
+        switch (type) {
+            case GGML_TYPE_Q8_0: to_lanes_of<V, GGML_TYPE_Q8_0>(d, n_cur, lanes); break;
+            case GGML_TYPE_Q4_0: to_lanes_of<V, GGML_TYPE_Q4_0>(d, n_cur, lanes); break;
+            case GGML_TYPE_Q2_0: to_lanes_of<V, GGML_TYPE_Q2_0>(d, n_cur, lanes); break;
+            default: GGML_ABORT("fatal error");
+        }
     }
 }
 

@@ -86,13 +86,24 @@ struct llama_capsule_score {
     }
 };
 
-// x times its gates, or x alone, Hadamard-rotated, in 8 bits
+// x times its gates, or x alone, and where it goes: row p of vector j of the n of a group
 struct llama_capsule_lane {
     const float * x;
     const float * gates;
 
-    int8_t  * codes; // [d], for rows of 2 bits in the order in which their codes come out
-    int32_t * sums;  // [d/QK2] for rows of 2 bits, [d/QK] for others; AVX2: less than 0, two of 16 bits, of every other pair of codes
+    uint8_t * queries; // of the group
+    uint32_t  n;
+    uint32_t  j;
+    uint32_t  p;
+};
+
+// a lane, Hadamard-rotated, in 8 bits
+struct llama_capsule_codes {
+    static constexpr uint32_t MAX = 8; // at a time
+
+    int8_t  codes[256];    // [d], for rows of 2 bits in the order in which their codes come out
+    int32_t sums [256/QK]; // [d/QK2] for rows of 2 bits, [d/QK] for others; AVX2: less than 0, two of 16 bits, of every other pair of codes
+    float   scale;
 };
 
 // a query as a base view sees it, see llama_capsule_views
@@ -152,9 +163,9 @@ struct llama_capsule_simd {
     // the next four are 0 together
     uint32_t n_lanes;
 
-    // vector j of the n of a group, [n_rows] queries with gates or without: for each block of codes that share a scale, n times what the codes of 0 add up to and 4 codes at a time,
+    // lanes as rows of this type meet them; those of a group: for each block of codes that share a scale, n times what the codes of 0 add up to and 4 codes at a time,
     //   one of each row; then scales
-    void (*to_lanes)(ggml_type type, uint32_t d, const float * const * x, const float * const * gates, uint32_t n, uint32_t j, uint8_t * queries);
+    void (*to_lanes)(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
     // out[i/n_slots][q][token][i%n_slots] += <row, query>, for all rows and the vectors of their groups, which are those from g0 on, in each of n_src lists of n_rows rows
     //   of type q8_0, q4_0 or q2_0; next: lists that are read after them, or nullptr
