@@ -61,6 +61,14 @@ template<class V>
 TARGET static void to_lanes_vec(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes) {
     for (uint32_t n_cur; n > 0; n -= n_cur, lanes += n_cur) {
         n_cur = std::min(n, llama_capsule_codes::MAX);
+
+        // gates are read in the order of the rows that they are for: nothing but this fetches them
+        for (uint32_t i = n_cur; i < std::min(n, 2*n_cur); ++i) {
+            for (uint32_t j = 0; j < d && lanes[i].gates; j += 16) {
+                __builtin_prefetch(lanes[i].gates + j);
+            }
+        }
+
         switch (type) {
             case GGML_TYPE_Q8_0: to_lanes_of<V, GGML_TYPE_Q8_0>(d, n_cur, lanes); break;
             case GGML_TYPE_Q4_0: to_lanes_of<V, GGML_TYPE_Q4_0>(d, n_cur, lanes); break;
