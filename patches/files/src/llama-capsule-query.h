@@ -44,8 +44,8 @@ public:
     void init(const llama_capsule_variants & variants, uint32_t i_head, uint32_t n_q, const float * q, size_t ld_q,
             const float * distances, const llama_capsule_rope_params & rope);
 
-    // scores of the tokens of n slots: out[i_slot*ld_slot + i_q*ld_out + t]; next: slots that are read after them, or nullptr
-    void scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const uint8_t * const * next, float * out, size_t ld_slot, size_t ld_out);
+    // scores of the tokens of n slots: out[i_slot*ld_slot + i_q*ld_out + t]
+    void scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const llama_capsule_fetch & soon, float * out, size_t ld_slot, size_t ld_out);
 
 private:
     const llama_capsule_variants * variants = nullptr;
@@ -64,5 +64,4 @@ private:
     llama_capsule_buf<float>     sums; // [n/n_slots, rounded up][n_q][tokens, and that of none][n_slots]
     std::vector<float *>         dst;
     std::vector<const uint8_t *> src;
-    std::vector<const uint8_t *> src_next;
 };

@@ -13,6 +13,9 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
+// not inlined: in a large function GCC keeps the sums of a tile in memory, as it does where it does not unroll their loops early
+#define ALONE __attribute__((noinline)) TARGET static
+
 INLINE __m128 sum4(__m256 a0, __m256 a1, __m256 a2, __m256 a3) {
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a0, a1), _mm256_hadd_ps(a2, a3));
 
@@ -109,14 +112,13 @@ INLINE void hadamard_64(float * x, float scale) {
 // llama-capsule-simd-score.cpp
 void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
-void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
-        const uint8_t * const * next, float * out);
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
+        float * out);
 
 void llama_capsule_to_slots_avx2(uint32_t n, const float * x, float * const * out);
 
 // llama-capsule-simd-rows.cpp
-void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
-        float * out, size_t ld_out);
+void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
 
 // llama-capsule-simd-hot.cpp
 void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,

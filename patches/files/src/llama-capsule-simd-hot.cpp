@@ -33,16 +33,21 @@ struct rows_q8_0 {
 
 template<typename T, int Q, int R>
 INLINE void dot_tile(uint32_t d, const uint8_t * x, size_t stride, const float * y, size_t ld_y, __m256 (&acc)[Q][R]) {
-    for (auto & a : acc) {
-        for (auto & v : a) {
-            v = _mm256_setzero_ps();
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            acc[q][r] = _mm256_setzero_ps();
         }
     }
     for (uint32_t i = 0; i < d; i += T::N) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             __m256 v[T::N/8];
             T::load(x + r*stride, i, v);
+#pragma GCC unroll 8
             for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
                 for (uint32_t j = 0; j < T::N/8; ++j) {
                     acc[q][r] = _mm256_fmadd_ps(v[j], _mm256_loadu_ps(y + q*ld_y + i + 8*j), acc[q][r]);
                 }
@@ -74,24 +79,31 @@ TARGET static void dot(uint32_t n_x, uint32_t d, const uint8_t * x, size_t strid
 template<typename T, int Q, int C>
 INLINE void mul_cols(uint32_t n_x, const float * w, size_t ld_w, const uint8_t * x, size_t stride, uint32_t i0, float * out, size_t ld_out) {
     __m256 acc[Q][C];
+#pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             acc[q][c] = _mm256_loadu_ps(out + q*ld_out + i0 + 8*c);
         }
     }
     for (uint32_t r = 0; r < n_x; ++r) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; c += T::N/8) {
             __m256 v[T::N/8];
             T::load(x + r*stride, i0 + 8*c, v);
+#pragma GCC unroll 8
             for (int q = 0; q < Q; ++q) {
                 const __m256 f = _mm256_broadcast_ss(w + q*ld_w + r);
+#pragma GCC unroll 8
                 for (uint32_t j = 0; j < T::N/8; ++j) {
                     acc[q][c + j] = _mm256_fmadd_ps(f, v[j], acc[q][c + j]);
                 }
             }
         }
     }
+#pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             _mm256_storeu_ps(out + q*ld_out + i0 + 8*c, acc[q][c]);
         }

@@ -109,9 +109,9 @@ void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const l
     to_lanes_vec<avx2>(type, d, n, lanes);
 }
 
-void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
-        const uint8_t * const * next, float * out) {
-    score_rows_vec<avx2>(s, type, g0, n_rows, n_src, src, next, out);
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
+        float * out) {
+    score_rows_vec<avx2>(s, type, g0, r0, n_rows, n_src, src, out);
 }
 
 // 8 tokens at a time

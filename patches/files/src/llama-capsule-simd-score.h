@@ -218,49 +218,56 @@ INLINE void score_group(const llama_capsule_score & s, uint32_t i_group, const u
     }
 }
 
-// up to S slots
+// bytes [from, to) of what is read soon of slots [i, i + n): a few lines of memory at a time, many of them would hold up what is read meanwhile
+INLINE void fetch_soon(const llama_capsule_fetch & soon, uint32_t i, uint32_t n, size_t from, size_t to) {
+    for (size_t offs = GGML_PAD(from, 64); offs < to; offs += 64) {
+        const int    part = offs >= soon.sizes[0];
+        const size_t rest = part ? offs - soon.sizes[0] : offs;
+        for (uint32_t j = i; j < i + n && rest < soon.sizes[part]; ++j) {
+            __builtin_prefetch(soon.parts[part][j] + rest, 0, 2);
+        }
+    }
+}
+
+// slots [i, i + n), S of them at most
 template<class V, ggml_type TYPE>
-TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
+TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t i, uint32_t n, const uint8_t * const * src, float * out) {
     using T = score_shape<V, TYPE>;
 
     const size_t size = s.d/T::n_codes*row_type<TYPE>::size;
 
     // lanes without a slot or a row repeat the last one
     const uint8_t * rows[V::N];
-    for (uint32_t i = 0; i < V::N; ++i) {
-        rows[i] = src[std::min(i/T::P, n_src - 1)] + std::min(i%T::P, n_rows - 1)*size;
+    for (uint32_t j = 0; j < V::N; ++j) {
+        rows[j] = src[i + std::min(j/T::P, n - 1)] + std::min(j%T::P, n_rows - 1)*size;
     }
     for (uint32_t r = 0; r < n_rows; r += T::P) {
-        // a few lines of memory at a time: many of them would hold up what is read meanwhile
-        for (size_t i = GGML_PAD(r*size, 64); i < std::min(r + T::P, n_rows)*size && next; i += 64) {
-            for (uint32_t j = 0; j < n_src; ++j) {
-                __builtin_prefetch(next[j] + i, 0, 2);
-            }
+        if (s.soon) {
+            fetch_soon(*s.soon, i, n, (r0 + r)*s.step, (r0 + std::min(r + T::P, n_rows))*s.step);
         }
         score_group<V, TYPE>(s, g0 + r/T::P, rows, out);
 
-        for (uint32_t i = 0; i < V::N; ++i) {
-            rows[i] += (r + T::P + i%T::P < n_rows ? T::P : T::P - 1)*size;
+        for (uint32_t j = 0; j < V::N; ++j) {
+            rows[j] += (r + T::P + j%T::P < n_rows ? T::P : T::P - 1)*size;
         }
     }
 }
 
 template<class V, ggml_type TYPE>
-static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next, float * out) {
+static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
     static constexpr uint32_t S = score_shape<V, TYPE>::S;
 
     for (uint32_t i = 0; i < n_src; i += S, out += s.n_q*s.ld_out) {
-        score_slots<V, TYPE>(s, g0, n_rows, std::min(S, n_src - i), src + i, next ? next + i : nullptr, out);
+        score_slots<V, TYPE>(s, g0, r0, n_rows, i, std::min(S, n_src - i), src, out);
     }
 }
 
 template<class V>
-static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, const uint8_t * const * next,
-        float * out) {
+static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
     switch (type) {
-        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, n_rows, n_src, src, next, out); break;
-        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, n_rows, n_src, src, next, out); break;
-        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, n_rows, n_src, src, next, out); break;
+        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, r0, n_rows, n_src, src, out); break;
+        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, r0, n_rows, n_src, src, out); break;
+        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, r0, n_rows, n_src, src, out); break;
         default: GGML_ABORT("fatal error");
     }
 }

@@ -124,24 +124,31 @@ static const llama_capsule_simd simd_plain = {
 template<int T, int C>
 INLINE void mul_tile(uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x, const float * init, float * out, size_t ld_out) {
     __m256 acc[T][C];
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             acc[t][c] = _mm256_loadu_ps((init ? init : out + t*ld_out) + 8*c);
         }
     }
     for (uint32_t r = 0; r < n_rows; ++r) {
         __m256 xr[C];
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             xr[c] = _mm256_loadu_ps(x + r*ld_x + 8*c);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             const __m256 f = _mm256_broadcast_ss(w + r*w_r + t*w_t);
+#pragma GCC unroll 8
             for (int c = 0; c < C; ++c) {
                 acc[t][c] = _mm256_fmadd_ps(f, xr[c], acc[t][c]);
             }
         }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             _mm256_storeu_ps(out + t*ld_out + 8*c, acc[t][c]);
         }
@@ -152,8 +159,15 @@ template<int C>
 TARGET static void mul_cols(uint32_t n_out, uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
         const float * init, float * out, size_t ld_out) {
     uint32_t t = 0;
-    for (; t + 6 <= n_out; t += 6) {
+    while (n_out - t >= 6) {
+        // no tile of one or two is left: the latency of its sums would show
+        if (n_out - t == 7 || n_out - t == 8) {
+            mul_tile<4, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+            t += 4;
+            break;
+        }
         mul_tile<6, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+        t += 6;
     }
     w   += t*w_t;
     out += t*ld_out;
@@ -417,110 +431,88 @@ TARGET static void to_float_avx2(ggml_type type, const void * src, float * dst, 
 }
 
 //
-// products of rows of 4 and 2 bits in integers, two rows at a time: the scales of the rows go into the basis,
-//   which becomes 16 bits wide for q4_0, with sums of 32 bits, and 8 bits wide for q2_0, with sums of 16 bits
+// products of rows of 4 and 2 bits in integers, two rows at a time: the scales of the rows go into the basis, which becomes 8 bits wide, with sums of 16 bits
 //
 
-// 2-bit codes less their offset are at most 2: sums stay below 2^15
-static constexpr uint32_t Q2_MAX_ROWS = 32767/127/2;
+// rows whose sums stay below 2^15 with weights of 100 or more: codes less those of 0 are at most 8 and 2
+static constexpr uint32_t Q4_TOP       = 8;
+static constexpr uint32_t Q2_TOP       = 2;
+static constexpr uint32_t INT_MAX_SUM  = 32767;
+static constexpr uint32_t INT_MAX_CODE = INT_MAX_SUM/100;
 
 struct int_buffers {
-    llama_capsule_buf<uint8_t>  codes;   // [d/32][n_pairs][32 columns][2 rows], bytes or 16 bits
+    llama_capsule_buf<uint8_t>  codes;   // [d/32][n_pairs][32 columns][2 rows], rows of 4 bits first in even blocks of columns and last in odd ones
     llama_capsule_buf<uint8_t>  row;     // [2][d]
-    llama_capsule_buf<float>    scales;  // [d/32][n_rows, padded]
-    llama_capsule_buf<int16_t>  factors; // [n_rows, padded]
-    llama_capsule_buf<uint32_t> w;       // [n_pairs][N16]
-    llama_capsule_buf<int16_t>  offs;    // [N16]
+    llama_capsule_buf<float>    scales;  // [d/32][rows of 4 bits, padded], [d/64][rows of 2 bits, padded]
+    llama_capsule_buf<int16_t>  factors; // [rows, padded]
+    llama_capsule_buf<uint32_t> w;       // [n_pairs][N16] of an even block, [n_pairs][N16] of the odd one behind it: they share the rows of 2 bits
+    llama_capsule_buf<int16_t>  offs;    // [2][N16], those of rows of 2 bits behind
 };
 
-// the factors of the rows in a column block: the largest product with the basis becomes top; returns what 1 stands for, 0 if all are 0
-TARGET static float int_factors(uint32_t n_pad, const float * scales, const float * basis_max, float top, int16_t * factors) {
+TARGET static float max_product(uint32_t n_pad, const float * a, const float * b) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
 
     __m256 m = _mm256_setzero_ps();
     for (uint32_t i = 0; i < n_pad; i += 8) {
-        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(scales + i), _mm256_loadu_ps(basis_max + i))));
+        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_mul_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i))));
     }
-    const float max = max1(m);
-    if (max == 0.0f) {
-        return 0.0f;
-    }
+    return max1(m);
+}
 
-    const __m256 f = _mm256_set1_ps(top/max);
+// factors of the rows of a block of columns
+TARGET static void int_factors(uint32_t n_pad, const float * scales, const float * basis_max, float f, int16_t * factors) {
     for (uint32_t i = 0; i < n_pad; i += 8) {
-        const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(f, _mm256_mul_ps(_mm256_loadu_ps(scales + i), _mm256_loadu_ps(basis_max + i))));
+        const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_set1_ps(f), _mm256_mul_ps(_mm256_loadu_ps(scales + i), _mm256_loadu_ps(basis_max + i))));
 
         _mm_storeu_si128((__m128i *) (factors + i), _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
     }
-
-    return max/top;
 }
 
-// codes and scales of n rows, the codes of two rows side by side
+// codes and scales of n rows, the codes of two rows side by side; dst [d/32] blocks of columns
 template<bool Q4>
-TARGET static void int_codes(int_buffers & buf, uint32_t n, uint32_t n_pad, uint32_t d, const uint8_t * src) {
-    const uint32_t n_blocks = d/QK;
-    const uint32_t n_pairs  = (n + 1)/2;
-    const size_t   size     = Q4 ? 128 : 64;
+TARGET static void int_codes(uint8_t * row, uint32_t n, uint32_t n_pad, uint32_t d, const uint8_t * src, uint8_t * const * dst, float * scales) {
+    static constexpr uint32_t n_codes = Q4 ? QK : QK2;
 
-    buf.codes.resize(n_blocks*n_pairs*size);
-    buf.row.resize(2*d);
-    std::fill_n(buf.scales.resize(n_pad*n_blocks), n_pad*n_blocks, 0.0f);
+    std::fill_n(scales, d/n_codes*n_pad, 0.0f);
 
-    for (uint32_t p = 0; p < n_pairs; ++p) {
+    for (uint32_t r = 0; r < n; r += 2) {
         for (uint32_t k = 0; k < 2; ++k) {
-            uint8_t * row   = buf.row.data() + k*d;
-            float   * scale = buf.scales.data() + 2*p + k;
-
-            if (2*p + k >= n) {
-                memset(row, 0, d);
+            uint8_t * to = row + k*d;
+            if (r + k >= n) {
+                memset(to, 0, d);
                 continue;
             }
-            for (uint32_t b = 0; b < n_blocks; b += Q4 ? 1 : 2) {
+            for (uint32_t b = 0; b < d/n_codes; ++b, to += n_codes) {
                 if (Q4) {
-                    _mm256_storeu_si256((__m256i *) (row + b*QK), _mm256_sub_epi8(codes_q4(src + 2), _mm256_set1_epi8(8)));
-                    scale[b*n_pad] = half_at(src);
-                    src += Q4_SIZE;
+                    _mm256_storeu_si256((__m256i *) to, codes_q4(src + 2));
                 } else {
                     __m256i lo;
                     __m256i hi;
                     codes_q2(src + 2, lo, hi);
 
-                    _mm256_storeu_si256((__m256i *) (row + b*QK),      lo);
-                    _mm256_storeu_si256((__m256i *) (row + b*QK + QK), hi);
-                    scale[b*n_pad] = scale[(b + 1)*n_pad] = half_at(src);
-                    src += Q2_SIZE;
+                    _mm256_storeu_si256((__m256i *) to,      lo);
+                    _mm256_storeu_si256((__m256i *) to + 1, hi);
                 }
+                scales[b*n_pad + r + k] = half_at(src);
+                src += Q4 ? Q4_SIZE : Q2_SIZE;
             }
         }
-        for (uint32_t b = 0; b < n_blocks; ++b) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *) (buf.row.data() + b*QK));
-            const __m256i y = _mm256_loadu_si256((const __m256i *) (buf.row.data() + b*QK + d));
+        for (uint32_t b = 0; b < d/QK; ++b) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *) (row + b*QK));
+            const __m256i y = _mm256_loadu_si256((const __m256i *) (row + b*QK + d));
 
             const __m256i lo = _mm256_unpacklo_epi8(x, y);
             const __m256i hi = _mm256_unpackhi_epi8(x, y);
 
-            const __m256i c0 = _mm256_permute2x128_si256(lo, hi, 0x20);
-            const __m256i c1 = _mm256_permute2x128_si256(lo, hi, 0x31);
-
-            __m256i * dst = (__m256i *) (buf.codes.data() + (b*n_pairs + p)*size);
-
-            if (Q4) {
-                _mm256_storeu_si256(dst,     _mm256_cvtepi8_epi16(_mm256_castsi256_si128(c0)));
-                _mm256_storeu_si256(dst + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(c0, 1)));
-                _mm256_storeu_si256(dst + 2, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(c1)));
-                _mm256_storeu_si256(dst + 3, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(c1, 1)));
-            } else {
-                _mm256_storeu_si256(dst,     c0);
-                _mm256_storeu_si256(dst + 1, c1);
-            }
+            _mm256_storeu_si256((__m256i *) (dst[b] + r*QK),      _mm256_permute2x128_si256(lo, hi, 0x20));
+            _mm256_storeu_si256((__m256i *) (dst[b] + r*QK) + 1, _mm256_permute2x128_si256(lo, hi, 0x31));
         }
     }
 }
 
-// 16*J tokens of the basis of a column block: pairs of factors, for 8 bits each pair twice, and what the offsets of the codes add up to
-template<bool Q4, int J>
-INLINE void int_weights_tile(uint32_t n_pairs, uint32_t N16, const int16_t * basis, const int16_t * factors, uint32_t * w, int16_t * offs) {
+// 16*J tokens of the basis of a block of columns: each pair of weights twice, and what the codes of 0 add up to
+template<int J>
+INLINE void int_weights_tile(uint32_t n_pairs, uint32_t N16, const int16_t * basis, const int16_t * factors, int zero, uint32_t * w, int16_t * offs) {
     const __m256i half = _mm256_set1_epi16(128);
     const __m256i low  = _mm256_set1_epi16(255);
 
@@ -534,37 +526,32 @@ INLINE void int_weights_tile(uint32_t n_pairs, uint32_t N16, const int16_t * bas
         const __m256i f1 = _mm256_set1_epi16(factors[r + 1]);
 
         for (int j = 0; j < J; ++j) {
-            __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (basis + 16*j)),       f0);
-            __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (basis + 16*j + N16)), f1);
+            const __m256i x = _mm256_srai_epi16(_mm256_add_epi16(_mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (basis + 16*j)),       f0), half), 8);
+            const __m256i y = _mm256_srai_epi16(_mm256_add_epi16(_mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i *) (basis + 16*j + N16)), f1), half), 8);
 
-            if (!Q4) {
-                x = _mm256_srai_epi16(_mm256_add_epi16(x, half), 8);
-                y = _mm256_srai_epi16(_mm256_add_epi16(y, half), 8);
+            sum[j] = _mm256_add_epi16(sum[j], _mm256_add_epi16(x, y));
 
-                sum[j] = _mm256_add_epi16(sum[j], _mm256_add_epi16(x, y));
+            const __m256i xy = _mm256_or_si256(_mm256_and_si256(x, low), _mm256_slli_epi16(y, 8));
 
-                x = _mm256_or_si256(_mm256_and_si256(x, low), _mm256_slli_epi16(y, 8));
-                y = x;
-            }
-
-            _mm256_storeu_si256((__m256i *) (w + 16*j),     _mm256_unpacklo_epi16(x, y));
-            _mm256_storeu_si256((__m256i *) (w + 16*j + 8), _mm256_unpackhi_epi16(x, y));
+            _mm256_storeu_si256((__m256i *) (w + 16*j),     _mm256_unpacklo_epi16(xy, xy));
+            _mm256_storeu_si256((__m256i *) (w + 16*j + 8), _mm256_unpackhi_epi16(xy, xy));
         }
     }
 
-    for (int j = 0; j < J && !Q4; ++j) {
-        _mm256_storeu_si256((__m256i *) (offs + 16*j), _mm256_permute4x64_epi64(sum[j], 0xd8));
+    for (int j = 0; j < J; ++j) {
+        __m256i * o = (__m256i *) (offs + 16*j);
+
+        _mm256_storeu_si256(o, _mm256_add_epi16(_mm256_loadu_si256(o), _mm256_mullo_epi16(_mm256_set1_epi16(zero), _mm256_permute4x64_epi64(sum[j], 0xd8))));
     }
 }
 
-template<bool Q4>
-TARGET static void int_weights(uint32_t n_pairs, uint32_t N16, const int16_t * basis, const int16_t * factors, uint32_t * w, int16_t * offs) {
+TARGET static void int_weights(uint32_t n_pairs, uint32_t N16, const int16_t * basis, const int16_t * factors, int zero, uint32_t * w, int16_t * offs) {
     uint32_t j = 0;
     for (; j + 32 <= N16; j += 32) {
-        int_weights_tile<Q4, 2>(n_pairs, N16, basis + j, factors, w + j, offs + j);
+        int_weights_tile<2>(n_pairs, N16, basis + j, factors, zero, w + j, offs + j);
     }
     if (j < N16) {
-        int_weights_tile<Q4, 1>(n_pairs, N16, basis + j, factors, w + j, offs + j);
+        int_weights_tile<1>(n_pairs, N16, basis + j, factors, zero, w + j, offs + j);
     }
 }
 
@@ -572,37 +559,15 @@ INLINE void add_scaled(float * y, __m256 scale, __m256i x) {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(x), _mm256_loadu_ps(y)));
 }
 
-// T tokens of a column block
-template<int T>
-INLINE void q4_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, size_t ld_w, __m256 scale, float * out, size_t ld_out) {
-    for (int half = 0; half < 2; ++half) {
-        __m256i acc[T][2];
-        for (int t = 0; t < T; ++t) {
-            acc[t][0] = _mm256_setzero_si256();
-            acc[t][1] = _mm256_setzero_si256();
-        }
-        for (uint32_t p = 0; p < n_pairs; ++p) {
-            const __m256i c0 = _mm256_loadu_si256((const __m256i *) (codes + 128*p + 64*half));
-            const __m256i c1 = _mm256_loadu_si256((const __m256i *) (codes + 128*p + 64*half + 32));
-            for (int t = 0; t < T; ++t) {
-                const __m256i f = _mm256_set1_epi32(w[p*ld_w + t]);
-
-                acc[t][0] = _mm256_add_epi32(acc[t][0], _mm256_madd_epi16(c0, f));
-                acc[t][1] = _mm256_add_epi32(acc[t][1], _mm256_madd_epi16(c1, f));
-                KEEP(acc[t][0]);
-                KEEP(acc[t][1]);
-            }
-        }
-        for (int t = 0; t < T; ++t) {
-            add_scaled(out + t*ld_out + 16*half,     scale, acc[t][0]);
-            add_scaled(out + t*ld_out + 16*half + 8, scale, acc[t][1]);
-        }
-    }
+INLINE void add16(__m256i & acc, __m256i x) {
+    __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(x));
 }
 
+// T tokens of a block of columns
 template<int T>
-INLINE void q2_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, size_t ld_w, const int16_t * offs, __m256 scale, float * out, size_t ld_out) {
+INLINE void int_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, size_t ld_w, const int16_t * offs, __m256 scale, float * out, size_t ld_out) {
     __m256i acc[T][2];
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
         acc[t][0] = _mm256_set1_epi16(-offs[t]);
         acc[t][1] = acc[t][0];
@@ -610,16 +575,17 @@ INLINE void q2_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w,
     for (uint32_t p = 0; p < n_pairs; ++p) {
         const __m256i c0 = _mm256_loadu_si256((const __m256i *) (codes + 64*p));
         const __m256i c1 = _mm256_loadu_si256((const __m256i *) (codes + 64*p + 32));
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             const __m256i f = _mm256_set1_epi32(w[p*ld_w + t]);
 
-            acc[t][0] = _mm256_add_epi16(acc[t][0], _mm256_maddubs_epi16(c0, f));
-            acc[t][1] = _mm256_add_epi16(acc[t][1], _mm256_maddubs_epi16(c1, f));
-            KEEP(acc[t][0]);
-            KEEP(acc[t][1]);
+            add16(acc[t][0], _mm256_maddubs_epi16(c0, f));
+            add16(acc[t][1], _mm256_maddubs_epi16(c1, f));
         }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
         for (int c = 0; c < 2; ++c) {
             float * y = out + t*ld_out + 16*c;
 
@@ -629,55 +595,97 @@ INLINE void q2_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w,
     }
 }
 
-template<bool Q4, int T>
-INLINE void int_tile(uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, size_t ld_w, const int16_t * offs, __m256 scale, float * out, size_t ld_out) {
-    if (Q4) {
-        q4_tile<T>(n_pairs, codes, w, ld_w, scale, out, ld_out);
-    } else {
-        q2_tile<T>(n_pairs, codes, w, ld_w, offs, scale, out, ld_out);
-    }
-}
-
-template<bool Q4>
-TARGET static void int_cols(uint32_t n_out, uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, uint32_t N16, const int16_t * offs, float scale,
+ALONE void int_cols(uint32_t n_out, uint32_t n_pairs, const uint8_t * codes, const uint32_t * w, uint32_t N16, const int16_t * offs, float scale,
         float * out, size_t ld_out) {
     const __m256 s = _mm256_set1_ps(scale);
 
     uint32_t t = 0;
     for (; t + 6 <= n_out; t += 6) {
-        int_tile<Q4, 6>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
+        int_tile<6>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
     }
     for (; t + 4 <= n_out; t += 4) {
-        int_tile<Q4, 4>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
+        int_tile<4>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
     }
     for (; t < n_out; ++t) {
-        int_tile<Q4, 1>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
+        int_tile<1>(n_pairs, codes, w + t, N16, offs + t, s, out + t*ld_out, ld_out);
     }
 }
 
-template<bool Q4>
-TARGET static void mul_codes(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const uint8_t * src, uint32_t n, float * out, size_t ld_out) {
+// rows whose sums fit into 16 bits
+TARGET static void mul_codes(uint32_t n_out, uint32_t d, const int16_t * basis_4, const float * max_4, const int16_t * basis_2, const float * max_2, const llama_capsule_int_rows & rows,
+        float * out, size_t ld_out) {
     static thread_local int_buffers buf;
 
     const uint32_t N16     = GGML_PAD(n_out, 16);
-    const uint32_t n_pairs = (n + 1)/2;
-    const uint32_t n_pad   = GGML_PAD(n, 8);
+    const uint32_t pairs_4 = (rows.n_q4 + 1)/2;
+    const uint32_t pairs_2 = (rows.n_q2 + 1)/2;
+    const uint32_t n_pairs = pairs_4 + pairs_2;
+    const uint32_t pad_4   = GGML_PAD(rows.n_q4, 8);
+    const uint32_t pad_2   = GGML_PAD(rows.n_q2, 8);
 
-    int_codes<Q4>(buf, n, n_pad, d, src);
+    uint8_t  * codes    = buf.codes.resize(d/QK*n_pairs*2*QK);
+    uint8_t  * row      = buf.row.resize(2*d);
+    float    * scales_4 = buf.scales.resize(d/QK*pad_4 + d/QK2*pad_2);
+    float    * scales_2 = scales_4 + d/QK*pad_4;
+    int16_t  * factors  = buf.factors.resize(std::max(pad_4, pad_2));
+    uint32_t * w        = buf.w.resize((n_pairs + pairs_4)*N16);
+    int16_t  * offs     = buf.offs.resize(2*N16);
 
-    buf.factors.resize(n_pad);
-    buf.w.resize(n_pairs*N16);
-    buf.offs.resize(N16);
-
+    uint8_t * to_4[256/QK];
+    uint8_t * to_2[256/QK];
     for (uint32_t b = 0; b < d/QK; ++b) {
-        const float scale = int_factors(n_pad, buf.scales.data() + b*n_pad, basis_max, Q4 ? 32767.0f : 127.0f*256.0f, buf.factors.data());
-        if (scale == 0.0f) {
-            continue;
-        }
+        to_4[b] = codes + (b*n_pairs + (b % 2 == 0 ? 0 : pairs_2))*2*QK;
+        to_2[b] = codes + (b*n_pairs + (b % 2 == 0 ? pairs_4 : 0))*2*QK;
+    }
+    int_codes<true> (row, rows.n_q4, pad_4, d, rows.q4, to_4, scales_4);
+    int_codes<false>(row, rows.n_q2, pad_2, d, rows.q2, to_2, scales_2);
 
-        int_weights<Q4>(n_pairs, N16, basis, buf.factors.data(), buf.w.data(), buf.offs.data());
-        int_cols<Q4>(n_out, n_pairs, buf.codes.data() + b*n_pairs*(Q4 ? 128 : 64), buf.w.data(), N16, buf.offs.data(), Q4 ? scale : 256.0f*scale,
-                out + b*QK, ld_out);
+    const float top = std::min(127u, INT_MAX_SUM/(Q4_TOP*rows.n_q4 + Q2_TOP*rows.n_q2));
+
+    uint32_t * w_2 = w + pairs_4*N16;
+    int16_t  * o_2 = offs + N16;
+
+    for (uint32_t b0 = 0; b0 < d/QK; b0 += 2) {
+        const uint32_t b1 = std::min(b0 + 2, d/QK);
+
+        float max_q4 = 0.0f;
+        for (uint32_t b = b0; b < b1; ++b) {
+            max_q4 = std::max(max_q4, max_product(pad_4, scales_4 + b*pad_4, max_4));
+        }
+        const float max_q2 = rows.n_q2 > 0 ? max_product(pad_2, scales_2 + b0/2*pad_2, max_2) : 0.0f;
+
+        // in one sum, unless the rows of 4 bits would be rounded more than alone
+        const bool  together = max_q2 <= max_q4;
+        const float one_q4   = max_q4/top;
+        const float one_q2   = together ? one_q4 : max_q2/top;
+
+        std::fill_n(o_2, N16, 0);
+        if (one_q2 > 0.0f) {
+            int_factors(pad_2, scales_2 + b0/2*pad_2, max_2, 256.0f/one_q2, factors);
+            int_weights(pairs_2, N16, basis_2, factors, 1, w_2, o_2);
+        }
+        for (uint32_t b = b0; b < b1; ++b) {
+            if (!together) {
+                int_cols(n_out, pairs_2, to_2[b], w_2, N16, o_2, one_q2, out + b*QK, ld_out);
+            }
+            if (one_q4 == 0.0f) {
+                continue;
+            }
+            uint32_t * w_4 = b == b0 ? w : w_2 + pairs_2*N16;
+
+            std::copy_n(o_2, N16, offs);
+            if (!together) {
+                std::fill_n(offs, N16, 0);
+            }
+            int_factors(pad_4, scales_4 + b*pad_4, max_4, 256.0f/one_q4, factors);
+            int_weights(pairs_4, N16, basis_4, factors, 8, w_4, offs);
+
+            if (together) {
+                int_cols(n_out, n_pairs, codes + b*n_pairs*2*QK, b == b0 ? w : w_2, N16, offs, one_q4, out + b*QK, ld_out);
+            } else {
+                int_cols(n_out, pairs_4, to_4[b], w_4, N16, offs, one_q4, out + b*QK, ld_out);
+            }
+        }
     }
 }
 
@@ -685,13 +693,18 @@ TARGET static void mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basi
         float * out, size_t ld_out) {
     const uint32_t N16 = GGML_PAD(n_out, 16);
 
-    if (rows.n_q4 > 0) {
-        mul_codes<true>(n_out, d, basis, basis_max, rows.q4, rows.n_q4, out, ld_out);
-    }
-    for (uint32_t i = 0; i < rows.n_q2; i += Q2_MAX_ROWS) {
-        const uint32_t first = rows.n_q4 + i;
+    // as many at once as the sums have room for
+    for (uint32_t i4 = 0, i2 = 0; i4 < rows.n_q4 || i2 < rows.n_q2;) {
+        const uint32_t n4 = std::min(INT_MAX_CODE/Q4_TOP,               rows.n_q4 - i4);
+        const uint32_t n2 = std::min((INT_MAX_CODE - Q4_TOP*n4)/Q2_TOP, rows.n_q2 - i2);
 
-        mul_codes<false>(n_out, d, basis + first*N16, basis_max + first, rows.q2 + i*(d/QK2)*Q2_SIZE, std::min(Q2_MAX_ROWS, rows.n_q2 - i), out, ld_out);
+        const llama_capsule_int_rows part = { rows.q4 + i4*(d/QK)*Q4_SIZE, rows.q2 + i2*(d/QK2)*Q2_SIZE, n4, n2 };
+
+        const uint32_t first = rows.n_q4 + i2;
+
+        mul_codes(n_out, d, basis + i4*N16, basis_max + i4, basis + first*N16, basis_max + first, part, out, ld_out);
+        i4 += n4;
+        i2 += n2;
     }
 }
 

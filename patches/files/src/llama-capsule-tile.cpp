@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
-static constexpr int T_Q4 = 3; // in LLAMA_CAPSULE_TYPES
+static constexpr int T_Q8 = 2; // in LLAMA_CAPSULE_TYPES
+static constexpr int T_Q4 = 3;
 static constexpr int T_Q2 = 4;
 
-static_assert(LLAMA_CAPSULE_TYPES[T_Q4] == GGML_TYPE_Q4_0 && LLAMA_CAPSULE_TYPES[T_Q2] == GGML_TYPE_Q2_0, "the order of the types has changed");
+static_assert(LLAMA_CAPSULE_TYPES[T_Q8] == GGML_TYPE_Q8_0 && LLAMA_CAPSULE_TYPES[T_Q4] == GGML_TYPE_Q4_0 && LLAMA_CAPSULE_TYPES[T_Q2] == GGML_TYPE_Q2_0, "the order of the types has changed");
 
 llama_capsule_tile::llama_capsule_tile(const llama_capsule_codec & codec, bool is_v) :
     codec(codec),
@@ -91,11 +92,14 @@ uint32_t llama_capsule_tile::ld_rows() const {
     return GGML_PAD(n_rows(), LLAMA_CAPSULE_VEC);
 }
 
-void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head, int t) const {
+size_t llama_capsule_tile::head_size() const {
+    return part.head_stride;
+}
+
+void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head) const {
 #ifdef __GNUC__
     const uint8_t * p = rows_at(slot, i_head, 0);
-    const size_t    n = t < LLAMA_CAPSULE_N_TYPES ? part.type_offs[t] - part.type_offs[0] : part.head_stride;
-    for (size_t i = 0; i < n; i += 64) {
+    for (size_t i = 0; i < part.head_stride; i += 64) {
         __builtin_prefetch(p + i);
     }
 #endif
@@ -145,26 +149,30 @@ void llama_capsule_tile::decode_rows(const uint8_t * slot, uint32_t i_head, bool
     decode_types(slot, i_head, 0, LLAMA_CAPSULE_N_TYPES, rotated, out);
 }
 
-void llama_capsule_tile::mul_rows(const uint8_t * slot, const uint8_t * next, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
+void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
     static thread_local llama_capsule_buf<float> rows;
 
     const auto & simd = llama_capsule_simd_get();
 
-    // rows of 4 and 2 bits are read as they are stored, without padding
+    // quantized rows are read as they are stored, without padding
     const bool     as_stored = rotated && simd.mul_rows;
-    const uint32_t n_float   = n_rows() - (as_stored ? counts[T_Q4] + counts[T_Q2] : 0);
+    const uint32_t n_float   = n_rows() - (as_stored ? counts[T_Q8] + counts[T_Q4] + counts[T_Q2] : 0);
 
-    if (next) {
-        prefetch(next, i_head, as_stored ? T_Q4 : LLAMA_CAPSULE_N_TYPES);
+    if (n_float > 0) {
+        decode_types(slot, i_head, 0, as_stored ? T_Q8 : LLAMA_CAPSULE_N_TYPES, rotated, rows.resize(n_float*ld()));
+        simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
     }
-    decode_types(slot, i_head, 0, as_stored ? T_Q4 : LLAMA_CAPSULE_N_TYPES, rotated, rows.resize(n_float*ld()));
-
-    simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
 
     w += n_float;
-    for (int t = T_Q4; t < LLAMA_CAPSULE_N_TYPES && as_stored; w += counts[t++]) {
-        if (counts[t] > 0) {
-            simd.mul_rows(LLAMA_CAPSULE_TYPES[t], n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), next ? rows_at(next, i_head, t) : nullptr, out, ld());
+    for (int t = T_Q8; t < LLAMA_CAPSULE_N_TYPES && as_stored; w += counts[t++]) {
+        const ggml_type type = LLAMA_CAPSULE_TYPES[t];
+        if (counts[t] == 0) {
+            continue;
+        }
+        if (t == T_Q8) {
+            simd.mul_cells(type, n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), ggml_row_size(type, d()), out, ld());
+        } else {
+            simd.mul_rows(type, n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), out, ld());
         }
     }
 }
