@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
-    p.add_argument("--codec", choices=("pca", "retain", "auto"), default="pca", help="of the keys: sequence-level PCA, or kept tokens with a predictor, which CPUs read faster; auto: pca where it is fast too (default: %(default)s)")
+    p.add_argument("--codec", choices=("pca", "retain", "auto"), default="auto", help="of the keys: sequence-level PCA (pca), which loses less, or kept tokens with a predictor (retain), which a CPU reads faster; auto: pca where a CPU reads it as fast as an f16 cache, else retain (default: %(default)s)")
     p.add_argument("--neighbours", type=int, default=TrainOptions.neighbours, metavar="N", help="retain: kept tokens that a dropped one is predicted from; with 2 attention on a CPU takes a fifth less, and the keys lose a tenth more (default: %(default)s)")
     p.add_argument("--mlp", type=int, default=TrainOptions.mlp_width, metavar="N", help="retain: width of the key MLP; one of 16 takes 4 %% off the error of the keys and makes attention on a CPU several times slower (default: none)")
     p.add_argument("--layers", choices=LAYER_SCHEDULES, default="uniform", help="how bytes are shared between layers; sensitivity measures on the model what an error costs in each (default: %(default)s)")

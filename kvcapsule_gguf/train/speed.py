@@ -37,9 +37,9 @@ def nanoseconds(codec: str, queries: int, views: int) -> float:
     """Attention of one token to a token and KV head of 128 values in blocks of 64, with AVX2 at 3.2 GHz: "pca", "retain" without a key MLP, or "" for f16 without a
     capsule and without flash attention; queries: heads that share a KV head."""
     if codec == "retain":
-        return 13 + 17 * queries
+        return 12 + 11.5 * queries
     if codec == "pca":
-        return min(8 + 6 * queries + 5 * queries * views, 220 + 12 * queries)  # keys not rebuilt, or rebuilt once for all
+        return min(10 + 6 * queries + 4.5 * queries * views, 182 + 8 * queries)  # keys not rebuilt, or rebuilt once for all
     return 25 + 20 * queries
 
 

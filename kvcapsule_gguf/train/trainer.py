@@ -33,7 +33,7 @@ FEW = 16  # pictures
 
 @dataclass(frozen=True)
 class TrainOptions:
-    codec: str = "pca"  # pca, retain or auto (speed.choose_codec), of the keys of the economy tiers
+    codec: str = "auto"  # of the keys of the economy tiers: pca, retain, or what speed.choose_codec says
     layers: str = "uniform"  # one of schedule.LAYER_SCHEDULES
     guard: float = PASS  # share of blocks of ordinary pictures that may take the economy tier
     loss: str = "queries"  # the keys' error as text queries see it, or "mse": the plain one

@@ -42,14 +42,19 @@ template<class V, int C>
 TARGET static void mul_cols(uint32_t n_out, uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
         const float * init, float * out, size_t ld_out) {
     uint32_t t = 0;
-    for (; t + 6 <= n_out; t += 6) {
+    for (; n_out - t >= 6 && n_out - t != 7 && n_out - t != 8; t += 6) {
         mul_tile<V, 6, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
     }
-    for (; t + 3 <= n_out; t += 3) {
-        mul_tile<V, 3, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+    for (; n_out - t >= 4; t += 4) {
+        mul_tile<V, 4, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
     }
-    for (; t < n_out; ++t) {
-        mul_tile<V, 1, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+    w   += t*w_t;
+    out += t*ld_out;
+    switch (n_out - t) {
+        case 3: mul_tile<V, 3, C>(n_rows, w, w_r, w_t, x, ld_x, init, out, ld_out); break;
+        case 2: mul_tile<V, 2, C>(n_rows, w, w_r, w_t, x, ld_x, init, out, ld_out); break;
+        case 1: mul_tile<V, 1, C>(n_rows, w, w_r, w_t, x, ld_x, init, out, ld_out); break;
+        default: break;
     }
 }
 

@@ -158,16 +158,14 @@ INLINE void mul_tile(uint32_t n_rows, const float * w, size_t w_r, size_t w_t, c
 template<int C>
 TARGET static void mul_cols(uint32_t n_out, uint32_t n_rows, const float * w, size_t w_r, size_t w_t, const float * x, size_t ld_x,
         const float * init, float * out, size_t ld_out) {
+    // no tile of one or two is left if it can be helped: the latency of its sums would show
     uint32_t t = 0;
-    while (n_out - t >= 6) {
-        // no tile of one or two is left: the latency of its sums would show
-        if (n_out - t == 7 || n_out - t == 8) {
-            mul_tile<4, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
-            t += 4;
-            break;
-        }
+    for (; n_out - t >= 6 && n_out - t != 7 && n_out - t != 8; t += 6) {
         mul_tile<6, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
-        t += 6;
+    }
+    if (n_out - t >= 6) {
+        mul_tile<4, C>(n_rows, w + t*w_t, w_r, w_t, x, ld_x, init, out + t*ld_out, ld_out);
+        t += 4;
     }
     w   += t*w_t;
     out += t*ld_out;
