@@ -81,7 +81,7 @@ struct llama_capsule_store::attend_call {
     std::vector<slot_ref>        order;
     std::vector<slot_ref>        slots;
     std::vector<const uint8_t *> rows; // of the slots
-    std::vector<const uint8_t *> soon; // rows that are read after their keys: keys of as many other slots, then their own values
+    std::vector<const uint8_t *> next; // keys of as many slots, read after them
     std::vector<uint8_t>         kinds; // of the masks of the slots, [n_slots][n_tokens]
 };
 
@@ -160,11 +160,7 @@ void llama_capsule_store::attend_slots(attend_call & c, uint32_t i_head, int & p
             pattern = cur.pattern;
             a.query.init(variants[c.i_layer][ip], i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k, distances, *c.rope);
         }
-
-        const auto & values = tile(c.i_layer, ip, true);
-        const auto * soon   = c.soon.data() + i;
-
-        a.query.scores(keys, n, c.rows.data() + i, { { soon, soon + c.slots.size() }, { keys.head_size(), values.head_size() } }, s, c.n_pad, a.ld_s);
+        a.query.scores(keys, n, c.rows.data() + i, s, c.n_pad, a.ld_s);
     } else if (cur.views) {
         a.projected.init(projections[c.i_layer][ip], *cur.views, c.rope, i_head, c.n_q, a.turn_queries(c.rope, first), a.ld_k);
         a.projected.scores(keys, c.rows[i], s, a.ld_s);
@@ -175,8 +171,7 @@ void llama_capsule_store::attend_slots(attend_call & c, uint32_t i_head, int & p
 
 // the scores of the slots at hand
 void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & pattern) const {
-    const auto & keys   = tile(c.i_layer, c.slots[0].i_pool, false);
-    const auto & values = tile(c.i_layer, c.slots[0].i_pool, true);
+    const auto & keys = tile(c.i_layer, c.slots[0].i_pool, false);
 
     for (size_t i = 0, n; i < c.slots.size(); i += n) {
         const int p = c.slots[i].pattern;
@@ -186,9 +181,8 @@ void llama_capsule_store::attend_scores(attend_call & c, uint32_t i_head, int & 
         }
 
         // a query for many slots looks ahead itself
-        if (p < 0) {
-            keys  .prefetch(c.rows[std::min(i + 1, c.rows.size() - 1)], i_head);
-            values.prefetch(c.rows[i], i_head);
+        if (p < 0 && i + 1 < c.rows.size()) {
+            keys.prefetch(c.rows[i + 1], i_head);
         }
         attend_slots(c, i_head, pattern, i, n);
     }
@@ -220,21 +214,19 @@ void llama_capsule_store::attend_cold(attend_call & c, uint32_t i_head, uint32_t
         }
         a.set_columns(c.slots.size()*c.n_pad);
 
-        const auto & keys   = tile(c.i_layer, ip, false);
-        const auto & values = tile(c.i_layer, ip, true);
+        const auto & keys = tile(c.i_layer, ip, false);
 
         c.rows.clear();
-        c.soon.resize(2*c.slots.size());
+        c.next.clear();
         for (size_t j = 0; j < c.slots.size(); ++j) {
             const auto & next = c.order[std::min<size_t>(i + j, i_end - 1)];
 
             c.rows.push_back(slot_data(c.i_layer, c.slots[j]));
-            c.soon[j]                  = keys.rows_at(next.i_pool == ip ? slot_data(c.i_layer, next) : c.rows[j], i_head, 0);
-            c.soon[j + c.slots.size()] = values.rows_at(c.rows[j], i_head, 0);
+            c.next.push_back(keys.rows_at(next.i_pool == ip ? slot_data(c.i_layer, next) : c.rows[j], i_head, 0));
         }
 
         attend_scores(c, i_head, pattern);
-        a.values(values, c.rows, i_head, c.rotated_v);
+        a.values(tile(c.i_layer, ip, true), c.rows, c.next, i_head, c.rotated_v);
     }
 }
 

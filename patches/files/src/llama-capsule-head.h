@@ -144,7 +144,9 @@ struct llama_capsule_head {
     }
 
     // the rest of it, for slots whose scores lie side by side
-    void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, uint32_t i_head, bool rotated_v) {
+    //   next: keys of as many slots that are read after them
+    void values(const llama_capsule_tile & tile_v, const std::vector<const uint8_t *> & slots, const std::vector<const uint8_t *> & next, uint32_t i_head, bool rotated_v) {
+        tile_v.prefetch(slots[0], i_head);
         softmax();
 
         // s is [n_q][slots.size()][ld_basis]
@@ -154,7 +156,8 @@ struct llama_capsule_head {
         simd.mul(n_q*n, tile_v.ld_basis(), ld, s.data(), 1, tile_v.ld_basis(), tile_v.tokens(), ld, zeros.data(), w.data(), ld);
 
         for (uint32_t i = 0; i < n; ++i) {
-            tile_v.mul_rows(slots[i], i_head, rotated_v, n_q, w.data() + i*ld, n*ld, o_cold.data());
+            tile_v.mul_rows(slots[i], i + 1 < n ? slots[i + 1] : nullptr, i_head, rotated_v, n_q, w.data() + i*ld, n*ld, o_cold.data());
+            llama_capsule_fetch(next[i], LLAMA_CAPSULE_AHEAD);
         }
     }
 };

@@ -120,7 +120,7 @@ void llama_capsule_query::init(const llama_capsule_variants & variants, uint32_t
     }
 }
 
-void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const llama_capsule_fetch & soon, float * out, size_t ld_slot, size_t ld_out) {
+void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, float * out, size_t ld_slot, size_t ld_out) {
     const auto & simd   = llama_capsule_simd_get();
     const auto & layer  = variants->codec.layer;
     const auto & counts = variants->codec.tl.key_rows;
@@ -130,26 +130,20 @@ void llama_capsule_query::scores(const llama_capsule_tile & tile, uint32_t n, co
     const size_t   ld      = GGML_PAD(N + 1, LLAMA_CAPSULE_VEC)*n_slots;
     const size_t   size    = (n + n_slots - 1)/n_slots*n_q*ld;
 
-    const uint32_t n_rows = llama_capsule_rows_total(counts);
-
-    const llama_capsule_score s = {
-        layer.n_embd_head_k, n_q, variants->first.data(), variants->tokens.data(), queries.data(), ld, &soon, (soon.sizes[0] + soon.sizes[1] + n_rows - 1)/n_rows,
-    };
+    const llama_capsule_score s = { layer.n_embd_head_k, n_q, variants->first.data(), variants->tokens.data(), queries.data(), ld };
 
     std::fill_n(sums.resize(size), size, 0.0f);
 
     dst.resize(n_slots);
     src.resize(n);
 
-    uint32_t r0 = 0;
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {
         if (counts[t] > 0) {
             for (uint32_t i = 0; i < n; ++i) {
                 src[i] = tile.rows_at(slots[i], i_head, t);
             }
-            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], r0, counts[t], n, src.data(), sums.data());
+            simd.score_rows(s, LLAMA_CAPSULE_TYPES[t], variants->groups[t], counts[t], n, src.data(), sums.data());
         }
-        r0 += counts[t];
     }
 
     for (uint32_t i = 0; i < n; i += n_slots) {

@@ -45,7 +45,7 @@ public:
             const float * distances, const llama_capsule_rope_params & rope);
 
     // scores of the tokens of n slots: out[i_slot*ld_slot + i_q*ld_out + t]
-    void scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, const llama_capsule_fetch & soon, float * out, size_t ld_slot, size_t ld_out);
+    void scores(const llama_capsule_tile & tile, uint32_t n, const uint8_t * const * slots, float * out, size_t ld_slot, size_t ld_out);
 
 private:
     const llama_capsule_variants * variants = nullptr;

@@ -112,13 +112,14 @@ INLINE void hadamard_64(float * x, float scale) {
 // llama-capsule-simd-score.cpp
 void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
-void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
         float * out);
 
 void llama_capsule_to_slots_avx2(uint32_t n, const float * x, float * const * out);
 
 // llama-capsule-simd-rows.cpp
-void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+        float * out, size_t ld_out);
 
 // llama-capsule-simd-hot.cpp
 void llama_capsule_dot_cells_avx2(ggml_type type, uint32_t n_x, uint32_t n_y, uint32_t d, const uint8_t * x, size_t stride,

@@ -140,6 +140,7 @@ struct avx512 {
     INLINE void store_int   (int32_t * x, I a)    { _mm512_storeu_si512(x, a); }
     INLINE I    set1_int    (uint32_t x)          { return _mm512_set1_epi32(x); }
     INLINE I    sub_int     (I a, I b)            { return _mm512_sub_epi32(a, b); }
+    INLINE I    shift_left_8(I a)                 { return _mm512_slli_epi32(a, 8); }
     INLINE I    to_int      (F a)                 { return _mm512_cvtps_epi32(a); }
     INLINE F    to_float    (I a)                 { return _mm512_cvtepi32_ps(a); }
 
@@ -178,9 +179,9 @@ struct avx512 {
 
     INLINE F to_scale(I a) { return _mm512_castsi512_ps(a); }
 
-    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
+    INLINE void add_scores(float * out, const uint32_t * tokens, F a) {
         const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        const __m512  x     = _mm512_permutexvar_ps(apart, _mm512_mul_ps(scale, a));
+        const __m512  x     = _mm512_permutexvar_ps(apart, a);
 
         _mm256_store_ps(out + 8*tokens[0], _mm256_add_ps(_mm256_load_ps(out + 8*tokens[0]), _mm512_castps512_ps256(x)));
         _mm256_store_ps(out + 8*tokens[1], _mm256_add_ps(_mm256_load_ps(out + 8*tokens[1]), _mm512_extractf32x8_ps(x, 1)));
@@ -227,15 +228,20 @@ struct avx512 {
 
     static constexpr uint32_t N_WEIGHTS = 32;
 
-    // basis times factors of four rows; see llama_capsule_int_basis for the order
-    INLINE void store_weights(const int16_t * basis, size_t ld, const int16_t * factors, uint32_t * dst) {
+    // basis times factors of four rows, high and low bytes; see llama_capsule_int_basis for the order
+    INLINE void store_weights(const int16_t * basis, size_t ld, const int16_t * factors, uint32_t * hi, uint32_t * lo) {
         const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
 
+        __m512i x[4]; // the weights
         __m512i y[4]; // rounded to their high bytes
         for (int k = 0; k < 4; ++k) {
-            y[k] = _mm512_add_epi16(_mm512_mulhrs_epi16(_mm512_loadu_si512(basis + k*ld), _mm512_set1_epi16(factors[k])), _mm512_set1_epi16(128));
+            x[k] = _mm512_mulhrs_epi16(_mm512_loadu_si512(basis + k*ld), _mm512_set1_epi16(factors[k]));
+            y[k] = _mm512_add_epi16(x[k], _mm512_set1_epi16(128));
         }
-        store_quads(_mm512_mask_blend_epi8(odd, _mm512_srli_epi16(y[0], 8), y[1]), _mm512_mask_blend_epi8(odd, _mm512_srli_epi16(y[2], 8), y[3]), dst);
+        store_quads(_mm512_mask_blend_epi8(odd, _mm512_srli_epi16(y[0], 8), y[1]), _mm512_mask_blend_epi8(odd, _mm512_srli_epi16(y[2], 8), y[3]), hi);
+        if (lo) {
+            store_quads(_mm512_mask_blend_epi8(odd, x[0], _mm512_slli_epi16(x[1], 8)), _mm512_mask_blend_epi8(odd, x[2], _mm512_slli_epi16(x[3], 8)), lo);
+        }
     }
 
     INLINE void store_quads(__m512i a, __m512i b, uint32_t * dst) {

@@ -113,6 +113,7 @@ struct neon {
     INLINE void store_int   (int32_t * x, I a)    { vst1q_s32(x, a); }
     INLINE I    set1_int    (uint32_t x)          { return vreinterpretq_s32_u32(vdupq_n_u32(x)); }
     INLINE I    sub_int     (I a, I b)            { return vsubq_s32(a, b); }
+    INLINE I    shift_left_8(I a)                 { return vshlq_n_s32(a, 8); }
     INLINE I    to_int      (F a)                 { return vcvtnq_s32_f32(a); }
     INLINE F    to_float    (I a)                 { return vcvtq_f32_s32(a); }
 
@@ -163,8 +164,8 @@ struct neon {
     INLINE I load_lanes(const uint32_t * x) { return vreinterpretq_s32_u32(vld1q_dup_u32(x)); }
     INLINE F to_scale  (I a)                { return vreinterpretq_f32_s32(a); }
 
-    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
-        vst1q_f32(out + N**tokens, vfmaq_f32(vld1q_f32(out + N**tokens), scale, a));
+    INLINE void add_scores(float * out, const uint32_t * tokens, F a) {
+        vst1q_f32(out + N**tokens, vaddq_f32(vld1q_f32(out + N**tokens), a));
     }
 
 #ifdef CAPSULE_DOTPROD
@@ -199,14 +200,21 @@ struct neon {
 
     static constexpr uint32_t N_WEIGHTS = 16;
 
-    // basis times factors of four rows; see llama_capsule_int_basis for the order
-    INLINE void store_weights(const int16_t * basis, size_t ld, const int16_t * factors, uint32_t * dst) {
-        for (int h = 0; h < 2; ++h, basis += 8, dst += 4) {
+    // basis times factors of four rows, high and low bytes; see llama_capsule_int_basis for the order
+    INLINE void store_weights(const int16_t * basis, size_t ld, const int16_t * factors, uint32_t * hi, uint32_t * lo) {
+        for (int h = 0; h < 2; ++h, basis += 8, hi += 4, lo += lo ? 4 : 0) {
+            uint16x8_t x[4]; // the weights
             uint16x8_t y[4]; // rounded to their high bytes
             for (int k = 0; k < 4; ++k) {
-                y[k] = vreinterpretq_u16_s16(vaddq_s16(vqrdmulhq_n_s16(vld1q_s16(basis + k*ld), factors[k]), vdupq_n_s16(128)));
+                const int16x8_t w = vqrdmulhq_n_s16(vld1q_s16(basis + k*ld), factors[k]);
+
+                x[k] = vreinterpretq_u16_s16(w);
+                y[k] = vreinterpretq_u16_s16(vaddq_s16(w, vdupq_n_s16(128)));
             }
-            store_quads(vsriq_n_u16(y[1], y[0], 8), vsriq_n_u16(y[3], y[2], 8), dst);
+            store_quads(vsriq_n_u16(y[1], y[0], 8), vsriq_n_u16(y[3], y[2], 8), hi);
+            if (lo) {
+                store_quads(vsliq_n_u16(x[0], x[1], 8), vsliq_n_u16(x[2], x[3], 8), lo);
+            }
         }
     }
 
@@ -319,7 +327,10 @@ void neon::to_codes(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_
         }
         hadamard_vec<neon>(y, llama_capsule_hadamard_size(d), d);
 
-        codes->scale = to_codes_neon(d, y, codes->codes, codes->sums);
+        const uint32_t n_codes = type == GGML_TYPE_Q2_0 ? QK2 : QK;
+        for (uint32_t i = 0; i < d; i += n_codes) {
+            codes->scales[i/n_codes] = to_codes_neon(n_codes, y + i, codes->codes + i, codes->sums + i/QK);
+        }
 
         if (type == GGML_TYPE_Q2_0) {
             order_q2(d, codes->codes, codes->codes);

@@ -170,9 +170,9 @@ TARGET static float to_query(const llama_capsule_view & view, const float * x, v
     return max/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
 }
 
-// a lane rotated, without its scale; returns the largest value
+// a lane rotated, without the scale of that
 template<uint32_t D>
-INLINE float rotate_lane(const llama_capsule_lane & lane, float * y) {
+INLINE void rotate_lane(const llama_capsule_lane & lane, float * y) {
     const float * x = lane.x;
     const float * g = lane.gates;
 
@@ -181,7 +181,8 @@ INLINE float rotate_lane(const llama_capsule_lane & lane, float * y) {
             const __m256 v = _mm256_loadu_ps(x + i);
             _mm256_store_ps(y + i, g ? _mm256_mul_ps(v, _mm256_loadu_ps(g + i)) : v);
         }
-        return hadamard_max<D>(y);
+        hadamard_max<D>(y);
+        return;
     }
 
     __m256 v[8];
@@ -198,40 +199,43 @@ INLINE float rotate_lane(const llama_capsule_lane & lane, float * y) {
         }
     }
 
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-
-    __m256 m0 = _mm256_setzero_ps();
-    __m256 m1 = _mm256_setzero_ps();
     for (int i = 0; i < 8; ++i) {
         const __m256 u = _mm256_load_ps(y + 8*i);
-        const __m256 a = _mm256_add_ps(u, v[i]);
-        const __m256 b = _mm256_sub_ps(u, v[i]);
 
-        _mm256_store_ps(y + 8*i,      a);
-        _mm256_store_ps(y + 8*i + 64, b);
-
-        m0 = _mm256_max_ps(m0, _mm256_andnot_ps(sign, a));
-        m1 = _mm256_max_ps(m1, _mm256_andnot_ps(sign, b));
+        _mm256_store_ps(y + 8*i,      _mm256_add_ps(u, v[i]));
+        _mm256_store_ps(y + 8*i + 64, _mm256_sub_ps(u, v[i]));
     }
-    return max1(_mm256_max_ps(m0, m1));
 }
 
 // a step of all lanes at a time: each of them alone waits for its own results
 template<uint32_t D, bool Q2>
 TARGET static void to_codes(uint32_t n, const llama_capsule_lane * lanes, llama_capsule_codes * codes) {
+    static constexpr uint32_t n_codes = Q2 ? QK2 : QK; // that share a scale
+
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const float  unit = 1.0f/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
+
     alignas(32) float y[llama_capsule_codes::MAX][D];
 
     for (uint32_t l = 0; l < n; ++l) {
-        codes[l].scale = rotate_lane<D>(lanes[l], y[l]);
+        rotate_lane<D>(lanes[l], y[l]);
     }
     for (uint32_t l = 0; l < n; ++l) {
         auto & cur = codes[l];
 
-        const __m256 f = _mm256_set1_ps(cur.scale > 0.0f ? 127.0f/cur.scale : 0.0f);
-
         __m256i c[D/32];
-        for (uint32_t i = 0; i < D/32; ++i) {
-            c[i] = codes_32(f, y[l] + 32*i);
+        for (uint32_t b = 0; b < D; b += n_codes) {
+            __m256 m = _mm256_setzero_ps();
+            for (uint32_t i = b; i < b + n_codes; i += 8) {
+                m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_load_ps(y[l] + i)));
+            }
+            const float  max = max1(m);
+            const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
+
+            for (uint32_t i = b; i < b + n_codes; i += 32) {
+                c[i/32] = codes_32(f, y[l] + i);
+            }
+            cur.scales[b/n_codes] = max*unit;
         }
         for (uint32_t i = 0; i < D/32; i += 2) {
             if (Q2) {
@@ -241,8 +245,6 @@ TARGET static void to_codes(uint32_t n, const llama_capsule_lane * lanes, llama_
             _mm256_storeu_si256((__m256i *) (cur.codes + 32*i + 32), c[i + 1]);
         }
         code_offsets<Q2 ? 2 : 1>(D/(Q2 ? QK2 : QK), c, 1, cur.sums);
-
-        cur.scale *= 1.0f/127.0f/sqrtf((float) llama_capsule_hadamard_size(D));
     }
 }
 

@@ -19,14 +19,13 @@ struct mul_type {
 
 static constexpr uint32_t MUL_MAX_BLOCKS = 256/QK;
 
-// of one output, what 1 stands for is the same for all blocks
+// of one output
 template<int BITS>
 struct mul_weights {
     alignas(32) int8_t w[MUL_MAX_BLOCKS][mul_type<BITS>::max_rows];
 
-    int32_t zero[MUL_MAX_BLOCKS]; // what the codes of 0 add up to
-
-    float scale;
+    int32_t zero [MUL_MAX_BLOCKS]; // what the codes of 0 add up to
+    float   scale[MUL_MAX_BLOCKS]; // what 1 stands for
 };
 
 // the sums of four vectors
@@ -48,28 +47,30 @@ template<int BITS>
 INLINE void to_weights(uint32_t n_blocks, uint32_t n, const float * w, const float (*scales)[mul_type<BITS>::max_rows], mul_weights<BITS> & res) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
 
-    alignas(32) float x[MUL_MAX_BLOCKS][mul_type<BITS>::max_rows];
-
-    __m256 m = _mm256_setzero_ps();
+    alignas(32) float y[mul_type<BITS>::max_rows];
     for (uint32_t i = 0; i < GGML_PAD(n, 16); i += 8) {
-        const __m256 y = load_up_to(w + i, (int) n - (int) i);
-        for (uint32_t b = 0; b < n_blocks; ++b) {
-            const __m256 z = _mm256_mul_ps(y, _mm256_load_ps(scales[b] + i));
-
-            _mm256_store_ps(x[b] + i, z);
-            m = _mm256_max_ps(m, _mm256_andnot_ps(sign, z));
-        }
+        _mm256_store_ps(y + i, load_up_to(w + i, (int) n - (int) i));
     }
-    const float  max = max1(m);
-    const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
 
     for (uint32_t b0 = 0; b0 < n_blocks; b0 += 4) {
         __m256i sum[4];
         for (uint32_t b = b0; b < b0 + 4; ++b) {
             sum[b - b0] = _mm256_setzero_si256();
-            for (uint32_t i = 0; i < n && b < n_blocks; i += 16) {
-                const __m256i y0 = _mm256_cvtps_epi32(_mm256_mul_ps(f, _mm256_load_ps(x[b] + i)));
-                const __m256i y1 = _mm256_cvtps_epi32(_mm256_mul_ps(f, _mm256_load_ps(x[b] + i + 8)));
+            if (b >= n_blocks) {
+                continue;
+            }
+
+            __m256 m = _mm256_setzero_ps();
+            for (uint32_t i = 0; i < GGML_PAD(n, 16); i += 8) {
+                m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_mul_ps(_mm256_load_ps(y + i), _mm256_load_ps(scales[b] + i))));
+            }
+            const float  max = max1(m);
+            const __m256 f   = _mm256_set1_ps(max > 0.0f ? 127.0f/max : 0.0f);
+
+            res.scale[b] = max/127.0f;
+            for (uint32_t i = 0; i < n; i += 16) {
+                const __m256i y0 = _mm256_cvtps_epi32(_mm256_mul_ps(f, _mm256_mul_ps(_mm256_load_ps(y + i),     _mm256_load_ps(scales[b] + i))));
+                const __m256i y1 = _mm256_cvtps_epi32(_mm256_mul_ps(f, _mm256_mul_ps(_mm256_load_ps(y + i + 8), _mm256_load_ps(scales[b] + i + 8))));
                 const __m256i z  = _mm256_permute4x64_epi64(_mm256_packs_epi32(y0, y1), 0xd8);
 
                 sum[b - b0] = _mm256_add_epi32(sum[b - b0], _mm256_add_epi32(y0, y1));
@@ -78,7 +79,6 @@ INLINE void to_weights(uint32_t n_blocks, uint32_t n, const float * w, const flo
         }
         _mm_storeu_si128((__m128i *) (res.zero + b0), _mm_mullo_epi32(sum_ints(sum), _mm_set1_epi32(mul_type<BITS>::zero)));
     }
-    res.scale = max/127.0f;
 }
 
 INLINE void add_cols(float * y, __m256 scale, __m128i x) {
@@ -159,7 +159,7 @@ INLINE void mul_block(uint32_t n_rows, const uint8_t * src, size_t stride, uint3
 
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
-        add_block<BITS>(acc[q], w[q].scale, out + q*ld_out);
+        add_block<BITS>(acc[q], w[q].scale[b], out + q*ld_out);
     }
 }
 
@@ -174,7 +174,8 @@ ALONE void mul_blocks(uint32_t n_rows, uint32_t n_blocks, const uint8_t * src, c
 
 // D: the usual length, so that the compiler knows it, or 0
 template<int BITS, uint32_t D>
-TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
+TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+        float * out, size_t ld_out) {
     using T = mul_type<BITS>;
 
     const uint32_t n_blocks = (D > 0 ? D : d)/T::n_codes;
@@ -193,6 +194,9 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const f
         for (uint32_t i = 0; i < 8; ++i) {
             rows[i] = p;
             p += r + i + 1 < n_rows ? stride : 0; // the last one again
+        }
+        if (next && r < n_rows) {
+            llama_capsule_fetch(next + r*stride, std::min(8u, n_rows - r)*stride);
         }
         for (uint32_t b = 0; b < n_blocks; ++b) {
             uint16_t h[8];
@@ -217,7 +221,8 @@ TARGET static void mul_rows(uint32_t n_out, uint32_t n_rows, uint32_t d, const f
     }
 }
 
-void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out) {
+void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+        float * out, size_t ld_out) {
     const bool     q4       = type == GGML_TYPE_Q4_0;
     const uint32_t max_rows = q4 ? mul_type<4>::max_rows : mul_type<2>::max_rows;
     const size_t   size     = q4 ? d/QK*Q4_SIZE : d/QK2*Q2_SIZE;
@@ -225,7 +230,7 @@ void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows
     const auto mul = d == 128 ? (q4 ? mul_rows<4, 128> : mul_rows<2, 128>) : (q4 ? mul_rows<4, 0> : mul_rows<2, 0>);
 
     for (uint32_t r = 0; r < n_rows; r += max_rows) {
-        mul(n_out, std::min(n_rows - r, max_rows), d, w + r, ld_w, src + r*size, out, ld_out);
+        mul(n_out, std::min(n_rows - r, max_rows), d, w + r, ld_w, src + r*size, next ? next + r*size : nullptr, out, ld_out);
     }
 }
 

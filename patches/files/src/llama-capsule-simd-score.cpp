@@ -17,6 +17,7 @@ struct avx2 {
     typedef __m256i I;
 
     INLINE F set1    (float x)       { return _mm256_set1_ps(x); }
+    INLINE F mul     (F a, F b)      { return _mm256_mul_ps(a, b); }
     INLINE F fma     (F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     INLINE F to_float(I a)           { return _mm256_cvtepi32_ps(a); }
 
@@ -24,8 +25,8 @@ struct avx2 {
     INLINE I load_lanes(const uint32_t * x) { return _mm256_set1_epi32(*x); }
     INLINE F to_scale  (I a)                { return _mm256_castsi256_ps(a); }
 
-    INLINE void add_scores(float * out, const uint32_t * tokens, F scale, F a) {
-        _mm256_store_ps(out + N**tokens, _mm256_fmadd_ps(scale, a, _mm256_load_ps(out + N**tokens)));
+    INLINE void add_scores(float * out, const uint32_t * tokens, F a) {
+        _mm256_store_ps(out + N**tokens, _mm256_add_ps(a, _mm256_load_ps(out + N**tokens)));
     }
 
     static constexpr int ZERO_Q8 = 0;
@@ -109,9 +110,9 @@ void llama_capsule_to_lanes_avx2(ggml_type type, uint32_t d, uint32_t n, const l
     to_lanes_vec<avx2>(type, d, n, lanes);
 }
 
-void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
+void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src,
         float * out) {
-    score_rows_vec<avx2>(s, type, g0, r0, n_rows, n_src, src, out);
+    score_rows_vec<avx2>(s, type, g0, n_rows, n_src, src, out);
 }
 
 // 8 tokens at a time

@@ -23,7 +23,7 @@ struct score_shape {
 
     static constexpr int n_codes = row_type<TYPE>::n_codes;
     static constexpr int n_parts = n_codes/QK;       // of 32 codes
-    static constexpr int n_words = (1 + n_codes/4)*P; // of a query in a block: what its sums start from, its codes
+    static constexpr int n_words = (2 + n_codes/4)*P; // of a query in a block: what its sums start from, its codes, its scale
 
     static constexpr int zero = TYPE == GGML_TYPE_Q2_0 ? 1 : TYPE == GGML_TYPE_Q4_0 ? 8 : V::ZERO_Q8; // the code of 0
 };
@@ -52,8 +52,8 @@ INLINE void to_lanes_of(uint32_t d, uint32_t n, const llama_capsule_lane * lanes
             for (int k = 0; k < T::n_codes/4; ++k) {
                 memcpy(dst + (1 + k)*T::P, cur.codes + b*T::n_codes + 4*k, sizeof(*dst));
             }
+            memcpy(dst + (1 + T::n_codes/4)*T::P, cur.scales + b, sizeof(*dst));
         }
-        memcpy(first + n_blocks*lane.n*T::n_words + lane.j*T::P + lane.p, &cur.scale, sizeof(cur.scale));
     }
 }
 
@@ -118,7 +118,9 @@ INLINE void score_tile(const typename V::I * codes, typename V::F scale, const u
         if (PART + 1 < T::n_parts) {
             sums[q] = sum[q];
         } else {
-            acc[q] = V::fma(scale, V::to_float(P::sum(sum[q])), acc[q]);
+            const auto unit = V::mul(scale, V::to_scale(V::load_lanes(queries + q*T::n_words + (1 + T::n_codes/4)*T::P)));
+
+            acc[q] = V::fma(unit, V::to_float(P::sum(sum[q])), acc[q]);
         }
     }
 }
@@ -147,7 +149,7 @@ INLINE void score_part(const typename V::I * words, typename V::F scale, uint32_
     }
 }
 
-// products without the scales of the queries; ld: words from one block to the next
+// ld: words from one block to the next
 template<class V, ggml_type TYPE, int N>
 INLINE void score_queries(const uint8_t * const * rows, uint32_t d, uint32_t n, const uint32_t * queries, size_t ld, typename V::F * out) {
     using T = score_shape<V, TYPE>;
@@ -194,7 +196,6 @@ INLINE void score_group(const llama_capsule_score & s, uint32_t i_group, const u
     const size_t   ld     = n*T::n_words;
 
     const auto * queries = (const uint32_t *) (s.queries + s.first[i_group]*n_q*llama_capsule_score::query_size(s.d, T::P));
-    const auto * scales  = queries + s.d/T::n_codes*ld;
     const auto * tokens  = s.tokens + s.first[i_group]*T::P;
 
     typename V::F acc[llama_capsule_score::MAX];
@@ -208,8 +209,8 @@ INLINE void score_group(const llama_capsule_score & s, uint32_t i_group, const u
             case 4:  score_queries<V, TYPE, 4>(rows, s.d, n_cur, queries, ld, acc); break;
             default: score_queries<V, TYPE, 0>(rows, s.d, n_cur, queries, ld, acc); break;
         }
-        for (uint32_t j = 0; j < n_cur; ++j, scales += T::P) {
-            V::add_scores(out + q*ld_out, tokens, V::to_scale(V::load_lanes(scales)), acc[j]);
+        for (uint32_t j = 0; j < n_cur; ++j) {
+            V::add_scores(out + q*ld_out, tokens, acc[j]);
             if (++q == n_q) {
                 q = 0;
                 tokens += T::P;
@@ -218,20 +219,9 @@ INLINE void score_group(const llama_capsule_score & s, uint32_t i_group, const u
     }
 }
 
-// bytes [from, to) of what is read soon of slots [i, i + n): a few lines of memory at a time, many of them would hold up what is read meanwhile
-INLINE void fetch_soon(const llama_capsule_fetch & soon, uint32_t i, uint32_t n, size_t from, size_t to) {
-    for (size_t offs = GGML_PAD(from, 64); offs < to; offs += 64) {
-        const int    part = offs >= soon.sizes[0];
-        const size_t rest = part ? offs - soon.sizes[0] : offs;
-        for (uint32_t j = i; j < i + n && rest < soon.sizes[part]; ++j) {
-            __builtin_prefetch(soon.parts[part][j] + rest, 0, 2);
-        }
-    }
-}
-
 // slots [i, i + n), S of them at most
 template<class V, ggml_type TYPE>
-TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t i, uint32_t n, const uint8_t * const * src, float * out) {
+TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t i, uint32_t n, const uint8_t * const * src, float * out) {
     using T = score_shape<V, TYPE>;
 
     const size_t size = s.d/T::n_codes*row_type<TYPE>::size;
@@ -242,8 +232,8 @@ TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint3
         rows[j] = src[i + std::min(j/T::P, n - 1)] + std::min(j%T::P, n_rows - 1)*size;
     }
     for (uint32_t r = 0; r < n_rows; r += T::P) {
-        if (s.soon) {
-            fetch_soon(*s.soon, i, n, (r0 + r)*s.step, (r0 + std::min(r + T::P, n_rows))*s.step);
+        for (uint32_t j = 0; j < n; ++j) {
+            llama_capsule_fetch(rows[j*T::P] + LLAMA_CAPSULE_AHEAD, T::P*size);
         }
         score_group<V, TYPE>(s, g0 + r/T::P, rows, out);
 
@@ -254,20 +244,20 @@ TARGET static void score_slots(const llama_capsule_score & s, uint32_t g0, uint3
 }
 
 template<class V, ggml_type TYPE>
-static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
+static void score_rows_of(const llama_capsule_score & s, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
     static constexpr uint32_t S = score_shape<V, TYPE>::S;
 
     for (uint32_t i = 0; i < n_src; i += S, out += s.n_q*s.ld_out) {
-        score_slots<V, TYPE>(s, g0, r0, n_rows, i, std::min(S, n_src - i), src, out);
+        score_slots<V, TYPE>(s, g0, n_rows, i, std::min(S, n_src - i), src, out);
     }
 }
 
 template<class V>
-static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
+static void score_rows_vec(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out) {
     switch (type) {
-        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, r0, n_rows, n_src, src, out); break;
-        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, r0, n_rows, n_src, src, out); break;
-        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, r0, n_rows, n_src, src, out); break;
+        case GGML_TYPE_Q8_0: score_rows_of<V, GGML_TYPE_Q8_0>(s, g0, n_rows, n_src, src, out); break;
+        case GGML_TYPE_Q4_0: score_rows_of<V, GGML_TYPE_Q4_0>(s, g0, n_rows, n_src, src, out); break;
+        case GGML_TYPE_Q2_0: score_rows_of<V, GGML_TYPE_Q2_0>(s, g0, n_rows, n_src, src, out); break;
         default: GGML_ABORT("fatal error");
     }
 }

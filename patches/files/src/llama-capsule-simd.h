@@ -60,11 +60,19 @@ struct llama_capsule_int_rows {
     uint32_t n_q2;
 };
 
-// what is read soon: two parts of the memory of each slot
-struct llama_capsule_fetch {
-    const uint8_t * const * parts[2]; // [n_src] each
-    size_t                  sizes[2];
-};
+static constexpr size_t LLAMA_CAPSULE_AHEAD = 512; // bytes of a list of rows that are fetched before they are read: more would take the place of the queries
+
+// some lines of memory are read soon
+static inline void llama_capsule_fetch(const uint8_t * p, size_t n) {
+#ifdef __GNUC__
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+#else
+    GGML_UNUSED(p);
+    GGML_UNUSED(n);
+#endif
+}
 
 // queries in 8 bits, for rows that are read as they are stored, of n_slots slots at a time, a slot in each lane of a vector. If there are more lanes, they take n_rows rows.
 //   Groups of n_rows rows of a type: vectors of queries, one for each row, and the tokens whose scores the products are part of
@@ -79,9 +87,6 @@ struct llama_capsule_score {
     const uint8_t  * queries; // [n_vectors][n_q][query_size()], those of a group as to_lanes writes them
     size_t           ld_out;  // from one query to the next
 
-    const llama_capsule_fetch * soon; // nullptr if nothing is to be fetched
-    size_t                      step; // bytes of it for each row
-
     static constexpr uint32_t n_slots(uint32_t n_lanes) {
         return n_lanes < LLAMA_CAPSULE_VEC ? n_lanes : LLAMA_CAPSULE_VEC;
     }
@@ -91,7 +96,7 @@ struct llama_capsule_score {
     }
 
     static size_t query_size(uint32_t d, uint32_t n_rows) {
-        return n_rows*(d + d/QK*sizeof(int32_t) + sizeof(float));
+        return n_rows*(d + d/QK*(sizeof(int32_t) + sizeof(float)));
     }
 };
 
@@ -112,7 +117,7 @@ struct llama_capsule_codes {
 
     int8_t  codes[256];    // [d], for rows of 2 bits in the order in which their codes come out
     int32_t sums [256/QK]; // [d/QK2] for rows of 2 bits, [d/QK] for others; AVX2: less than 0, two of 16 bits, of every other pair of codes
-    float   scale;
+    float   scales[256/QK]; // as many
 };
 
 // a query as a base view sees it, see llama_capsule_views
@@ -177,14 +182,16 @@ struct llama_capsule_simd {
     void (*to_lanes)(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
     // out[i/n_slots][q][token][i%n_slots] += <row, query>, for all rows and the vectors of their groups, which are those from g0 on, in each of n_src lists of n_rows rows
-    //   of type q8_0, q4_0 or q2_0, those from row r0 of a slot on
-    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t r0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out);
+    //   of type q8_0, q4_0 or q2_0; fetches what lies LLAMA_CAPSULE_AHEAD
+    void (*score_rows)(const llama_capsule_score & s, ggml_type type, uint32_t g0, uint32_t n_rows, uint32_t n_src, const uint8_t * const * src, float * out);
 
     // out[i][t] = x[t][i] of n_slots slots
     void (*to_slots)(uint32_t n, const float * x, float * const * out);
 
     // out[q][i] += sum_r w[q][r] rows[r][i], rows of type q4_0 or q2_0 without undoing the Hadamard rotation; nullptr if there is no such kernel
-    void (*mul_rows)(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, float * out, size_t ld_out);
+    //   next: rows that are read after them, or nullptr
+    void (*mul_rows)(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
+            float * out, size_t ld_out);
 
     // a row without rotating it: byte for byte what llama_capsule_row_quantize() writes
     void (*from_float)(ggml_type type, const float * x, void * dst, uint32_t d);

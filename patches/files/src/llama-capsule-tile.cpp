@@ -92,17 +92,8 @@ uint32_t llama_capsule_tile::ld_rows() const {
     return GGML_PAD(n_rows(), LLAMA_CAPSULE_VEC);
 }
 
-size_t llama_capsule_tile::head_size() const {
-    return part.head_stride;
-}
-
 void llama_capsule_tile::prefetch(const uint8_t * slot, uint32_t i_head) const {
-#ifdef __GNUC__
-    const uint8_t * p = rows_at(slot, i_head, 0);
-    for (size_t i = 0; i < part.head_stride; i += 64) {
-        __builtin_prefetch(p + i);
-    }
-#endif
+    llama_capsule_fetch(rows_at(slot, i_head, 0), part.head_stride);
 }
 
 bool llama_capsule_tile::has_rotated() const {
@@ -149,7 +140,7 @@ void llama_capsule_tile::decode_rows(const uint8_t * slot, uint32_t i_head, bool
     decode_types(slot, i_head, 0, LLAMA_CAPSULE_N_TYPES, rotated, out);
 }
 
-void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
+void llama_capsule_tile::mul_rows(const uint8_t * slot, const uint8_t * next, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const {
     static thread_local llama_capsule_buf<float> rows;
 
     const auto & simd = llama_capsule_simd_get();
@@ -163,6 +154,10 @@ void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool ro
         simd.mul(n_q, n_float, ld(), w, 1, ld_w, rows.data(), ld(), nullptr, out, ld());
     }
 
+    if (next) {
+        llama_capsule_fetch(rows_at(next, i_head, 0), as_stored ? part.type_offs[T_Q4] - part.type_offs[0] : part.head_stride);
+    }
+
     w += n_float;
     for (int t = T_Q8; t < LLAMA_CAPSULE_N_TYPES && as_stored; w += counts[t++]) {
         const ggml_type type = LLAMA_CAPSULE_TYPES[t];
@@ -172,7 +167,7 @@ void llama_capsule_tile::mul_rows(const uint8_t * slot, uint32_t i_head, bool ro
         if (t == T_Q8) {
             simd.mul_cells(type, n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), ggml_row_size(type, d()), out, ld());
         } else {
-            simd.mul_rows(type, n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), out, ld());
+            simd.mul_rows(type, n_q, counts[t], d(), w, ld_w, rows_at(slot, i_head, t), next ? rows_at(next, i_head, t) : nullptr, out, ld());
         }
     }
 }

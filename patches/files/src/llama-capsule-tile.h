@@ -43,16 +43,13 @@ public:
     // [n_rows][ld]: x = mean + basis*rows, or its Hadamard transform
     void decode_rows(const uint8_t * slot, uint32_t i_head, bool rotated, float * out) const;
 
-    // out[q][i] += sum_r w[q][r] rows[r][i], the rows as decode_rows() gives them
-    void mul_rows(const uint8_t * slot, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const;
+    // out[q][i] += sum_r w[q][r] rows[r][i], the rows as decode_rows() gives them; next: the slot that is read after it, or nullptr
+    void mul_rows(const uint8_t * slot, const uint8_t * next, uint32_t i_head, bool rotated, uint32_t n_q, const float * w, size_t ld_w, float * out) const;
 
     // those of a type as they are stored
     const uint8_t * rows_at(const uint8_t * slot, uint32_t i_head, int t) const;
 
-    // bytes of all rows of a head
-    size_t head_size() const;
-
-    // they are needed soon
+    // the rows of a head are needed soon
     void prefetch(const uint8_t * slot, uint32_t i_head) const;
 
     // are there rows that are stored rotated?
