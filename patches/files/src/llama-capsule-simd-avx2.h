@@ -117,6 +117,9 @@ void llama_capsule_score_rows_avx2(const llama_capsule_score & s, ggml_type type
 
 void llama_capsule_to_slots_avx2(uint32_t n, const float * x, float * const * out);
 
+// llama-capsule-simd-basis.cpp
+void llama_capsule_mul_int_avx2(uint32_t n_out, uint32_t d, const int16_t * basis, const float * basis_max, const llama_capsule_int_rows & rows, float * out, size_t ld_out);
+
 // llama-capsule-simd-rows.cpp
 void llama_capsule_mul_rows_avx2(ggml_type type, uint32_t n_out, uint32_t n_rows, uint32_t d, const float * w, size_t ld_w, const uint8_t * src, const uint8_t * next,
         float * out, size_t ld_out);
