@@ -131,14 +131,10 @@ void llama_capsule_hot::attend(const ggml_tensor * k, const ggml_tensor * v, boo
 
 // cells [col, col + n) of a head that are there
 static void prefetch(const ggml_tensor * t, uint32_t i_head, int64_t col, uint32_t n) {
-#ifdef __GNUC__
     const size_t size = ggml_row_size(t->type, t->ne[0]);
     for (int64_t j = col; j < std::min<int64_t>(col + n, t->ne[2]); ++j) {
-        for (size_t i = 0; i < size; i += 64) {
-            __builtin_prefetch((const char *) t->data + i_head*t->nb[1] + j*t->nb[2] + i);
-        }
+        llama_capsule_fetch((const uint8_t *) t->data + i_head*t->nb[1] + j*t->nb[2], size);
     }
-#endif
 }
 
 // cells that are used as they lie; for more queries it is faster to copy them as floats

@@ -286,14 +286,15 @@ TARGET static void mul_codes(uint32_t n_out, uint32_t d, const int16_t * basis_4
             int_factors(pad_2, scales_2 + b0/2*pad_2, max_2, (top - 1.0f)/(together ? max_q4 : max_q2), f_2);
             int_max(rows.n_q2, N16, basis_2, f_2, max);
         }
+        std::fill_n(o_2, N16, 0);
         if (!together) {
             int_grow(N16, max, top, max_q2/(top - 1.0f), grow, units);
-            std::fill_n(o_2, N16, 0);
-            int_weights(pairs_2, N16, basis_2, f_2, grow, 1, w_2, o_2);
+            int_weights(pairs_2, N16, basis_2, f_2, grow, Q2_ZERO, w_2, o_2);
             for (uint32_t b = b0; b < b1; ++b) {
                 int_cols(n_out, pairs_2, to_2[b], w_2, N16, o_2, units, out + b*QK, ld_out);
             }
             std::fill_n(max, N16, 0);
+            std::fill_n(o_2, N16, 0);
         }
         if (max_q4 == 0.0f) {
             continue;
@@ -304,17 +305,13 @@ TARGET static void mul_codes(uint32_t n_out, uint32_t d, const int16_t * basis_4
         }
         int_grow(N16, max, top, max_q4/(top - 1.0f), grow, units);
         if (together) {
-            std::fill_n(o_2, N16, 0);
-            int_weights(pairs_2, N16, basis_2, f_2, grow, 1, w_2, o_2);
+            int_weights(pairs_2, N16, basis_2, f_2, grow, Q2_ZERO, w_2, o_2);
         }
         for (uint32_t b = b0; b < b1; ++b) {
             uint32_t * w_4 = b == b0 ? w : w_2 + pairs_2*N16;
 
             std::copy_n(o_2, N16, offs);
-            if (!together) {
-                std::fill_n(offs, N16, 0);
-            }
-            int_weights(pairs_4, N16, basis_4, factors + (b - b0)*pad_4, grow, 8, w_4, offs);
+            int_weights(pairs_4, N16, basis_4, factors + (b - b0)*pad_4, grow, Q4_ZERO, w_4, offs);
 
             if (together) {
                 int_cols(n_out, n_pairs, codes + b*n_pairs*2*QK, b == b0 ? w : w_2, N16, offs, units, out + b*QK, ld_out);

@@ -177,8 +177,8 @@ struct llama_capsule_simd {
     // the next four are 0 together
     uint32_t n_lanes;
 
-    // lanes as rows of this type meet them; those of a group: for each block of codes that share a scale, n times what the codes of 0 add up to and 4 codes at a time,
-    //   one of each row; then scales
+    // lanes as rows of this type meet them; those of a group: for each block of codes that share a scale, n times what the codes of 0 add up to, 4 codes at a time
+    //   and the scale, one of each row
     void (*to_lanes)(ggml_type type, uint32_t d, uint32_t n, const llama_capsule_lane * lanes);
 
     // out[i/n_slots][q][token][i%n_slots] += <row, query>, for all rows and the vectors of their groups, which are those from g0 on, in each of n_src lists of n_rows rows
