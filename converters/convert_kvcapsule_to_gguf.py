@@ -10,7 +10,7 @@ from pathlib import Path
 
 import common
 from kvcapsule_gguf.format.base_model import base_of, read_base_model
-from kvcapsule_gguf.format.capsule import CapsuleError
+from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
@@ -39,7 +39,7 @@ def convert(args: argparse.Namespace) -> Path:
     if args.base:
         base = base_of(read_base_model(args.base))
         if base != capsule.base:
-            raise CapsuleError(args.input, f"is for another model than {args.base}")
+            raise CapsuleFileError(args.input, f"is for another model than {args.base}")
     path = common.outfile(args.outfile, args.input.with_suffix(".safetensors" if args.reverse else ".gguf"), args.outtype)
     if not args.dry_run:
         if args.reverse:

@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from kvcapsule_gguf.chat import files, hub
-from kvcapsule_gguf.chat.errors import ChatError
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 
 PRINT, OTHER = "a" * 64, "b" * 64
 
@@ -52,7 +52,7 @@ def test_of_several_mmprojs_the_one_named_like_the_model_is_taken(model: Path) -
 
 
 def test_a_given_mmproj_must_exist(model: Path) -> None:
-    with pytest.raises(ChatError, match="does not exist"):
+    with pytest.raises(KVCapsuleError, match="does not exist"):
         files.find_mmproj(model, model.with_name("no.gguf"))
 
 
@@ -62,7 +62,7 @@ def test_files_that_are_not_models(tmp_path: Path, name: str, message: str) -> N
         (tmp_path / name).write_text("hello")
     elif name != "no.gguf":
         write_gguf(tmp_path / name)
-    with pytest.raises(ChatError, match=message):
+    with pytest.raises(KVCapsuleError, match=message):
         files.check_model(tmp_path / name)
 
 
@@ -74,7 +74,7 @@ def test_off_and_a_given_file(model: Path) -> None:
     other = write_gguf(model.with_name("elsewhere.gguf"), fingerprint=OTHER)
     assert find(model, "off") is None
     assert find(model, str(other)) == other
-    with pytest.raises(ChatError, match="the capsule .* does not exist"):
+    with pytest.raises(KVCapsuleError, match="the capsule .* does not exist"):
         find(model, str(capsule.with_name("no.gguf")))
 
 
@@ -102,7 +102,7 @@ def test_the_mmproj_comes_first(model: Path) -> None:
 def test_two_that_match_are_a_question_for_the_user(model: Path) -> None:
     for name in ("kvcapsule-a.gguf", "kvcapsule-b.gguf"):
         write_gguf(model.with_name(name), fingerprint=PRINT)
-    with pytest.raises(ChatError, match="kvcapsule-a.gguf, kvcapsule-b.gguf.*--capsule"):
+    with pytest.raises(KVCapsuleError, match="kvcapsule-a.gguf, kvcapsule-b.gguf.*--capsule"):
         find(model)
 
 
@@ -130,9 +130,9 @@ def test_model_mmproj_and_capsules_by_name() -> None:
 @pytest.mark.parametrize("quant, name", [("Q8_0", "Some-VL-7B-Q8_0.gguf"), ("q8_0", "Some-VL-7B-Q8_0.gguf"), ("IQ2_M", "Some-VL-7B-IQ2_M.gguf")])
 def test_a_capsule_is_never_the_model(quant: str, name: str) -> None:
     assert hub.choose(REPO, quant, "u/r").model == [name]
-    with pytest.raises(ChatError, match="no model with quantization F16"):
+    with pytest.raises(KVCapsuleError, match="no model with quantization F16"):
         hub.choose(REPO, "F16", "u/r:F16")
-    with pytest.raises(ChatError, match="no GGUF model"):
+    with pytest.raises(KVCapsuleError, match="no GGUF model"):
         hub.choose([name for name in REPO if not name.startswith("Some")], "", "u/r")
 
 
@@ -140,7 +140,7 @@ def test_parts_of_a_split_model_come_together() -> None:
     names = [f"Q8_0/big-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)] + ["mmproj-big-f16.gguf", "Q4_0/mmproj-big-f16.gguf"]
     choice = hub.choose(names, "", "u/r")
     assert choice.model == names[:3] and choice.mmproj == "mmproj-big-f16.gguf"
-    with pytest.raises(ChatError, match="2 of 3 parts"):
+    with pytest.raises(KVCapsuleError, match="2 of 3 parts"):
         hub.choose(names[:2], "", "u/r")
 
 
@@ -153,7 +153,7 @@ def test_a_folder_is_a_repository(model: Path) -> None:
 @pytest.mark.parametrize("spec", ["justaname", "a/b/c", "a b/c", "../x/.."])
 def test_malformed_repositories(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ChatError, match="expected user/repo"):
+    with pytest.raises(KVCapsuleError, match="expected user/repo"):
         hub.fetch(spec)
 
 
@@ -197,5 +197,5 @@ def test_without_a_network_the_cached_files_are_used(model: Path, monkeypatch: p
     fake.error = ConnectionError("offline")
     assert hub.fetch("user/repo") == (model, None)
     fake.folder = model.parent / "nowhere"
-    with pytest.raises(ChatError, match="cannot be reached and nothing is cached .offline."):
+    with pytest.raises(KVCapsuleError, match="cannot be reached and nothing is cached .offline."):
         hub.fetch("user/repo")

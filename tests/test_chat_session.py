@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcapsule_gguf.chat.errors import ChatError
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.chat.contents import Contents
 from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.chat.stats import CacheUse, ImageUse, break_even
@@ -62,12 +62,12 @@ def test_templates_that_only_know_lists_of_parts() -> None:
 
 @pytest.mark.parametrize("source, message", [("{% for %}", "cannot be read"), ("{{ raise_exception('no system role') }}", "refuses this conversation: no system role"), ("constant", "drops the message")])
 def test_templates_that_do_not_work(source: str, message: str) -> None:
-    with pytest.raises(ChatError, match=message):
+    with pytest.raises(KVCapsuleError, match=message):
         template(source).render([user("hi")], True)
 
 
 def test_a_template_is_rendered_in_a_sandbox() -> None:
-    with pytest.raises(ChatError):
+    with pytest.raises(KVCapsuleError):
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages[-1]['content'] }}").render([user("hi")], True)
 
 
@@ -158,5 +158,5 @@ def test_ratio() -> None:
 def test_pictures_without_a_projector_are_refused() -> None:
     s = session(VICUNA)
     s.engine = SimpleNamespace(mtmd_ctx=None)
-    with pytest.raises(ChatError, match="--mmproj"):
+    with pytest.raises(KVCapsuleError, match="--mmproj"):
         s.ask("what?", [object()], print)

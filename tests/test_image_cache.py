@@ -15,7 +15,7 @@ from test_native import require_capsules
 from kvcapsule_gguf import native
 from kvcapsule_gguf.chat import args, images, saved
 from kvcapsule_gguf.chat.engine import Engine
-from kvcapsule_gguf.chat.errors import ChatError
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.chat.session import Session, Turn
 from kvcapsule_gguf.reuse import container
 
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(folder: Path, tmp_path: Pa
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ChatError, match="--image-cache"), chat(folder, "llama", "--image-cache", folder / "a.png"):
+    with pytest.raises(KVCapsuleError, match="--image-cache"), chat(folder, "llama", "--image-cache", folder / "a.png"):
         pass
     with chat(folder, "llama", "--image-cache", tmp_path) as c:
         monkeypatch.setattr(container, "write", full)
@@ -246,11 +246,11 @@ def test_a_damaged_file_is_refused_and_the_conversation_stays(folder: Path, tmp_
         c.ask("what?", "a.png")
         saved.save(c.session, path)
         damage(path)
-        with pytest.raises(ChatError, match="damaged"):
+        with pytest.raises(KVCapsuleError, match="damaged"):
             saved.load(c.session, path)
-        with pytest.raises(ChatError, match="No such file"):
+        with pytest.raises(KVCapsuleError, match="No such file"):
             saved.load(c.session, tmp_path / "no")
-        with pytest.raises(ChatError, match="not a saved state|cut off"):
+        with pytest.raises(KVCapsuleError, match="not a saved state|cut off"):
             saved.load(c.session, folder / "a.png")
         turn = c.ask("and?")
         assert counts(turn) == (0, 0) and c.vision() == TOKENS

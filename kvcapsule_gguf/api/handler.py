@@ -16,13 +16,13 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter, MTMDChatHandler
 
 from .. import native
 from ..chat import images
-from ..chat.errors import ChatError
 from ..chat.fill import Work, fill
 from ..chat.images import Picture
 from ..chat.prompt import Chunk, read_chunks
 from ..chat.stats import ImageUse
 from ..reuse.digest import bytes_digest
 from ..reuse.prefixes import DEFAULT_MIB, Prefixes
+from ..runtime.errors import KVCapsuleError
 from .contents import LlamaContents, LlamaEngine
 from .tools import choose_tool
 
@@ -66,7 +66,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         try:
             with self._chunks(prompt, self.get_image_urls(messages)) as (chunks, pictures):
                 self._fill(contents, chunks, pictures)
-        except ChatError as error:
+        except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         if response_format is not None and response_format["type"] == "json_object":
             grammar = llama_chat_format._grammar_for_response_format(response_format)

@@ -13,10 +13,10 @@ from llama_cpp import Llama
 from .. import native
 from ..chat import files
 from ..chat.args import DEFAULT_CTX
-from ..chat.errors import ChatError
 from ..chat.stats import ImageUse
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
+from ..runtime.errors import KVCapsuleError
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
 
@@ -45,7 +45,7 @@ class KVCapsuleLlama(Llama):
         try:
             path = files.check_model(Path(model_path))
             self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)
-        except ChatError as error:
+        except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         if self.mmproj is None and str(capsule) not in ("auto", "off"):
             raise ValueError("a capsule needs a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
@@ -80,7 +80,7 @@ class KVCapsuleLlama(Llama):
         architecture = metadata(model.model, "general.architecture") or ""
         try:
             path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))
-        except ChatError as error:
+        except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         if path is not None:
             capsule = native.Capsule.load(model.model, path)
@@ -95,7 +95,7 @@ class KVCapsuleLlama(Llama):
         llama.cpp chooses. local_dir_use_symlinks has no meaning any more. Raises ValueError."""
         try:
             model, mmproj = pretrained.fetch(repo_id, filename, additional_files or [], local_dir=local_dir, cache_dir=cache_dir)
-        except ChatError as error:
+        except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         kwargs.setdefault("mmproj", mmproj)
         return cls(model, **kwargs)

@@ -6,11 +6,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from ..chat import hub
-from ..chat.errors import ChatError
+from ..runtime.errors import KVCapsuleError
 
 
 def fetch(repo_id: str, filename: str | None, additional: list[str], *, local_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[Path, Path | None]:
-    """(model, mmproj); capsules land beside the model. Raises ChatError."""
+    """(model, mmproj); capsules land beside the model. Raises KVCapsuleError."""
     where = {name: str(value) for name, value in (("local_dir", local_dir), ("cache_dir", cache_dir)) if value is not None}
     names, get = hub.repository(repo_id, repo_id, **where)
     choice = hub.choose(_narrowed(names, filename, repo_id) if filename else names, "", repo_id)
@@ -21,10 +21,10 @@ def fetch(repo_id: str, filename: str | None, additional: list[str], *, local_di
 
 
 def _narrowed(names: list[str], pattern: str, repo_id: str) -> list[str]:
-    """The models that `pattern` names, with all their parts, and the sidecars. Raises ChatError unless it names one."""
+    """The models that `pattern` names, with all their parts, and the sidecars. Raises KVCapsuleError unless it names one."""
     models = [name for name in names if name.endswith(".gguf") and not hub.is_sidecar(name)]
     found = [name for name in models if fnmatch(name, pattern) or fnmatch(PurePosixPath(name).name, pattern)]
     stems = {hub.SHARD.sub("", name) for name in found}
     if len(stems) != 1:
-        raise ChatError(f"{'Multiple files' if stems else 'No file'} found in {repo_id} that match {pattern} (there are: {', '.join(models) or 'no models'})")
+        raise KVCapsuleError(f"{'Multiple files' if stems else 'No file'} found in {repo_id} that match {pattern} (there are: {', '.join(models) or 'no models'})")
     return [name for name in names if hub.is_sidecar(name) or hub.SHARD.sub("", name) in stems]

@@ -10,11 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..chat.errors import ChatError
 from ..chat.files import demo_folder, model_in
 from ..codec.cut import BlockShape
-from ..format.capsule import CapsuleError as FileError
-from ..native import CapsuleError, NativeError
+from ..runtime.errors import KVCapsuleError
 from . import compress, demo, op, report, whole
 from .capsule import BLOCK
 from .geometry import GEOMETRIES
@@ -91,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> list[Any]:
-    """Prints what it is at on stderr. Raises BenchError, ChatError, NativeError, CapsuleError."""
+    """Prints what it is at on stderr. Raises KVCapsuleError."""
     rows: list[Any] = []
 
     def say(text: str) -> None:
@@ -131,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = run(args)
         if getattr(args, "plot", None):
             (report.op_plot if args.what == "op" else report.whole_plot)(rows, args.plot)
-    except (BenchError, ChatError, NativeError, CapsuleError, FileError, OSError, ValueError) as error:
+    except (KVCapsuleError, OSError, ValueError) as error:
         print(f"kvcapsule-bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

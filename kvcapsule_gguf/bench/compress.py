@@ -129,7 +129,7 @@ def measure_compress(geometry: Geometry, settings: list[Setting], run: Run) -> l
 
 
 def measure_compress_demo(model: Path, run: Run) -> list[CompressRow]:
-    """Wall time of run.rounds pictures. Raises ChatError."""
+    """Wall time of run.rounds pictures. Raises KVCapsuleError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engine, turns = read_pictures(stack, model, ["-t", str(run.threads)], run.rounds + 1, folder)

@@ -52,7 +52,7 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
 
 
 def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int) -> list[DemoRow]:
-    """Raises ChatError, BenchError."""
+    """Raises KVCapsuleError, BenchError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         timers = {}

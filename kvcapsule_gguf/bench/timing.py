@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+from ..runtime.errors import KVCapsuleError
+
 TOKEN, QUESTION = 5, 64  # any token; tokens of a question
 WARM_UP = 2  # rounds: the graphs are built
 
 
-class BenchError(RuntimeError):
+class BenchError(KVCapsuleError):
     """The text is one line for the user."""
 
 

@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..native import CapsuleError, NativeError
+from ..runtime.errors import KVCapsuleError
 from . import args, images, repl, stats
 from .args import Options
 from .devices import list_devices
 from .engine import Engine, say
-from .errors import ChatError
 from .images import Picture
 from .interrupt import Interrupt
 from .session import Session, Turn
@@ -26,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Interrupt():
             return run(options)
-    except (ChatError, NativeError, CapsuleError) as error:
+    except KVCapsuleError as error:
         say(f"error: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
@@ -44,7 +43,7 @@ def run(options: Options) -> int:
         return 0
     # before the model, which takes longer
     if "-" in options.images and options.prompt is None:
-        raise ChatError("--image - reads the picture from stdin, so the question must come with -p")
+        raise KVCapsuleError("--image - reads the picture from stdin, so the question must come with -p")
     pictures = [images.load(source) for source in options.images]
     with Engine(options, say) as engine:
         session = Session(engine, options)

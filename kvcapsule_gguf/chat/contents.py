@@ -9,8 +9,8 @@ from typing import Any
 from .. import native
 from ..reuse import memory
 from ..reuse.parts import Item, cells, positions
+from ..runtime.errors import ContextFull, KVCapsuleError
 from .engine import Engine
-from .errors import ChatError, ContextFull
 from .prompt import Chunk
 from .stats import ImageUse, plain_bytes
 
@@ -123,4 +123,4 @@ class Contents:
         reason = self.engine.log.take(about="cache is full" if status == 1 else "")
         if status == 1:
             raise ContextFull(reason or f"the context is full ({self.n_cells} of {self.engine.n_ctx} tokens are used)")
-        raise ChatError(f"the model could not be evaluated: {reason or f'status {status}'}")
+        raise KVCapsuleError(f"the model could not be evaluated: {reason or f'status {status}'}")

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import ctypes
 
-from ..native import DeviceError, Devices, load
+from ..native import Devices, load
 from .args import Options
-from .errors import ChatError
 
 
 def known_devices(options: Options) -> Devices:
-    """All devices, those of --rpc too. Raises ChatError."""
+    """All devices, those of --rpc too. Raises DeviceError."""
     known = Devices(load().directory)
-    try:
-        if options.rpc:
-            known.add_rpc(options.rpc)
-    except DeviceError as error:
-        raise ChatError(str(error)) from None
+    if options.rpc:
+        known.add_rpc(options.rpc)
     return known
 
 
 def choose_devices(options: Options) -> ctypes.Array | None:
-    """A list of devices that ends with NULL; None: all that there are. Raises ChatError."""
+    """A list of devices that ends with NULL; None: all that there are. Raises DeviceError."""
     known = known_devices(options)
     if options.device is None:
         return None
-    try:
-        handles = [device.handle for device in known.choose(options.device)]
-    except DeviceError as error:
-        raise ChatError(str(error)) from None
+    handles = [device.handle for device in known.choose(options.device)]
     return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
 

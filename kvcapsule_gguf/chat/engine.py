@@ -15,10 +15,10 @@ from .. import native
 from ..native.shapes import metadata
 from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
+from ..runtime.errors import KVCapsuleError
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
 from .devices import choose_devices
-from .errors import ChatError
 from .log import Log
 
 
@@ -26,7 +26,7 @@ class Engine:
     """The loaded parts; `mtmd_ctx` and `capsule` are None when there are none. `say` prints a line for the user."""
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
-        """Raises ChatError, native.NativeError, native.CapsuleError; nothing stays loaded then."""
+        """Raises KVCapsuleError; nothing stays loaded then."""
         self.options = options
         self.say = say
         self.capsule: native.Capsule | None = None
@@ -53,9 +53,9 @@ class Engine:
         self.path = files.check_model(path)
         self.mmproj = files.find_mmproj(self.path, options.mmproj or mmproj)
         if self.mmproj is None and options.images:
-            raise ChatError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+            raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         if self.mmproj is None and options.capsule not in ("auto", "off"):
-            raise ChatError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+            raise KVCapsuleError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         # chosen here or not at all
         for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT"):
             os.environ.pop(name, None)
@@ -72,7 +72,7 @@ class Engine:
             try:
                 self.prefixes = Prefixes(options.image_cache, options.image_cache_mib, self.binding, self.llama, self.say)
             except OSError as error:
-                raise ChatError(f"--image-cache {options.image_cache}: {error.strerror or error}") from None
+                raise KVCapsuleError(f"--image-cache {options.image_cache}: {error.strerror or error}") from None
 
     def _open_model(self, stack: ExitStack) -> None:
         params = self.llama.llama_model_default_params()
@@ -83,13 +83,13 @@ class Engine:
             params.devices = ctypes.cast(handles, ctypes.c_void_p)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self.model:
-            raise ChatError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")
+            raise KVCapsuleError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")
         stack.callback(self.llama.llama_model_free, self.model)
         if not self.llama.llama_model_has_decoder(self.model) or self.llama.llama_model_has_encoder(self.model):
-            raise ChatError(f"{self.path} is not a decoder-only model, it cannot chat")
+            raise KVCapsuleError(f"{self.path} is not a decoder-only model, it cannot chat")
         self.vocab = self.llama.llama_model_get_vocab(self.model)
         if self.llama.llama_vocab_type(self.vocab) == self.llama.LLAMA_VOCAB_TYPE_NONE:
-            raise ChatError(f"{self.path} has no vocabulary, it cannot chat")
+            raise KVCapsuleError(f"{self.path} has no vocabulary, it cannot chat")
         self.architecture = metadata(self.model, "general.architecture") or ""
 
     def _open_projector(self, stack: ExitStack) -> None:
@@ -104,10 +104,10 @@ class Engine:
         params.image_max_tokens = self.options.image_max_tokens
         self.mtmd_ctx = mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, params)
         if not self.mtmd_ctx:
-            raise ChatError(f"{self.mmproj} cannot be used with {self.path.name}: {self.log.take() or 'unknown reason (-v shows the log)'}")
+            raise KVCapsuleError(f"{self.mmproj} cannot be used with {self.path.name}: {self.log.take() or 'unknown reason (-v shows the log)'}")
         stack.callback(mtmd.mtmd_free, self.mtmd_ctx)
         if self.options.images and not mtmd.mtmd_support_vision(self.mtmd_ctx):
-            raise ChatError(f"{self.mmproj} is not a vision projector")
+            raise KVCapsuleError(f"{self.mmproj} is not a vision projector")
 
     def _open_capsule(self, stack: ExitStack) -> None:
         setting = self.options.capsule
@@ -144,7 +144,7 @@ class Engine:
         self.ctx = self.llama.llama_init_from_model(self.model, params)
         if not self.ctx:
             reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
-            raise ChatError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")
+            raise KVCapsuleError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")
         stack.callback(self.llama.llama_free, self.ctx)
         self.memory = self.llama.llama_get_memory(self.ctx)
         self.n_ctx = self.llama.llama_n_ctx(self.ctx)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..format.gguf_header import GGUFError, read_header
-from .errors import ChatError
+from ..runtime.errors import KVCapsuleError
 from .hub import _likeness
 
 MAGIC = b"GGUF"
@@ -31,13 +31,13 @@ class CapsuleInfo:
 
 
 def check_model(path: Path) -> Path:
-    """Raises ChatError unless this is a GGUF file that can be the model."""
+    """Raises KVCapsuleError unless this is a GGUF file that can be the model."""
     check_file(path, "the model")
     if path.name.startswith(NOT_MODELS):
-        raise ChatError(f"{path} is {'a projector' if path.name.startswith('mmproj') else 'a capsule'}, not a model: give the model file, this one is found beside it")
+        raise KVCapsuleError(f"{path} is {'a projector' if path.name.startswith('mmproj') else 'a capsule'}, not a model: give the model file, this one is found beside it")
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
-            raise ChatError(f"{path} is not a GGUF file")
+            raise KVCapsuleError(f"{path} is not a GGUF file")
     return path
 
 
@@ -47,23 +47,23 @@ def demo_folder() -> Path:
 
 
 def model_in(folder: Path) -> Path:
-    """The first model of a folder, projectors and capsules left out. Raises ChatError."""
+    """The first model of a folder, projectors and capsules left out. Raises KVCapsuleError."""
     for path in sorted(folder.glob("*.gguf")):
         if not path.name.startswith(NOT_MODELS):
             return path
-    raise ChatError(f"no model in {folder}")
+    raise KVCapsuleError(f"no model in {folder}")
 
 
 def check_file(path: Path, what: str) -> Path:
     if not path.is_file():
-        raise ChatError(f"{what} {path} {'is not a file' if path.exists() else 'does not exist'}")
+        raise KVCapsuleError(f"{what} {path} {'is not a file' if path.exists() else 'does not exist'}")
     if not os.access(path, os.R_OK):
-        raise ChatError(f"{what} {path} cannot be read (permission)")
+        raise KVCapsuleError(f"{what} {path} cannot be read (permission)")
     return path
 
 
 def find_mmproj(model: Path, given: Path | None) -> Path | None:
-    """--mmproj, or the mmproj*.gguf beside the model that is most like it. Raises ChatError for a given file that is not there."""
+    """--mmproj, or the mmproj*.gguf beside the model that is most like it. Raises KVCapsuleError for a given file that is not there."""
     if given is not None:
         return check_file(given, "the projector")
     found = [path for path in sorted(model.parent.glob("*.gguf")) if path.name.lower().startswith("mmproj")]
@@ -73,7 +73,7 @@ def find_mmproj(model: Path, given: Path | None) -> Path | None:
 
 
 def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: str, fingerprint: str) -> Path | None:
-    """The capsule file (or the mmproj that holds it), None if there is none or `setting` is off. Raises ChatError when the choice is not clear.
+    """The capsule file (or the mmproj that holds it), None if there is none or `setting` is off. Raises KVCapsuleError when the choice is not clear.
 
     A file that is damaged is still chosen when nothing else fits: loading it tells the user, ignoring it would silently run uncompressed."""
     if setting == "off":
@@ -85,7 +85,7 @@ def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: s
     infos = [read_info(path) or CapsuleInfo(path, damaged=True) for path in sorted(model.parent.glob("kvcapsule-*.gguf"))]
     fitting = [info.path for info in infos if not info.damaged and info.fits(architecture, fingerprint)]
     if len(fitting) > 1:
-        raise ChatError(f"several capsules fit this model ({', '.join(path.name for path in fitting)}): choose one with --capsule")
+        raise KVCapsuleError(f"several capsules fit this model ({', '.join(path.name for path in fitting)}): choose one with --capsule")
     damaged = [info.path for info in infos if info.damaged]
     return fitting[0] if fitting else damaged[0] if damaged else None
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from .. import native
 from ..reuse.parts import ImagePart, common
 from ..reuse.prefixes import Prefixes
+from ..runtime.errors import ContextFull, KVCapsuleError
 from .contents import SEQ, Contents
-from .errors import ChatError, ContextFull
 from .images import Picture
 from .prompt import Chunk
 from .stats import ImageUse
@@ -31,9 +31,9 @@ class Work:
 
 
 def fill(contents: Contents, chunks: list[Chunk], pictures: list[Picture], work: Work, *, append: bool, prefixes: Prefixes | None) -> None:
-    """Makes the cache hold `chunks`, or, to append, what it holds and `chunks`. Raises ChatError, ContextFull, Lost (append only)."""
+    """Makes the cache hold `chunks`, or, to append, what it holds and `chunks`. Raises KVCapsuleError, ContextFull, Lost (append only)."""
     if not chunks or chunks[-1].tokens is None:
-        raise ChatError("the model's chat template puts nothing after the picture, so there is nothing to answer")
+        raise KVCapsuleError("the model's chat template puts nothing after the picture, so there is nothing to answer")
     new = [item for chunk in chunks for item in chunk.items]
     base = len(contents.items) if append else 0
     wanted = contents.items + new if append else new
@@ -86,7 +86,7 @@ def _evaluate(contents: Contents, chunks: list[Chunk], pictures: list[Picture], 
 
 
 def _check_room(contents: Contents, chunks: list[Chunk], pictures: list[Picture]) -> None:
-    """Refuses what cannot fit before anything is computed. Raises ContextFull, ChatError."""
+    """Refuses what cannot fit before anything is computed. Raises ContextFull, KVCapsuleError."""
     engine = contents.engine
     n_ctx, needed = engine.n_ctx, sum(chunk.n_tokens for chunk in chunks)
     if contents.n_cells + needed >= n_ctx:
@@ -106,4 +106,4 @@ def _check_room(contents: Contents, chunks: list[Chunk], pictures: list[Picture]
             continue
         n_ubatch = engine.llama.llama_n_ubatch(engine.ctx)
         if chunk.n_tokens > n_ubatch and engine.native.mtmd.mtmd_decode_use_non_causal(engine.mtmd_ctx, chunk.handle):
-            raise ChatError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: raise -ub (and -b)")
+            raise KVCapsuleError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: raise -ub (and -b)")

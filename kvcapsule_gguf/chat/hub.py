@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .errors import ChatError
+from ..runtime.errors import KVCapsuleError
 
 # llama.cpp's order when no quantization is asked for
 PREFERRED = ("Q4_K_M", "Q8_0")
@@ -25,7 +25,7 @@ class Choice:
 
 
 def fetch(spec: str) -> tuple[Path, Path | None]:
-    """Downloads what `spec` names; (model, mmproj). Capsules land beside the model, where files.find_capsule() looks. A folder works too. Raises ChatError."""
+    """Downloads what `spec` names; (model, mmproj). Capsules land beside the model, where files.find_capsule() looks. A folder works too. Raises KVCapsuleError."""
     repo, _, quant = spec.partition(":") if not Path(spec).is_dir() else (spec, "", "")
     names, get = repository(repo, f"-hf {spec}")
     choice = choose(names, quant, f"-hf {spec}")
@@ -37,20 +37,20 @@ def fetch(spec: str) -> tuple[Path, Path | None]:
 
 
 def choose(names: list[str], quant: str, spec: str) -> Choice:
-    """Picks by name, as llama.cpp does. Raises ChatError when there is no such model."""
+    """Picks by name, as llama.cpp does. Raises KVCapsuleError when there is no such model."""
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     models = [name for name in ggufs if not is_sidecar(name)]
     shards = {name: match for name in models if (match := SHARD.search(name))}
     heads = [name for name in models if name not in shards or int(shards[name][1]) == 1]
     if not heads:
-        raise ChatError(f"{spec}: no GGUF model in this repository")
+        raise KVCapsuleError(f"{spec}: no GGUF model in this repository")
     head = _by_quant(heads, quant, spec)
     model = [head]
     if head in shards:
         stem = head[: shards[head].start()]
         model = sorted(name for name, match in shards.items() if name[: match.start()] == stem)
         if len(model) != int(shards[head][2]):
-            raise ChatError(f"{spec}: {len(model)} of {int(shards[head][2])} parts of {head} are there")
+            raise KVCapsuleError(f"{spec}: {len(model)} of {int(shards[head][2])} parts of {head} are there")
     mmprojs = [name for name in ggufs if "mmproj" in PurePosixPath(name).name.lower() and _above(name, head)]
     mmproj = max(mmprojs, key=lambda name: (len(PurePosixPath(name).parts), *_likeness(name, head)), default=None)
     capsules = [name for name in ggufs if PurePosixPath(name).name.startswith("kvcapsule-") and PurePosixPath(name).parent == PurePosixPath(head).parent]
@@ -67,7 +67,7 @@ def _by_quant(heads: list[str], quant: str, spec: str) -> str:
         if found := [name for name in heads if pattern.search(name)]:
             return found[0]
     if quant:
-        raise ChatError(f"{spec}: no model with quantization {quant} (there are: {', '.join(heads)})")
+        raise KVCapsuleError(f"{spec}: no model with quantization {quant} (there are: {', '.join(heads)})")
     return heads[0]
 
 
@@ -90,12 +90,12 @@ def _bits(name: str) -> int:
 def repository(repo: str, spec: str, **where: str) -> tuple[list[str], Callable[[str], Path]]:
     """Names of all files, and a function that fetches one; from the local cache when the Hub cannot be reached. A folder is a repository too.
 
-    spec: what the user wrote, for messages; where: local_dir, cache_dir of huggingface_hub. Raises ChatError."""
+    spec: what the user wrote, for messages; where: local_dir, cache_dir of huggingface_hub. Raises KVCapsuleError."""
     folder = Path(repo)
     if folder.is_dir():
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))], lambda name: folder / name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ChatError(f"{spec}: expected user/repo or user/repo:quant")
+        raise KVCapsuleError(f"{spec}: expected user/repo or user/repo:quant")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -103,11 +103,11 @@ def repository(repo: str, spec: str, **where: str) -> tuple[list[str], Callable[
         names = huggingface_hub.list_repo_files(repo)
         return names, lambda name: Path(huggingface_hub.hf_hub_download(repo, name, **where))
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ChatError(f"{spec}: no such repository, or no access to it") from None
+        raise KVCapsuleError(f"{spec}: no such repository, or no access to it") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     try:
         cached = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **where))
     except Exception:
-        raise ChatError(f"{spec}: the Hub cannot be reached and nothing is cached ({reason})") from None
+        raise KVCapsuleError(f"{spec}: the Hub cannot be reached and nothing is cached ({reason})") from None
     return [path.relative_to(cached).as_posix() for path in sorted(cached.rglob("*.gguf"))], lambda name: cached / name

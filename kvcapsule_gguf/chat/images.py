@@ -16,13 +16,13 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..reuse.digest import bytes_digest
-from .errors import ChatError
+from ..runtime.errors import KVCapsuleError
 
 MAX_BYTES = 64 << 20
 TIMEOUT_S = 30
 
 
-class ImageError(ChatError):
+class ImageError(KVCapsuleError):
     """A picture cannot be read."""
 
 

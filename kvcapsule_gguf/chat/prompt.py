@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..reuse.digest import bytes_digest
 from ..reuse.parts import ImagePart, Item
+from ..runtime.errors import KVCapsuleError
 from .engine import Engine
-from .errors import ChatError
 from .images import Picture
 
 
@@ -52,7 +52,7 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
         status = mtmd.mtmd_tokenize(engine.mtmd_ctx, found, ctypes.byref(request), bitmaps, len(handles))
         if status != 0:
             names = ", ".join(picture.name for picture in pictures)
-            raise ChatError(f"{names or 'the prompt'} cannot be prepared for the model: {engine.log.take() or f'status {status}'}")
+            raise KVCapsuleError(f"{names or 'the prompt'} cannot be prepared for the model: {engine.log.take() or f'status {status}'}")
         count = mtmd.mtmd_input_chunks_size(found)
         yield read_chunks(mtmd, [mtmd.mtmd_input_chunks_get(found, i) for i in range(count)], [picture.digest for picture in pictures])
     finally:
@@ -62,7 +62,7 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
 
 
 def read_chunks(mtmd, handles: list[int], digests: list[str]) -> list[Chunk]:
-    """mtmd's chunks; the bitmap of digests[i] has the id str(i). Raises ChatError for what is neither text nor a picture."""
+    """mtmd's chunks; the bitmap of digests[i] has the id str(i). Raises KVCapsuleError for what is neither text nor a picture."""
     found: list[Chunk] = []
     for handle in handles:
         kind = mtmd.mtmd_input_chunk_get_type(handle)
@@ -78,7 +78,7 @@ def read_chunks(mtmd, handles: list[int], digests: list[str]) -> list[Chunk]:
             image = ImagePart(digest, mtmd.mtmd_input_chunk_get_n_pos(handle), n_tokens)
             found.append(Chunk(n_tokens, handle=handle, picture=picture, image=image))
         else:
-            raise ChatError("only text and pictures can be in a prompt")
+            raise KVCapsuleError("only text and pictures can be in a prompt")
     return found
 
 
@@ -88,5 +88,5 @@ def _tokenize(engine: Engine, text: str, first: bool) -> list[int]:
     buffer = (engine.llama.llama_token * room)()
     n = engine.llama.llama_tokenize(engine.vocab, data, len(data), buffer, room, first, True)
     if n < 0:
-        raise ChatError("the prompt cannot be tokenized")
+        raise KVCapsuleError("the prompt cannot be tokenized")
     return list(buffer[:n])

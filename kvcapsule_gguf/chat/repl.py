@@ -6,9 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..native import CapsuleError
+from ..runtime.errors import KVCapsuleError
 from . import images, saved, stats
-from .errors import ChatError
 from .images import Picture
 from .session import Session
 
@@ -33,7 +32,7 @@ def run(session: Session, answer: Callable[[str, list[Picture]], None], pending:
             if (question := line.strip()) and not question.startswith("/"):
                 answer(question, pending)
                 pending.clear()
-        except (ChatError, CapsuleError) as error:
+        except KVCapsuleError as error:
             dropped = "" if line.startswith("/") or not pending else f"; its picture{'s are' if len(pending) > 1 else ' is'} dropped"
             note(f"error: {error}{dropped}")
             if dropped:

@@ -10,16 +10,16 @@ from typing import Any
 
 from ..reuse import container, memory
 from ..reuse.parts import from_json, to_json
+from ..runtime.errors import KVCapsuleError
 from . import images
 from .contents import SEQ
-from .errors import ChatError
 from .session import Session
 
 KIND = "conversation"
 
 
 def save(session: Session, path: Path) -> str:
-    """Returns a line for the user. Raises ChatError."""
+    """Returns a line for the user. Raises KVCapsuleError."""
     engine, state = session.engine, session.state
     data = memory.state(engine.llama, engine.ctx, SEQ) if state.items else None
     header = {
@@ -38,11 +38,11 @@ def save(session: Session, path: Path) -> str:
         container.write(path, header, blobs)
         return f"{path}: {path.stat().st_size / 2**20:.1f} MiB"
     except OSError as error:
-        raise ChatError(f"{path}: {error.strerror or error}") from None
+        raise KVCapsuleError(f"{path}: {error.strerror or error}") from None
 
 
 def load(session: Session, path: Path) -> str:
-    """Returns a line for the user. Raises ChatError; the conversation is then as it was."""
+    """Returns a line for the user. Raises KVCapsuleError; the conversation is then as it was."""
     try:
         header, blobs = container.read(path)
         if header.get("kind") != KIND:
@@ -52,11 +52,9 @@ def load(session: Session, path: Path) -> str:
         items = from_json(header["items"])
         text, note, pos_max = _marked(header["text"], header["marker"], session.marker), header["images"], int(header["pos_max"])
     except OSError as error:
-        raise ChatError(f"{path}: {error.strerror or error}") from None
-    except container.Damaged as error:
-        raise ChatError(str(error)) from None
+        raise KVCapsuleError(f"{path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ChatError(f"{path} is not a conversation that this version reads ({error!r})") from None
+        raise KVCapsuleError(f"{path} is not a conversation that this version reads ({error!r})") from None
     session.clear()
     session.messages, session.pictures = messages, pictures
     turns = sum(message["role"] == "user" for message in messages)

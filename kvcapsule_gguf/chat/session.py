@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..runtime.errors import ContextFull, KVCapsuleError
 from .args import Options
 from .contents import Contents
 from .engine import Engine
-from .errors import ChatError, ContextFull
 from .fill import Lost, Work, fill
 from .images import Picture
 from .prompt import chunks
@@ -65,9 +65,9 @@ class Session:
         return question.replace(self.marker, "")
 
     def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None]) -> Turn:
-        """Streams the answer to `on_text`. Raises ChatError; the conversation is then as it was before."""
+        """Streams the answer to `on_text`. Raises KVCapsuleError; the conversation is then as it was before."""
         if pictures and self.engine.mtmd_ctx is None:
-            raise ChatError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+            raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         message = {"role": "user", "content": self.marker * len(pictures) + self._clean(question)}
         prompt = self.template.render([*self.messages, message], True)
         turn = self._fill(prompt, pictures)

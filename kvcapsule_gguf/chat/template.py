@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import ChatError
+from ..runtime.errors import KVCapsuleError
 
 Message = dict[str, str]
 
@@ -26,10 +26,10 @@ class ChatTemplate:
             self._with_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=True)
             self._without_prompt = Jinja2ChatFormatter(source or CHATML, eos, bos, add_generation_prompt=False)
         except Exception as error:
-            raise ChatError(f"the model's chat template cannot be read: {_line(error)}") from error
+            raise KVCapsuleError(f"the model's chat template cannot be read: {_line(error)}") from error
 
     def render(self, messages: list[Message], generate: bool) -> str:
-        """The conversation as text; generate: it ends with a question, and the start of an answer follows. Raises ChatError."""
+        """The conversation as text; generate: it ends with a question, and the start of an answer follows. Raises KVCapsuleError."""
         if not generate:
             return self._render(messages, False)
         question = messages[-1]["content"].strip()
@@ -39,7 +39,7 @@ class ChatTemplate:
             self._typed = not self._typed
             text = self._render(messages, True)
         if question not in text:
-            raise ChatError("the model's chat template drops the message")
+            raise KVCapsuleError("the model's chat template drops the message")
         return text
 
     def _render(self, messages: list[Any], generate: bool) -> str:
@@ -50,7 +50,7 @@ class ChatTemplate:
             text = formatter(messages=messages).prompt
         # a template is a program of the model's maker
         except Exception as error:
-            raise ChatError(f"the model's chat template refuses this conversation: {_line(error)}") from error
+            raise KVCapsuleError(f"the model's chat template refuses this conversation: {_line(error)}") from error
         return text.removeprefix(self._prefix)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat.errors import ChatError
 from ..chat.files import find_mmproj, model_in
+from ..runtime.errors import KVCapsuleError
 from ..scenes import HELD_OUT, TASKS, Question, compare_questions, is_correct, make_questions, make_scene, size_of
 from .native import MARKER, NativeModel
 
@@ -67,7 +67,7 @@ def main() -> None:
     folder = args.folder or (DEMO / "mrope" if args.mrope else DEMO)
     try:
         model = model_in(folder)
-    except ChatError as error:
+    except KVCapsuleError as error:
         parser.error(str(error))
     projector = find_mmproj(model, None)
     if projector is None:

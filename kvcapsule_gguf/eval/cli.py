@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .. import native
-from ..chat.errors import ChatError
 from ..chat.files import find_mmproj
 from ..format.base_model import read_base_model
 from ..format.writer import write_capsule
+from ..runtime.errors import KVCapsuleError
 from . import settings, suites
 from .report import as_json, markdown, picture
 from .run import Evaluation, evaluate
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         data = run(args)
-    except (EvalError, ChatError, native.NativeError, native.CapsuleError, ValueError, OSError) as error:
+    except (KVCapsuleError, ValueError, OSError) as error:
         print(f"kvcapsule-eval: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

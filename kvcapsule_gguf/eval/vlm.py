@@ -13,12 +13,13 @@ from PIL import Image
 
 from .. import native
 from ..native.shapes import metadata
+from ..runtime.errors import KVCapsuleError
 
 MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)
 
 
-class EvalError(RuntimeError):
+class EvalError(KVCapsuleError):
     """The text is one clear line for the user."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import layer_kinds
-from .capsule import Base, CapsuleError
+from .capsule import Base, CapsuleFileError
 from .gguf_header import GGUFError, Header, read_header
 
 # RoPE kinds of the architectures that vision models are built on; the pairs of `norm` are (2i, 2i+1), those of the others (i, i + n/2)
@@ -61,7 +61,7 @@ def read_base_model(path: str | Path) -> BaseModel:
         raise BaseModelError(path, f"can not be read: {e.strerror or e}") from None
 
 
-class BaseModelError(CapsuleError):
+class BaseModelError(CapsuleFileError):
     """The base model can not be used; one line."""
 
     what = "model"

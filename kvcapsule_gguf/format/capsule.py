@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.types import RowCounts, rows_bytes
+from ..runtime.errors import CapsuleError
 
 VERSION = 1
 PCA, RETAIN = 0, 1
@@ -18,8 +19,8 @@ GRID_ROPE_TYPES = ("mrope", "imrope")  # positions tell the place of a token in 
 BLOCK_SHAPES = ("raster", "tile")
 
 
-class CapsuleError(ValueError):
-    """A capsule that can not be used: one line naming the file, the key or tensor, and the reason."""
+class CapsuleFileError(CapsuleError):
+    """A file that can not be used: one line naming it, the key or tensor, and the reason."""
 
     what = "capsule"
 

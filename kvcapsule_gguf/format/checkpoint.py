@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .capsule import Base, Capsule, CapsuleError, Layer, Tier
+from .capsule import Base, Capsule, CapsuleFileError, Layer, Tier
 from .schema import layer_shapes
 from .validate import Invalid, validate
 
@@ -20,7 +20,7 @@ LAYER_FIELDS = ("index", "head_count_kv", "key_length", "value_length", "rope", 
 CAPSULE_FIELDS = ("block_size", "block_shape", "block_width", "image_tokens", "neighbour_count", "default_ratio", "name", "provenance")
 
 
-class CheckpointError(CapsuleError):
+class CheckpointError(CapsuleFileError):
     """A checkpoint that can not be used; one line."""
 
     what = "checkpoint"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 
-from .capsule import Capsule, CapsuleError
+from .capsule import Capsule, CapsuleFileError
 from .gguf_header import GGUFError, read_header
 from .reader import read_capsule
 from .schema import INFIX
@@ -17,7 +17,7 @@ PREFIX = "kvcapsule."
 NAME = "name"  # kvcapsule.train.name: a sidecar has its name in general.name
 
 
-class MmprojError(CapsuleError):
+class MmprojError(CapsuleFileError):
     """Not a projector that can carry a capsule; one line."""
 
     what = "mmproj"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.types import ROW_TYPES
-from .capsule import VERSION, Base, Capsule, CapsuleError, Layer, Tier
+from .capsule import VERSION, Base, Capsule, CapsuleFileError, Layer, Tier
 from .gguf_header import GGUFError, Header, padded, read_header
 from .schema import INFIX, KEYS, MAX_BLOCK, MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MIN_BLOCK, layer_shapes, tensor_name
 from .validate import Invalid, need, validate_metadata, validate_tensors
@@ -20,9 +20,9 @@ def read_capsule(path: str | Path) -> Capsule:
     try:
         return _read(path)
     except (GGUFError, Invalid) as e:
-        raise CapsuleError(path, str(e)) from None
+        raise CapsuleFileError(path, str(e)) from None
     except OSError as e:
-        raise CapsuleError(path, f"can not be read: {e.strerror or e}") from None
+        raise CapsuleFileError(path, f"can not be read: {e.strerror or e}") from None
 
 
 def has_capsule(path: str | Path) -> bool:

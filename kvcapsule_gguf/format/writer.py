@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .capsule import VERSION, Capsule, CapsuleError
+from .capsule import VERSION, Capsule, CapsuleFileError
 from .schema import layer_shapes, tensor_name
 from .validate import Invalid, validate
 
@@ -26,7 +26,7 @@ def write_capsule(path: str | Path, capsule: Capsule) -> Path:
     try:
         validate(capsule)
     except Invalid as e:
-        raise CapsuleError(path, str(e)) from None
+        raise CapsuleFileError(path, str(e)) from None
     with whole_file(path, capsule.base.architecture) as writer:
         add_metadata(writer, capsule)
         add_tensors(writer, capsule)
@@ -34,7 +34,7 @@ def write_capsule(path: str | Path, capsule: Capsule) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path, architecture: str, error: type[CapsuleError] = CapsuleError) -> Iterator[gguf.GGUFWriter]:
+def whole_file(path: Path, architecture: str, error: type[CapsuleFileError] = CapsuleFileError) -> Iterator[gguf.GGUFWriter]:
     """A writer to fill; afterwards the file takes its name, or nothing of it is left where it could not be written. Raises `error`."""
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)

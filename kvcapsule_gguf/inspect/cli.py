@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..format.capsule import CapsuleError
 from ..format.reader import read_capsule
 from ..plot import Panel, Series, draw
+from ..runtime.errors import KVCapsuleError
 from .report import as_json, text
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = as_json(args.file, read_capsule(args.file))
         if args.plot:
             draw(args.plot, panels(data))
-    except (CapsuleError, ValueError) as error:
+    except (KVCapsuleError, ValueError) as error:
         print(f"kvcapsule-inspect: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..runtime.errors import CapsuleError
 from .library import load
 from .structs import CapsuleContextParams, CapsuleStatsStruct
-
-
-class CapsuleError(RuntimeError):
-    """A capsule call failed; the text is the library's one-line reason."""
 
 
 @dataclass(frozen=True)

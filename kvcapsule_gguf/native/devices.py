@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
+from ..runtime.errors import KVCapsuleError
 from .library import find_library
 
 TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
 
 
-class DeviceError(ValueError):
+class DeviceError(KVCapsuleError):
     """An unknown device or server; the text is one line."""
 
 

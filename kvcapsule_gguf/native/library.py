@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
+from ..runtime.errors import KVCapsuleError
 from .structs import bind
 
 LLAMA_CPP_PYTHON = "0.3.36"  # its ctypes structs are those of the llama.cpp commit that is patched
@@ -22,7 +23,7 @@ DIRECTORY = Path(__file__).resolve().parents[1] / "lib"
 _loaded: Native | None = None
 
 
-class NativeError(RuntimeError):
+class NativeError(KVCapsuleError):
     """The libraries cannot be used; the text is one line that says what to do."""
 
 

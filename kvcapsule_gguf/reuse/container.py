@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union
 
+from ..runtime.errors import KVCapsuleError
+
 MAGIC = b"KVCSTATE"
 VERSION = 1
 PREFIX = struct.Struct("<8sII")  # magic, version, length of the header
@@ -20,7 +22,7 @@ CHECKSUM = 32
 Blob = Union[bytes, bytearray, memoryview]
 
 
-class Damaged(ValueError):
+class Damaged(KVCapsuleError):
     """Not such a file, cut, or changed; one line."""
 
 

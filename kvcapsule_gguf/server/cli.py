@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from ..chat.errors import ChatError
+from ..runtime.errors import KVCapsuleError
 from . import args
 from .args import Options
 from .gateway import Gateway
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(options)
-    except ChatError as error:
+    except KVCapsuleError as error:
         say(f"error: {' '.join(str(error).split())}")
         return 1
 
@@ -40,14 +40,14 @@ def run(options: Options) -> int:
 
 
 def serve(options: Options, stop: threading.Event) -> None:
-    """Until `stop` is set. Raises ChatError."""
+    """Until `stop` is set. Raises KVCapsuleError."""
     upstream = Upstream(options, say)
     try:
         limits = Limits(options.max_body_mib << 20, options.max_image_mib << 20, options.max_megapixels * 1e6, options.remote_images)
         try:
             gateway = Gateway((options.host, options.port), upstream, limits, options.api_keys)
         except OSError as error:
-            raise ChatError(f"{options.host}:{options.port} cannot be used: {error.strerror or error}") from None
+            raise KVCapsuleError(f"{options.host}:{options.port} cannot be used: {error.strerror or error}") from None
         threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
         host, port = gateway.server_address[:2]
         capsule = f"capsule {upstream.capsule.name}" if upstream.capsule else "no capsule"
@@ -55,7 +55,7 @@ def serve(options: Options, stop: threading.Event) -> None:
         say(f"listening on http://{shown}:{port} ({capsule}, {options.parallel} slots{', API key' if options.api_keys else ''})")
         while not stop.wait(0.2):
             if upstream.process.poll() is not None:
-                raise ChatError(f"llama-server ended: {upstream.reason()}")
+                raise KVCapsuleError(f"llama-server ended: {upstream.reason()}")
         say("stopping: running answers are finished first")
         if not gateway.drain(options.drain_s):
             say(f"some answers were not finished after {options.drain_s:g} s")

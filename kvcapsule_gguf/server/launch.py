@@ -17,12 +17,12 @@ from pathlib import Path
 
 from ..chat import files, hub
 from ..chat.engine import train_command
-from ..chat.errors import ChatError
 from ..format.base_model import read_base_model
 from ..format.capsule import CapsuleError
 from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
 from ..native.library import library_dir
+from ..runtime.errors import KVCapsuleError
 from .args import DEFAULT_CTX, Options
 
 STOP_S = 10.0
@@ -31,25 +31,25 @@ UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 
 
 def find_binary() -> Path:
-    """Raises ChatError."""
+    """Raises KVCapsuleError."""
     name = "llama-server" + (".exe" if os.name == "nt" else "")
     folder = library_dir()
     for path in (folder / "bin" / name, folder / name):
         if path.is_file():
             return path
-    raise ChatError(f"there is no llama-server in {folder / 'bin'}: run scripts/setup --tools")
+    raise KVCapsuleError(f"there is no llama-server in {folder / 'bin'}: run scripts/setup --tools")
 
 
 class Upstream:
     """llama-server on a socket of its own that nobody else can reach; `token` is the key it wants."""
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
-        """Raises ChatError; nothing is left running then."""
+        """Raises KVCapsuleError; nothing is left running then."""
         self.options = options
         self.say = say
         binary = find_binary()
         if os.name == "nt":
-            raise ChatError(f"kvcapsule-server needs Unix sockets, which Windows has not: start {binary} with LLAMA_KVCAPSULE in its environment")
+            raise KVCapsuleError(f"kvcapsule-server needs Unix sockets, which Windows has not: start {binary} with LLAMA_KVCAPSULE in its environment")
         model, mmproj = hub.fetch(options.hf_repo) if options.hf_repo else (options.model, options.mmproj)
         assert model is not None
         self.model = files.check_model(model)
@@ -98,7 +98,7 @@ class Upstream:
         setting = self.options.capsule
         if setting == "off" or self.mmproj is None:
             if setting not in ("off", "auto"):
-                raise ChatError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
+                raise KVCapsuleError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
             return None
         try:
             base = read_base_model(self.model)
@@ -113,7 +113,7 @@ class Upstream:
             self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.model, self.mmproj)}")
         elif setting != "auto" and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
             # llama-server would go on without it
-            raise ChatError(f"{path} is a capsule for another model")
+            raise KVCapsuleError(f"{path} is a capsule for another model")
         return path
 
     def _flags(self) -> list[str]:

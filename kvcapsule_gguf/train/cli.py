@@ -9,14 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..chat.errors import ChatError
 from ..codec.cut import BlockShape
-from ..eval.vlm import EvalError
 from ..format.base_model import read_base_model
-from ..format.capsule import GRID_ROPE_TYPES, CapsuleError
+from ..format.capsule import GRID_ROPE_TYPES
 from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
 from ..format.writer import write_capsule
-from ..native import NativeError
+from ..runtime.errors import KVCapsuleError
 from .guard import PASS
 from .images import Drawn, Pictures, from_folder
 from .schedule import LAYER_SCHEDULES, PRESETS
@@ -62,7 +60,7 @@ def find_mmproj(model: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Raises TrainError, CapsuleError, NativeError."""
+    """Raises KVCapsuleError."""
     if not 0.5 <= args.guard <= 1:
         raise TrainError(f"--guard {args.guard} is not in 0.5..1")
     if not 1 <= args.neighbours <= MAX_NEIGHBOURS:
@@ -138,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (TrainError, EvalError, ChatError, CapsuleError, NativeError) as error:
+    except KVCapsuleError as error:
         say(str(error))
         return 1
     except Interrupted as error:

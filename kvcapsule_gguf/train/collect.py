@@ -29,7 +29,7 @@ QUESTIONS = (
 
 
 class LlamaSource:
-    """A sample for every picture. Raises TrainError, EvalError, ChatError; close it, or use it as a context manager."""
+    """A sample for every picture. Raises KVCapsuleError; close it, or use it as a context manager."""
 
     def __init__(
         self, model: Path, mmproj: Path, pictures: Pictures, *, n_ctx: int = 8192, threads: int = 0, device: str = "auto",

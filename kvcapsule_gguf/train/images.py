@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..chat.errors import ChatError
 from ..chat.images import load
+from ..runtime.errors import KVCapsuleError
 from ..scenes import CALIBRATION, WORDS, Scene, make_questions, make_scene
 from .source import TrainError
 
@@ -52,7 +52,7 @@ class Folder:
     def __getitem__(self, i: int) -> Picture:
         try:
             found = load(str(self.files[i]))
-        except ChatError as error:
+        except KVCapsuleError as error:
             reason = str(error).rsplit(": ", 1)[-1]  # the chat shortens long paths
             raise UnreadablePicture(f"{self.files[i]}: {reason}") from error
         return Picture(Image.frombytes("RGB", (found.width, found.height), found.rgb))

@@ -11,9 +11,10 @@ import numpy as np
 
 from ..format.base_model import BaseModel
 from ..format.capsule import Capsule
+from ..runtime.errors import KVCapsuleError
 
 
-class TrainError(RuntimeError):
+class TrainError(KVCapsuleError):
     """Training can not go on; the text is one line for the user."""
 
 
