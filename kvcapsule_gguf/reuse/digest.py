@@ -35,11 +35,12 @@ def model_digest(path: Path) -> str:
     return ",".join(file_digest(part) for part in parts)
 
 
-def bytes_digest(*pieces: bytes) -> str:
+def bytes_digest(*pieces: bytes | memoryview) -> str:
     """Pieces are told apart by their lengths."""
     hasher = hashlib.blake2b(digest_size=32)
     for piece in pieces:
-        hasher.update(b"%d\n" % len(piece) + piece)
+        hasher.update(b"%d\n" % len(piece))
+        hasher.update(piece)
     return hasher.hexdigest()
 
 

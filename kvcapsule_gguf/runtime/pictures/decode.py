@@ -1,0 +1,109 @@
+"""A picture file as pixels.
+
+A JPEG file that is cut short is shown as browsers show it, as far as its rows go and with a warning, unless it is progressive: what is left of such
+a file may look like another picture. Every other file that is cut short is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .levels import fix_transparent_colour, to_rgb
+from .limits import Budget, PictureError, PictureTooLarge
+from .picture import Picture
+
+# Pillow knows more, but some of these start other programs (EPS) or unpack whole archives (ICO)
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+SHOWN = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, PPM"
+MAX_SCANS = 100  # of a progressive JPEG: real ones have about 10, and every scan takes time for the whole picture
+END_OF_JPEG = b"\xff\xd9"
+START_OF_SCAN = b"\xff\xda"
+ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
+
+# large pictures are decoded one at a time, so that requests at once take the memory of one
+LARGE_PIXELS = 4_000_000
+_large = threading.Lock()
+# what Pillow warns of (odd metadata, many pixels) is either harmless or refused here
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode(data: bytes, budget: Budget | None = None, name: str = "the picture") -> Picture:
+    """The first frame, upright, on white. Colour profiles are ignored, as llama.cpp does. Sizes are checked before memory is taken; they count in
+    `budget`. Raises PictureError, PictureTooLarge."""
+    budget = budget or Budget()
+    budget.check_file(len(data), name)
+    try:
+        with _open(data, budget, name) as image:
+            budget.take(*image.size, name)
+            with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+                rgb, warning = _pixels(image, data)
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: not a picture that can be read ({SHOWN})") from None
+    # Pillow raises many kinds for damaged files
+    except Exception as error:
+        raise PictureError(f"{name}: damaged picture ({' '.join(str(error).split()) or type(error).__name__})") from error
+    rgb.flags.writeable = False
+    return Picture(name, rgb, data, warning and f"{name}: {warning}")
+
+
+def _open(data: bytes, budget: Budget, name: str) -> Image.Image:
+    """The header is read. Raises PictureError, and what Pillow raises."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise PictureTooLarge(f"{name}: too large (at most {budget.limits.pixels / 1e6:g} million pixels are read): make it smaller") from None
+    tags = getattr(image, "tag_v2", {})
+    # a tile is unpacked whole, even where the picture is smaller
+    budget.check_pixels(tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), name)
+    if data.count(START_OF_SCAN) > MAX_SCANS and image.format in ("JPEG", "MPO"):
+        raise PictureError(f"{name}: damaged picture (more than {MAX_SCANS} scans)")
+    return image
+
+
+def _pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray, str]:
+    """uint8 [height, width, 3] and a warning or "". Raises what Pillow raises."""
+    fix_transparent_colour(image)
+    try:
+        image.load()
+    except OSError as error:
+        if image.format not in ("JPEG", "MPO") or image.info.get("progressive") or "truncated" not in str(error):
+            raise
+        return _cut_jpeg(data, error), "its file is cut short, what is missing is grey"
+    rgb, warning = to_rgb(image)
+    return _upright(rgb, _orientation(image)), warning
+
+
+def _cut_jpeg(data: bytes, error: OSError) -> np.ndarray:
+    """With an end put to it, the decoder gives what there is. Raises `error` if that is nothing."""
+    with Image.open(io.BytesIO(data + END_OF_JPEG), formats=["JPEG"]) as image:
+        image.load()
+        rgb, _ = to_rgb(image)
+        if (rgb == 128).all():
+            raise error
+        return _upright(rgb, _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts them; 1 is upright."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata say nothing about the pixels
+        return 1
+
+
+def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation in (5, 6, 7, 8):
+        rgb = rgb.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    return np.ascontiguousarray(rgb)

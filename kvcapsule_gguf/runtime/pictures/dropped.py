@@ -1,0 +1,63 @@
+"""Paths as people write them and as terminals paste them when a file is dropped: quoted, with backslashes, or as file:// URLs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+# a quoted text, or what stands between spaces, where a backslash joins the next character to it
+_WORD = re.compile(r"""'[^']*'(?:\\''[^']*')*|"[^"]*"|(?:\\.|[^\s\\'"])(?:\\.|[^\s\\])*""")
+
+
+def unquoted(text: str) -> str:
+    """The path that `text` stands for. A file of exactly this name comes first, so that a name may hold quotes, backslashes and commas."""
+    text = text.strip() if not _exists(text) else text
+    if _exists(text):
+        return text
+    if text[:5].lower() == "file:":
+        return _file_url(text)
+    try:
+        words = shlex.split(text) if os.sep == "/" or text[:1] in "'\"" else [text]
+    except ValueError:  # a quote without its partner
+        words = [text]
+    if len(words) != 1:
+        return text
+    return _file_url(words[0]) if words[0][:5].lower() == "file:" else words[0]
+
+
+def split_dropped(line: str) -> tuple[list[str], str]:
+    """The pictures that were dropped into a line, and the line without them. Only whole paths (/, ~, file:, a drive or quotes) of files that are there
+    and have a picture's suffix are taken: a name that is only spoken of stays."""
+    found: list[str] = []
+
+    def take(match: re.Match[str]) -> str:
+        word = match[0]
+        path = unquoted(word)
+        whole = Path(path).is_absolute() or path[:1] == "~"
+        if not whole or not path.lower().endswith(SUFFIXES) or not _exists(path):
+            return word
+        found.append(path)
+        return ""
+
+    rest = _WORD.sub(take, line)
+    return (found, " ".join(rest.split())) if found else ([], line)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _file_url(url: str) -> str:
+    """file:///a/b, file://localhost/a/b and file:/a/b."""
+    parts = urllib.parse.urlsplit(url, allow_fragments=False)
+    path = parts.path + (f"?{parts.query}" if parts.query else "")
+    host = "" if parts.netloc.lower() in ("", "localhost") else f"//{parts.netloc}"
+    return urllib.request.url2pathname(host + path)
