@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..reuse.prefixes import DEFAULT_MIB
+from ..runtime.pictures import split_listed
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}  # enum ggml_type
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
@@ -99,9 +100,8 @@ def _number(kind: type, low: float, high: float = float("inf")):
 
 class _Images(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        # a comma separates files, but a data: URL holds one of its own
         images = namespace.images = getattr(namespace, "images", [])
-        images.extend([values] if values.startswith("data:") else [name for name in values.split(",") if name])
+        images.extend(split_listed(values))
 
 
 def _parser() -> tuple[Parser, dict[str, str]]:

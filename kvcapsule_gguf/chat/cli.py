@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from ..runtime.errors import KVCapsuleError
-from . import args, images, repl, stats
+from ..runtime.pictures import Budget, Picture, load
+from . import args, repl, stats
 from .args import Options
 from .devices import list_devices
 from .engine import Engine, say
-from .images import Picture
 from .interrupt import Interrupt
 from .session import Session, Turn
 
@@ -44,7 +44,10 @@ def run(options: Options) -> int:
     # before the model, which takes longer
     if "-" in options.images and options.prompt is None:
         raise KVCapsuleError("--image - reads the picture from stdin, so the question must come with -p")
-    pictures = [images.load(source) for source in options.images]
+    budget = Budget()
+    pictures = [load(source, budget) for source in options.images]
+    for warning in filter(None, (picture.warning for picture in pictures)):
+        say(f"warning: {warning}")
     with Engine(options, say) as engine:
         session = Session(engine, options)
 

@@ -9,8 +9,8 @@ from .. import native
 from ..reuse.parts import ImagePart, common
 from ..reuse.prefixes import Prefixes
 from ..runtime.errors import ContextFull, KVCapsuleError
+from ..runtime.pictures import Picture
 from .contents import SEQ, Contents
-from .images import Picture
 from .prompt import Chunk
 from .stats import ImageUse
 

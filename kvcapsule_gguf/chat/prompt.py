@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ..reuse.digest import bytes_digest
 from ..reuse.parts import ImagePart, Item
 from ..runtime.errors import KVCapsuleError
+from ..runtime.pictures import Picture, new_bitmap
 from .engine import Engine
-from .images import Picture
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
     found = mtmd.mtmd_input_chunks_init()
     try:
         for index, picture in enumerate(pictures):
-            data = (ctypes.c_uint8 * len(picture.rgb)).from_buffer_copy(picture.rgb)
-            handles.append(mtmd.mtmd_bitmap_init(picture.width, picture.height, data))
+            handles.append(new_bitmap(mtmd, picture.rgb))
             # the slices of a large picture come back as several chunks with this name
             mtmd.mtmd_bitmap_set_id(handles[-1], str(index).encode())
         data = text.encode("utf-8", "replace")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from ..runtime.errors import KVCapsuleError
-from . import images, saved, stats
-from .images import Picture
+from ..runtime.pictures import Budget, Picture, load, split_dropped, split_pasted
+from . import saved, stats
 from .session import Session
 
 HELP = """\
@@ -19,23 +20,29 @@ HELP = """\
 /clear        forget the conversation and its pictures
 /stats        what the cache holds: tokens, slots per tier, MiB before and after
 /help         this list
-/exit         end (also Ctrl-D)"""
+/exit         end (also Ctrl-D)
+A picture that is dropped into the line goes with the question too."""
+
+COMMAND = re.compile(r"/\w*(\s|$)")  # not the path of a file that was dropped
 
 
 def run(session: Session, answer: Callable[[str, list[Picture]], None], pending: list[Picture]) -> int:
     """Reads lines from stdin until /exit or its end; `answer` asks and prints. Returns the exit status."""
     note("type a question, or /help")
     while (line := _read_line()) is not None:
+        line = line.strip()
         try:
-            if _command(session, line.strip(), pending):
+            dropped, line = ([], line) if COMMAND.match(line) else split_dropped(line)
+            _add(session, pending, dropped)
+            if _command(session, line, pending):
                 return 0
-            if (question := line.strip()) and not question.startswith("/"):
-                answer(question, pending)
+            if line and not line.startswith("/"):
+                answer(line, pending)
                 pending.clear()
         except KVCapsuleError as error:
-            dropped = "" if line.startswith("/") or not pending else f"; its picture{'s are' if len(pending) > 1 else ' is'} dropped"
-            note(f"error: {error}{dropped}")
-            if dropped:
+            lost = "" if line.startswith("/") or not pending else f"; its picture{'s are' if len(pending) > 1 else ' is'} dropped"
+            note(f"error: {error}{lost}")
+            if lost:
                 pending.clear()
     return 0
 
@@ -62,8 +69,8 @@ def _command(session: Session, line: str, pending: list[Picture]) -> bool:
     """True when the session is to end."""
     if not line.startswith("/"):
         return False
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
+    name, *found = line.split(None, 1)
+    rest = found[0] if found else ""
     if name in ("/exit", "/quit"):
         return True
     if name == "/help":
@@ -85,13 +92,21 @@ def _command(session: Session, line: str, pending: list[Picture]) -> bool:
     elif name == "/stats":
         print(stats.table(session.engine, session.state.images, session.state.n_cells), file=sys.stderr)
     elif name == "/image" and rest and rest != "-":
-        pending.append(images.load(rest))
-        note(f"{pending[-1].name}: {pending[-1].width} x {pending[-1].height}, goes with the next question")
+        _add(session, pending, split_pasted(rest))
     elif name == "/image":
         note("error: /image needs a path or URL")
     else:
         note(f"error: unknown command {name}, see /help")
     return False
+
+
+def _add(session: Session, pending: list[Picture], sources: list[str]) -> None:
+    for source in sources:
+        picture = load(source, Budget.after([*session.pictures, *pending]))
+        pending.append(picture)
+        note(f"{picture.name}: {picture.width} x {picture.height}, goes with the next question")
+        if picture.warning:
+            note(f"warning: {picture.warning}")
 
 
 def note(text: str) -> None:

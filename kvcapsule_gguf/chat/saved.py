@@ -11,7 +11,7 @@ from typing import Any
 from ..reuse import container, memory
 from ..reuse.parts import from_json, to_json
 from ..runtime.errors import KVCapsuleError
-from . import images
+from ..runtime.pictures import Budget, PictureError, decode
 from .contents import SEQ
 from .session import Session
 
@@ -48,9 +48,12 @@ def load(session: Session, path: Path) -> str:
         if header.get("kind") != KIND:
             raise container.Damaged(f"{path} is not a kept conversation")
         messages = [{"role": str(m["role"]), "content": _marked(m["content"], header["marker"], session.marker)} for m in header["messages"]]
-        pictures = [images.decode(bytes(blob), str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
+        budget = Budget()
+        pictures = [decode(bytes(blob), budget, str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
         items = from_json(header["items"])
         text, note, pos_max = _marked(header["text"], header["marker"], session.marker), header["images"], int(header["pos_max"])
+    except PictureError:
+        raise
     except OSError as error:
         raise KVCapsuleError(f"{path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError) as error:

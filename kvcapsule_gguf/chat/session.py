@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..runtime.errors import ContextFull, KVCapsuleError
+from ..runtime.pictures import Picture
 from .args import Options
 from .contents import Contents
 from .engine import Engine
 from .fill import Lost, Work, fill
-from .images import Picture
 from .prompt import chunks
 from .sampling import chain
 from .template import ChatTemplate, Message

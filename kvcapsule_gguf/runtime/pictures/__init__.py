@@ -8,12 +8,12 @@ Models get these pixels (`new_bitmap`, `to_png`), never the file. Raises Picture
 """
 
 from .decode import FORMATS, decode
-from .dropped import split_dropped, unquoted
+from .dropped import split_dropped, split_listed, split_pasted, unquoted
 from .limits import Budget, Limits, PictureError, PictureTooLarge
 from .picture import Picture, new_bitmap, to_png
 from .sources import from_base64, from_data_url, is_remote, load, read, short
 
 __all__ = [
     "FORMATS", "Budget", "Limits", "Picture", "PictureError", "PictureTooLarge", "decode", "from_base64", "from_data_url", "is_remote", "load",
-    "new_bitmap", "read", "short", "split_dropped", "to_png", "unquoted",
+    "new_bitmap", "read", "short", "split_dropped", "split_listed", "split_pasted", "to_png", "unquoted",
 ]  # fmt: skip

@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-# a quoted text, or what stands between spaces, where a backslash joins the next character to it
-_WORD = re.compile(r"""'[^']*'(?:\\''[^']*')*|"[^"]*"|(?:\\.|[^\s\\'"])(?:\\.|[^\s\\])*""")
+# a quoted text (in which '\'' or '"'"' stands for '), or what stands between spaces, where a backslash joins the next character to it
+_WORD = re.compile(r"""'[^']*'(?:(?:\\'|"'")'[^']*')*|"[^"]*"|(?:\\.|[^\s\\'"])(?:\\.|[^\s\\])*""")
 
 
 def unquoted(text: str) -> str:
@@ -46,6 +46,27 @@ def split_dropped(line: str) -> tuple[list[str], str]:
 
     rest = _WORD.sub(take, line)
     return (found, " ".join(rest.split())) if found else ([], line)
+
+
+def split_pasted(text: str) -> list[str]:
+    """The sources in what stands after /image: one, or several files that were dropped together."""
+    several, rest = split_dropped(text)
+    return several if several and not rest and not _exists(unquoted(text)) else [text]
+
+
+def split_listed(text: str) -> list[str]:
+    """The sources in FILE[,FILE]. URLs and names of files may hold commas of their own."""
+    if text[:5].lower() == "data:":
+        return [text]
+    if re.match("https?://", text, re.IGNORECASE):
+        return re.split(",(?=https?://)", text, flags=re.IGNORECASE)
+    found: list[str] = []
+    parts = text.split(",")
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if _exists(unquoted(",".join(parts[:n])))), 1)
+        found.append(",".join(parts[:n]))
+        del parts[:n]
+    return [name for name in found if name]
 
 
 def _exists(path: str) -> bool:
