@@ -74,7 +74,7 @@ class Log:
         L.llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def _add(self, level: int, message: bytes, user_data: Any) -> None:
-        if level != 1:  # not debug
+        if level != 1 or b"CAPSULE" in message:  # not debug
             self.parts.append(message.decode(errors="replace"))
 
     def take(self) -> list[str]:

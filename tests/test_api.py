@@ -46,10 +46,14 @@ def said(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
+# On an f16 cache stock rounds queries and weights to f16 and the capsule's kernels do not: log-probabilities move by 1e-3, and an answer may turn. Nothing is rounded here.
+SAME = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}
+
+
 def ours(folder: Path, arch: str = "llama", **options: Any):
     from kvcapsule_gguf import KVCapsuleLlama
 
-    return KVCapsuleLlama(folder / arch / "tiny.gguf", **{"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, **options})
+    return KVCapsuleLlama(folder / arch / "tiny.gguf", **{**SAME, **options})
 
 
 def theirs(folder: Path, arch: str = "llama", **options: Any):
@@ -57,7 +61,7 @@ def theirs(folder: Path, arch: str = "llama", **options: Any):
     from llama_cpp.llama_chat_format import MTMDChatHandler
 
     handler = MTMDChatHandler(str(folder / arch / "mmproj-tiny.gguf"), verbose=False)
-    return Llama(str(folder / arch / "tiny.gguf"), chat_handler=handler, verbose=False, **{"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, **options})
+    return Llama(str(folder / arch / "tiny.gguf"), chat_handler=handler, verbose=False, **{**SAME, **options})
 
 
 def content(reply: Any) -> str:
@@ -120,7 +124,7 @@ def test_the_same_request_in_all_its_forms(folder: Path) -> None:
             for top in tops:
                 for token in (top or {}).get("content", []):
                     token["top_logprobs"] = [t["token"] for t in token["top_logprobs"]]
-            assert probs[0] == pytest.approx(probs[1], abs=1e-3)
+            assert probs[0] == pytest.approx(probs[1], abs=1e-4)
             assert a == b
         assert llm.prompt_stats().images_encoded == 0
 

@@ -671,5 +671,6 @@ int main(int argc, char ** argv) {
     for (const auto & s : llama_capsule_simd_all()) {
         n_bad += run(s, argc > 1 ? atoi(argv[1]) : 50);
     }
+    printf("chosen: %s\n", llama_capsule_simd_get().name);
     return n_bad > 0;
 }

@@ -245,5 +245,7 @@ uint32_t llama_capsule_store::op_encode(const std::vector<block *> & blocks, uin
             op_encode_finish(i_layer + i, g.batches[ip], g.layers[i][ip]);
         }
     }
+    LLAMA_LOG_DEBUG("%s: %u layers compressed by GGML_OP_CAPSULE\n", __func__, n);
+
     return n;
 }

@@ -452,17 +452,33 @@ const std::vector<llama_capsule_simd> & llama_capsule_simd_all() {
     return res;
 }
 
+// the fastest table by the family of the CPU, never by timing: one machine always gives one answer
+static const char * simd_fastest() {
+#ifdef CAPSULE_AVX2
+    // Zen 4 runs operations on 512 bits in two halves, see docs/results/decode-zen4.md (Zen 3 is of the same family and has avx2 only)
+    if (__builtin_cpu_is("amdfam19h")) {
+        return "avx2";
+    }
+#endif
+    return llama_capsule_simd_all().back().name;
+}
+
 const llama_capsule_simd & llama_capsule_simd_get() {
     static const llama_capsule_simd & res = []() -> const llama_capsule_simd & {
         const auto & all = llama_capsule_simd_all();
         const char * env = getenv("LLAMA_KVCAPSULE_SIMD");
 
-        for (const auto & simd : all) {
-            if (env && (strcmp(env, simd.name) == 0 || strcmp(env, "0") == 0)) {
-                return simd;
+        if (env && strcmp(env, "0") == 0) {
+            return all.front();
+        }
+
+        const llama_capsule_simd * res = &all.back();
+        for (const char * name : { simd_fastest(), env ? env : "" }) {
+            for (const auto & simd : all) {
+                res = strcmp(name, simd.name) == 0 ? &simd : res;
             }
         }
-        return all.back();
+        return *res;
     }();
 
     return res;

@@ -216,10 +216,10 @@ struct llama_capsule_simd {
             const float * phi, float * out);
 };
 
-// what this build has and the machine can run: plain C++ first, the best last
+// what this build has and the machine can run: plain C++ first, the widest last
 const std::vector<llama_capsule_simd> & llama_capsule_simd_all();
 
-// the best one; LLAMA_KVCAPSULE_SIMD=NAME selects another, 0 plain C++
+// the fastest one for this family of CPUs; LLAMA_KVCAPSULE_SIMD=NAME selects another, 0 plain C++
 const llama_capsule_simd & llama_capsule_simd_get();
 
 // adds what compiler and machine have of an instruction set
