@@ -1,0 +1,84 @@
+"""Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/format-v2.md).
+
+A picture of h x w tokens is cut into tiles of 8 x 8. A side that 8 does not divide ends with a shorter tile; if fewer than 4 tokens would be left,
+they are shared evenly with the tile before. So every tile of a side of 8 or more is 4 to 8 tokens long.
+Where there is no grid, tiles are runs of 64 tokens; a run is a tile of one line.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+SIDE = 8
+RUN = 64
+LEAST = 4
+
+
+def cut_side(n: int, side: int = SIDE, least: int = LEAST) -> list[int]:
+    """Lengths of the tiles along a side of n tokens: 16 -> [8, 8], 20 -> [8, 8, 4], 17 -> [8, 5, 4]."""
+    whole, rest = divmod(n, side)
+    if not rest:
+        return [side] * whole
+    if rest >= least or not whole:
+        return [side] * whole + [rest]
+    last = side + rest
+    return [side] * (whole - 1) + [last - last // 2, last // 2]
+
+
+def cut_grid(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
+    """(height, width, int tokens [height * width]) of every tile, from left to right and from top to bottom, each line by line."""
+    at = np.arange(height * width).reshape(height, width)
+    out, y = [], 0
+    for h in cut_side(height):
+        x = 0
+        for w in cut_side(width):
+            out.append((h, w, at[y : y + h, x : x + w].ravel()))
+            x += w
+        y += h
+    return out
+
+
+def cut_run(n: int) -> list[tuple[int, int, np.ndarray]]:
+    """The same for n tokens without a grid."""
+    out, x = [], 0
+    for w in cut_side(n, RUN, RUN // 2):
+        out.append((1, w, np.arange(x, x + w)))
+        x += w
+    return out
+
+
+@lru_cache(maxsize=256)
+def dct(n: int) -> np.ndarray:
+    """DCT-II of n points, f32 [n, n], orthonormal; rows from smooth to rough."""
+    t = np.arange(n)
+    rows = np.cos(np.pi * (t + 0.5) * t[:, None] / n) * (2 / n) ** 0.5
+    rows[0] /= 2**0.5
+    return rows.astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def row_order(height: int, width: int) -> np.ndarray:
+    """int [height * width]: the coefficients (u, v), numbered u * width + v, from smooth to rough.
+
+    Sorted by the squared frequency (u / height)^2 + (v / width)^2, in integers; ties by u.
+    """
+    u, v = np.divmod(np.arange(height * width), width)
+    return np.lexsort((u, (u * width) ** 2 + (v * height) ** 2))
+
+
+def transform(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """f32 [..., height * width, d] tokens of a tile, line by line -> f32 [..., height * width, d] rows, in `row_order`."""
+    y = x.reshape(*x.shape[:-2], height, width, x.shape[-1])
+    y = np.einsum("uy,vx,...yxd->...uvd", dct(height), dct(width), y, optimize=True)
+    return y.reshape(x.shape)[..., row_order(height, width), :]
+
+
+def inverse(rows: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The tokens of `transform`'s rows."""
+    y = np.empty_like(rows)
+    y[..., row_order(height, width), :] = rows
+    y = y.reshape(*rows.shape[:-2], height, width, rows.shape[-1])
+    y = np.einsum("uy,vx,...uvd->...yxd", dct(height), dct(width), y, optimize=True)
+    return np.ascontiguousarray(y.reshape(rows.shape))

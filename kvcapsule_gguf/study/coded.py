@@ -1,0 +1,200 @@
+"""A suite of pictures in every type at once: from the errors of all blocks with all types, any table and any choice of tiers is a look-up.
+
+Only whole tiles (8 x 8): the study's pictures are cut so. What is read back is bit for bit what codec/head.py stores (tests/test_study.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..codec.channels import gather, key_groups, plain_groups, scatter
+from ..codec.hadamard import hadamard
+from ..codec.head import F16, row_blocks
+from ..codec.registers import mix
+from ..codec.rows import round_trip
+from ..codec.scale import search
+from ..codec.tiles import SIDE, cut_grid, inverse, transform
+from ..codec.types import row_counts
+from ..format.base_model import BaseModel
+from ..train.source import KVSample
+
+TYPES = (0, 1, 2, 3, 4, 5, 6, 8, F16)
+N = SIDE * SIDE
+BLOCKS = row_blocks(N)
+VALUES = np.array([32] + [64] * 31 + [32])  # of a block of a full group
+KINDS = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Of one kind in one layer: mean f32 [H, d]; axes f32 [H, d, d] or None."""
+
+    mean: np.ndarray
+    axes: np.ndarray | None = None
+
+
+def tiles_of(samples: Sequence[KVSample], kind: str, i: int) -> np.ndarray:
+    """f32 [tiles, H, 64, d]."""
+    out = []
+    for s in samples:
+        x = (s.keys if kind == "k" else s.values)[i]
+        cut = cut_grid(len(x) // s.width, s.width)
+        out += [x[tokens] for h, w, tokens in cut if h == w == SIDE]
+    return np.stack(out).swapaxes(1, 2)
+
+
+def fit_basis(samples: Sequence[KVSample], model: BaseModel, mean: bool = True, v_axes: str = "full", k_axes: str = "none") -> dict[tuple[str, int], Basis]:
+    """axes: none, full, or the size of the blocks of channels (in the order of the groups) that have axes of their own."""
+    out = {}
+    for i in range(len(model.kv_layers)):
+        for kind, axes in (("k", k_axes), ("v", v_axes)):
+            x = tiles_of(samples, kind, i)
+            d = x.shape[-1]
+            mu = x.mean((0, 2)) if mean else np.zeros(x.shape[1::2], np.float32)
+            found = None
+            if axes != "none":
+                flat = (x - mu[:, None]).swapaxes(0, 1).reshape(x.shape[1], -1, d)
+                cov = np.matmul(flat.swapaxes(1, 2), flat) / flat.shape[1]
+                size = d if axes == "full" else int(axes)
+                order = np.concatenate([g.ravel() for g in groups_of(model, kind, i)])
+                found = np.zeros((x.shape[1], d, d), np.float32)
+                for at in (order[j : j + size] for j in range(0, d, size)):
+                    found[:, at[:, None], at] = np.linalg.eigh(cov[:, at[:, None], at].astype(np.float64))[1][..., ::-1]
+            out[kind, i] = Basis(mu.astype(np.float32), found)
+    return out
+
+
+def groups_of(model: BaseModel, kind: str, i: int) -> list[np.ndarray]:
+    layer = model.kv_layers[i]
+    if kind == "v":
+        return plain_groups(model.value_length[layer])
+    return key_groups(model.key_length[layer], model.rope_type if model.layer_rope[layer] else "none", model.rope_dimensions)
+
+
+@dataclass
+class Coded:
+    """codes[kind, layer]: per type (scale f32 [T, H, 33, G], codes int8 [T, H, 33, G, 64]); errors[kind, layer] f32 [T, H, 33, G, types].
+
+    hadamard: 0 none, 4 between registers (the format's), 64 over the whole block (study only).
+    """
+
+    model: BaseModel
+    samples: Sequence[KVSample]
+    basis: dict[tuple[str, int], Basis]
+    types: tuple[int, ...] = TYPES
+    hadamard: int = 4
+    codes: dict = field(default_factory=dict)
+    errors: dict = field(default_factory=dict)
+    rival: dict = field(default_factory=dict)  # f32 [T]: the squared error of rotated q4_0
+    blocks: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i in range(len(self.model.kv_layers)):
+            for kind in KINDS:
+                self._code(kind, i)
+
+    def _mix(self, x: np.ndarray) -> np.ndarray:
+        """[..., R, 16]; a single row (R = 2) is mixed in itself."""
+        if self.hadamard == 0:
+            return x
+        return mix(x) if self.hadamard == 4 else hadamard(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+    def _code(self, kind: str, i: int) -> None:
+        x = tiles_of(self.samples, kind, i)
+        b = self.basis[kind, i]
+        rows = transform(x - b.mean[:, None], SIDE, SIDE)
+        if b.axes is not None:
+            rows = rows @ b.axes
+        groups = groups_of(self.model, kind, i)
+        y = np.zeros((*rows.shape[:2], len(BLOCKS), len(groups), 64), np.float32)
+        for g, group in enumerate(groups):
+            z = gather(rows, group)
+            for at in (0, len(BLOCKS) - 1):
+                r = BLOCKS[at].start
+                y[:, :, at, g, :32] = self._mix(z[:, :, r]).reshape(*z.shape[:2], -1)
+            pairs = z[:, :, 1:-1].reshape(*z.shape[:2], 31, 4, -1)
+            y[:, :, 1:-1, g] = self._mix(pairs).reshape(*z.shape[:2], 31, 64)
+        shape = y.shape[:-1]
+        errors = np.full((*shape, len(self.types)), np.inf, np.float32)
+        for t, bits in enumerate(self.types):
+            if bits == 0:
+                errors[..., t] = np.square(y).sum(-1)
+            elif bits == F16:
+                errors[..., 0, :, t] = np.square(y[..., 0, :, :] - y[..., 0, :, :].astype(np.float16)).sum(-1)
+                self.codes[kind, i, bits] = y[..., 0, :, :].astype(np.float16)
+            else:
+                scale, c = search(y.reshape(-1, 64), bits)
+                errors[..., t] = np.square(y - (scale[:, None] * c).reshape(y.shape)).sum(-1)
+                if bits == 1:  # a row alone: the search would see the padding
+                    errors[..., (0, -1), :, t] = np.inf
+                self.codes[kind, i, bits] = scale.reshape(shape), c.reshape(y.shape).astype(np.int8)
+        self.errors[kind, i] = errors
+        stored = round_trip(x, row_counts(q4_0=N))
+        self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
+
+    def relative(self, kind: str, i: int) -> np.ndarray:
+        """f64 [H, 33, G, types]: mean error of every block in units of rotated q4_0's of the layer."""
+        return self.errors[kind, i].mean(0, dtype=np.float64) / self.rival[kind, i].mean()
+
+    def read(self, tables: Sequence[dict], pick: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """tables: per tier (kind, layer) -> bits [H, 33, G]; pick int [T]: the tier of every tile -> id of a sample's keys and layer -> K, V."""
+        out = {}
+        for i in range(len(self.model.kv_layers)):
+            pair = [self._read(kind, i, [t[kind, i] for t in tables], pick) for kind in KINDS]
+            at = 0
+            for s in self.samples:
+                k, v = s.keys[i].copy(), s.values[i].copy()
+                for h, w, tokens in cut_grid(len(k) // s.width, s.width):
+                    if h == w == SIDE:
+                        k[tokens], v[tokens] = pair[0][at].swapaxes(0, 1), pair[1][at].swapaxes(0, 1)
+                        at += 1
+                out[id(s.keys[i])] = k, v
+        return out
+
+    def _read(self, kind: str, i: int, tables: Sequence[np.ndarray], pick: np.ndarray) -> np.ndarray:
+        """f32 [T, H, 64, d]."""
+        bits = np.stack(tables)[pick]  # [T, H, 33, G]
+        y = np.zeros((*bits.shape, 64), np.float32)
+        for b in np.unique(bits):
+            where = bits == b
+            if b == F16:
+                y[:, :, 0][where[:, :, 0]] = self.codes[kind, i, F16][where[:, :, 0]]
+            elif b:
+                scale, codes = self.codes[kind, i, int(b)]
+                y[where] = scale[where][:, None] * codes[where]
+        basis, groups = self.basis[kind, i], groups_of(self.model, kind, i)
+        rows = np.zeros((*bits.shape[:2], N, basis.mean.shape[-1]), np.float32)
+        for g, group in enumerate(groups):
+            z = np.zeros((*bits.shape[:2], N, 2, group.shape[1]), np.float32)
+            for at in (0, len(BLOCKS) - 1):
+                z[:, :, BLOCKS[at].start] = self._mix(y[:, :, at, g, :32].reshape(*bits.shape[:2], 2, -1))
+            z[:, :, 1:-1] = self._mix(y[:, :, 1:-1, g].reshape(*bits.shape[:2], 31, 4, -1)).reshape(*bits.shape[:2], 62, 2, -1)
+            scatter(rows, group, z)
+        if basis.axes is not None:
+            rows = rows @ basis.axes.swapaxes(1, 2)
+        return inverse(rows, SIDE, SIDE) + basis.mean[:, None]
+
+
+def costs(types: Sequence[int]) -> np.ndarray:
+    """Bits of a block [33, 1, types]: codes and scale."""
+    return np.array([[[0 if b == 0 else n * b + (0 if b == F16 else 16) for b in types]] for n in VALUES], np.float64)
+
+
+def table_bits(tables: dict) -> float:
+    """Bits for a value, scales included, of tables (kind, layer) -> bits [H, 33, G]."""
+    total = sum((np.where(t > 0, t * VALUES[:, None] + np.where(t == F16, 0, 16), 0)).sum() for t in tables.values())
+    return float(total / sum(t.shape[0] * t.shape[2] * N * 32 for t in tables.values()))
+
+
+def scores(coded: Coded, tables: dict) -> np.ndarray:
+    """f64 [T]: mean over layers and K, V of the error of each tile in units of rotated q4_0's."""
+    out = []
+    for (kind, i), t in tables.items():
+        e = coded.errors[kind, i]
+        at = np.searchsorted(coded.types, t)
+        e = np.take_along_axis(e, np.broadcast_to(at, e.shape[:-1])[..., None], -1)[..., 0].sum((1, 2, 3), dtype=np.float64)
+        out.append(e / np.maximum(coded.rival[kind, i], 1e-20))
+    return np.mean(out, 0)

@@ -1,0 +1,138 @@
+"""A decoder in torch, f32, from a GGUF file: what a compressed picture does to the answers (architectures llama, qwen2 and qwen2vl).
+
+Keys, values and queries come from the same forward pass, so that nothing but the codec lies between two rows of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..codec.rope import angles, pair_index
+from ..format.base_model import BaseModel, read_base_model
+from ..train.source import KVSample
+
+# number of the layer, K [n, H, d] without RoPE, V [n, H, d] -> K and V as they are read
+Store = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass
+class Shown:
+    """Text before a picture, its vision tokens f32 [n, width], and the width of their grid in tokens."""
+
+    before: list[int]
+    embd: np.ndarray
+    width: int
+
+
+@dataclass
+class Cache:
+    """Per layer K f32 [T, H, d] without RoPE and V f32 [T, H, d], the positions of all tokens, and where the picture lies."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    positions: np.ndarray
+    picture: slice
+    width: int
+
+
+class Decoder:
+    def __init__(self, path: Path) -> None:
+        self.model: BaseModel = read_base_model(path)
+        reader = gguf.GGUFReader(path)
+        self.w = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32)) for t in reader.tensors}
+        field = reader.fields[f"{self.model.architecture}.attention.layer_norm_rms_epsilon"]
+        self.eps = float(field.parts[field.data[0]][0])
+        self.embed = self.w["token_embd.weight"]
+        self.output = self.w.get("output.weight", self.embed)
+        self.grid = self.model.rope_type in ("mrope", "imrope")
+
+    @torch.no_grad()
+    def show(self, shown: Shown) -> Cache:
+        """Reads text and picture, causally."""
+        x = torch.cat([self.embed[shown.before], torch.from_numpy(shown.embd)])
+        start, n = len(shown.before), len(shown.embd)
+        pos = np.arange(start + n)
+        if self.grid:
+            pos = np.stack([pos, pos, pos, 0 * pos], 1)
+            y, xx = np.divmod(np.arange(n), shown.width)
+            pos[start:] = np.stack([0 * y, y, xx, 0 * y], 1) + [start, start, start, 0]
+        empty = [torch.zeros(0, 1, 1)] * self.model.block_count
+        cache = Cache(list(empty), list(empty), pos[:0], slice(start, start + n), shown.width)
+        self._run(x, pos, cache)
+        return cache
+
+    def next_position(self, cache: Cache) -> int:
+        return int(cache.positions[:, 0:3].max()) + 1 if self.grid else len(cache.positions)
+
+    @torch.no_grad()
+    def text(self, cache: Cache, tokens: Sequence[int], queries: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits [len(tokens), vocab]; the cache grows (copy it first with `fork`)."""
+        pos = self.next_position(cache) + np.arange(len(tokens))
+        if self.grid:
+            pos = np.stack([pos, pos, pos, 0 * pos], 1)
+        h = self._run(self.embed[list(tokens)], pos, cache, queries)
+        return F.linear(h, self.output)
+
+    @staticmethod
+    def fork(cache: Cache, store: Store | None = None) -> Cache:
+        """The same cache, with the picture's keys and values as `store` reads them."""
+        keys, values = list(cache.keys), list(cache.values)
+        if store:
+            for i, (k, v) in enumerate(zip(keys, values)):
+                pair = store(i, k[cache.picture].numpy(), v[cache.picture].numpy())
+                keys[i], values[i] = k.clone(), v.clone()
+                keys[i][cache.picture], values[i][cache.picture] = (torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in pair)
+        return Cache(keys, values, cache.positions, cache.picture, cache.width)
+
+    def sample(self, cache: Cache, questions: Sequence[Sequence[int]]) -> KVSample:
+        """What the study measures: the picture's keys and values, and the queries (with RoPE) of questions that follow."""
+        found: list[list[np.ndarray]] = [[] for _ in cache.keys]
+        for tokens in questions:
+            queries: list[torch.Tensor] = []
+            self.text(self.fork(cache), tokens, queries)
+            for i, q in enumerate(queries):
+                found[i].append(q.numpy())
+        at = cache.picture
+        keys, values = ([x[at].numpy().copy() for x in part] for part in (cache.keys, cache.values))
+        return KVSample(keys, values, [np.concatenate(q) for q in found], cache.width, at.start)
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.w[name], self.eps)
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
+
+    def _turn(self, x: torch.Tensor, pos: np.ndarray, layer: int) -> torch.Tensor:
+        m = self.model
+        a = torch.from_numpy(angles(pos, m.rope_type, m.rope_dimensions, m.freq_base[layer], m.rope_sections, m.freq_factors)).float()[:, None]
+        first, second = pair_index(m.rope_type, m.rope_dimensions).T
+        out, cos, sin = x.clone(), a.cos(), a.sin()
+        out[..., first], out[..., second] = x[..., first] * cos - x[..., second] * sin, x[..., first] * sin + x[..., second] * cos
+        return out
+
+    @torch.no_grad()
+    def _run(self, x: torch.Tensor, pos: np.ndarray, cache: Cache, queries: list[torch.Tensor] | None = None) -> torch.Tensor:
+        m, n, past = self.model, len(x), len(cache.positions)
+        cache.positions = np.concatenate([cache.positions, pos]) if past else pos
+        mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)
+        for i in range(m.block_count):
+            h = self._norm(x, f"blk.{i}.attn_norm.weight")
+            q, k, v = (self._linear(h, f"blk.{i}.attn_{c}").view(n, -1, m.key_length[i]) for c in "qkv")
+            cache.keys[i], cache.values[i] = (torch.cat([old, new]) if past else new for old, new in ((cache.keys[i], k), (cache.values[i], v)))
+            q = self._turn(q, pos, i)
+            if queries is not None:
+                queries.append(q)
+            turned = self._turn(cache.keys[i], cache.positions, i)
+            parts = (y.transpose(0, 1)[None] for y in (q, turned, cache.values[i]))
+            o = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+            x = x + self._linear(o[0].transpose(0, 1).reshape(n, -1), f"blk.{i}.attn_output")
+            h = self._norm(x, f"blk.{i}.ffn_norm.weight")
+            x = x + self._linear(F.silu(self._linear(h, f"blk.{i}.ffn_gate")) * self._linear(h, f"blk.{i}.ffn_up"), f"blk.{i}.ffn_down")
+        return self._norm(x, "output_norm.weight")

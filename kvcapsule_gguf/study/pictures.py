@@ -1,0 +1,138 @@
+"""The pictures and questions of the study, encoded once by the model's own projector and kept in a cache folder.
+
+Three models: the two demo models (drawn scenes), and the real decoder (scripts/real_decoder: photographs and named things).
+Suites: `fit` is what tables and axes are fitted to; `like` are other pictures of the same kinds, `unlike` of other kinds.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..train.collect import QUESTIONS
+from ..train.images import Drawn
+
+SUITES = ("fit", "like", "unlike")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """before: tokens of the text before the picture; embd f32 [n, width]; questions: (tokens, how many of them are the answer).
+
+    An answer of 0 tokens is whatever the model writes with an exact cache.
+    """
+
+    before: list[int]
+    embd: np.ndarray
+    width: int
+    questions: list[tuple[list[int], int]]
+
+
+def unlike(count: int, seed: int) -> Iterator[Image.Image]:
+    """Checkers, salt and pepper, and scrambled scenes."""
+    for i in range(count):
+        rng, side = np.random.default_rng([seed, i, 7]), 336
+        if i % 3 == 0:
+            y, x = np.mgrid[0:side, 0:side] // int(rng.integers(3, 30))
+            pixels = np.where(((x + y) % 2)[..., None], rng.integers(0, 256, 3), rng.integers(0, 256, 3))
+        elif i % 3 == 1:
+            pixels = np.where(rng.random((side, side, 1)) < rng.uniform(0.05, 0.5), rng.integers(0, 2, (side, side, 1)) * 255, rng.integers(0, 256, 3))
+        else:
+            scene = Drawn(count, seed + 1)[i // 2 * 2].image.resize((side, side))
+            tiles = np.asarray(scene).reshape(24, 14, 24, 14, 3).swapaxes(1, 2).reshape(576, 14, 14, 3)
+            pixels = tiles[rng.permutation(576)].reshape(24, 24, 14, 14, 3).swapaxes(1, 2).reshape(side, side, 3)
+        yield Image.fromarray(pixels.astype(np.uint8))
+
+
+Item = tuple[Image.Image, list[tuple[str, str | None]]]
+
+
+def demo_items(suite: str) -> Iterator[Item]:
+    from ..eval.suites import scenes
+
+    if suite == "fit":
+        drawn = Drawn(96, 0)
+        for i in range(len(drawn)):
+            yield drawn[i].image, [(q, None) for q in drawn[i].questions or QUESTIONS[:3]]
+    elif suite == "like":
+        for sample in scenes(48 * 6, 6):
+            yield sample.pictures[0], [(q.prompt, q.answer) for q in sample.questions]
+    else:
+        for image in unlike(48, 2000):
+            yield image, [(q, None) for q in QUESTIONS[:3]]
+
+
+def real_items(folder: Path, suite: str) -> Iterator[Item]:
+    """folder: what scripts/real_decoder wrote."""
+    if suite == "unlike":
+        files = sorted((folder / "proto" / "unlike").iterdir())
+        for path in files[::3] + files[1::3]:
+            yield Image.open(path), [(q, None) for q in QUESTIONS[:3]]
+        return
+    for entry in json.loads((folder / "proto-questions.json").read_text())["train" if suite == "fit" else "held"]:
+        yield Image.open(folder / "proto" / entry["image"]), [(q, a) for q, a in entry["questions"]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and where its pictures come from; side: pixels of every picture."""
+
+    name: str
+    decoder: Path
+    mmproj: Path
+    side: int
+    real: Path | None = None
+
+    def items(self, suite: str) -> Iterator[Item]:
+        for image, questions in real_items(self.real, suite) if self.real else demo_items(suite):
+            yield image.convert("RGB").resize((self.side, self.side)), questions
+
+
+def studies(demo: Path, real: Path | None) -> dict[str, Study]:
+    """The three models, or two where the real decoder is not there."""
+    found = {
+        "demo": Study("demo", demo / "kvdemo-8M-v1-F16.gguf", demo / "mmproj-kvdemo-8M-v1-F16.gguf", 336),
+        "mrope": Study("mrope", demo / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf", demo / "mrope" / "mmproj-kvdemo-mrope-8M-v1-F16.gguf", 448),
+    }
+    if real:
+        found["real"] = Study("real", real / "smollm2-135m-f16.gguf", real / "mmproj-proto.gguf", 448, real)
+    return found
+
+
+def asked(study: Study, suite: str, count: int, cache: Path) -> list[Asked]:
+    """The first `count` pictures of a suite. Needs the built library the first time only. Raises EvalError."""
+    path = cache / f"{study.name}-{suite}.pickle"
+    known: list[Asked] = pickle.loads(path.read_bytes()) if path.exists() else []
+    if len(known) < count:
+        known += _encode(study, suite, len(known), count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(known))
+    return known[:count]
+
+
+def _encode(study: Study, suite: str, start: int, count: int) -> Iterator[Asked]:
+    from ..eval.prompts import Prompts
+    from ..eval.vlm import Vlm
+
+    vlm = Vlm(study.decoder, study.mmproj, 1)
+    try:
+        prompts = Prompts(vlm)
+        for image, questions in islice(study.items(suite), start, count):
+            read = vlm.read(prompts.before(), image)
+            try:
+                before, part, *after = read.parts if len(read.parts) > 1 else [[], *read.parts]
+                tail = after[0] if after else []  # some models close a picture with a token of their own
+                forms = [prompts.forced(q, a) if a is not None else None for q, a in questions]
+                rows = [(f.tokens, f.n_answer) if f else (prompts.question(q), 0) for f, (q, _) in zip(forms, questions)]
+                yield Asked(before, part.embd.copy(), part.width, [([*tail, *tokens], n) for tokens, n in rows])
+            finally:
+                read.free()
+    finally:
+        vlm.close()

@@ -1,0 +1,60 @@
+"""Tables of bits fitted to coded pictures: one for every head, for every layer, or for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..train.allocate import allocate
+from .coded import KINDS, N, Coded, costs
+
+Tables = dict[tuple[str, int], np.ndarray]
+
+
+def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups: str = "group", per_layer: bool = False, types: Sequence[int] | None = None,
+               weight: dict[tuple[str, int], float] | None = None) -> list[Tables]:
+    """One set of tables for each mean number of bits (scales included).
+
+    scope: head, layer (the heads of a layer share), model (all layers share). groups: group, or row (all groups share).
+    per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, in units of rotated q4_0's, K and V alike.
+    types: those that may be used. weight: of the errors of a kind in a layer.
+    """
+    layers = range(len(coded.model.kv_layers))
+    keys = [(kind, i) for i in layers for kind in KINDS]
+    errors = {x: coded.relative(*x) * (weight[x] if weight else 1) for x in keys}
+    if types is not None:
+        banned = [t for t, b in enumerate(coded.types) if b not in types]
+        for e in errors.values():
+            e[..., banned] = np.inf
+    cost = costs(coded.types)
+    out: list[Tables] = [{} for _ in bits]
+    parts = [[("k", i), ("v", i)] for i in layers] if per_layer else [keys]
+    for part in parts:
+        shape = {x: errors[x].shape for x in part}
+        if scope == "model":  # all layers of a kind share
+            units = {kind: [x for x in part if x[0] == kind] for kind in KINDS}
+        else:
+            units = {x: [x] for x in part}
+        stacks, weights = [], []
+        for members in units.values():
+            e = np.sum([errors[x] for x in members], 0)  # [H, 33, G, types]
+            c = np.broadcast_to(cost * len(members), e.shape)
+            if scope != "head":
+                e, c = e.sum(0, keepdims=True), c.sum(0, keepdims=True)
+            if groups == "row":
+                e, c = e.sum(2, keepdims=True), c.sum(2, keepdims=True)
+            stacks.append(e)
+            weights.append(c)
+        flat_e, flat_c = (np.concatenate([x.reshape(-1, x.shape[-1]) for x in s]) for s in (stacks, weights))
+        total = sum(shape[x][0] * shape[x][2] * N * 32 for x in part)
+        for found, b in zip(out, bits):
+            pick = allocate(flat_e, flat_c, b * total)
+            at = 0
+            for members, e in zip(units.values(), stacks):
+                n = int(np.prod(e.shape[:-1]))
+                t = np.asarray(coded.types)[pick[at : at + n]].reshape(e.shape[:-1])
+                at += n
+                for x in members:
+                    found[x] = np.broadcast_to(t, shape[x][:-1]).copy()
+    return out

@@ -1,0 +1,154 @@
+"""Tiles, groups, planes and whole heads of the second form: exact round trips and shapes, against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from kvcapsule_gguf.codec.channels import key_groups, plain_groups
+from kvcapsule_gguf.codec.head import F16, Head, row_blocks, table_rows
+from kvcapsule_gguf.codec.planes import PLANES, code_bytes, pack, unpack
+from kvcapsule_gguf.codec.registers import mix
+from kvcapsule_gguf.codec.rope import pair_index
+from kvcapsule_gguf.codec.scale import search
+from kvcapsule_gguf.codec.tiles import cut_grid, cut_run, cut_side, inverse, row_order, transform
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize("n", range(1, 70))
+def test_sides_are_cut_into_tiles_of_4_to_8(n):
+    cut = cut_side(n)
+    assert sum(cut) == n and max(cut) <= 8
+    assert n < 8 or min(cut) >= 4
+    assert sum(x != 8 for x in cut) <= 2
+
+
+def test_every_token_of_a_grid_is_in_one_tile():
+    for height in range(1, 30, 3):
+        for width in range(1, 30, 4):
+            tiles = cut_grid(height, width)
+            assert sorted(np.concatenate([t for *_, t in tiles])) == list(range(height * width))
+            for h, w, tokens in tiles:
+                y, x = np.divmod(tokens, width)
+                assert len(tokens) == h * w and np.ptp(y) == h - 1 and np.ptp(x) == w - 1
+    assert [w for _, w, _ in cut_run(150)] == [64, 43, 43]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (8, 4), (1, 64), (1, 3), (1, 1)])
+def test_the_transform_is_a_cosine_transform(size):
+    h, w = size
+    x = RNG.standard_normal((h * w, 3)).astype(np.float32)
+    rows = transform(x, h, w)
+    assert inverse(rows, h, w) == pytest.approx(x, abs=1e-5)
+    for rank in {0, min(1, h * w - 1), h * w // 2, h * w - 1}:
+        u, v = divmod(int(row_order(h, w)[rank]), w)
+        wave = [math.cos(math.pi * (y + 0.5) * u / h) * math.cos(math.pi * (z + 0.5) * v / w) for y in range(h) for z in range(w)]
+        scale = math.sqrt((1 if u == 0 else 2) / h * (1 if v == 0 else 2) / w)
+        assert rows[rank] == pytest.approx(scale * np.array(wave) @ x, abs=1e-5)
+    smooth = [(y / h) ** 2 + (z / w) ** 2 for y, z in (divmod(int(r), w) for r in row_order(h, w))]
+    assert smooth == sorted(smooth) or np.allclose(smooth, sorted(smooth))
+
+
+@pytest.mark.parametrize("rope", [("norm", 64, 64), ("neox", 72, 72), ("mrope", 128, 128), ("norm", 80, 20), ("none", 33, 0), ("neox", 100, 32)])
+def test_groups_hold_every_channel_once_and_pairs_in_two_registers(rope):
+    kind, d, rotated = rope
+    groups = key_groups(d, kind, rotated)
+    channels = np.concatenate([g.ravel() for g in groups])
+    assert sorted(channels[channels >= 0]) == list(range(d))
+    assert all(g.shape[0] == 2 and g.shape[1] <= 16 for g in groups)
+    if rotated:
+        pairs = {tuple(p) for p in pair_index(kind, rotated)}
+        in_registers = {tuple(p) for g in groups for p in g.T}
+        assert pairs <= in_registers
+
+
+def test_mixing_is_a_hadamard_transform_of_the_registers():
+    h2 = np.array([[1, 1], [1, -1]])
+    for n, matrix in ((2, h2 / 2**0.5), (4, np.kron(h2, h2) / 2)):
+        x = RNG.standard_normal((5, n, 16)).astype(np.float32)
+        assert mix(x) == pytest.approx(np.einsum("rs,bsl->brl", matrix, x), abs=1e-6)
+        assert mix(mix(x)) == pytest.approx(x, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("shape", [(4, 16), (2, 16), (4, 4), (2, 5), (4, 1)])
+def test_planes(bits, shape):
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    codes = RNG.choice([-1, 1], (9, *shape)) if bits == 1 else RNG.integers(low, high + 1, (9, *shape))
+    data = pack(codes, bits)
+    assert data.shape == (9, code_bytes(bits, shape[0] * shape[1]))
+    assert (unpack(data, bits, shape) == codes).all()
+
+
+def test_where_a_code_lies():
+    """Three codes of a block of 64, by hand."""
+    codes = np.zeros((4, 16), int)
+    codes[2, 5] = 1  # stored as 3
+    assert pack(codes, 2)[5] == 0b10_11_10_10
+    assert pack(codes, 3)[5] == 0b10_10_10_10 and pack(codes, 3)[16 + (2 * 16 + 5) // 8] == 1 << 5
+    assert pack(codes, 4)[16 + 5] == 0x89
+
+
+def head(d: int = 72, axes: bool = False, seed: int = 0) -> Head:
+    rng = np.random.default_rng(seed)
+    groups = key_groups(d, "neox", d)
+    table = rng.choice([0, 1, 2, 3, 4, 5, 6, 8], (33, len(groups)))
+    table[0] = F16
+    turned = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32) if axes else None
+    return Head(rng.standard_normal(d).astype(np.float32), groups, table, turned)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 4), (8, 3), (1, 64), (1, 41)])
+@pytest.mark.parametrize("axes", [False, True])
+def test_a_head_is_what_its_parts_say(size, axes):
+    """Every block on its own, with the parts tested above: the same coefficients, and the bytes where the docs say."""
+    h, w = size
+    x = RNG.standard_normal((2, h * w, 72)).astype(np.float32)
+    code = head(axes=axes)
+    data = code.encode(x, h, w)
+    assert data.dtype == np.uint8 and data.shape == (2, code.size(h, w))
+    read = code.load(data, h, w)
+    rows = transform(x - code.mean, h, w)
+    rows = rows @ code.axes if axes else rows
+    used = table_rows(h, w)
+    for i, block in enumerate(row_blocks(h * w)):
+        for g, group in enumerate(code.groups):
+            bits = code.table[used[i], g]
+            want = rows[:, block][..., group]
+            registers = want.reshape(2, -1, group.shape[1])
+            if bits == 0:
+                want = np.zeros_like(want)
+            elif bits == F16:
+                want = mix(mix(registers).astype(np.float16).astype(np.float32)).reshape(want.shape)
+            else:
+                scale, codes = search(mix(registers).reshape(2, -1), int(bits))
+                want = mix((scale[:, None] * codes).reshape(registers.shape)).reshape(want.shape)
+            assert (read[:, block][..., group] == want).all()
+    assert code.decode(data, h, w) == pytest.approx(inverse(read @ code.axes.T if axes else read, h, w) + code.mean, abs=1e-5)
+
+
+def test_an_exact_table_is_nearly_exact():
+    code = head()
+    exact = Head(code.mean, code.groups, np.full_like(code.table, 8))
+    for size in ((8, 8), (6, 5), (1, 50)):
+        x = RNG.standard_normal((1, size[0] * size[1], 72)).astype(np.float32)
+        assert np.square(exact.decode(exact.encode(x, *size), *size) - x).mean() < 2e-4
+
+
+def test_short_tiles_use_the_whole_tile_s_table():
+    assert table_rows(8, 8).tolist() == list(range(33)) and table_rows(1, 64).tolist() == list(range(33))
+    for h in range(1, 9):
+        for w in range(1, 9):
+            used = table_rows(h, w)
+            assert used[0] == 0 and used.min() >= 0 and used.max() <= 32 and len(used) == len(row_blocks(h * w))
+
+
+def test_values_of_any_length():
+    for d in (32, 33, 80, 512):
+        groups = plain_groups(d)
+        code = Head(np.zeros(d, np.float32), groups, np.full((33, len(groups)), 6))
+        x = RNG.standard_normal((1, 64, d)).astype(np.float32)
+        assert np.square(code.decode(code.encode(x, 8, 8), 8, 8) - x).mean() < 2e-3
