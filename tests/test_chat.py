@@ -158,7 +158,8 @@ def test_what_is_in_the_cache_is_not_evaluated_again(chat: Run, folder: Path, ar
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from kvcapsule_gguf.chat import args, images
+from kvcapsule_gguf.chat import args
+from kvcapsule_gguf.runtime.pictures import load
 from kvcapsule_gguf.chat.engine import Engine, say
 from kvcapsule_gguf.chat.session import Session
 options = args.parse(sys.argv[1:], {{}})
@@ -166,7 +167,7 @@ with Engine(options, say) as engine:
     session = Session(engine, options)
     asked = session.marker + "what is this?"
     messages = [dict(role="user", content=asked), dict(role="assistant", content={first["answer"]!r}), dict(role="user", content="and?")]
-    turn = session._fill(session.template.render(messages, True), [images.load({str(folder / "b.jpg")!r})])
+    turn = session._fill(session.template.render(messages, True), [load({str(folder / "b.jpg")!r})])
     session._generate(turn, lambda text: None)
     print(turn.answer, turn.prompt_tokens)
 """

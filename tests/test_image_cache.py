@@ -13,11 +13,12 @@ from make_capsule import random_capsule
 from test_native import require_capsules
 
 from kvcapsule_gguf import native
-from kvcapsule_gguf.chat import args, images, saved
+from kvcapsule_gguf.chat import args, saved
 from kvcapsule_gguf.chat.engine import Engine
 from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.chat.session import Session, Turn
 from kvcapsule_gguf.reuse import container
+from kvcapsule_gguf.runtime.pictures import load as load_picture
 
 ARCHS = ("llama", "qwen2vl")
 
@@ -38,7 +39,7 @@ class Chat:
         self.session, self.folder = session, folder
 
     def ask(self, question: str, *pictures: str) -> Turn:
-        return self.session.ask(question, [images.load(str(self.folder / name)) for name in pictures], lambda text: None)
+        return self.session.ask(question, [load_picture(str(self.folder / name)) for name in pictures], lambda text: None)
 
     def vision(self) -> int:
         return sum(image.tokens for image in self.session.state.images)

@@ -15,14 +15,12 @@ from llama_cpp import Llama, llama_chat_format
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, MTMDChatHandler
 
 from .. import native
-from ..chat import images
 from ..chat.fill import Work, fill
-from ..chat.images import Picture
 from ..chat.prompt import Chunk, read_chunks
 from ..chat.stats import ImageUse
-from ..reuse.digest import bytes_digest
 from ..reuse.prefixes import DEFAULT_MIB, Prefixes
 from ..runtime.errors import KVCapsuleError
+from ..runtime.pictures import Budget, Picture, decode, new_bitmap, read
 from .contents import LlamaContents, LlamaEngine
 from .tools import choose_tool
 
@@ -81,13 +79,10 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         return llama_chat_format._convert_completion_to_chat(answer, stream=stream)
 
     def load_image(self, image_url: str) -> bytes:
-        """data: and http(s) URLs; nothing else, since they come with messages of other people."""
-        if not image_url.startswith(("data:", "http://", "https://")):
+        """data: and http(s) URLs; nothing else, since they come with messages of other people. Raises ValueError."""
+        if not image_url[:8].lower().startswith(("data:", "http://", "https://")):
             raise ValueError("a picture must be a data: or http(s) URL")
-        try:
-            return images.read(image_url)
-        except images.ImageError as error:
-            raise ValueError(str(error)) from None
+        return read(image_url)
 
     def _open(self, llama: Llama) -> LlamaContents:
         self._init_mtmd_context(llama)
@@ -118,34 +113,24 @@ class KVCapsuleChatHandler(MTMDChatHandler):
     def _chunks(self, prompt: str, urls: list[str]) -> Iterator[tuple[list[Chunk], list[Picture]]]:
         mtmd = self._mtmd_cpp
         bitmaps: list[Any] = []
-        pictures: list[Picture] = []
+        pictures, budget = list[Picture](), Budget()
         found = mtmd.mtmd_input_chunks_init()
         try:
             for index, url in enumerate(urls):
-                data = self.load_image(url)
-                bitmaps.append(self._bitmap(data))
+                pictures.append(decode(self.load_image(url), budget, f"image {index + 1}"))
+                bitmaps.append(new_bitmap(mtmd, pictures[-1].rgb))
                 mtmd.mtmd_bitmap_set_id(bitmaps[-1], str(index).encode())
-                pictures.append(Picture(f"image {index + 1}", 0, 0, b"", data))
             text = prompt.encode("utf-8", "replace")
             request = mtmd.mtmd_input_text(text=text, text_len=len(text), add_special=True, parse_special=True)
             array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
             if status := mtmd.mtmd_tokenize(self.mtmd_ctx, found, ctypes.byref(request), array, len(bitmaps)):
                 raise ValueError(f"the prompt and its {len(bitmaps)} pictures cannot be prepared for the model (status {status})")
             handles = [mtmd.mtmd_input_chunks_get(found, i) for i in range(mtmd.mtmd_input_chunks_size(found))]
-            yield read_chunks(mtmd, handles, [bytes_digest(b"file", picture.data) for picture in pictures]), pictures
+            yield read_chunks(mtmd, handles, [picture.digest for picture in pictures]), pictures
         finally:
             mtmd.mtmd_input_chunks_free(found)
             for bitmap in bitmaps:
                 mtmd.mtmd_bitmap_free(bitmap)
-
-    def _bitmap(self, data: bytes) -> Any:
-        """Read as llama.cpp does; kinds of files that it does not know (WebP, TIFF, ...) by Pillow. Raises ValueError."""
-        try:
-            return self._create_bitmap_from_bytes(data)
-        except ValueError:
-            picture = images.decode(data, "the picture")
-        rgb = (ctypes.c_uint8 * len(picture.rgb)).from_buffer_copy(picture.rgb)
-        return self._mtmd_cpp.mtmd_bitmap_init(picture.width, picture.height, rgb)
 
     def _fill(self, contents: LlamaContents, chunks: list[Chunk], pictures: list[Picture]) -> None:
         n_ctx, needed = contents.engine.n_ctx, sum(chunk.n_tokens for chunk in chunks)

@@ -35,9 +35,10 @@ class DemoRow:
 
 def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folder: Path) -> tuple[Any, list[Any]]:
     """A conversation that has seen n pictures, with a question about each -> its engine and the turns."""
-    from ..chat import args, images
+    from ..chat import args
     from ..chat.engine import Engine
     from ..chat.session import Session
+    from ..runtime.pictures import load
     from ..scenes import HELD_OUT, make_scene
 
     options = args.parse([str(model), "-c", str(640 * n + 512), "--hot", "1024", "-b", "576", "-ub", "576", "--temp", "0", "-n", "1", "-t", "1", *flags])
@@ -47,7 +48,7 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
     turns = []
     for i in range(n):
         make_scene(HELD_OUT[i]).draw().save(picture)
-        turns.append(session.ask("How many objects are there?", [images.load(str(picture))], lambda text: None))
+        turns.append(session.ask("How many objects are there?", [load(str(picture))], lambda text: None))
     return engine, turns
 
 

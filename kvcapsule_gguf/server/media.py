@@ -116,5 +116,5 @@ def _as_png(raw: bytes) -> str:
     except images.ImageError as error:
         raise RequestError(400, str(error)) from None
     out = io.BytesIO()
-    Image.frombytes("RGB", (picture.width, picture.height), picture.rgb).save(out, "PNG", compress_level=1)
+    Image.frombytes("RGB", (picture.width, picture.height), picture.rgb.tobytes()).save(out, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..chat.images import load
 from ..runtime.errors import KVCapsuleError
+from ..runtime.pictures import load
 from ..scenes import CALIBRATION, WORDS, Scene, make_questions, make_scene
 from .source import TrainError
 
@@ -55,7 +55,7 @@ class Folder:
         except KVCapsuleError as error:
             reason = str(error).rsplit(": ", 1)[-1]  # the chat shortens long paths
             raise UnreadablePicture(f"{self.files[i]}: {reason}") from error
-        return Picture(Image.frombytes("RGB", (found.width, found.height), found.rgb))
+        return Picture(Image.fromarray(found.rgb))
 
 
 def from_folder(folder: Path, count: int, seed: int) -> Folder:

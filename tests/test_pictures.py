@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvcapsule_gguf.chat import images
-from kvcapsule_gguf.chat.images import ImageError
+from kvcapsule_gguf.runtime.pictures import sources
+from kvcapsule_gguf.runtime.pictures import Budget, Limits, Picture, PictureError, PictureTooLarge, load
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -33,8 +33,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def pixels(picture: images.Picture) -> np.ndarray:
-    return np.frombuffer(picture.rgb, np.uint8).reshape(picture.height, picture.width, 3)
+def pixels(picture: Picture) -> np.ndarray:
+    return picture.rgb
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def png(tmp_path: Path) -> Path:
 
 
 def test_path(png: Path) -> None:
-    picture = images.load(str(png))
+    picture = load(str(png))
     assert (picture.width, picture.height, picture.name) == (4, 2, str(png))
     assert pixels(picture)[0].tolist() == [list(RED)] * 2 + [list(GREEN)] * 2
 
@@ -53,14 +53,14 @@ def test_path(png: Path) -> None:
 def test_home(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(png.parent))
     monkeypatch.setenv("USERPROFILE", str(png.parent))
-    assert images.load("~/two.png").width == 4
+    assert load("~/two.png").width == 4
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "WEBP", "PPM"])
 def test_formats(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image"
     path.write_bytes(encoded(two_colours(), kind))
-    assert images.load(str(path)).width == 4
+    assert load(str(path)).width == 4
 
 
 def test_orientation_of_a_camera(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_orientation_of_a_camera(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn right by 90 degrees to view
     path = tmp_path / "turned.png"
     path.write_bytes(encoded(two_colours(), exif=exif))
-    picture = images.load(str(path))
+    picture = load(str(path))
     assert (picture.width, picture.height) == (2, 4)
     assert pixels(picture)[0, 0].tolist() == list(RED) and pixels(picture)[3, 0].tolist() == list(GREEN)
 
@@ -78,24 +78,24 @@ def test_transparency_is_white(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "clear.png"
     image = Image.new("RGBA", (2, 2), (10, 20, 30, 0)).convert(mode if mode != "PA" else "P")
     path.write_bytes(encoded(image, transparency=0) if mode == "PA" else encoded(image))
-    assert pixels(images.load(str(path)))[0, 0].tolist() == [255, 255, 255]
+    assert pixels(load(str(path)))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.png"
     path.write_bytes(encoded(Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], np.uint16))))
-    assert pixels(images.load(str(path)))[0, :, 0].tolist() == [0, 0x40, 0xFF]
+    assert pixels(load(str(path)))[0, :, 0].tolist() == [0, 0x40, 0xFF]
 
 
 def test_data_url(png: Path) -> None:
     text = base64.b64encode(png.read_bytes()).decode()
-    picture = images.load(f"data:image/png;base64,{text}")
+    picture = load(f"data:image/png;base64,{text}")
     assert picture.width == 4 and len(picture.name) <= 80
 
 
 def test_stdin(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(png.read_bytes())))
-    assert images.load("-").width == 4
+    monkeypatch.setattr(sources.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(png.read_bytes())))
+    assert load("-").width == 4
 
 
 @pytest.fixture
@@ -118,12 +118,12 @@ def server(png: Path) -> Iterator[str]:
 
 
 def test_http(server: str) -> None:
-    assert images.load(f"{server}/two.png").width == 4
-    with pytest.raises(ImageError, match="HTTP 404"):
-        images.load(f"{server}/other.png")
+    assert load(f"{server}/two.png").width == 4
+    with pytest.raises(PictureError, match="HTTP 404"):
+        load(f"{server}/other.png")
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path: Path, png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, png: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture\n")
     (tmp_path / "empty.png").touch()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
@@ -140,16 +140,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, png: Path, monkeypatch:
         "a\0b": "null byte",
     }
     for source, message in cases.items():
-        with pytest.raises(ImageError, match=message) as error:
-            images.load(source)
+        with pytest.raises(PictureError, match=message) as error:
+            load(source)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr(images, "MAX_BYTES", 10)
-    with pytest.raises(ImageError, match="larger than"):
-        images.load(str(png))
+    with pytest.raises(PictureTooLarge, match="larger than"):
+        load(str(png), Budget(Limits(file_bytes=10)))
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(encoded(two_colours(40, 40)))
-    with pytest.raises(ImageError, match="damaged picture"):
-        images.load(str(tmp_path / "bomb.png"))
+    with pytest.raises(PictureTooLarge, match="40 x 40 pixels"):
+        load(str(tmp_path / "bomb.png"), Budget(Limits(pixels=1599)))
