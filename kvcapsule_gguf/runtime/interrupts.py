@@ -1,0 +1,215 @@
+"""Ctrl-C, the same way in all programs.
+
+Python raises KeyboardInterrupt between its own instructions only, and one that it raises inside a callback of native code is printed and lost. So a
+thread counts the signals. It tells native code to stop, and makes the main thread raise KeyboardInterrupt, again and again until that was not inside a
+callback. Where native code does not stop in time, the thread ends the process.
+
+Native code stops where `stoppable()` was told about its parameters: while a model is loaded, a picture encoded, a batch decoded.
+Outside of `Interrupts` (a program of somebody else, another thread than the main one) nothing here has an effect.
+"""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STATUS = 130  # of a process that Ctrl-C has ended, as shells report it
+LIMIT_S = 0.3  # for native code to stop
+AGAIN_S = 0.02
+NODES = 16  # of a projector's graph, between two looks
+
+# native code looks without the interpreter's lock: it stops when strlen(_stop) is not 0
+_stop = ctypes.create_string_buffer(2)
+_strlen = (ctypes.CDLL("msvcrt") if os.name == "nt" else ctypes.CDLL(None)).strlen
+_callbacks: dict[type, Any] = {}  # they must outlive the library's use of them
+_nodes = 0
+
+_WAKE = getattr(signal, "SIGURG", signal.SIGINT)  # programs that do not know this signal ignore it
+_current: Interrupts | None = None
+
+
+class Interrupts:
+    """While it is entered, Ctrl-C raises KeyboardInterrupt in the main thread. Where the signal is ignored (nohup) it stays so.
+
+    farewell: the line to print when the process has to be ended; session: then it is only ended when Ctrl-C comes a second time."""
+
+    def __init__(self) -> None:
+        self.farewell = ""
+        self.session = False
+        self._lock = threading.RLock()
+        self._owed = 0  # KeyboardInterrupts that are still to be raised
+        self._deferred = 0
+
+    def __enter__(self) -> Interrupts:
+        global _current
+        self._active = _current is None and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+        if not self._active:
+            return self
+        self._main = threading.get_ident()
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        _current = self
+        threading.Thread(target=self._watch, daemon=True).start()
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: self.check()) for number in (signal.SIGINT, _WAKE)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _current
+        if not self._active:
+            return
+        self._deferred = 1
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup)
+        sys.unraisablehook = self._hook
+        self._write.close()
+        with self._lock:
+            self._owed, _stop[0] = 0, b"\0"
+        _current = None
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one is owed."""
+        with self._lock:
+            if not self._owed or self._deferred:
+                return
+            self._owed -= 1
+            if not self._owed:
+                _stop[0] = b"\0"
+        raise KeyboardInterrupt
+
+    def _unraisable(self, what: Any) -> None:
+        if what.exc_type is not KeyboardInterrupt:
+            self._hook(what)
+            return
+        # raised in a callback, or while an object was deleted, and dropped by Python
+        with self._lock:
+            self._owed += 1
+        self._write.send(b"\0")
+
+    def _watch(self) -> None:
+        start, late = 0.0, False
+        while data := self._receive():
+            if signal.SIGINT in data:
+                if late:
+                    end(self.farewell)
+                with self._lock:
+                    if not self._owed:
+                        self._owed, start = 1, time.monotonic()
+            if not self._owed:
+                late = False
+                continue
+            if time.monotonic() - start > LIMIT_S and not late:
+                if not self.session:
+                    end(self.farewell)
+                late = True
+                os.write(2, b"\nstopping (Ctrl-C again ends the program)\n")
+            self._wake()
+            with self._lock:
+                if self._owed:
+                    _stop[0] = b"\1"
+        self._read.close()
+
+    def _receive(self) -> bytes:
+        """Numbers of signals, or 0s; nothing when all is over."""
+        try:
+            if owed := self._owed:
+                time.sleep(AGAIN_S)
+            self._read.setblocking(not owed)
+            return self._read.recv(64)
+        except BlockingIOError:
+            return b"\0"
+
+    def _wake(self) -> None:
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(self._main, _WAKE)  # it ends a wait for input, too
+        else:
+            _thread.interrupt_main(_WAKE)
+
+
+def end(farewell: str = "") -> None:
+    """Ends the process at once."""
+    try:
+        os.write(2, f"\n{farewell}\n".encode() if farewell else b"\n")
+    finally:
+        os._exit(STATUS)
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C has come: for places where native code may have stopped because of it."""
+    if (current := _here()) is not None:
+        current.check()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """What is done inside is done whole, KeyboardInterrupt comes afterwards. For moments."""
+    if (current := _here()) is None:
+        yield
+        return
+    current._deferred += 1
+    try:
+        yield
+    finally:
+        current._deferred -= 1
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """What is in memory is worth more than half a second: native code that does not stop is waited for, until Ctrl-C comes again."""
+    if (current := _here()) is None:
+        yield
+        return
+    current.session = True
+    try:
+        yield
+    finally:
+        current.session = False
+
+
+def farewell(line: str) -> None:
+    """Sets what is printed if the process has to be ended."""
+    if (current := _here()) is not None:
+        current.farewell = line
+
+
+def stoppable(params: Any) -> Any:
+    """Ctrl-C stops what is done with these llama_model_params, llama_context_params or mtmd_context_params. Returns them."""
+    if _here() is None:
+        return params
+    types = dict(params._fields_)
+    if "progress_callback" in types:
+        params.progress_callback = _callback(types["progress_callback"], lambda progress, data: not _stop.value)
+    if "abort_callback" in types:
+        params.abort_callback = ctypes.cast(_strlen, types["abort_callback"])
+        params.abort_callback_data = ctypes.cast(_stop, ctypes.c_void_p)
+    elif "cb_eval" in types:
+        params.cb_eval = _callback(types["cb_eval"], _look)
+    return params
+
+
+def _look(tensor: int, ask: bool, data: int | None) -> bool:
+    """ggml_backend_sched_eval_callback: the graph is computed in parts, and not to its end when it has to stop."""
+    global _nodes
+    if not ask:
+        return not _stop.value
+    _nodes += 1
+    return _nodes % NODES == 0
+
+
+def _callback(kind: type, function: Any) -> Any:
+    return _callbacks.setdefault(kind, kind(function))
+
+
+def _here() -> Interrupts | None:
+    return _current if _current is not None and threading.get_ident() == _current._main else None

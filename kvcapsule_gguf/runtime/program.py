@@ -1,0 +1,96 @@
+"""How every program starts and ends: exit statuses, Ctrl-C, a stdout that is closed or full.
+
+The commands of the package begin here, since reading the rest of it takes a moment in which Ctrl-C counts as well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from . import interrupts
+from .errors import KVCapsuleError
+
+ERROR = 1
+
+
+def run(name: str, body: Callable[[], int | None]) -> int:
+    """Exit status: that of `body` (None = 0), 1 after an error (one line on stderr), also if stdout is closed or full, 130 after Ctrl-C."""
+    _open_streams()
+    try:
+        with interrupts.Interrupts() as current:
+            try:
+                status = body() or 0
+                sys.stdout.flush()
+                return status
+            except KVCapsuleError as error:
+                interrupts.check()  # it may be the reason
+                _say(f"{name}: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        _say(current.farewell)
+        return interrupts.STATUS
+    except BrokenPipeError:
+        pass  # whoever read our output has seen enough
+    except OSError as error:
+        _say(f"{name}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+    _give_up_stdout()
+    return ERROR
+
+
+def _open_streams() -> None:
+    """Where a stream is closed from the start, its number would go to the next file that is opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            while (fd := os.open(os.devnull, os.O_RDWR)) < number:
+                pass
+            setattr(sys, name, os.fdopen(fd, "r" if number == 0 else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _give_up_stdout() -> None:
+    """Python flushes it once more at its end, and would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def _start(name: str) -> int:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: interrupts.end())
+    return import_module(f"kvcapsule_gguf.{name}.cli").main()
+
+
+def bench() -> int:
+    return _start("bench")
+
+
+def chat() -> int:
+    return _start("chat")
+
+
+def evaluate() -> int:
+    return _start("eval")
+
+
+def inspect() -> int:
+    return _start("inspect")
+
+
+def server() -> int:
+    return _start("server")
+
+
+def train() -> int:
+    return _start("train")
