@@ -101,12 +101,12 @@ def test_compressing_the_demo_models_pictures():
 
 
 @pytest.mark.parametrize(("arguments", "line"), [
-    (("op", "gpt-5"), "kvcapsule-bench: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b"),
-    (("compress", "gpt-5"), "kvcapsule-bench: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b, demo"),
+    (("op", "gpt-5"), "kvcapsule-bench: error: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b"),
+    (("compress", "gpt-5"), "kvcapsule-bench: error: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b, demo"),
     (("compress", "-s", "f16 FA"), "no 'f16 FA', there are: pca"),
     (("op", "-s", "f8"), "no 'f8', there are: f16 FA"),
     (("model", "--images", "0"), "'0' is not a list of numbers from 1 on"),
-    (("demo", "--model", "/nowhere"), "kvcapsule-bench: no model in /nowhere"),
+    (("demo", "--model", "/nowhere"), "kvcapsule-bench: error: no model in /nowhere"),
 ])
 def test_refused(arguments, line):
     done = python("-m", "kvcapsule_gguf.bench", *arguments)

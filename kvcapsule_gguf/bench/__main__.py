@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from ..runtime.start import bench
 
-sys.exit(main())
+sys.exit(bench())

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..chat.files import demo_folder, model_in
 from ..codec.cut import BlockShape
-from ..runtime.errors import KVCapsuleError
+from ..runtime import program
 from . import compress, demo, op, report, whole
 from .capsule import BLOCK
 from .geometry import GEOMETRIES
@@ -124,16 +124,12 @@ def run(args: argparse.Namespace) -> list[Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        rows = run(args)
-        if getattr(args, "plot", None):
-            (report.op_plot if args.what == "op" else report.whole_plot)(rows, args.plot)
-    except (KVCapsuleError, OSError, ValueError) as error:
-        print(f"kvcapsule-bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return program.run("kvcapsule-bench", lambda: _main(parser().parse_args(argv)))
+
+
+def _main(args: argparse.Namespace) -> None:
+    rows = run(args)
+    if getattr(args, "plot", None):
+        (report.op_plot if args.what == "op" else report.whole_plot)(rows, args.plot)
     tables = {"op": report.op_table, "model": report.whole_table, "compress": report.compress_table, "demo": report.demo_table}
     print(json.dumps([asdict(r) for r in rows], indent=1) if args.json else tables[args.what](rows))
-    return 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import native
 from ..chat.args import CACHE_TYPES
+from ..runtime import interrupts
 from .capsule import make_capsule
 from .context import TEXT_ROOM, Bench
 from .demo import read_pictures
@@ -62,7 +63,7 @@ class Image:
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
         native.next_context(self.capsule, n_hot=p.n_ctx, auto_compress=False)
-        self.ctx = self.llama.llama_init_from_model(bench.model, p)
+        self.ctx = self.llama.llama_init_from_model(bench.model, interrupts.stoppable(p))
         if not self.ctx:
             raise BenchError(f"no context for {setting.name}: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import native
 from ..chat.args import CACHE_TYPES
 from ..chat.stats import BITS
+from ..runtime import interrupts
 from .capsule import make_capsule
 from .fill import ImageState, vision_part
 from .geometry import Geometry
@@ -36,7 +37,7 @@ class Bench:
         self.llama.llama_backend_init()
         options = self.llama.llama_model_default_params()
         options.n_gpu_layers = run.gpu_layers
-        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), options)
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), interrupts.stoppable(options))
         if not self.model:
             raise BenchError(f"{path} cannot be loaded as a model")
         self.capsules: dict[Path, native.Capsule] = {}
@@ -82,7 +83,7 @@ class Context:
         if setting.capsule:
             hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
             native.next_context(bench.capsule(setting), n_hot=hot, auto_compress=False, guard=False)
-        self.ctx = self.llama.llama_init_from_model(bench.model, p)
+        self.ctx = self.llama.llama_init_from_model(bench.model, interrupts.stoppable(p))
         if not self.ctx:
             raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)

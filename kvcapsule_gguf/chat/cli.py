@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
+from ..runtime import program
 from ..runtime.errors import KVCapsuleError
 from ..runtime.pictures import Budget, Picture, load
 from . import args, repl, stats
 from .args import Options
 from .devices import list_devices
 from .engine import Engine, say
-from .interrupt import Interrupt
 from .session import Session, Turn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 answered, 1 error (one line on stderr), 2 wrong command line, 130 Ctrl-C."""
-    options = args.parse(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    try:
-        with Interrupt():
-            return run(options)
-    except KVCapsuleError as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # whoever read our stdout is gone; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return program.run("kvcapsule-chat", lambda: run(args.parse(sys.argv[1:] if argv is None else argv)))
 
 
 def run(options: Options) -> int:

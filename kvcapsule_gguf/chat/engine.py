@@ -15,6 +15,7 @@ from .. import native
 from ..native.shapes import metadata
 from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
+from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
@@ -81,7 +82,7 @@ class Engine:
         handles = choose_devices(self.options)
         if handles is not None:
             params.devices = ctypes.cast(handles, ctypes.c_void_p)
-        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), interrupts.stoppable(params))
         if not self.model:
             raise KVCapsuleError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")
         stack.callback(self.llama.llama_model_free, self.model)
@@ -102,7 +103,7 @@ class Engine:
         params.flash_attn_type = FLASH_ATTN[self.options.flash_attn]
         params.image_min_tokens = self.options.image_min_tokens
         params.image_max_tokens = self.options.image_max_tokens
-        self.mtmd_ctx = mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, params)
+        self.mtmd_ctx = mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, interrupts.stoppable(params))
         if not self.mtmd_ctx:
             raise KVCapsuleError(f"{self.mmproj} cannot be used with {self.path.name}: {self.log.take() or 'unknown reason (-v shows the log)'}")
         stack.callback(mtmd.mtmd_free, self.mtmd_ctx)
@@ -141,7 +142,7 @@ class Engine:
         params.offload_kqv = options.kv_offload
         if self.capsule is not None:
             native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
-        self.ctx = self.llama.llama_init_from_model(self.model, params)
+        self.ctx = self.llama.llama_init_from_model(self.model, interrupts.stoppable(params))
         if not self.ctx:
             reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
             raise KVCapsuleError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")

@@ -1,5 +1,7 @@
+"""python -m kvcapsule_gguf.eval"""
+
 import sys
 
-from .cli import main
+from ..runtime.start import evaluate
 
-sys.exit(main())
+sys.exit(evaluate())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import native
+from ..runtime import interrupts
 from .settings import BITS, TYPES, Setting, dropped
 from .vlm import FLOATS, Encoded, EvalError, Picture, Vlm
 
@@ -41,7 +42,7 @@ class Cache:
         self.n_batch = p.n_batch
         if setting.capsule:
             native.next_context(vlm.capsule(setting.capsule), n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
-        self.ctx = self.llama.llama_init_from_model(vlm.model, p)
+        self.ctx = self.llama.llama_init_from_model(vlm.model, interrupts.stoppable(p))
         if not self.ctx:
             reason = native.last_error() if setting.capsule else "see the log (-v)"
             raise EvalError(f"{setting.name}: the context cannot be created: {reason}")

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from ..chat.files import find_mmproj
 from ..format.base_model import read_base_model
 from ..format.writer import write_capsule
-from ..runtime.errors import KVCapsuleError
+from ..runtime import interrupts, program
 from . import settings, suites
 from .report import as_json, markdown, picture
 from .run import Evaluation, evaluate
@@ -49,15 +49,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        data = run(args)
-    except (KVCapsuleError, ValueError, OSError) as error:
-        print(f"kvcapsule-eval: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("kvcapsule-eval: interrupted" + (f": the same command goes on ({args.report / JOURNAL})" if args.report else ""), file=sys.stderr)
-        return 130
+    return program.run("kvcapsule-eval", lambda: _main(parse(argv)))
+
+
+def _main(args: argparse.Namespace) -> None:
+    interrupts.farewell("kvcapsule-eval: interrupted" + (f": the same command goes on ({args.report / JOURNAL})" if args.report else ""))
+    data = run(args)
     text = json.dumps(data, indent=1)
     table = markdown(data)
     if args.report:
@@ -65,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.report / "eval.md").write_text(table)
         picture(args.report / "eval.png", data)
     print(text if args.json else table)
-    return 0
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import native
 from ..native.shapes import metadata
+from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 
 MARKER = "<__media__>"
@@ -51,7 +52,7 @@ class Vlm:
         options = self.llama.llama_model_default_params()
         if self.device == "cpu":
             options.n_gpu_layers = 0
-        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), options)
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), interrupts.stoppable(options))
         if not self.model:
             raise EvalError(f"{self.path} cannot be loaded as a model")
         stack.callback(self.llama.llama_model_free, self.model)
@@ -59,7 +60,7 @@ class Vlm:
         params.print_timings = params.warmup = False
         params.n_threads = self.threads
         params.use_gpu = self.device != "cpu"
-        self.projector = self.mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, params)
+        self.projector = self.mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, interrupts.stoppable(params))
         if not self.projector:
             raise EvalError(f"{self.mmproj} cannot be used as a vision projector of {self.path.name}")
         stack.callback(self.mtmd.mtmd_free, self.projector)

@@ -1,5 +1,7 @@
+"""python -m kvcapsule_gguf.inspect"""
+
 import sys
 
-from .cli import main
+from ..runtime.start import inspect
 
-sys.exit(main())
+sys.exit(inspect())

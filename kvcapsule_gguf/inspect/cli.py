@@ -11,7 +11,7 @@ from typing import Any
 
 from ..format.reader import read_capsule
 from ..plot import Panel, Series, draw
-from ..runtime.errors import KVCapsuleError
+from ..runtime import program
 from .report import as_json, text
 
 
@@ -40,19 +40,14 @@ def panels(data: dict[str, Any]) -> list[Panel]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        data = as_json(args.file, read_capsule(args.file))
-        if args.plot:
-            draw(args.plot, panels(data))
-    except (KVCapsuleError, ValueError) as error:
-        print(f"kvcapsule-inspect: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"kvcapsule-inspect: {args.plot} can not be written: {error.strerror or error}", file=sys.stderr)
-        return 1
+    return program.run("kvcapsule-inspect", lambda: run(parser().parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    data = as_json(args.file, read_capsule(args.file))
+    if args.plot:
+        draw(args.plot, panels(data))
     print(json.dumps(data, indent=1) if args.json else text(data))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 STATUS = 130  # of a process that Ctrl-C has ended, as shells report it
 LIMIT_S = 0.3  # for native code to stop
 AGAIN_S = 0.02
-NODES = 16  # of a projector's graph, between two looks
+NODES = 8  # of a projector's graph, between two looks
 
 # native code looks without the interpreter's lock: it stops when strlen(_stop) is not 0
 _stop = ctypes.create_string_buffer(2)

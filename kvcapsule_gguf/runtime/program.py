@@ -1,14 +1,10 @@
-"""How every program starts and ends: exit statuses, Ctrl-C, a stdout that is closed or full.
-
-The commands of the package begin here, since reading the rest of it takes a moment in which Ctrl-C counts as well."""
+"""How every program ends: exit statuses, Ctrl-C, a stdout that is closed or full."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
 
 from . import interrupts
 from .errors import KVCapsuleError
@@ -25,7 +21,7 @@ def run(name: str, body: Callable[[], int | None]) -> int:
                 status = body() or 0
                 sys.stdout.flush()
                 return status
-            except KVCapsuleError as error:
+            except (KVCapsuleError, ValueError) as error:
                 interrupts.check()  # it may be the reason
                 _say(f"{name}: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -64,33 +60,3 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         pass
-
-
-def _start(name: str) -> int:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: interrupts.end())
-    return import_module(f"kvcapsule_gguf.{name}.cli").main()
-
-
-def bench() -> int:
-    return _start("bench")
-
-
-def chat() -> int:
-    return _start("chat")
-
-
-def evaluate() -> int:
-    return _start("eval")
-
-
-def inspect() -> int:
-    return _start("inspect")
-
-
-def server() -> int:
-    return _start("server")
-
-
-def train() -> int:
-    return _start("train")

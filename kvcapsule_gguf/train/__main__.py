@@ -1,5 +1,7 @@
+"""python -m kvcapsule_gguf.train"""
+
 import sys
 
-from .cli import main
+from ..runtime.start import train
 
-sys.exit(main())
+sys.exit(train())

@@ -14,7 +14,7 @@ from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES
 from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
 from ..format.writer import write_capsule
-from ..runtime.errors import KVCapsuleError
+from ..runtime import interrupts, program
 from .guard import PASS
 from .images import Drawn, Pictures, from_folder
 from .schedule import LAYER_SCHEDULES, PRESETS
@@ -89,20 +89,14 @@ def run(args: argparse.Namespace) -> Path:
         neighbours=args.neighbours, mlp_width=args.mlp,
     )
     work = args.work or output.with_name(output.name + ".work")
-    try:
-        with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device, say=say) as source:
-            capsule = train(source, options, say, work)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: the same command goes on ({work})" if work.exists() else "interrupted") from None
+    interrupts.farewell(f"kvcapsule-train: interrupted: the same command goes on ({work})")
+    with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device, say=say) as source:
+        capsule = train(source, options, say, work)
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"
     write_capsule(output, capsule)
     shutil.rmtree(work, ignore_errors=True)
     say(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
     return output
-
-
-class Interrupted(Exception):
-    """Ctrl-C; one line."""
 
 
 def block(text: str) -> BlockShape:
@@ -133,19 +127,7 @@ def say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except KVCapsuleError as error:
-        say(str(error))
-        return 1
-    except Interrupted as error:
-        say(str(error))
-        return 130
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    return 0
+    return program.run("kvcapsule-train", lambda: run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
