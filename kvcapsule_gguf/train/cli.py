@@ -59,7 +59,7 @@ def find_mmproj(model: Path) -> Path:
     return found[0]
 
 
-def run(args: argparse.Namespace) -> Path:
+def run(args: argparse.Namespace) -> None:
     """Raises KVCapsuleError."""
     if not 0.5 <= args.guard <= 1:
         raise TrainError(f"--guard {args.guard} is not in 0.5..1")
@@ -96,7 +96,6 @@ def run(args: argparse.Namespace) -> Path:
     write_capsule(output, capsule)
     shutil.rmtree(work, ignore_errors=True)
     say(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
-    return output
 
 
 def block(text: str) -> BlockShape:
