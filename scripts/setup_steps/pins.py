@@ -20,6 +20,6 @@ IDENTITY = {
 }
 
 REQUIREMENTS = ["numpy", "gguf", "huggingface-hub", "pillow>=11.3", "jinja2", "typing-extensions", "diskcache", "pytest", "hypothesis"]
-TRAIN_REQUIREMENTS = ["torch==2.13.0", "safetensors>=0.4"]
+TRAIN_REQUIREMENTS = ["torch==2.13.0", "safetensors>=0.4", "onnx>=1.16", "pypdfium2>=4.30"]  # the last two for scripts/real_decoder
 # for the tests of the servers only: what llama-cpp-python's extra `server` names, and the client that most people use
 SERVER_REQUIREMENTS = ["openai>=1.50", "fastapi>=0.100.0", "uvicorn>=0.22.0", "sse-starlette>=1.6.1", "starlette-context>=0.3.6,<0.4", "pydantic-settings>=2.0.1", "PyYAML>=5.1"]
