@@ -19,12 +19,12 @@ def to_rgb(image: Image.Image) -> tuple[np.ndarray, str]:
     span = _value_range(image)
     warning = ""
     if span is not None and span != (0, 1):
-        warning = f"its file does not say what is black and what is white: its values are taken as {span[0]:g} to {span[1]:g}"
+        warning = f"its file does not say what is black and what is white: its values are taken as {span[0]:.10g} to {span[1]:.10g}"
     rgb = np.empty((height, width, 3), np.uint8)
     rows = max(1, BAND_PIXELS // width)
     for y in range(0, height, rows):
         band = image.crop((0, y, width, min(y + rows, height)))
-        rgb[y : y + rows] = _grey(band, span) if span is not None else _deep(image, band) if band.mode.startswith("I;16") else _on_white(band)
+        rgb[y : y + rows] = _grey(band, span) if span is not None else _deep(image, band) if band.mode.startswith("I") else _on_white(band)
     if _white_is_zero(image):
         np.subtract(255, rgb, out=rgb)
     return rgb, warning
@@ -64,11 +64,9 @@ def _deep(image: Image.Image, band: Image.Image) -> np.ndarray:
 
 
 def _value_range(image: Image.Image) -> tuple[float, float] | None:
-    """(black, white); None where the mode says it."""
-    if image.mode not in ("I", "F"):
+    """(black, white); None where the mode or the file says it."""
+    if image.mode not in ("I", "F") or (image.mode, image.format) == ("I", "PPM"):  # Pillow brings those of a PPM file to 16 bits
         return None
-    if image.format == "PPM" and image.mode == "I":
-        return 0, 65535  # Pillow has brought them there
     values = np.asarray(image)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
