@@ -212,6 +212,11 @@ def test_what_cannot_be_shown_is_refused(kind: str) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_video_behind_a_photo_is_no_reason_to_refuse() -> None:
+    data = encoded(sample(64, 48), "JPEG", progressive=True)
+    assert np.array_equal(decode(data + b"\xff\xda" * 5000).rgb, rgb(data))
+
+
 def test_damaged_metadata_are_no_reason_to_refuse() -> None:
     data = encoded(SHOWN, "JPEG", 6, quality=95, subsampling=0)
     at = data.index(b"Exif\0\0") + 6

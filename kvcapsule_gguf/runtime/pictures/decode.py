@@ -23,7 +23,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SHOWN = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, PPM"
 MAX_SCANS = 100  # of a progressive JPEG: real ones have about 10, and every scan takes time for the whole picture
 END_OF_JPEG = b"\xff\xd9"
-START_OF_SCAN = b"\xff\xda"
 BLOCK_PIXELS = 16 * 16  # at most, of a JPEG
 ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
 
@@ -64,9 +63,23 @@ def _open(data: bytes, budget: Budget, name: str) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     # a tile is unpacked whole, even where the picture is smaller
     budget.check_pixels(tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), name)
-    if data.count(START_OF_SCAN) > MAX_SCANS and image.format in ("JPEG", "MPO"):
+    if image.info.get("progressive") and _scans(data) > MAX_SCANS:
         raise PictureError(f"{name}: damaged picture (more than {MAX_SCANS} scans)")
     return image
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has up to its end; cameras append videos, which may hold any bytes."""
+    count = at = 0
+    while (at := data.find(b"\xff", at)) >= 0 and (marker := data[at + 1 : at + 2]) not in (b"", END_OF_JPEG[1:]):
+        if marker[0] in (0x00, 0x01, *range(0xD0, 0xD9)):  # a byte of the pixels, or a marker without data
+            at += 2
+        elif marker[0] == 0xFF:
+            at += 1
+        else:
+            count += marker[0] == 0xDA
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return count
 
 
 def _pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray, str]:
