@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 
 
-def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPLATE, seed: int = 1) -> Path:
+def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPLATE, bos: int = 1, add_bos: bool = True, seed: int = 1) -> Path:
     model = TinyModel(arch=arch, n_vocab=len(PIECES), n_ctx_train=4096, seed=seed)
     w = gguf.GGUFWriter(path, model.arch)
     w.add_name(path.stem)
@@ -32,9 +32,9 @@ def write_model(path: Path, *, arch: str = "llama", template: str | None = TEMPL
     w.add_token_list(PIECES)
     w.add_token_scores([-float(i) for i in range(len(PIECES))])
     w.add_token_types(TYPES)
-    w.add_bos_token_id(1)
+    w.add_bos_token_id(bos)
     w.add_eos_token_id(2)
-    w.add_add_bos_token(True)
+    w.add_add_bos_token(add_bos)
     w.add_add_space_prefix(False)
     if template is not None:
         w.add_chat_template(template)

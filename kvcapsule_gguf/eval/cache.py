@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import native
+from ..reuse.memory import restore, state
 from ..runtime import interrupts
-from .settings import BITS, TYPES, Setting, dropped
+from . import vision_cells
+from .settings import TYPES, Setting, dropped
 from .vlm import FLOATS, Encoded, EvalError, Picture, Vlm
 
 
@@ -34,8 +36,8 @@ class Cache:
         p.n_ubatch = p.n_batch  # some models need a picture in one batch
         p.n_seq_max, p.kv_unified = n_questions + 1, True
         p.n_threads = p.n_threads_batch = vlm.threads
-        p.flash_attn_type = 1 if flash_attn else 0
-        p.type_k = p.type_v = TYPES[setting.cache]
+        p.flash_attn_type = 1 if flash_attn != setting.floor else 0
+        p.type_k, p.type_v = (1, 1) if setting.vision else (TYPES[setting.k], TYPES[setting.v])
         p.no_perf = True
         if watch is not None:
             p.cb_eval = watch
@@ -80,24 +82,36 @@ class Cache:
 
     def _shrink(self, spans: list[tuple[int, int, Encoded]]) -> CacheUse:
         shapes = native.layer_shapes(self.vlm.model)
-        per_token = sum(n * (d_k + d_v) for n, d_k, d_v in shapes)
         n = sum(len(part.embd) for *_, part in spans)
-        f16 = 2 * per_token * n
+        f16 = int(Setting("f16").bytes_per_token(shapes) * n)
         if self.setting.capsule:
             for p0, p1, _ in spans:
                 native.compress(self.ctx, 0, p0, p1)
             s = native.stats(self.ctx)
             return CacheUse(s.kv_bytes_f16, s.kv_bytes, s.n_slots)
+        if self.setting.vision:
+            self._quantize(shapes, [(p0, p1) for p0, p1, _ in spans])
         kept = n
         if self.setting.drop:
             for p0, p1, part in spans:
-                count = len(part.embd)
-                if p1 - p0 != count:
-                    raise EvalError("dropping tokens by position needs a model with one position for each vision token")
-                for a, b in dropped(count, self.setting.drop):
+                for a, b in dropped(len(part.embd), self.setting.drop):
                     self.llama.llama_memory_seq_rm(self.memory, 0, p0 + a, p0 + b)
                     kept -= b - a
-        return CacheUse(f16, int(per_token * kept * BITS[self.setting.cache] / 8), (0, 0))
+        return CacheUse(f16, int(self.setting.bytes_per_token(shapes) * kept), (0, 0))
+
+    def _quantize(self, shapes: list[native.LayerShape], spans: list[tuple[int, int]]) -> None:
+        """The cells of these positions, by way of the state of sequence 0."""
+        data = state(self.llama, self.ctx, 0)
+        if data is None:
+            raise EvalError(f"{self.setting.name}: the state of the context cannot be read")
+        last = self.llama.llama_memory_seq_pos_max(self.memory, 0)
+        try:
+            caches = vision_cells.read(data, places=self.vlm.many_positions)
+        except ValueError as error:
+            raise EvalError(f"{self.setting.name}: {error}") from None
+        vision_cells.quantize(self.vlm.native, caches, spans, shapes, self.setting.k, self.setting.v)
+        if not restore(self.llama, self.ctx, 0, data, last):
+            raise EvalError(f"{self.setting.name}: the state of the context cannot be put back")
 
     def ask(self, questions: list[tuple[list[int], int]]) -> list[np.ndarray]:
         """(tokens after the picture, how many of them are the answer), each -> logits [n_answer, n_vocab] that predict the answer.

@@ -99,4 +99,4 @@ def _key(sample: Sample) -> str:
 def _identity(setting: Setting) -> str:
     """What distinguishes a setting, the capsule's contents included."""
     content = hashlib.sha256(setting.capsule.read_bytes()).hexdigest()[:16] if setting.capsule else ""
-    return json.dumps([setting.cache, setting.vision, setting.drop, setting.ratio, setting.guard, content])
+    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.guard, setting.floor, content])

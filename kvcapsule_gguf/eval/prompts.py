@@ -21,7 +21,8 @@ class Prompts:
 
     def __init__(self, vlm: Vlm) -> None:
         self.vlm = vlm
-        self.template = ChatTemplate(vlm.metadata("tokenizer.chat_template"), vlm.piece(vlm.bos), vlm.piece(vlm.eos))
+        adds_bos = bool(vlm.llama.llama_vocab_get_add_bos(vlm.vocab))
+        self.template = ChatTemplate(vlm.metadata("tokenizer.chat_template"), vlm.piece(vlm.bos), vlm.piece(vlm.eos), adds_bos)
 
     def before(self) -> str:
         """Up to the picture."""

@@ -79,11 +79,12 @@ def score(logits: np.ndarray, reference: np.ndarray, answer: list[int]) -> tuple
 
 def evaluate(
     vlm: Vlm, samples: Iterable[Sample], settings: list[Setting], *, n_ctx: int = 1024, max_questions: int = 16, flash_attn: bool = True,
-    journal: Path | None = None, keep: bool = True, progress: Callable[[Evaluation], None] = lambda _: None,
+    journal: Path | None = None, keep: bool = True, progress: Callable[[Evaluation, int], None] = lambda result, before: None,
 ) -> Evaluation:
     """The first setting is the reference. journal: a file with what was measured of every picture; that is not measured again, other settings may come later.
-    keep: the contexts of all settings live together; otherwise one after the other, for models whose caches are large."""
-    prompts = Prompts(vlm)
+    keep: the contexts of all settings live together; otherwise one after the other, for models whose caches are large.
+    progress: called after each picture that is measured now, with the number of questions that the journal had."""
+    prompts, before = Prompts(vlm), 0
     result = Evaluation(vlm.path.stem, [Measured(s) for s in settings])
     with Journal(journal, vlm.path, settings, (n_ctx, flash_attn)) as done, _caches(vlm, n_ctx, max_questions, flash_attn, keep) as caches:
         for number, sample in enumerate(samples):
@@ -97,7 +98,9 @@ def evaluate(
                     picture.free()
             result.add(number, done.get(sample))
             if missing:
-                progress(result)
+                progress(result, before)
+            else:
+                before += len(sample.questions)
     return result
 
 

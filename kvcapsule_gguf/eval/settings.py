@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from ..format.base_model import BaseModel
-    from ..format.capsule import Capsule
-
-BITS = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}
-VISION_ONLY = ("q8_0", "q4_0")
-TYPES = {"f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8}
+BITS = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5}
+TYPES = {"f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "iq4_nl": 20}  # of ggml
+VISION = "-vision"
+DROP = "drop"
 
 
 @dataclass(frozen=True)
@@ -22,48 +17,41 @@ class Setting:
     """One way to keep the picture. The first of a list is the reference: an f16 cache."""
 
     name: str
-    cache: str = "f16"  # type of K and V; the quantized ones are rotated by llama.cpp itself
+    k: str = "f16"  # type of the keys; llama.cpp rotates what it quantizes
+    v: str = "f16"
+    vision: bool = False  # only the vision cells have these types, the text stays in f16
     capsule: Path | None = None
     ratio: float = 0.0  # of the capsule, 0 = its default
     guard: bool = True
-    vision: str = ""  # type of the vision cells alone, the text stays in f16
     drop: float = 0.0  # share of the vision tokens that is removed, evenly spread
+    floor: bool = False  # flash attention on where the others have it off, or the other way round
+
+    def bytes_per_token(self, shapes: list[tuple[int, int, int]]) -> float:
+        """shapes: (KV heads, key length, value length) of each layer."""
+        return sum(n * (d_k * BITS[self.k] + d_v * BITS[self.v]) for n, d_k, d_v in shapes) / 8
+
+
+# the same f16 cache, attention summed in another order: a KLD of this size is rounding
+FLOOR = Setting("floor", floor=True)
 
 
 def rivals(names: list[str]) -> list[Setting]:
-    """f16, a quantized cache of all cells, the same of the vision cells alone ("q4_0-vision"), or "drop" and a share ("drop0.6")."""
-    out = []
-    for name in names:
-        if name in BITS:
-            out.append(Setting(name, cache=name))
-        elif name.removesuffix("-vision") in VISION_ONLY and name.endswith("-vision"):
-            out.append(Setting(name, vision=name.removesuffix("-vision")))
-        elif name.startswith("drop"):
-            out.append(Setting(name, drop=float(name.removeprefix("drop"))))
-        else:
-            raise ValueError(f"--against {name}: one of {', '.join(BITS)}, {', '.join(f'{t}-vision' for t in VISION_ONLY)} or drop0.6")
-    return out
+    """A type ("q4_0"), two types for keys and values ("q8_0+q4_0"), either for the vision cells alone ("q4_0-vision"), or "drop" and a share ("drop0.6").
+
+    Raises ValueError."""
+    return [_rival(name) for name in names]
 
 
-def plain_capsule(base: BaseModel, kind: str, block_size: int) -> Capsule:
-    """Stores every vision token as it is, in rotated rows of type `kind`: what a quantized cache would do to the vision cells alone.
-
-    Keys are quantized without RoPE; llama.cpp quantizes them with it, which is the same error on average.
-    """
-    from ..codec.types import legal, row_counts
-    from ..format.base_model import base_of
-    from ..format.capsule import PCA, Capsule, Layer, Tier
-
-    eye = np.eye(block_size, dtype=np.float32)
-    layers = []
-    for i in base.kv_layers:
-        heads, d_k, d_v = base.head_count_kv[i], base.key_length[i], base.value_length[i]
-        zero_k, zero_v, one = np.zeros((heads, d_k), np.float32), np.zeros((heads, d_v), np.float32), np.ones((heads, d_k), np.float32)
-        layers.append(Layer(i, heads, d_k, d_v, zero_k, zero_v, eye, eye, one, rope=base.layer_rope[i], freq_base=base.freq_base[i]))
-    rows = row_counts(**{kind: block_size})
-    keys, values = [legal(rows, x.key_length) for x in layers], [legal(rows, x.value_length) for x in layers]
-    tiers = [Tier(name, [PCA] * len(layers), keys, values, [0.0] * len(layers)) for name in ("faithful", kind)]
-    return Capsule(base_of(base), block_size, layers, tiers, default_ratio=0.5)
+def _rival(name: str) -> Setting:
+    k, plus, v = name.removesuffix(VISION).partition("+")
+    if k in BITS and (v in BITS or not plus):
+        return Setting(name, k, v or k, vision=name.endswith(VISION))
+    try:
+        if name.startswith(DROP) and 0 <= (share := float(name.removeprefix(DROP))) < 1:
+            return Setting(name, drop=share)
+    except ValueError:
+        pass
+    raise ValueError(f"--against {name}: a type of {', '.join(BITS)}, two such as q8_0+q4_0, either with {VISION} behind it, or drop0.6")
 
 
 def capsules(path: Path, ratios: list[float], guards: tuple[bool, ...] = (True,)) -> list[Setting]:

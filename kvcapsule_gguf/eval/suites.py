@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from .pictures import from_folder, readable
+from .vlm import EvalError
+
 if TYPE_CHECKING:
     from ..scenes import Scene
 
@@ -82,24 +85,27 @@ def mixed_sizes(suite: str) -> Draw:
     return lambda scene: draw_scene(scene, size_of(scene.seed))
 
 
-def folder(
-    path: Path, limit: int, prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?"), say: Callable[[str], None] = lambda line: None
-) -> Iterator[Sample]:
-    """Pictures of one's own, those that can be read; the model's answers with its f16 cache are the truth. Raises ValueError."""
-    from ..train.images import UnreadablePicture, from_folder
-    from ..train.source import TrainError
+class OwnPictures:
+    """Pictures of one's own; the model's answers with its f16 cache are the truth. Those that cannot be read are left out."""
 
-    try:
-        pictures = from_folder(path, max(1, limit // len(prompts)), 0)
-    except TrainError as error:
-        raise ValueError(str(error)) from None
-    for i, file in enumerate(pictures.files):
-        try:
-            picture = pictures[i].image
-        except UnreadablePicture as error:
-            say(f"skipped: {error}")
-            continue
-        yield Sample(file.name, [picture], [Asked("describe", p, None) for p in prompts])
+    prompts = ("Describe the picture.", "What is in the picture?")
+
+    def __init__(self, path: Path, limit: int, per_picture: int, say: Callable[[str], None]) -> None:
+        """limit: of the questions. Raises EvalError."""
+        self.prompts, self.say = self.prompts[:per_picture], say
+        self.path, self.pictures = path, from_folder(path, max(1, limit // len(self.prompts)), 0)
+        self.questions = len(self.pictures) * len(self.prompts)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Raises EvalError when no picture can be read."""
+        shown = 0
+        for i, picture in readable(self.pictures, say=self.say):
+            shown += 1
+            self.questions = (shown + len(self.pictures) - i - 1) * len(self.prompts)
+            yield Sample(picture.name, [picture.image], [Asked("describe", p, None) for p in self.prompts])
+        if not shown:
+            raise EvalError(f"{self.path} has no picture that can be read")
+        self.questions = shown * len(self.prompts)
 
 
 SUITES = {"scenes": scenes, "strange": strange, "pairs": pairs}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes as c
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class Vlm:
         self.vocab = self.llama.llama_model_get_vocab(self.model)
         self.n_vocab = self.llama.llama_vocab_n_tokens(self.vocab)
         self.n_embd = self.llama.llama_model_n_embd_inp(self.model)
+        kinds = self.llama.LLAMA_ROPE_TYPE_MROPE, self.llama.LLAMA_ROPE_TYPE_IMROPE
+        self.many_positions = self.llama.llama_model_rope_type(self.model) in kinds  # of one token
         self.bos, self.eos = self.llama.llama_vocab_bos(self.vocab), self.llama.llama_vocab_eos(self.vocab)
 
     def close(self) -> None:
@@ -105,6 +108,18 @@ class Vlm:
 
     def read(self, before: str, *pictures: Image.Image) -> Picture:
         """Encodes pictures, one after the other behind the text, once for all contexts."""
+        with self._chunks(before, pictures) as chunks:
+            return self._encode(chunks)
+
+    def shape(self, picture: Image.Image) -> tuple[int, int]:
+        """(tokens, width in tokens or 0) of a picture, or of the largest of its slices, without encoding it."""
+        with self._chunks("", (picture,)) as chunks:
+            found = [self.mtmd.mtmd_input_chunks_get(chunks, i) for i in range(self.mtmd.mtmd_input_chunks_size(chunks))]
+            sizes = [self._size(chunk) for chunk in found if not self._is_text(chunk)]
+        return max(sizes, key=lambda size: size[0], default=(0, 0))
+
+    @contextmanager
+    def _chunks(self, before: str, pictures: tuple[Image.Image, ...]) -> Iterator[int]:
         made = [self._bitmap(picture.convert("RGB")) for picture in pictures]
         chunks = self.mtmd.mtmd_input_chunks_init()
         try:
@@ -114,7 +129,7 @@ class Vlm:
             if self.mtmd.mtmd_tokenize(self.projector, chunks, c.byref(asked), bitmaps, len(made)) != 0:
                 sizes = ", ".join(f"{p.width} x {p.height}" for p in pictures)
                 raise EvalError(f"pictures of {sizes} pixels cannot be prepared for the model")
-            return self._encode(chunks)
+            yield chunks
         finally:
             self.mtmd.mtmd_input_chunks_free(chunks)
             for bitmap in made:
@@ -128,21 +143,32 @@ class Vlm:
         parts: list[list[int] | Encoded] = []
         for i in range(self.mtmd.mtmd_input_chunks_size(chunks)):
             chunk = self.mtmd.mtmd_input_chunks_get(chunks, i)
-            n = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            if self._is_text(chunk):
                 count = c.c_size_t()
                 tokens = self.mtmd.mtmd_input_chunk_get_tokens_text(chunk, c.byref(count))
                 parts.append(list(tokens[:count.value]))
             else:
                 if self.mtmd.mtmd_encode_chunk(self.projector, chunk) != 0:
                     raise EvalError("the picture cannot be encoded")
+                n, width = self._size(chunk)
                 found = c.cast(self.mtmd.mtmd_get_output_embd(self.projector), FLOATS)
                 embd = np.array(np.ctypeslib.as_array(found, (n, self.n_embd)))
-                width = self.mtmd.mtmd_image_tokens_get_nx(self.mtmd.mtmd_input_chunk_get_tokens_image(chunk))
                 parts.append(Encoded(self.mtmd, self.mtmd.mtmd_input_chunk_copy(chunk), embd, width))
         if not any(isinstance(part, Encoded) for part in parts):
             raise EvalError("the projector made no tokens of a picture")
         return Picture(parts)
+
+    def _is_text(self, chunk: int) -> bool:
+        return self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT
+
+    def _size(self, chunk: int) -> tuple[int, int]:
+        """(tokens, width of their grid or 0): libmtmd's width is, of some projectors, the number of all tokens."""
+        n = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        width = self.mtmd.mtmd_image_tokens_get_nx(self.mtmd.mtmd_input_chunk_get_tokens_image(chunk))
+        if width and n % width == 0 and n > width:
+            return n, width
+        side = int(n**0.5 + 0.5)
+        return n, side if side * side == n else 0
 
 
 @dataclass
@@ -152,16 +178,7 @@ class Encoded:
     mtmd: object
     chunk: int
     embd: np.ndarray
-    nx: int  # width in tokens as libmtmd says it: of some projectors, the number of all tokens
-
-    @property
-    def width(self) -> int:
-        """Of the grid in tokens, 0 = unknown."""
-        n = len(self.embd)
-        if self.nx and n % self.nx == 0 and n > self.nx:
-            return self.nx
-        side = int(n**0.5 + 0.5)
-        return side if side * side == n else 0
+    width: int  # of the grid in tokens, 0 = unknown
 
     def free(self) -> None:
         self.mtmd.mtmd_input_chunk_free(self.chunk)

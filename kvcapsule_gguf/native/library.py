@@ -5,6 +5,7 @@ llama-cpp-python picks its libraries while it is imported, so `load()` has to co
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -41,6 +42,14 @@ class Native:
         if not find_library(self.directory, "mtmd"):
             raise NativeError(f"no libmtmd in {self.directory}: run scripts/setup")
         return _import("llama_cpp.mtmd_cpp", self.directory)
+
+    @cached_property
+    def ggml_base(self) -> ctypes.CDLL:
+        """Of ggml itself. Raises NativeError."""
+        path = find_library(self.directory, "ggml-base")
+        if path is None:
+            raise NativeError(f"no libggml-base in {self.directory}: run scripts/setup")
+        return ctypes.CDLL(str(path))
 
     def require_capsule(self) -> None:
         if not self.has_capsule:

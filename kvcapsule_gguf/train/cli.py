@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..codec.cut import BlockShape
+from ..eval.pictures import Pictures, from_folder
 from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES
 from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
 from ..format.writer import write_capsule
 from ..runtime import interrupts, program
+from ..runtime.timing import duration
+from .collect import LlamaSource
 from .guard import PASS
-from .images import Drawn, Pictures, from_folder
+from .images import Drawn
 from .schedule import LAYER_SCHEDULES, PRESETS
 from .source import TrainError
-from .timing import duration
 from .trainer import TrainOptions, train
 
 DEFAULT_IMAGES = 96
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-c", "--ctx-size", type=int, default=8192, metavar="N", help="context while collecting, one picture and a question (default: %(default)s)")
     p.add_argument("-t", "--threads", type=int, default=0, metavar="N")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs and key MLPs are trained (default: a GPU if the library and torch have one)")
-    p.add_argument("--work", type=Path, metavar="DIR", help="state of an unfinished training: the same command goes on there (default: OUT.work, removed at the end)")
+    p.add_argument("--work", type=Path, metavar="DIR", help="where to keep the state of an unfinished training, as OUT.work: the same command goes on there, and removes it at the end (default: beside OUT)")
     return p
 
 
@@ -81,16 +83,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         pictures = Drawn(args.n_images, args.seed, any_size=read_base_model(args.model).rope_type in GRID_ROPE_TYPES)
 
-    from .collect import LlamaSource
-
     start = time.monotonic()
     options = TrainOptions(
         codec=args.codec, layers=args.layers, loss=args.loss, guard=args.guard, ratios=args.ratios, block=args.block, seed=args.seed, device=args.device,
         neighbours=args.neighbours, mlp_width=args.mlp,
     )
-    work = args.work or output.with_name(output.name + ".work")
+    work = (args.work or output.parent) / f"{output.name}.work"
     interrupts.farewell(f"kvcapsule-train: interrupted: the same command goes on ({work})")
-    with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device, say=say) as source:
+    with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device) as source:
         capsule = train(source, options, say, work)
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"
     write_capsule(output, capsule)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .. import native
 from ..eval.cache import Cache
+from ..eval.pictures import Picture, Pictures, readable
 from ..eval.prompts import Prompts
 from ..eval.settings import Setting
-from ..eval.vlm import Vlm
+from ..eval.vlm import EvalError, Vlm
 from ..format.base_model import read_base_model
 from ..format.capsule import Capsule
-from .images import Picture, Pictures, UnreadablePicture
-from .source import KVSample, TrainError
+from .sensitivity import QUESTIONS, measure
+from .source import KVSample, Shape, TrainError
 from .tap import TensorTap
-
-QUESTIONS = (
-    "What is in the image?",
-    "Read the text in the image.",
-    "How many objects are there, and what colours are they?",
-    "Where is the largest object? Is anything to the left of it?",
-    "Describe the picture in detail.",
-)
 
 
 class LlamaSource:
@@ -33,10 +26,10 @@ class LlamaSource:
 
     def __init__(
         self, model: Path, mmproj: Path, pictures: Pictures, *, n_ctx: int = 8192, threads: int = 0, device: str = "auto",
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model = read_base_model(model)
-        self.pictures, self.say, self.n_ctx = pictures, say, n_ctx
+        self.pictures, self.n_ctx = pictures, n_ctx
+        self.mmproj = mmproj
         self.vlm = Vlm(model, mmproj, threads or min(4, os.cpu_count() or 1), device=device)
         self.prompts = Prompts(self.vlm)
 
@@ -49,22 +42,31 @@ class LlamaSource:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __len__(self) -> int:
-        return len(self.pictures)
+    @property
+    def identity(self) -> str:
+        return f"{self.pictures.identity} {self.mmproj.name} {self.mmproj.stat().st_size}"
 
-    def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
+    def shapes(self, say: Callable[[str], None]) -> list[Shape]:
+        found = []
+        for i, picture in readable(self.pictures, say=say):
+            try:
+                found.append(Shape(i, picture.name, *self.vlm.shape(picture.image)))
+            except EvalError as error:
+                say(f"skipped: {picture.name}: {error}")
+        return found
+
+    def read(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, KVSample]]:
         tap = TensorTap(self.vlm.native, r"Qcur(_pos)?-\d+")
         cache = Cache(self.vlm, Setting("f16"), self.n_ctx, 1, flash_attn=False, watch=tap.callback)
         try:
-            for i, picture in readable(self.pictures, start, self.say):
+            for i, picture in readable(self.pictures, numbers):
                 yield i, self._sample(cache, tap, picture)
         finally:
             cache.close()
 
     def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
-        from .sensitivity import measure
-
-        return measure(self, capsule, folder, say)
+        pictures = (picture for _, picture in readable(self.pictures))
+        return measure(self.vlm, pictures, self.n_ctx, capsule, folder, say)
 
     def _sample(self, cache: Cache, tap: TensorTap, picture: Picture) -> KVSample:
         read = self.vlm.read(self.prompts.before(), picture.image)
@@ -100,14 +102,3 @@ class LlamaSource:
                     found[i].append(q.reshape(-1, self.model.head_count[layer], self.model.key_length[layer]))
         empty = [(self.model.head_count[x], self.model.key_length[x]) for x in self.model.kv_layers]
         return [np.concatenate(q) if q else np.zeros((0, *shape), np.float32) for q, shape in zip(found, empty)]
-
-
-def readable(pictures: Pictures, start: int, say: Callable[[str], None]) -> Iterator[tuple[int, Picture]]:
-    """Those that can be read, with their numbers; names the others."""
-    for i in range(start, len(pictures)):
-        try:
-            picture = pictures[i]
-        except UnreadablePicture as error:
-            say(f"skipped: {error}")
-            continue
-        yield i, picture

@@ -1,72 +1,18 @@
-"""Pictures to train on: a folder of one's own, or a varied set drawn here (scenes, text pages, textures, noise, gradients)."""
+"""A varied set of drawn pictures to train on: scenes, text pages, textures, noise, gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..runtime.errors import KVCapsuleError
-from ..runtime.pictures import load
+from ..eval.pictures import Picture
 from ..scenes import CALIBRATION, WORDS, Scene, make_questions, make_scene
-from .source import TrainError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # width : height of the drawn pictures; fixed-grid models make them all square
 SHAPES = ((336, 336), (336, 336), (448, 336), (336, 448))
 SIDES = (252, 560)  # where the grid follows the picture: width and height lie between these
-
-
-class UnreadablePicture(Exception):
-    """A file is not a picture; the text is one line that names it."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """questions: what to ask about this picture; none: the general ones of the source."""
-
-    image: Image.Image
-    questions: tuple[str, ...] = ()
-
-
-class Pictures(Protocol):
-    """A list that makes or reads a picture when it is asked for, always the same one at the same place."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Picture: ...
-
-
-@dataclass(frozen=True)
-class Folder:
-    """`files` in their order. An item may raise UnreadablePicture."""
-
-    files: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Picture:
-        try:
-            found = load(str(self.files[i]))
-        except KVCapsuleError as error:
-            reason = str(error).rsplit(": ", 1)[-1]  # the chat shortens long paths
-            raise UnreadablePicture(f"{self.files[i]}: {reason}") from error
-        return Picture(Image.fromarray(found.rgb))
-
-
-def from_folder(folder: Path, count: int, seed: int) -> Folder:
-    """At most `count` pictures of a folder and its sub-folders, chosen and ordered by the seed. Raises TrainError."""
-    if not folder.is_dir():
-        raise TrainError(f"{folder} is not a folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise TrainError(f"{folder} has no pictures ({', '.join(sorted(SUFFIXES))})")
-    order = np.random.default_rng(seed).permutation(len(files))
-    return Folder(tuple(files[i] for i in order[:count]))
 
 
 @dataclass(frozen=True)
@@ -77,22 +23,22 @@ class Drawn:
     seed: int
     any_size: bool = False
 
+    @property
+    def identity(self) -> str:
+        return f"drawn, any size: {self.any_size}"
+
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> Picture:
         if not 0 <= i < self.count:
             raise IndexError(i)
-        rng = np.random.default_rng([self.seed, i])
+        rng, name = np.random.default_rng([self.seed, i]), f"drawn picture {i + 1}"
         size = tuple(map(int, rng.integers(*SIDES, 2, endpoint=True))) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
         if i % 2 == 0:
-            return _asked_scene(rng, size)
-        return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size))
-
-
-def _asked_scene(rng: np.random.Generator, size: tuple[int, int]) -> Picture:
-    scene = _make_scene(rng)
-    return Picture(scene.draw().resize(size, Image.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)))
+            scene = _make_scene(rng)
+            return Picture(scene.draw().resize(size, Image.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)
+        return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size), name=name)
 
 
 def _make_scene(rng: np.random.Generator) -> Scene:

@@ -6,8 +6,7 @@ cost / relative squared error is a weight by which the energies of this layer's 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,15 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from ..codec.types import legal, row_counts
+from ..eval.pictures import Picture
 from ..eval.run import Evaluation, evaluate
 from ..eval.settings import Setting
 from ..eval.suites import Asked, Sample
+from ..eval.vlm import Vlm
 from ..format.capsule import PCA, Capsule, Tier
 from ..format.writer import write_capsule
-from .collect import QUESTIONS, LlamaSource, readable
+from ..runtime.timing import Progress
 from .schedule import MAX_GROUPS, PROBE_PICTURES
-from .timing import remaining
 
+QUESTIONS = (  # about a picture that has none of its own
+    "What is in the image?",
+    "Read the text in the image.",
+    "How many objects are there, and what colours are they?",
+    "Where is the largest object? Is anything to the left of it?",
+    "Describe the picture in detail.",
+)
 SHRINK = 0.25  # towards the mean of all, on a log scale: pictures are few and the tail of the KLD is long
 
 
@@ -47,33 +54,30 @@ def probes(capsule: Capsule) -> list[tuple[str, range, Capsule]]:
     return out
 
 
-def measure(source: LlamaSource, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
-    """(f64 [L] of the keys, of the values): KLD for each unit of relative squared error. An interrupted measurement goes on in `folder`."""
+def measure(
+    vlm: Vlm, pictures: Iterable[Picture], n_ctx: int, capsule: Capsule, folder: Path, say: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(f64 [L] of the keys, of the values): KLD for each unit of relative squared error, on the first pictures; the model's own answers are the truth.
+
+    An interrupted measurement goes on in `folder`."""
     todo = probes(capsule)
     settings = [Setting("f16")]
     for number, (_, _, probe) in enumerate(todo):
-        path = folder / f"probe{number}.gguf"
-        if not path.exists():  # an interrupted measurement made the same
-            write_capsule(path, probe)
+        path = write_capsule(folder / f"probe{number}.gguf", probe)
         settings.append(Setting(path.stem, capsule=path, ratio=probe.tiers[1].ratio, guard=False))
-    count = min(PROBE_PICTURES, len(source))
-    say(f"sensitivity of {len(capsule.layers)} layers: {len(todo)} probes on {count} pictures")
-    start = time.monotonic()
+    samples = [
+        Sample(picture.name, [picture.image], [Asked("probe", q, None) for q in picture.questions or QUESTIONS]) for picture in islice(pictures, PROBE_PICTURES)
+    ]
+    total = sum(len(sample.questions) for sample in samples)
+    say(f"sensitivity of {len(capsule.layers)} layers: {len(todo)} probes on {len(samples)} pictures")
+    tell = Progress("questions to the probes", say)
 
-    def progress(result: Evaluation) -> None:
-        n = len(set(result.picture))
-        say(f"sensitivity: picture {n} of {count}, {remaining(start, n, count)} left")
+    def progress(result: Evaluation, before: int) -> None:
+        tell(len(result.task), total, before)
 
-    result = evaluate(
-        source.vlm, islice(asked(source), PROBE_PICTURES), settings, n_ctx=source.n_ctx, flash_attn=False, keep=False, journal=folder / "probes.jsonl", progress=progress
-    )
+    journal = folder / "probes.jsonl"
+    result = evaluate(vlm, samples, settings, n_ctx=n_ctx, flash_attn=False, keep=False, journal=journal, progress=progress)
     return weights([(kind, group) for kind, group, _ in todo], np.array([m.kld for m in result.settings[1:]]), len(capsule.layers))
-
-
-def asked(source: LlamaSource) -> Iterator[Sample]:
-    """The model's own answers are the truth."""
-    for number, picture in readable(source.pictures, 0, lambda line: None):
-        yield Sample(str(number), [picture.image], [Asked("probe", q, None) for q in picture.questions or QUESTIONS])
 
 
 def weights(todo: Sequence[tuple[str, range]], kld: np.ndarray, n_layers: int) -> tuple[np.ndarray, np.ndarray]:

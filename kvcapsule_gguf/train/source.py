@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,15 +30,32 @@ class KVSample:
     first_position: int = 0  # of its first token
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A picture that can be read, before the model looks at it."""
+
+    number: int
+    name: str
+    tokens: int
+    width: int = 0  # in tokens, 0 unknown
+
+
 class KVSource(Protocol):
     """Gives the same samples, in the same order, every time: an interrupted training goes on in the middle."""
 
     model: BaseModel
 
-    def __len__(self) -> int: ...
+    @property
+    def identity(self) -> str:
+        """Another one for other samples."""
+        ...
 
-    def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
-        """(number of the picture, sample), from picture `start` on; pictures that can not be read are left out."""
+    def shapes(self, say: Callable[[str], None]) -> list[Shape]:
+        """Of the pictures in their order; those that can not be read are named and left out."""
+        ...
+
+    def read(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, KVSample]]:
+        """(number of the picture, sample); of all that can be read, unless some are named."""
         ...
 
     def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -52,11 +70,19 @@ class ArraySource:
     model: BaseModel
     samples: Sequence[KVSample]
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    @property
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            for x in (*sample.keys, *sample.values):
+                digest.update(np.ascontiguousarray(x))
+        return digest.hexdigest()
 
-    def read(self, start: int = 0) -> Iterator[tuple[int, KVSample]]:
-        for i in range(start, len(self.samples)):
+    def shapes(self, say: Callable[[str], None]) -> list[Shape]:
+        return [Shape(i, f"sample {i}", len(x.keys[0]), x.width) for i, x in enumerate(self.samples)]
+
+    def read(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, KVSample]]:
+        for i in range(len(self.samples)) if numbers is None else numbers:
             yield i, self.samples[i]
 
     def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:

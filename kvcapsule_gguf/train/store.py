@@ -6,8 +6,8 @@ needed to go on from there, also after `kill -9`: state.npz is replaced as a who
 
 from __future__ import annotations
 
-import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ class BlockStore:
     """Blocks of N tokens of every KV layer, and the second moment of the queries. Close it, or use it as a context manager."""
 
     def __init__(self, model: BaseModel, block: BlockShape, folder: Path, *, expected: int = 1, seed: int = 0, memory: int = MEMORY) -> None:
-        """expected: pictures that will come; folder: made if it is not there, gone on with if it has a state (of the same settings)."""
+        """expected: pictures that will come; folder: made if it is not there, gone on with if it has a state, which is one of the same settings."""
         self.model, self.block, self.block_size, self.folder = model, block, block.size, folder
         self.expected, self.seed, self.memory = expected, seed, memory
         self.images = 0  # that are in the store
@@ -38,7 +38,7 @@ class BlockStore:
         self._q2 = [np.zeros((model.head_count_kv[i], model.key_length[i])) for i in layers]
         self._n_queries = 0
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._resume()
             self._files = {(i, kind): (folder / f"{kind}{i}").open("r+b" if self.held else "wb") for i in range(len(layers)) for kind in "kv"}
             for key, f in self._files.items():
@@ -107,9 +107,6 @@ class BlockStore:
         grouped = q.reshape(len(q), heads, q.shape[1] // heads, q.shape[2]).astype(np.float64)
         self._q2[i] += np.square(grouped).mean(2).sum(0)
 
-    def _settings(self) -> str:
-        return json.dumps([self.model.architecture, self.model.name, str(self.block), self.expected, self.seed, self.memory])
-
     def _save(self) -> None:
         part = self.folder / "state.part.npz"
         counts = np.array([self.images, self.next, self._n_queries])
@@ -117,29 +114,22 @@ class BlockStore:
             for f in self._files.values():
                 f.flush()
             np.savez(
-                part, settings=np.array(self._settings()), block=np.array(str(self.block)), counts=counts, held=np.array(self.held, bool),
-                widths=np.array(sorted(self.widths)), image_tokens=np.array(sorted(self.image_tokens)), **{f"q{i}": q for i, q in enumerate(self._q2)},
+                part, counts=counts, held=np.array(self.held, bool), widths=np.array(sorted(self.widths)), image_tokens=np.array(sorted(self.image_tokens)), **{f"q{i}": q for i, q in enumerate(self._q2)},
             )  # fmt: skip
             os.replace(part, self.folder / STATE)
         except OSError as error:
             raise full(self.folder, error) from None
 
     def _resume(self) -> None:
-        """Raises TrainError when the folder belongs to another training."""
-        path = self.folder / STATE
-        if not path.exists():
-            return
+        """A state that can not be read is none: the training starts again."""
         try:
-            with np.load(path, allow_pickle=False) as state:
-                settings = str(state["settings"])
-                self.images, self.next, self._n_queries = (int(x) for x in state["counts"])
-                self.held = state["held"].tolist()
-                self.widths, self.image_tokens = set(state["widths"].tolist()), set(state["image_tokens"].tolist())
-                self._q2 = [state[f"q{i}"] for i in range(len(self._q2))]
-        except (ValueError, KeyError, OSError) as error:
-            raise TrainError(f"{path} can not be read ({' '.join(str(error).split())}): delete {self.folder}") from None
-        if settings != self._settings():
-            raise TrainError(f"{self.folder} was begun with other settings: repeat them to go on, or delete the folder")
+            with np.load(self.folder / STATE, allow_pickle=False) as state:
+                q2 = [state[f"q{i}"] for i in range(len(self._q2))]
+                (images, last, n_queries), held, widths, tokens = (state[name].tolist() for name in ("counts", "held", "widths", "image_tokens"))
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+            return
+        self.images, self.next, self._n_queries, self.held = images, last, n_queries, held
+        self._q2, self.widths, self.image_tokens = q2, set(widths), set(tokens)
 
     def blocks(self, i: int, kind: str, held: bool) -> np.ndarray:
         """f32 [B, H, N, d]: all blocks of KV layer number i, kind "k" or "v", of the held-back images or of the others."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class TensorTap:
         self.pattern = re.compile(pattern)
         self.on = False
         self.found: dict[str, np.ndarray] = {}
-        self._base = ctypes.CDLL(str(_library(native.directory)))
+        self._base = native.ggml_base
         for name, result, args in (
             ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
             ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),
@@ -54,10 +53,3 @@ class TensorTap:
         """What was found since the last call: name -> f32, numpy's order of dimensions (4 of them)."""
         found, self.found = self.found, {}
         return found
-
-
-def _library(folder: Path) -> Path:
-    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"no libggml-base in {folder}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 import tempfile
@@ -17,17 +19,16 @@ from ..codec.cut import BlockShape
 from ..codec.types import Q4_0, row_counts
 from ..format.base_model import BaseModel, base_of
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
+from ..runtime.timing import Progress, duration, remaining
 from .fit_pca import fit_basis
 from .fit_retain import RetainOptions, fit_retain
 from .guard import PASS, calibrate
 from .schedule import PRESETS, PROBE_PICTURES, Part, faithful_rows, probe_count, retain_rows, schedule
-from .source import KVSample, KVSource, TrainError
+from .shapes import plan
+from .source import KVSource, TrainError
 from .speed import choose_codec
-from .store import MEMORY, STATE, BlockStore
-from .timing import duration, remaining
+from .store import MEMORY, BlockStore
 
-DEFAULT_BLOCK = 64  # docs/format-v1.md, "Why these choices"
-MIN_BLOCK, MAX_BLOCK = 32, 128
 FEW = 16  # pictures
 
 
@@ -51,98 +52,29 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def known_block(folder: Path) -> BlockShape | None:
-    """Of an interrupted training."""
-    try:
-        with np.load(folder / STATE, allow_pickle=False) as state:
-            return BlockShape.parse(str(state["block"]))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def choose_block(model: BaseModel, sample: KVSample, wanted: int = DEFAULT_BLOCK) -> BlockShape:
-    """Tiles where the place of a token is known: 8 x 8 if pictures may have any shape, the divisors of the grid nearest to that if it is a square.
-
-    Otherwise the divisor of the number of tokens in 32..128 nearest to `wanted`, so that no picture has a remainder; `wanted` if there is none.
-    """
-    n, side = len(sample.keys[0]), sample.width
-    if model.rope_type in GRID_ROPE_TYPES and side:
-        return BlockShape(64, 8)
-    sizes = range(MIN_BLOCK, MAX_BLOCK + 1)
-    if side * side == n:
-        divisors = [d for d in range(1, side + 1) if side % d == 0]
-        tiles = [BlockShape(w * h, w) for w in divisors for h in divisors if w * h in sizes and w >= h]
-        if tiles:
-            return min(tiles, key=lambda b: (abs(b.size - wanted), b.tile_width))
-    fits = [BlockShape(size) for size in sizes if n % size == 0]
-    return min(fits, key=lambda b: (abs(b.size - wanted), b.size), default=BlockShape(wanted))
-
-
-class NoGrid(TrainError):
-    """Tiles were chosen, and this picture is not the square that they need."""
-
-
-def check_grid(model: BaseModel, block: BlockShape, sample: KVSample, seen: set[int]) -> None:
-    """seen: numbers of tokens of the pictures before. Raises NoGrid."""
-    n = len(sample.keys[0])
-    if not block.tile_width or (model.rope_type in GRID_ROPE_TYPES and sample.width):
-        return
-    if sample.width**2 != n or seen - {n}:
-        raise NoGrid(f"a picture of {n} tokens is not a square of one size for all pictures, as tiles need it without M-RoPE: use --block raster:{block.size}")
-
-
 def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = to_stderr, work: Path | None = None) -> Capsule:
-    """work: folder of the state, an interrupted training goes on there; None: a temporary one.
+    """work: keeps the state (state_folder), an interrupted training goes on there; None: a temporary folder.
     Raises TrainError."""
     with tempfile.TemporaryDirectory(prefix="kvcapsule-train-") if work is None else nullcontext(work) as folder:
         with collect(source, options, say, Path(folder)) as store:
-            capsule = fit(source, store, options, say)
-    return capsule
+            return fit(source, store, options, say)
 
 
-def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None], folder: Path) -> BlockStore:
-    """The blocks of all pictures. Raises TrainError."""
-    if not len(source):
-        raise TrainError("no pictures to train on")
-    block = options.block or known_block(folder)
-    if block is None:
-        first = next(iter(source.read()), None)
-        if first is None:
-            raise TrainError("no pictures to train on: none of them can be read")
-        block = choose_block(source.model, first[1])
+def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None], work: Path) -> BlockStore:
+    """The blocks of all pictures that fit (shapes.plan). Raises TrainError."""
+    block, pictures = plan(source.model, source.shapes(say), options.block, say)
+    numbers, total, start = [p.number for p in pictures], len(pictures), time.monotonic()
+    store = BlockStore(source.model, block, state_folder(work, source, options, block, numbers), expected=total, seed=options.seed, memory=options.memory)
     try:
-        return _collect(source, block, options, say, folder)
-    except NoGrid as error:
-        if options.block:
-            raise
-        say(f"{error}: starting again with that")
-        shutil.rmtree(folder, ignore_errors=True)
-        return _collect(source, BlockShape(block.size), options, say, folder)
-
-
-def _collect(source: KVSource, block: BlockShape, options: TrainOptions, say: Callable[[str], None], folder: Path) -> BlockStore:
-    model, total = source.model, len(source)
-    start, small = time.monotonic(), 0
-    store = BlockStore(model, block, folder, expected=total, seed=options.seed, memory=options.memory)
-    try:
-        if store.images:
-            say(f"going on after {store.next} of {total} pictures ({folder})")
-        begun, done = time.monotonic(), store.next
-        for number, sample in source.read(store.next):
-            tokens = len(sample.keys[0])
-            check_grid(model, block, sample, store.image_tokens)
-            if tokens < block.size:
-                say(f"skipped: picture {number + 1} has {tokens} tokens, fewer than a block of {block.size}")
-                small += 1
-                continue
+        before = store.images
+        if before:
+            say(f"going on after {before} of {total} pictures ({store.folder})")
+        tell = Progress("pictures", say)
+        for number, sample in source.read(numbers[before:]):
             store.add(number, sample)
             if store.images == 1:
-                _announce(store, tokens, total, time.monotonic() - begun, options, say)
-            elif store.images % 16 == 0:
-                say(f"picture {number + 1} of {total}: {len(store.held)} blocks, {remaining(begun, number + 1 - done, total - done)} left to look")
-        if not store.images:
-            few = f"all have fewer tokens than a block of {block.size}, choose a smaller --block" if small else "none of them can be read"
-            raise TrainError(f"no pictures to train on: {few}")
+                _announce(store, len(sample.keys[0]), total, time.monotonic() - start, options, say)
+            tell(store.images, total, before)
         if not any(store.held) or all(store.held):
             raise TrainError(f"{store.images} pictures are too few: at least 4 are needed, 16 make a usable capsule, 64 or more a good one")
         if store.images < FEW:
@@ -152,6 +84,13 @@ def _collect(source: KVSource, block: BlockShape, options: TrainOptions, say: Ca
         raise
     say(f"looked at {store.images} pictures in {duration(time.monotonic() - start)}")
     return store
+
+
+def state_folder(work: Path, source: KVSource, options: TrainOptions, block: BlockShape, numbers: list[int]) -> Path:
+    """In `work`, of its own for everything that decides what is kept: a command that was put right starts anew, and the first one can still go on."""
+    model = source.model
+    decides = [model.architecture, model.name, base_of(model).fingerprint, source.identity, str(block), numbers, options.seed, options.memory]
+    return work / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
 
 def _announce(store: BlockStore, tokens: int, total: int, seconds: float, options: TrainOptions, say: Callable[[str], None]) -> None:
