@@ -1,0 +1,122 @@
+"""One picture in many files, through every program: what reaches the projector is looked at, pixel by pixel."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_model import write_folder
+from conftest import library
+from picture_files import encoded, lossless, lossy, sample, tiff
+from test_native import require_capsules
+
+from kvcapsule_gguf import native
+from kvcapsule_gguf.runtime.pictures import decode
+
+SHOWN = sample(56, 42)
+NEAR = 6  # mean difference of lossy files; a wrong turn has more than 60
+CUT = encoded(SHOWN, "JPEG", quality=95, subsampling=0)[:-2]
+FILES = {
+    **lossless(SHOWN), **{f"lossy {kind}": data for kind, data in lossy(SHOWN).items()}, "cut jpeg": CUT,
+    "float tiff": tiff((SHOWN[..., 0] / 255).astype(np.float32)), "int tiff": tiff(SHOWN[..., 0].astype(np.int32)),
+}  # fmt: skip
+REFUSED = {"cut progressive": encoded(SHOWN, "JPEG", progressive=True)[:-300], "cut png": encoded(SHOWN)[:-200], "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"}
+
+
+def right(kind: str, found: np.ndarray) -> bool:
+    if "tiff" in kind and kind.split()[0] in ("float", "int"):
+        return np.array_equal(found, np.repeat(SHOWN[..., :1], 3, axis=2))
+    if kind in ("cut jpeg",) or kind.startswith("lossy"):
+        return found.shape == SHOWN.shape and np.abs(found.astype(int) - SHOWN).mean() < NEAR and np.array_equal(found, decode(FILES[kind]).rgb)
+    return np.array_equal(found, SHOWN)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_capsules()
+    native.load(library("patched"))
+    root = write_folder(tmp_path_factory.mktemp("everywhere"), ("llama",))
+    (root / "files").mkdir()
+    for i, data in enumerate(FILES.values()):
+        (root / "files" / f"{i:03}.png").write_bytes(data)  # the contents decide, not the name
+    return root
+
+
+@pytest.fixture
+def bitmaps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
+    """What mtmd is given, as uint8 [height, width, 3]; a file given to mtmd's own reader fails the test."""
+    seen: list[np.ndarray] = []
+    mtmd = native.load(library("patched")).mtmd
+    init = mtmd.mtmd_bitmap_init
+
+    def watch(width: int, height: int, data: ctypes.Array) -> int:
+        seen.append(np.frombuffer(ctypes.string_at(data, width * height * 3), np.uint8).reshape(height, width, 3))
+        return init(width, height, data)
+
+    def file(*_: object) -> None:
+        raise AssertionError("a file reached mtmd")
+
+    monkeypatch.setattr(mtmd, "mtmd_bitmap_init", watch)
+    for name in ("mtmd_helper_bitmap_init_from_buf", "mtmd_helper_bitmap_init_from_file"):
+        monkeypatch.setattr(mtmd, name, file)
+    yield seen
+
+
+def check(seen: list[np.ndarray]) -> None:
+    assert len(seen) == len(FILES)
+    assert [kind for kind, found in zip(FILES, seen) if not right(kind, found)] == []
+
+
+def test_chat(folder: Path, bitmaps: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from kvcapsule_gguf.chat import cli
+
+    for i, data in enumerate(REFUSED.values()):
+        (folder / f"refused {i}.jpg").write_bytes(data)
+    lines = [line for i in range(len(FILES)) for line in (f"/image {folder}/files/{i:03}.png", "x", "/clear")]
+    lines += [f"/image '{folder}/refused {i}.jpg'" for i in range(len(REFUSED))]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    cli.main([str(folder / "llama" / "tiny.gguf"), "-n", "1", "-t", "1", "--capsule", "off"])
+    check(bitmaps)
+    errors = capfd.readouterr().err
+    assert errors.count("its file is cut short") == 1 and errors.count("are taken as 0 to 255") == 1
+    assert errors.count("error: ") == errors.count("damaged picture") + errors.count("not a picture that can be read") == len(REFUSED)
+
+
+def test_api(folder: Path, bitmaps: list[np.ndarray]) -> None:
+    from kvcapsule_gguf import KVCapsuleLlama
+
+    def ask(data: bytes) -> None:
+        part = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(data).decode()}}
+        llm.create_chat_completion([{"role": "user", "content": [part, {"type": "text", "text": "x"}]}], max_tokens=1)
+
+    with KVCapsuleLlama(folder / "llama" / "tiny.gguf", n_ctx=512, n_threads=1, n_threads_batch=1) as llm:
+        for data in FILES.values():
+            ask(data)
+        check(bitmaps)
+        for data in REFUSED.values():
+            with pytest.raises(ValueError, match="picture"):
+                ask(data)
+    assert len(bitmaps) == len(FILES)
+
+
+def test_training(folder: Path, bitmaps: list[np.ndarray]) -> None:
+    from kvcapsule_gguf.train.collect import LlamaSource
+    from kvcapsule_gguf.train.images import UnreadablePicture, from_folder
+
+    pictures = from_folder(folder / "files", len(FILES), 0)
+    with LlamaSource(folder / "llama" / "tiny.gguf", folder / "llama" / "mmproj-tiny.gguf", pictures, n_ctx=512, threads=1) as source:
+        for i in sorted(range(len(FILES)), key=pictures.files.__getitem__):
+            source.vlm.read(source.prompts.before(), source.pictures[i].image).free()
+    check(bitmaps)
+    (folder / "refused").mkdir()
+    for i, data in enumerate(REFUSED.values()):
+        (folder / "refused" / f"{i}.jpg").write_bytes(data)
+    for i in range(len(REFUSED)):
+        with pytest.raises(UnreadablePicture):
+            from_folder(folder / "refused", len(REFUSED), 0)[i]
