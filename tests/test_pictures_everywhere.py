@@ -106,8 +106,8 @@ def test_api(folder: Path, bitmaps: list[np.ndarray]) -> None:
 
 
 def test_training(folder: Path, bitmaps: list[np.ndarray]) -> None:
+    from kvcapsule_gguf.eval.pictures import UnreadablePicture, from_folder
     from kvcapsule_gguf.train.collect import LlamaSource
-    from kvcapsule_gguf.train.images import UnreadablePicture, from_folder
 
     pictures = from_folder(folder / "files", len(FILES), 0)
     with LlamaSource(folder / "llama" / "tiny.gguf", folder / "llama" / "mmproj-tiny.gguf", pictures, n_ctx=512, threads=1) as source:

@@ -62,9 +62,9 @@ class Folder:
     def __getitem__(self, i: int) -> Picture:
         file = self.files[i]
         try:
-            found = load(str(file))
+            found = load(str(file), name=str(file))
         except PictureError as error:
-            raise UnreadablePicture(f"{file}: {str(error).rsplit(': ', 1)[-1]}") from error  # whose names are shortened
+            raise UnreadablePicture(str(error)) from error
         return Picture(Image.fromarray(found.rgb), name=file.name, warning=found.warning)
 
 

@@ -20,14 +20,15 @@ TIMEOUT_S = 30
 STANDARD = str.maketrans("-_", "+/", "= \t\n\r\f\v")
 
 
-def load(source: str, budget: Budget | None = None) -> Picture:
-    """Reads and decodes. Raises PictureError."""
-    return decode(read(source, budget), budget, short(source))
+def load(source: str, budget: Budget | None = None, name: str = "") -> Picture:
+    """Reads and decodes; name: for messages, the source if it is empty. Raises PictureError."""
+    name = name or short(source)
+    return decode(read(source, budget, name), budget, name)
 
 
-def read(source: str, budget: Budget | None = None) -> bytes:
+def read(source: str, budget: Budget | None = None, name: str = "") -> bytes:
     """The file that `source` names: a path (also as terminals paste it), file://, http(s):// or data: URL, or - for stdin. Raises PictureError."""
-    name, budget = short(source), budget or Budget()
+    name, budget = name or short(source), budget or Budget()
     most = budget.limits.file_bytes + 1
     if source == "-":
         data = sys.stdin.buffer.read(most)
