@@ -40,7 +40,7 @@ def main(logger: logging.Logger, args: argparse.Namespace, work: Callable[[argpa
     try:
         path = work(args)
     except ImportError as error:
-        logger.error("%s: pip install 'kvcapsule-gguf[train]'", error)
+        logger.error("%s: pip install 'kvcapsule-gguf[converters]'", error)
         return 1
     except (CapsuleError, OSError) as error:
         logger.error("%s", error)

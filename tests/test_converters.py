@@ -89,6 +89,55 @@ def test_bad_checkpoints_are_one_line(models, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "can not be read as safetensors" in done.stderr
 
 
+HOSTILE = (None, True, -1, 1.5, 2**32, 10**400, float("nan"), float("-inf"), "", "\ud800", "\x00", "x" * 70000, [], [[]], {}, [1, "x"], [float("nan")])
+
+
+def leaves(x, path=()):
+    """Every value in a JSON document, by its keys."""
+    yield path
+    for key in x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ():
+        yield from leaves(x[key], (*path, key))
+
+
+def changed(x, path, value):
+    if not path:
+        return value
+    out = dict(x) if isinstance(x, dict) else list(x)
+    out[path[0]] = changed(x[path[0]], path[1:], value)
+    return out
+
+
+def test_hostile_checkpoints(models, tmp_path):
+    """Every value of the config in turn is something else, and every tensor of another type: refused with one line, or it is a capsule that can be written and read."""
+    safetensors = pytest.importorskip("safetensors")
+    from safetensors.numpy import load_file, save_file
+
+    capsule = read_capsule(random_capsule(models(arch="llama"), tmp_path / "a.gguf", key_codec="retain", lossless=False))
+    capsule.provenance = {"tool": "x", "images": 3, "share": 0.5, "key_error": [0.25, 0.5]}
+    path = write_checkpoint(tmp_path / "good.safetensors", capsule)
+    tensors = load_file(path)
+    with safetensors.safe_open(path, framework="numpy") as f:
+        metadata = f.metadata()
+    config = json.loads(metadata["config"])
+    places = [p for p in leaves(config) if not (p and p[0] == "layers" and len(p) > 1 and p[1] > 0)]
+    configs = [json.dumps(changed(config, p, value)) for p in places for value in HOSTILE]
+    configs += ["[" * 100_000, "null", "{}", json.dumps({**config, "provenance": {f"k{i}": i for i in range(1000)}})]
+    types = [{**tensors, name: x.astype(kind)} for name, x in tensors.items() for kind in ("f8", "i1", "u8", "?") if not name.startswith("layers.1.")]
+    types += [{**tensors, name: x[..., :0]} for name, x in tensors.items()] + [{**tensors, "layers.0.token_order": tensors["layers.0.token_order"] + 65536}]
+    accepted = 0
+    for changed_tensors, text in [*((tensors, c) for c in configs), *((t, metadata["config"]) for t in types)]:
+        save_file(changed_tensors, path, {**metadata, "config": text})
+        try:
+            found = read_checkpoint(path)
+        except CapsuleError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            continue
+        accepted += 1
+        again = read_capsule(write_capsule(tmp_path / "again.gguf", found))
+        assert (again.base, again.block_size, [t.name for t in again.tiers]) == (found.base, found.block_size, [t.name for t in found.tiers])
+    assert 20 < accepted < len(configs) / 3  # names, provenance and such may be anything of their kind
+
+
 # --- inside an mmproj ---
 
 LOADS = """

@@ -482,6 +482,23 @@ def test_the_command_from_end_to_end(tmp_path):
     assert not (tmp_path / "c.gguf.work").exists()
 
 
+@pytest.mark.parametrize("codec", ["pca", "retain"])
+def test_training_needs_no_torch(tmp_path, codec):
+    """Where torch cannot be imported a capsule is trained, and only --mlp says that it is needed."""
+    from chat_model import write_mmproj, write_model
+
+    model, _ = write_model(tmp_path / "tiny.gguf"), write_mmproj(tmp_path / "mmproj-tiny.gguf")
+    for mlp, status in ((0, 0), (8, 1)) if codec == "retain" else ((0, 0),):
+        out = tmp_path / f"c{mlp}.gguf"
+        arguments = [model, "-o", out, "--n-images", 4, "--codec", codec, "--block", "raster:16", "-c", 1024, "-t", 1, "--mlp", mlp]
+        code = f"import sys; sys.modules['torch'] = None; from kvcapsule_gguf.train.cli import main; sys.exit(main({[str(x) for x in arguments]!r}))"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "KVCAPSULE_LIB": str(library("patched"))}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stdout, out.exists()) == (status, "", not status), done.stderr
+        assert ("the key MLP needs torch: pip install" in done.stderr) == bool(status) and "Traceback" not in done.stderr
+    assert read_capsule(tmp_path / "c0.gguf").tiers[1].key_codec == [RETAIN if codec == "retain" else PCA] * 2
+
+
 @pytest.mark.parametrize("arch", ["qwen2", "qwen2vl", "qwen3"])
 def test_other_architectures(tmp_path, arch):
     """Trained and used: the evaluation loads the capsule and the default preset takes a fifth of the bytes."""

@@ -107,7 +107,8 @@ class Capsule:
         return sum(2 * self.block_size * layer.head_count_kv * (layer.key_length + layer.value_length) for layer in self.layers)
 
     def ratio(self, tier: int) -> float:
-        return 1 - self.slot_bytes(tier) / self.f16_bytes()
+        whole = self.f16_bytes()
+        return 1 - self.slot_bytes(tier) / whole if whole else 0.0
 
     def set_ratios(self) -> None:
         for i, tier in enumerate(self.tiers):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from .schema import layer_shapes
 from .validate import Invalid, validate
 
 FORMAT, VERSION = "kvcapsule-checkpoint", 1
+MAX_PROVENANCE, MAX_TEXT = 128, 65536
+F32_MAX = float(np.finfo(np.float32).max)
 WIDE = {"f32": np.float32, "f16": np.float16, "i32": np.int32}
 LAYER_FIELDS = ("index", "head_count_kv", "key_length", "value_length", "rope", "freq_base", "kept_count", "mlp_width")
 CAPSULE_FIELDS = ("block_size", "block_shape", "block_width", "image_tokens", "neighbour_count", "default_ratio", "name", "provenance")
@@ -79,7 +83,7 @@ def read_checkpoint(path: Path) -> Capsule:
         raise CheckpointError(path, str(error)) from None
     except KeyError as error:
         raise CheckpointError(path, f"{error.args[0]} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(path, f"its config can not be used: {' '.join(str(error).split())}") from None
     if tensors:
         raise CheckpointError(path, f"unexpected tensor {min(tensors)}")
@@ -89,28 +93,73 @@ def read_checkpoint(path: Path) -> Capsule:
 def _capsule(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Capsule:
     """Takes what it uses out of `tensors`."""
     none = np.empty(0, np.float32)
-    layers = [Layer(k_mean=none, v_mean=none, k_basis=none, v_basis=none, k_query_weight=none, **{f: x[f] for f in LAYER_FIELDS}) for x in config["layers"]]
-    rows = {name: tensors.pop(f"tiers.{name}").tolist() for name in ("key_codec", "key_rows", "value_rows", "kappa")}
+    layers = [Layer(k_mean=none, v_mean=none, k_basis=none, v_basis=none, k_query_weight=none, **_typed(x, Layer, LAYER_FIELDS)) for x in config["layers"]]
+    rows = {name: _of_kind(f"tiers.{name}", tensors, "f" if name == "kappa" else "iu").tolist() for name in ("key_codec", "key_rows", "value_rows", "kappa")}
     tiers = [
-        Tier(name, rows["key_codec"][i], [tuple(r) for r in rows["key_rows"][i]], [tuple(r) for r in rows["value_rows"][i]], rows["kappa"][i])
+        Tier(_checked("tiers", name, "str"), rows["key_codec"][i], [tuple(r) for r in rows["key_rows"][i]], [tuple(r) for r in rows["value_rows"][i]], rows["kappa"][i])
         for i, name in enumerate(config["tiers"])
     ]
-    base = Base(**{**config["base"], "rope_sections": tuple(config["base"]["rope_sections"])})
-    capsule = Capsule(base=base, layers=layers, tiers=tiers, **{f: config[f] for f in CAPSULE_FIELDS})
+    base = Base(**_typed(config["base"], Base, tuple(Base.__annotations__)))
+    capsule = Capsule(base=base, layers=layers, tiers=tiers, **_typed(config, Capsule, CAPSULE_FIELDS))
     for i, layer in enumerate(layers):
         for short, (kind, _) in layer_shapes(capsule, layer).items():
-            setattr(layer, short, _narrow(f"layers.{i}.{short}", tensors.pop(f"layers.{i}.{short}"), WIDE[kind]))
-        order = tensors.pop(f"layers.{i}.token_order", None)
-        layer.token_order = None if order is None else order.astype(np.uint16)
+            name = f"layers.{i}.{short}"
+            setattr(layer, short, _narrow(name, _of_kind(name, tensors, "iu" if kind == "i32" else "f"), WIDE[kind]))
+        name = f"layers.{i}.token_order"
+        if name in tensors:
+            layer.token_order = _narrow(name, _of_kind(name, tensors, "iu"), np.uint16)
     capsule.set_ratios()
     return capsule
 
 
+def _typed(values: Any, cls: type, fields: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass out of JSON, each of its annotated type. Raises Invalid, KeyError, TypeError."""
+    return {field: _checked(field, values[field], cls.__annotations__[field]) for field in fields}
+
+
+def _checked(field: str, x: Any, kind: str) -> Any:
+    """A JSON value that a GGUF file can hold as this type. Raises Invalid."""
+    if kind.startswith("tuple"):
+        x = tuple(_checked(field, v, "int") for v in x)
+        good = len(x) == 4
+    elif kind.startswith("dict"):
+        good = len(x) <= MAX_PROVENANCE and all(_checked(field, key, "str") and _provenance(value) for key, value in x.items())
+    else:
+        good = {
+            "int": lambda: type(x) is int and 0 <= x < 1 << 32,
+            "float": lambda: type(x) in (int, float) and abs(x) <= F32_MAX,  # NaN is not
+            "bool": lambda: type(x) is bool,
+            "str": lambda: type(x) is str and x.isprintable() and len(x) <= MAX_TEXT,
+        }[kind]()
+    if not good:
+        raise Invalid(f"{field} in its config is {json.dumps(x)[:60]}")
+    return x
+
+
+def _provenance(x: Any) -> bool:
+    if isinstance(x, list):
+        return 0 < len(x) <= MAX_TEXT and all(_checked("provenance", v, "float") is not None for v in x)
+    if isinstance(x, (bool, float)):
+        return isinstance(x, bool) or math.isfinite(x)
+    if isinstance(x, int):
+        return -(1 << 63) <= x < 1 << 64
+    return _checked("provenance", x, "str") is not None
+
+
+def _of_kind(name: str, tensors: dict[str, np.ndarray], kinds: str) -> np.ndarray:
+    """kinds: of numpy's dtypes. Raises Invalid, KeyError."""
+    x = tensors.pop(name)
+    if x.dtype.kind not in kinds:
+        raise Invalid(f"tensor {name} has type {x.dtype.name}")
+    return x
+
+
 def _narrow(name: str, x: np.ndarray, wanted: type) -> np.ndarray:
-    """In the type of the capsule; what is finite must stay finite."""
+    """In the type of the capsule; what is finite must stay finite, and integers must fit."""
     with np.errstate(over="ignore"):
         out = x.astype(wanted)
-    if np.isfinite(x).all() and not np.isfinite(out).all():
+    fits = np.array_equal(out, x) if x.dtype.kind in "iu" else np.isfinite(out).all() or not np.isfinite(x).all()
+    if not fits:
         raise Invalid(f"tensor {name} has values too large for {np.dtype(wanted).name}")
     return out
 

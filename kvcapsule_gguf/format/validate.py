@@ -71,6 +71,7 @@ def validate_tensors(c: Capsule) -> None:
 
 def _base(c: Capsule) -> None:
     b = c.base
+    need(b.architecture != "", "kvcapsule.base.architecture is empty")
     need(b.rope_type in ROPE_TYPES, f"kvcapsule.base.rope.type is not one of {', '.join(ROPE_TYPES)}")
     grid = b.rope_type in GRID_ROPE_TYPES or (c.image_tokens > 0 and math.isqrt(c.image_tokens) ** 2 == c.image_tokens)
     need(

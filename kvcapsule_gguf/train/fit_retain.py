@@ -96,7 +96,7 @@ def fit_mlp(x: np.ndarray, y: np.ndarray, weight: np.ndarray, h: int, options: R
     try:
         import torch
     except ImportError:
-        raise TrainError("the key MLP needs torch: pip install 'kvcapsule-gguf[train]', or use --codec pca") from None
+        raise TrainError("the key MLP needs torch: pip install 'kvcapsule-gguf[mlp]', or leave --mlp out") from None
     if options.device == "cuda" and not torch.cuda.is_available():
         raise TrainError("--device cuda: torch has no CUDA device")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Build, compare, ask, and write the page."""
+"""Build, compare, ask, print, and write the page where that is wanted."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Makes .venv with the Python packages, fetches and patches the pinned llama.cpp, and builds it into kvcapsule_gguf/lib/.",
         epilog=EPILOG,
     )
-    parser.add_argument("--train", action="store_true", help="also install torch, which kvcapsule-train needs")
+    parser.add_argument("--train", action="store_true", help="also install torch and safetensors: for kvcapsule-train --mlp, the converters and the tests")
     parser.add_argument("--tools", action="store_true", help="also build " + ", ".join(native.TOOLS))
     parser.add_argument("--stock", action="store_true", help="for the tests: also build the unpatched library, and install what llama_cpp.server needs")
     parser.add_argument("--backend", choices=native.BACKENDS, action="append", default=[], help="also build this backend of ggml; can be repeated, is remembered")
