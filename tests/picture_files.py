@@ -59,7 +59,7 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", orientation: int
 
 
 def png(rows: np.ndarray, depth: int, colour: int, transparent: tuple[int, ...] = ()) -> bytes:
-    """rows: [height, width] or [height, width, channels] of whole numbers; colour: PNG's type, 0 grey, 2 RGB; transparent: its one clear colour."""
+    """rows: [height, width] or [height, width, channels] of whole numbers; colour: PNG's type, 0 grey, 2 RGB, 6 RGBA; transparent: its one clear colour."""
     rows = rows.reshape(rows.shape[0], rows.shape[1], -1)
     height, width, _ = rows.shape
     if depth == 16:
@@ -106,6 +106,7 @@ def lossless(shown: np.ndarray) -> dict[str, bytes]:
         "tiff": encoded(image, "TIFF"), "tiff lzw": encoded(image, "TIFF", compression="tiff_lzw"), "tiff deflate": encoded(image, "TIFF", compression="tiff_adobe_deflate"),
         "png palette": encoded(palette), "png rgba": encoded(clear), "webp rgba": encoded(clear, "WEBP", lossless=True, exact=True), "tiff rgba": encoded(clear, "TIFF"),
         "png hidden": encoded(hidden), "webp hidden": encoded(hidden, "WEBP", lossless=True, exact=True), "png 16": png(shown.astype(np.uint16) * 257, 16, 2),
+        "png rgba 16": png(np.asarray(clear).astype(np.uint16) * 257, 16, 6),
         "apng": encoded(image, save_all=True, append_images=[Image.fromarray(shown[::-1])]), "webp frames": encoded(image, "WEBP", lossless=True, save_all=True, append_images=[Image.fromarray(shown[::-1])]),
         "tiff pages": encoded(image, "TIFF", save_all=True, append_images=[Image.fromarray(shown[::-1])]),
     }  # fmt: skip

@@ -295,6 +295,12 @@ def png_of_zeros(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
 
 
+def avif_header(width: int, height: int) -> bytes:
+    data = encoded(sample(16, 16), "AVIF")
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", width, height) + data[at + 8 :]
+
+
 def scans(count: int) -> bytes:
     """A progressive JPEG whose last scan is repeated."""
     data = encoded(sample(16, 16), "JPEG", progressive=True)
@@ -310,7 +316,7 @@ def bombs() -> dict[str, bytes]:
         "ppm": b"P6 60000 60000 255\n", "bmp": b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0),
         "tiff": tiff(np.zeros((1, 1), np.uint16)).replace(struct.pack("<HHII", 256, 4, 1, 1), struct.pack("<HHII", 256, 4, 1, 60000)).replace(
             struct.pack("<HHII", 257, 4, 1, 1), struct.pack("<HHII", 257, 4, 1, 60000)),
-        "tiff tile": tiff(np.zeros((16, 16), np.uint16), tile=(10000, 10000)), "scans": scans(5000),
+        "tiff tile": tiff(np.zeros((16, 16), np.uint16), tile=(10000, 10000)), "scans": scans(5000), "avif": avif_header(16000, 16000),
     }  # fmt: skip
 
 
