@@ -51,6 +51,23 @@ def test_of_several_mmprojs_the_one_named_like_the_model_is_taken(model: Path) -
     assert files.find_mmproj(model, None).name == "mmproj-Some-VL-7B-F16.gguf"
 
 
+@pytest.mark.parametrize("name", ["Some-VL-7B-Q4_K_M.mmproj-f16.gguf", "mmproj-Some-VL.GGUF", "MMPROJ.gguf"])
+def test_other_names_of_a_projector(model: Path, name: str) -> None:
+    mmproj = write_gguf(model.with_name(name), "clip")
+    assert files.find_mmproj(model, None) == mmproj and files.model_in(model.parent) == model
+    with pytest.raises(KVCapsuleError, match="is a projector"):
+        files.check_model(mmproj)
+
+
+def test_a_link_to_a_model_finds_what_is_beside_the_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mmproj, capsule = write_gguf(model.with_name("mmproj-x.gguf"), "clip"), write_gguf(model.with_name("kvcapsule-x.GGUF"), fingerprint=PRINT)
+    link = tmp_path_factory.mktemp("elsewhere") / "current.gguf"
+    link.symlink_to(model)
+    assert (files.find_mmproj(link, None), find(link)) == (mmproj, capsule)
+    near = write_gguf(link.with_name("mmproj-near.gguf"), "clip")
+    assert files.find_mmproj(link, None) == near
+
+
 def test_a_given_mmproj_must_exist(model: Path) -> None:
     with pytest.raises(KVCapsuleError, match="does not exist"):
         files.find_mmproj(model, model.with_name("no.gguf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from ..runtime.errors import KVCapsuleError
 from .hub import _likeness
 
 MAGIC = b"GGUF"
-NOT_MODELS = ("mmproj", "kvcapsule-")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class CapsuleInfo:
 def check_model(path: Path) -> Path:
     """Raises KVCapsuleError unless this is a GGUF file that can be the model."""
     check_file(path, "the model")
-    if path.name.startswith(NOT_MODELS):
-        raise KVCapsuleError(f"{path} is {'a projector' if path.name.startswith('mmproj') else 'a capsule'}, not a model: give the model file, this one is found beside it")
+    if is_mmproj(path) or is_capsule(path):
+        raise KVCapsuleError(f"{path} is {'a projector' if is_mmproj(path) else 'a capsule'}, not a model: give the model file, this one is found beside it")
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise KVCapsuleError(f"{path} is not a GGUF file")
@@ -48,10 +48,19 @@ def demo_folder() -> Path:
 
 def model_in(folder: Path) -> Path:
     """The first model of a folder, projectors and capsules left out. Raises KVCapsuleError."""
-    for path in sorted(folder.glob("*.gguf")):
-        if not path.name.startswith(NOT_MODELS):
+    for path in _ggufs(folder):
+        if not (is_mmproj(path) or is_capsule(path)):
             return path
     raise KVCapsuleError(f"no model in {folder}")
+
+
+def is_mmproj(path: Path) -> bool:
+    """mmproj-model.gguf, and model.mmproj-f16.gguf as well."""
+    return "mmproj" in path.name.lower()
+
+
+def is_capsule(path: Path) -> bool:
+    return path.name.lower().startswith("kvcapsule-")
 
 
 def check_file(path: Path, what: str) -> Path:
@@ -63,10 +72,10 @@ def check_file(path: Path, what: str) -> Path:
 
 
 def find_mmproj(model: Path, given: Path | None) -> Path | None:
-    """--mmproj, or the mmproj*.gguf beside the model that is most like it. Raises KVCapsuleError for a given file that is not there."""
+    """--mmproj, or the projector beside the model that is most like it. Raises KVCapsuleError for a given file that is not there."""
     if given is not None:
         return check_file(given, "the projector")
-    found = [path for path in sorted(model.parent.glob("*.gguf")) if path.name.lower().startswith("mmproj")]
+    found = _beside(model, is_mmproj)
     if len(found) <= 1:
         return found[0] if found else None
     return max(found, key=lambda path: (_common(path, model), *_likeness(path.name, model.name)))
@@ -82,7 +91,7 @@ def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: s
         return check_file(Path(setting), "the capsule")
     if mmproj is not None and (inside := read_info(mmproj)) is not None and inside.fits(architecture, fingerprint):
         return mmproj
-    infos = [read_info(path) or CapsuleInfo(path, damaged=True) for path in sorted(model.parent.glob("kvcapsule-*.gguf"))]
+    infos = [read_info(path) or CapsuleInfo(path, damaged=True) for path in _beside(model, is_capsule)]
     fitting = [info.path for info in infos if not info.damaged and info.fits(architecture, fingerprint)]
     if len(fitting) > 1:
         raise KVCapsuleError(f"several capsules fit this model ({', '.join(path.name for path in fitting)}): choose one with --capsule")
@@ -103,10 +112,19 @@ def read_info(path: Path) -> CapsuleInfo | None:
     return CapsuleInfo(path, architecture, fingerprint)
 
 
+def _ggufs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+
+
+def _beside(model: Path, kind: Callable[[Path], bool]) -> list[Path]:
+    """Files of a kind beside the model; where there are none and the model is a link, beside the file that it leads to."""
+    return [p for p in _ggufs(model.parent) if kind(p)] or [p for p in _ggufs(model.resolve().parent) if kind(p)]
+
+
 def _common(a: Path, b: Path) -> int:
     """Length of the name that both share, without the sidecar's prefix."""
 
     def plain(path: Path) -> str:
-        return re.sub(r"[^a-z0-9]", "", re.sub(r"^mmproj-?", "", path.stem.lower()))
+        return re.sub(r"[^a-z0-9]", "", re.sub(r"mmproj-?", "", path.stem.lower()))
 
     return len(os.path.commonprefix([plain(a), plain(b)]))

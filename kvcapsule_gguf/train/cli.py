@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..chat.files import find_mmproj
 from ..codec.cut import BlockShape
 from ..eval.pictures import Pictures, from_folder
 from ..format.base_model import read_base_model
@@ -54,13 +55,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def find_mmproj(model: Path) -> Path:
-    found = sorted(model.parent.glob("mmproj*.gguf"))
-    if len(found) != 1:
-        raise TrainError(f"{'several' if found else 'no'} mmproj*.gguf beside {model}: name it with --mmproj")
-    return found[0]
-
-
 def run(args: argparse.Namespace) -> None:
     """Raises KVCapsuleError."""
     if not 0.5 <= args.guard <= 1:
@@ -74,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.model, args.mmproj):
         if path is not None and not path.is_file():
             raise TrainError(f"{path} is not a file")
-    mmproj = args.mmproj or find_mmproj(args.model)
+    mmproj = find_mmproj(args.model, args.mmproj)
+    if mmproj is None:
+        raise TrainError(f"no mmproj*.gguf beside {args.model}: name it with --mmproj")
     output = args.output or args.model.with_name(f"kvcapsule-{args.model.stem}.gguf")
     if not output.parent.is_dir():
         raise TrainError(f"{output.parent} is not a folder")
