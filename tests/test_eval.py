@@ -109,17 +109,18 @@ import json, sys
 sys.path[:0] = [{root!r}]
 from pathlib import Path
 from PIL import Image
-from kvcapsule_gguf.chat import args, images
+from kvcapsule_gguf.chat import args
 from kvcapsule_gguf.chat.engine import Engine
 from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.eval.prompts import Prompts
 from kvcapsule_gguf.eval.vlm import Encoded, Vlm
+from kvcapsule_gguf.runtime.pictures import load
 
 model, mmproj, picture = (Path(p) for p in sys.argv[1:])
 options = args.parse([str(model), "--mmproj", str(mmproj), "-n", "1", "--temp", "0", "-t", "1", "-c", "512", "--capsule", "off"], {{}})
 with Engine(options, lambda text: None) as engine:
     session = Session(engine, options)
-    session.ask("what?", [images.load(str(picture))], lambda text: None)
+    session.ask("what?", [load(str(picture))], lambda text: None)
     chat = [x for x in session.state.items if isinstance(x, int)]
 vlm = Vlm(model, mmproj, 1)
 prompts = Prompts(vlm)

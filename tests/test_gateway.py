@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,9 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, dict[str, str], bytes]] = []
+    files: dict[str, bytes] = {}
+    said: list[str] = []
+    media: Path
     closed = threading.Event()
     go_on = threading.Event()
 
@@ -56,6 +59,7 @@ class FakeHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         type(self).seen.append((f"{self.command} {self.path}", dict(self.headers), body))
+        type(self).files = {path.name: path.read_bytes() for path in type(self).media.iterdir()}
         what = self.path.partition("?")[2]
         if what == "stream":
             self.stream()
@@ -126,13 +130,16 @@ class Running:
     def __init__(self, limits: Limits, keys: list[str]) -> None:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "s"
+        FakeHandler.media = Path(self.folder.name) / "media"
+        FakeHandler.media.mkdir()
         self.fake = Fake(str(path), FakeHandler)
         threading.Thread(target=self.fake.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.upstream: Any = SimpleNamespace(socket=path, token="inner", ready=True, process=SimpleNamespace(poll=lambda: None))
+        self.upstream: Any = SimpleNamespace(socket=path, media=FakeHandler.media, say=FakeHandler.said.append, token="inner", ready=True, process=SimpleNamespace(poll=lambda: None))
         self.gateway = Gateway(("127.0.0.1", 0), self.upstream, limits, keys)
         self.port = self.gateway.server_address[1]
         self.gateway.start()
         FakeHandler.seen.clear()
+        FakeHandler.said.clear()
         FakeHandler.closed.clear()
         FakeHandler.go_on.clear()
 
@@ -354,10 +361,11 @@ def pixels_seen() -> list[Image.Image]:
     parts = json.loads(FakeHandler.seen[-1][2])["messages"][0]["content"]
     found = []
     for part in parts:
-        head, _, data = part["image_url"]["url"].partition(",")
-        assert head == "data:image/png;base64" and set(part["image_url"]) == {"url"}
-        found.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
-        assert (found[-1].format, found[-1].mode) == ("PNG", "RGB")
+        head, _, name = part["image_url"]["url"].partition("://")
+        assert head == "file" and set(part["image_url"]) == {"url"}
+        found.append(Image.open(io.BytesIO(FakeHandler.files[name])))
+        assert (found[-1].format, found[-1].mode) == ("PPM", "RGB")
+    assert len(found) == len(FakeHandler.files)
     return found
 
 
@@ -377,6 +385,16 @@ def test_llama_server_gets_pixels_and_nothing_of_the_file(front: Running) -> Non
     assert seen[0].tobytes() == red.tobytes() and seen[2].size == (8, 6)
     assert seen[3].size == (6, 8) and seen[4].tobytes() == Image.new("RGB", (8, 6), "white").tobytes()
     assert all(image.size == (64, 48) for image in seen[5:])
+    wait_until(lambda: not list(FakeHandler.media.iterdir()))
+    assert FakeHandler.said == [] and front.send(CHAT, ask(url(picture("JPEG")[:-2])))[0] == 200 and "cut short" in FakeHandler.said[0]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if done():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come to that in 10 s")
 
 
 # --- errors of llama-server --------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import base64
 import io
 import json
 import socket
+import tempfile
 import threading
 import wave
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,10 +66,16 @@ def picture(size: tuple[int, int] = (8, 6)) -> str:
 
 
 def prepared(path: str, request: Any) -> tuple[int, Any]:
-    """How many media were found, and the request as it goes on."""
+    """How many media were found, and the request as it goes on, with the contents of files, in base64, for their names."""
     media = list(finder(path)(request))
-    prepare([(medium, None) for medium in media], LIMITS)
-    return len(media), json.loads(written(request))
+    made: list[Path] = []
+    with tempfile.TemporaryDirectory() as folder:
+        prepare([(medium, None) for medium in media], LIMITS, Path(folder), made, lambda line: None)
+        text = written(request).decode()
+        for file in made:
+            assert text.count(f"file://{file.name}") == 1 and file.parent == Path(folder)
+            text = text.replace(f"file://{file.name}", base64.b64encode(file.read_bytes()).decode())
+    return len(media), json.loads(text)
 
 
 @pytest.mark.parametrize("path, request_of", PLACES)
@@ -75,7 +83,9 @@ def test_pictures_are_found_wherever_llama_server_reads_them(path: str, request_
     bmp = picture()
     found, request = prepared(path, request_of(bmp))
     text = json.dumps(request)
-    assert found == 1 and bmp not in text and "iVBORw0KGgo" in text  # what every PNG begins with
+    pixels = base64.b64encode(b"P6 8 6 255\n" + b"\xff\0\0" * 48).decode()
+    # in a file, or, where no URL is taken, what every PNG begins with
+    assert found == 1 and bmp not in text and ("iVBORw0KGgo" if path in (COMPLETION, "/completions") or "multimodal_data" in text else pixels) in text
     again, same = prepared(path, json.loads(text))
     assert again == 1 and same == request  # and the new form is one that is found as well
     for bad in (base64.b64encode(b"hello").decode(), "file:///etc/passwd", "ftp://x/y", picture((1001, 1000))):

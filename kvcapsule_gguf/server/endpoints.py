@@ -17,11 +17,12 @@ from .errors import RequestError
 
 @dataclass(frozen=True)
 class Media:
-    """text: what the client gave (a URL or base64); put: replaces it by base64 of a PNG, or of a WAV where `sound`."""
+    """text: what the client gave (a URL or base64); put: replaces it, by a URL where `by_url`, else by base64."""
 
     text: str
     put: Callable[[str], None]
     sound: bool = False
+    by_url: bool = False
 
 
 Request = dict[str, Any]
@@ -48,7 +49,7 @@ def _parts(content: Any) -> Iterator[Media]:
     for part in _objects(content):
         kind = part.get("type")
         if kind == "image_url":
-            yield Media(_text(part.get("image_url"), "url"), partial(_put, part, "image_url", lambda data: {"url": f"data:image/png;base64,{data}"}))
+            yield Media(_text(part.get("image_url"), "url"), partial(_put, part, "image_url", lambda url: {"url": url}), by_url=True)
         elif kind == "input_audio":
             yield Media(_text(part.get("input_audio"), "data", "url"), partial(_put, part, "input_audio", lambda data: {"data": data, "format": "wav"}), sound=True)
         elif kind in ("input_video", "video_url"):
@@ -59,7 +60,7 @@ def _responses(request: Request) -> Iterator[Media]:
     for item in _objects(request.get("input")):
         for part in (*_objects(item.get("content")), *_objects(item.get("output"))):
             if part.get("type") == "input_image":
-                yield Media(_text(part.get("image_url"), "url"), partial(_put, part, "image_url", lambda data: f"data:image/png;base64,{data}"))
+                yield Media(_text(part.get("image_url"), "url"), partial(_put, part, "image_url", str), by_url=True)
 
 
 def _messages(request: Request) -> Iterator[Media]:
@@ -71,7 +72,7 @@ def _messages(request: Request) -> Iterator[Media]:
                     source = inner.get("source")
                     kind = source.get("type") if isinstance(source, dict) else None
                     text = _text(source, "url" if kind == "url" else "data")
-                    yield Media(text, partial(_put, inner, "source", lambda data: {"type": "base64", "media_type": "image/png", "data": data}))
+                    yield Media(text, partial(_put, inner, "source", lambda url: {"type": "url", "url": url}), by_url=True)
 
 
 def _prompts(prompts: Any) -> Iterator[Media]:

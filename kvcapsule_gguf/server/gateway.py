@@ -8,9 +8,10 @@ import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from email.message import Message
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -85,7 +86,8 @@ class Front:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
-            await self._answer(scope, receive, send)
+            with _removed_at_the_end() as made:
+                await self._answer(scope, receive, send, made)
         except RequestError as error:
             waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # whether a body follows is then not known
             await _answer_with(send, error.status, error.body(), close=waits)
@@ -95,7 +97,7 @@ class Front:
             self.cut = True
             raise
 
-    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, made: list[Path]) -> None:
         headers = _single(scope["headers"])
         method, path = scope["method"], scope["raw_path"].decode()
         if method not in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
@@ -127,7 +129,7 @@ class Front:
                     data += piece
                 parcel = [bytes(data)]
                 del data
-                parcel = [await self._checked(parcel, find)]
+                parcel = [await self._checked(parcel, find, made)]
             finally:
                 self._held -= size
         await self._unless_left(receive, self._forward(scope, headers, parcel, allowed, send))
@@ -156,8 +158,8 @@ class Front:
         if length > self.limits.body_bytes:
             raise RequestError(413, f"the request has {length / 2**20:.1f} MiB, at most {self.limits.body_bytes >> 20} are taken")
 
-    async def _checked(self, parcel: list[bytes], find: Any) -> bytes:
-        """The body as llama-server gets it."""
+    async def _checked(self, parcel: list[bytes], find: Any, made: list[Path]) -> bytes:
+        """The body as llama-server gets it; `made`: the files of pictures that it names are added."""
         async with self._checks:
             request, media = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
         files: list[bytes | None] = []
@@ -166,7 +168,7 @@ class Front:
                 raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
             files.append(await fetch(medium.text, self.limits.pictures.file_bytes) if is_remote(medium.text) else None)
         async with self._checks:
-            return await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits)
+            return await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, made)
 
     # --- the answer ---
 
@@ -236,6 +238,17 @@ class Front:
         return RequestError(502, f"llama-server broke off ({fault!r})")
 
 
+@contextmanager
+def _removed_at_the_end() -> Iterator[list[Path]]:
+    """A list of files."""
+    made: list[Path] = []
+    try:
+        yield made
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
 def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
     request = json_body.parse(body)
     if not isinstance(request, dict):
@@ -247,8 +260,8 @@ def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
     return request, media
 
 
-def _write(request: Any, media: list[Any], limits: Limits) -> bytes:
-    prepare(media, limits)
+def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, made: list[Path]) -> bytes:
+    prepare(media, limits, upstream.media, made, upstream.say)
     return json_body.written(request)
 
 

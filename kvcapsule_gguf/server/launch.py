@@ -60,6 +60,8 @@ class Upstream:
         self.token = secrets.token_urlsafe(32)
         self.folder = Path(tempfile.mkdtemp(prefix="kvcapsule-"))
         self.socket = self.folder / "llama.sock"
+        self.media = self.folder / "media"  # pictures on their way to llama-server
+        self.media.mkdir()
         self.lines: deque[str] = deque(maxlen=200)
         self.ready = False  # it has loaded the model, and answers
         try:
@@ -154,7 +156,7 @@ class Upstream:
         if self.mmproj is not None:
             flags += ["--mmproj", str(self.mmproj)]
         # /slots shows what others ask
-        return [*flags, "--metrics", "--no-slots", *options.rest]
+        return [*flags, "--media-path", str(self.media), "--metrics", "--no-slots", *options.rest]
 
     def _context(self) -> int:
         if self.options.n_ctx is not None:

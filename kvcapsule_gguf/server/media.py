@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import secrets
 import wave
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..runtime import pictures
 from ..runtime.pictures import Budget, PictureError, PictureTooLarge
@@ -23,18 +26,35 @@ class Limits:
     remote_images: bool
 
 
-def prepare(media: list[tuple[Media, bytes | None]], limits: Limits) -> None:
-    """Each medium, with the file where it was fetched, is replaced in its request. Raises RequestError."""
+def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Path, made: list[Path], warn: Callable[[str], None]) -> None:
+    """Each medium, with the file where it was fetched, is replaced in its request. Pictures go into files of `folder` where llama-server takes a URL: as
+    base64 they would be many times as large as what the client sent, and 100 MiB are all that it takes. `made`: these files are added; warn: is told of pictures that may not show what was meant. Raises RequestError."""
     budget = Budget(limits.pictures)
     for n, (medium, fetched) in enumerate(media, 1):
         name = f"picture {n}"
         try:
             data = fetched if fetched is not None else _decoded(medium.text, budget, name)
             budget.check_file(len(data), name)
-            clean = _wav(data) if medium.sound else pictures.to_png(pictures.decode(data, budget, name).rgb)
+            if medium.sound:
+                medium.put(_base64(_wav(data)))
+                continue
+            picture = pictures.decode(data, budget, name)
+            if picture.warning:
+                warn(picture.warning)
+            if medium.by_url:
+                made.append(folder / f"{secrets.token_hex(16)}.ppm")
+                pictures.write_ppm(made[-1], picture.rgb)
+                medium.put(f"file://{made[-1].name}")
+            else:
+                medium.put(_base64(pictures.to_png(picture.rgb)))
         except PictureError as error:
             raise RequestError(413 if isinstance(error, PictureTooLarge) else 400, str(error)) from None
-        medium.put(base64.b64encode(clean).decode())
+        except OSError as error:
+            raise RequestError(503, f"{name} cannot be stored for llama-server ({error.strerror})") from None
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _decoded(text: str, budget: Budget, name: str) -> bytes:
