@@ -271,12 +271,6 @@ def test_what_cannot_be_read_or_does_not_fit_is_a_value_error(folder: Path, tmp_
         assert full["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_marker_in_the_users_words_is_not_a_picture(folder: Path) -> None:
-    with ours(folder) as llm:
-        llm.create_chat_completion([user("what does <__media__> mean?", folder / "a.png")], max_tokens=2)
-        llm.create_chat_completion([{"role": "user", "content": "<__media__>"}], max_tokens=2)
-
-
 def test_kinds_of_pictures_that_llama_cpp_does_not_read(folder: Path) -> None:
     from PIL import Image
 

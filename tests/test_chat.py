@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,14 @@ def test_a_quantized_cache_is_counted_as_such(chat: Run, folder: Path) -> None:
     assert report["kv_bytes"] == TOKENS * F16_TOKEN * 8.5 / 16 and report["kv_ratio"] == round(1 - 8.5 / 16, 4)
 
 
+@pytest.mark.parametrize("text", ["<__media__> hello", "<<__media__>> hello", "<<<__media__>__media__>>"])
+def test_a_marker_in_the_users_words_is_text(chat: Run, folder: Path, text: str) -> None:
+    """As many tokens as another text of its length: the model has a token for each byte."""
+    for options in ((), ("--image", folder / "a.png")):
+        reports = [json.loads(chat(folder / "llama" / "tiny.gguf", *options, "-p", words, "-n", "2", "--json").stdout) for words in (text, re.sub(r"\S", "x", text))]
+        assert reports[0]["prompt_tokens"] == reports[1]["prompt_tokens"]
+
+
 def test_the_picture_from_stdin_and_the_model_from_the_environment(chat: Run, folder: Path) -> None:
     by_path = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "6", "--capsule", "off")
     env = {"LLAMA_ARG_MODEL": str(folder / "llama" / "tiny.gguf"), "LLAMA_ARG_CAPSULE": "off", "LLAMA_ARG_N_PREDICT": "6"}
@@ -162,10 +171,11 @@ from kvcapsule_gguf.chat import args
 from kvcapsule_gguf.runtime.pictures import load
 from kvcapsule_gguf.chat.engine import Engine, say
 from kvcapsule_gguf.chat.session import Session
+from kvcapsule_gguf.runtime.marker import MARKER
 options = args.parse(sys.argv[1:], {{}})
 with Engine(options, say) as engine:
     session = Session(engine, options)
-    asked = session.marker + "what is this?"
+    asked = MARKER + "what is this?"
     messages = [dict(role="user", content=asked), dict(role="assistant", content={first["answer"]!r}), dict(role="user", content="and?")]
     turn = session._fill(session.template.render(messages, True), [load({str(folder / "b.jpg")!r})])
     session._generate(turn, lambda text: None)
@@ -227,6 +237,12 @@ def test_bad_models_and_projectors(chat: Run, folder: Path, tmp_path: Path, mode
     refused(chat(model, "--mmproj", other, "--image", picture, "-p", "x"), "mmproj-wide.gguf cannot be used with tiny.gguf")
     refused(chat("-hf", "no such repo", "-p", "x"), "expected user/repo")
     refused(chat(model, "-p", "x", "-ctv", "q8_0", "-fa", "off", "--capsule", "off"), "the context cannot be created", "flash_attn")
+
+
+def test_a_projector_of_another_family(chat: Run, folder: Path) -> None:
+    for model, mmproj in (("llama", "qwen2vl"), ("qwen2vl", "llama")):
+        result = chat(folder / model / "tiny.gguf", "--mmproj", folder / mmproj / "mmproj-tiny.gguf", "-p", "hi")
+        refused(result, "mmproj-tiny.gguf is the projector of another kind of model")
 
 
 def test_bad_pictures(chat: Run, folder: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from kvcapsule_gguf.chat.contents import Contents
 from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.chat.stats import CacheUse, ImageUse, break_even
 from kvcapsule_gguf.chat.template import ChatTemplate
+from kvcapsule_gguf.runtime.marker import MARKER
 
-MARKER = "<__media__>"
 VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }}\n"
     "{% else %}ASSISTANT: {{ m['content'] }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -76,7 +76,7 @@ def test_a_template_is_rendered_in_a_sandbox() -> None:
 
 def session(source: str) -> Session:
     new = Session.__new__(Session)
-    new.template, new.marker, new.state, new.messages, new.pictures = template(source), MARKER, Contents(None), [], []
+    new.template, new.state, new.messages, new.pictures = template(source), Contents(None), [], []
     return new
 
 
@@ -129,10 +129,6 @@ def test_a_template_that_moves_pictures_starts_again() -> None:
     s = session(VICUNA)
     turn(s, "what?", "red")
     assert s._new_part(s.template.render([*s.messages, user("and?")], True), 1) is None
-
-
-def test_a_marker_in_the_users_words_is_not_a_picture() -> None:
-    assert MARKER not in session(VICUNA)._clean(f"what does {MARKER} mean?")
 
 
 # --- break-even ------------------------------------------------------------------------------------------------------------------------------

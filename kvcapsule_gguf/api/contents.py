@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from ..chat.contents import Contents
 from ..reuse.binding import binding
 from ..reuse.parts import ImagePart, Item
 from ..reuse.prefixes import Prefixes
+from .quiet import log
 
 FILLER = 0  # at the positions of a picture, where Llama wants a token that exists
 
@@ -26,11 +27,11 @@ class LlamaEngine:
 
     prefixes: Prefixes | None = None
 
-    def __init__(self, llama: Llama, mtmd_ctx: Any, mmproj: Path, capsule_path: Path | None) -> None:
-        self.owner = llama
+    def __init__(self, llama: Llama, mtmd_ctx: Any, mmproj: Path | None, capsule_path: Path | None) -> None:
+        self._owner = weakref.ref(llama)  # it is freed as soon as nobody else has it
         self.native = native.load()
         self.llama = self.native.llama
-        self.ctx, self.model = llama.ctx, llama.model
+        self.ctx, self.model, self.vocab = llama.ctx, llama.model, llama._model.vocab
         self.memory = self.llama.llama_get_memory(self.ctx)
         self.n_ctx = llama.n_ctx()
         self.mtmd_ctx = mtmd_ctx
@@ -39,11 +40,13 @@ class LlamaEngine:
         names = {number: name for name, number in CACHE_TYPES.items()}
         params = llama.context_params
         self.options = SimpleNamespace(cache_type_k=names[params.type_k], cache_type_v=names[params.type_v])
-        self.log = SimpleNamespace(take=lambda about="": "")
+        self.log = log()
 
-    @cached_property
-    def binding(self) -> str:
-        params, owner = self.owner.context_params, self.owner
+    def is_of(self, llama: Llama) -> bool:
+        return self._owner() is llama
+
+    def binding(self, owner: Llama) -> str:
+        params = owner.context_params
         rope = [name for name, _ in params._fields_ if name.startswith(("rope_", "yarn_"))]
         settings: dict[str, object] = {name: getattr(params, name) for name in ("type_k", "type_v", "flash_attn_type", *rope)}
         settings |= {"api": True, "n_ctx": self.n_ctx, "ratio": getattr(owner, "ratio", os.environ.get("LLAMA_KVCAPSULE_RATIO"))}
@@ -57,10 +60,10 @@ class LlamaContents(Contents):
 
     engine: LlamaEngine  # type: ignore[assignment]
 
-    def __init__(self, engine: LlamaEngine) -> None:
+    def __init__(self, engine: LlamaEngine, llama: Llama) -> None:
         super().__init__(engine)  # type: ignore[arg-type]
-        self._owner = engine.owner
-        self._seen = engine.owner.input_ids
+        self._owner = weakref.proxy(llama)
+        self._seen = llama.input_ids
 
     def sync(self) -> None:
         """Takes over what happened since: tokens that were generated, a reset, a state that was loaded."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import inspect
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,18 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter, MTMDChatHandler
 
 from .. import native
 from ..chat.fill import Work, fill
-from ..chat.prompt import Chunk, read_chunks
+from ..chat.prompt import Chunk, chunks
 from ..chat.stats import ImageUse
+from ..chat.template import CHATML
 from ..reuse.prefixes import DEFAULT_MIB, Prefixes
 from ..runtime.errors import KVCapsuleError
-from ..runtime.pictures import Budget, Picture, decode, new_bitmap, read
+from ..runtime.marker import MARKER
+from ..runtime.pictures import Budget, Picture, decode, read
+from ..runtime.projector import check_projector
 from .contents import LlamaContents, LlamaEngine
-from .tools import choose_tool
+from .forced import Form, answer_form
+from .messages import read_messages
+from .quiet import log, say
 
 _COMPLETION = inspect.signature(Llama.create_completion).parameters
 # what goes from a request to create_completion(), with the defaults of the handler that this one replaces; the rest is for the chat template
@@ -38,45 +41,63 @@ class PromptStats(Work):
 
 
 class KVCapsuleChatHandler(MTMDChatHandler):
-    """Llama(..., chat_handler=KVCapsuleChatHandler(clip_model_path=...)). One handler for one Llama, and no other handler on that Llama.
+    """Llama(..., chat_handler=KVCapsuleChatHandler(clip_model_path=...)). One handler for one Llama, and no other handler on that Llama. Without a
+    projector (None) it answers text only.
 
     image_cache: a folder in which read pictures are kept for the next start, image_cache_mib: how large it may become."""
 
-    def __init__(self, clip_model_path: str, verbose: bool = False, use_gpu: bool = True, *, image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB,
-                 capsule_path: Path | None = None) -> None:  # fmt: skip
-        super().__init__(clip_model_path=str(clip_model_path), verbose=verbose, use_gpu=use_gpu)
+    def __init__(self, clip_model_path: str | None, verbose: bool = False, use_gpu: bool = True, *, image_cache: str | Path | None = None,
+                 image_cache_mib: int = DEFAULT_MIB, capsule_path: Path | None = None) -> None:  # fmt: skip
+        if clip_model_path is not None:
+            super().__init__(clip_model_path=str(clip_model_path), verbose=verbose, use_gpu=use_gpu)
+        self._mmproj = Path(clip_model_path) if clip_model_path is not None else None
         self._image_cache = Path(image_cache) if image_cache is not None else None
         self._image_cache_mib = image_cache_mib
         self._capsule_path = capsule_path
         self._contents: LlamaContents | None = None
-        self._plain_text: bool | None = None  # of the model's chat template, once it is known
+        self._forms: dict[tuple[str, type], bool] = {}  # what the model's chat template takes, once it is known
         self._request = 0
+        self.mtmd_ctx: Any = None
         self.stats = PromptStats()
 
     def __call__(self, *, llama: Llama, messages: list[Any], functions: Any = None, function_call: Any = None, tools: Any = None, tool_choice: Any = None,
                  response_format: Any = None, grammar: Any = None, logprobs: Any = None, top_logprobs: Any = None, max_tokens: int | None = None, stream: bool = False,
                  **kwargs: Any) -> Any:  # fmt: skip
-        """As MTMDChatHandler does it. Raises ValueError for pictures and prompts that cannot be read or do not fit."""
+        """As MTMDChatHandler does it. Raises ValueError for requests that cannot be understood, and for pictures and prompts that cannot be read or do not fit."""
         contents = self._open(llama)
         self._request += 1
+        form = answer_form(llama, functions=functions, function_call=function_call, tools=tools, tool_choice=tool_choice, response_format=response_format, grammar=grammar)
+        known, urls = read_messages(messages, MARKER)
+        if urls and self.mtmd_ctx is None:
+            raise ValueError("pictures need a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
         template = {name: value for name, value in kwargs.items() if name not in SAMPLING}
-        prompt = self._render(llama, messages, functions=functions, function_call=function_call, tools=tools, tool_choice=tool_choice, **template)
+        shown = functions if form.shown else None
+        prompt = self._render(llama, known, functions=shown, function_call=function_call, tools=form.shown, tool_choice=tool_choice, **template)
+        if prompt.count(MARKER) != len(urls):
+            raise ValueError("the model's chat template does not show the pictures where these messages have them: put them into messages of the role user")
         try:
-            with self._chunks(prompt, self.get_image_urls(messages)) as (chunks, pictures):
-                self._fill(contents, chunks, pictures)
+            budget = Budget()
+            pictures = [decode(self.load_image(url), budget, f"image {index + 1}") for index, url in enumerate(urls)]
+            for picture in pictures:
+                if picture.warning:
+                    say(picture.warning)
+            with chunks(contents.engine, prompt, pictures, first=True) as parts:  # type: ignore[arg-type]
+                self._fill(contents, parts, pictures)
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
-        if response_format is not None and response_format["type"] == "json_object":
-            grammar = llama_chat_format._grammar_for_response_format(response_format)
-        tool, grammar = choose_tool(llama, functions, function_call, tools, tool_choice, grammar)
         sampling = {**SAMPLING, **{name: value for name, value in kwargs.items() if name in SAMPLING}}
-        sampling |= {"grammar": grammar, "logprobs": top_logprobs if logprobs else None, "max_tokens": self._most_tokens(contents, max_tokens), "stream": stream}
+        sampling |= {"grammar": form.grammar, "logprobs": top_logprobs if logprobs else None, "max_tokens": self._most_tokens(contents, max_tokens)}
+        # the name of one of several tools is known at the end
+        sampling["stream"] = stream and len(form.tools) <= 1
+        n_prompt = contents.n_cells
         answer = llama.create_completion(prompt=llama.input_ids[: llama.n_tokens].tolist(), **sampling)
-        if stream:
-            answer = self._only_while_current(answer)
-        if tool is not None:
-            return llama_chat_format._convert_completion_to_chat_function(tool["function"]["name"], answer, stream)
-        return llama_chat_format._convert_completion_to_chat(answer, stream=stream)
+        if sampling["stream"]:
+            answer = self._only_while_current(answer, self._request)
+        else:
+            # Llama counts positions, of which an M-RoPE picture has few
+            usage = answer["usage"]
+            usage |= {"prompt_tokens": n_prompt, "total_tokens": n_prompt + usage["completion_tokens"]}
+        return _chat_answer(answer, form, stream)
 
     def load_image(self, image_url: str) -> bytes:
         """data: and http(s) URLs; nothing else, since they come with messages of other people. Raises ValueError."""
@@ -85,52 +106,85 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         return read(image_url)
 
     def _open(self, llama: Llama) -> LlamaContents:
+        if llama._ctx.ctx is None:
+            raise ValueError("this Llama is closed")
+        if self._contents is not None and self._contents.engine.is_of(llama):
+            return self._contents
+        if self.mtmd_ctx is not None:
+            raise ValueError("a KVCapsuleChatHandler is for one Llama: make another one for this Llama")
         self._init_mtmd_context(llama)
-        if self._contents is None or self._contents.engine.owner is not llama:
-            path = self._capsule_path
-            if path is None and native.is_attached(llama.ctx):
-                path = native.environment_capsule()
-            engine = LlamaEngine(llama, self.mtmd_ctx, Path(self.clip_model_path), path)
-            llama.reset()
-            self._contents, self._plain_text = LlamaContents(engine), None
-            if self._image_cache is not None:
-                try:
-                    engine.prefixes = Prefixes(self._image_cache, self._image_cache_mib, engine.binding, engine.llama, warnings.warn)
-                except OSError as error:
-                    raise ValueError(f"image_cache {self._image_cache}: {error.strerror or error}") from None
+        path = self._capsule_path
+        if path is None and native.is_attached(llama.ctx):
+            path = native.environment_capsule()
+        engine = LlamaEngine(llama, self.mtmd_ctx, self._mmproj, path)
+        llama.reset()
+        self._contents, self._forms = LlamaContents(engine, llama), {}
+        if self._image_cache is not None and self._mmproj is not None:
+            try:
+                engine.prefixes = Prefixes(self._image_cache, self._image_cache_mib, engine.binding(llama), engine.llama, say)
+            except OSError as error:
+                raise ValueError(f"image_cache {self._image_cache}: {error.strerror or error}") from None
         return self._contents
 
-    def _render(self, llama: Llama, messages: list[Any], **values: Any) -> str:
-        bos, eos = (self._decode_token_piece(llama.detokenize([token])) for token in (llama.token_bos(), llama.token_eos()))
-        formatter = Jinja2ChatFormatter(self._get_chat_template(llama), eos_token=eos, bos_token=bos)
-        marker = self._mtmd_cpp.mtmd_default_marker().decode()
-        messages = self._get_template_messages([_without(message, marker) for message in messages], marker)
-        if self._plain_text is None:
-            self._plain_text = _knows_only_text(formatter)
-        return formatter(messages=[_as_text(message) for message in messages] if self._plain_text else messages, **values).prompt
-
-    @contextmanager
-    def _chunks(self, prompt: str, urls: list[str]) -> Iterator[tuple[list[Chunk], list[Picture]]]:
-        mtmd = self._mtmd_cpp
-        bitmaps: list[Any] = []
-        pictures, budget = list[Picture](), Budget()
-        found = mtmd.mtmd_input_chunks_init()
+    def _init_mtmd_context(self, llama_model: Llama) -> None:
+        """As MTMDChatHandler does it, but for the marker, and without a redirection of the process's stdout and stderr."""
+        self.verbose = llama_model.verbose
+        llama_model._stack.callback(self._close)
+        if self._mmproj is None or self.mtmd_ctx is not None:
+            return
+        libraries, reasons = native.load(), log()
+        reasons.attach()
         try:
-            for index, url in enumerate(urls):
-                pictures.append(decode(self.load_image(url), budget, f"image {index + 1}"))
-                bitmaps.append(new_bitmap(mtmd, pictures[-1].rgb))
-                mtmd.mtmd_bitmap_set_id(bitmaps[-1], str(index).encode())
-            text = prompt.encode("utf-8", "replace")
-            request = mtmd.mtmd_input_text(text=text, text_len=len(text), add_special=True, parse_special=True)
-            array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            if status := mtmd.mtmd_tokenize(self.mtmd_ctx, found, ctypes.byref(request), array, len(bitmaps)):
-                raise ValueError(f"the prompt and its {len(bitmaps)} pictures cannot be prepared for the model (status {status})")
-            handles = [mtmd.mtmd_input_chunks_get(found, i) for i in range(mtmd.mtmd_input_chunks_size(found))]
-            yield read_chunks(mtmd, handles, [picture.digest for picture in pictures]), pictures
-        finally:
-            mtmd.mtmd_input_chunks_free(found)
-            for bitmap in bitmaps:
-                mtmd.mtmd_bitmap_free(bitmap)
+            check_projector(libraries.llama, llama_model.model, self._mmproj)
+        except KVCapsuleError as error:
+            raise ValueError(str(error)) from None
+        params = libraries.mtmd.mtmd_context_params_default()
+        params.use_gpu = self.use_gpu
+        params.print_timings = self.verbose
+        params.n_threads = llama_model.n_threads
+        params.media_marker = MARKER.encode()
+        with_flash_attention = llama_model.context_params.flash_attn_type == libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if with_flash_attention else libraries.llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        reasons.take()
+        self.mtmd_ctx = libraries.mtmd.mtmd_init_from_file(str(self._mmproj).encode(), llama_model.model, params)
+        if not self.mtmd_ctx:
+            raise ValueError(f"{self._mmproj} cannot be used with {Path(llama_model.model_path).name}: {reasons.take() or 'unknown reason (verbose=True shows the log)'}")
+        if not libraries.mtmd.mtmd_support_vision(self.mtmd_ctx):
+            raise ValueError(f"{self._mmproj} is not a vision projector")
+
+    def _close(self) -> None:
+        """With the Llama. Its streams end."""
+        self._request += 1
+        self._contents = None
+        if self.mtmd_ctx is not None:
+            self._mtmd_cpp.mtmd_free(self.mtmd_ctx)
+            self.mtmd_ctx = None
+
+    def _render(self, llama: Llama, messages: list[dict[str, Any]], **values: Any) -> str:
+        bos, eos = (self._decode_token_piece(llama.detokenize([token])) for token in (llama.token_bos(), llama.token_eos()))
+        source = llama.metadata.get("tokenizer.chat_template") or CHATML
+        if "developer" not in source:
+            messages = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+        try:
+            formatter = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+            return formatter(messages=[self._shaped(formatter, message) for message in messages], **values).prompt
+        # a template is a program of the model's maker
+        except Exception as error:
+            raise ValueError(f"the model's chat template refuses these messages: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+    def _shaped(self, formatter: Jinja2ChatFormatter, message: dict[str, Any]) -> dict[str, Any]:
+        """With the content as the template wants it for this role: a text, or a list of parts."""
+        role, content = message["role"], message["content"]
+        takes = {kind: self._forms.get((role, kind)) for kind in (str, list)}
+        if None in takes.values():
+            takes = {kind: _takes(formatter, role, kind) for kind in (str, list)}
+            self._forms |= {(role, kind): taken for kind, taken in takes.items()}
+            gc.collect()  # an exception in Jinja leaves a cycle of frames, which would keep the Llama
+        if isinstance(content, list) and not takes[list]:
+            content = "".join(part["text"] for part in content)
+        elif isinstance(content, str) and takes[list] and not takes[str]:
+            content = [{"type": "text", "text": content}]
+        return {**message, "content": content}
 
     def _fill(self, contents: LlamaContents, chunks: list[Chunk], pictures: list[Picture]) -> None:
         n_ctx, needed = contents.engine.n_ctx, sum(chunk.n_tokens for chunk in chunks)
@@ -151,35 +205,38 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             room = min(room, stats.n_hot - stats.n_hot_used)
         return max(1, room if wanted is None or wanted <= 0 else min(room, wanted))
 
-    def _only_while_current(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        request = self._request
-        for chunk in chunks:
-            yield chunk
+    def _only_while_current(self, chunks: Iterator[Any], request: int) -> Iterator[Any]:
+        while True:
             if self._request != request:
-                raise RuntimeError("this Llama has answered another request since: a stream must be finished or closed first")
+                raise RuntimeError("this Llama has answered another request since, or is closed: a stream must be finished or closed first")
+            try:
+                chunk = next(chunks)
+            except StopIteration:
+                return
+            yield chunk
 
 
-def _knows_only_text(formatter: Jinja2ChatFormatter) -> bool:
-    """Whether a template wants the content of a message as text, not as a list of parts."""
-    try:
-        text = formatter(messages=[{"role": "user", "content": [{"type": "text", "text": "probe"}]}]).prompt
-    except Exception:
-        return True
-    return "'probe'" in text or "probe" not in text
+def _takes(formatter: Jinja2ChatFormatter, role: str, kind: type) -> bool:
+    """Whether a template shows a content of this kind in a message of this role."""
+    message = {"role": role, "content": "probe" if kind is str else [{"type": "text", "text": "probe"}]}
+    for messages in ([message], [{"role": "user", "content": "?"}, message]):
+        try:
+            text = formatter(messages=messages).prompt
+        # not every role may come first
+        except Exception:
+            continue
+        return "probe" in text and "'probe'" not in text
+    return kind is str
 
 
-def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    return {**message, "content": "".join(part.get("text") or "" for part in content)} if isinstance(content, list) else message
-
-
-def _without(message: dict[str, Any], marker: str) -> dict[str, Any]:
-    """A marker in somebody's words must not stand for a picture."""
-
-    def clean(value: Any) -> Any:
-        return value.replace(marker, marker.strip("<>")) if isinstance(value, str) else value
-
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": [{**part, "text": clean(part["text"])} if isinstance(part, dict) and part.get("type") == "text" else part for part in content]}
-    return {**message, "content": clean(content)}
+def _chat_answer(answer: Any, form: Form, stream: bool) -> Any:
+    """A completion as llama-cpp-python's chat completion, or its chunks."""
+    name = form.tools[0]["function"]["name"] if len(form.tools) == 1 else None
+    if len(form.tools) > 1:
+        choice = answer["choices"][0]
+        if call := form.split(choice["text"], choice["finish_reason"] == "stop"):
+            name, choice["text"] = call
+        answer = iter([answer]) if stream else answer
+    if name is not None:
+        return llama_chat_format._convert_completion_to_chat_function(name, answer, stream)
+    return llama_chat_format._convert_completion_to_chat(answer, stream=stream)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from llama_cpp import Llama
 
@@ -17,31 +20,67 @@ from ..chat.stats import ImageUse
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime.errors import KVCapsuleError
+from ..runtime.projector import check_projector
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
+from .quiet import log, say
+
+
+VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO")
+_lock = threading.Lock()
+_inside = 0
+_taken: dict[str, str] = {}
 
 
 @contextmanager
 def _without_environment() -> Iterator[None]:
-    """LLAMA_KVCAPSULE is for contexts of programs that know nothing of capsules: here the arguments say it all, "off" included."""
-    taken = {name: os.environ.pop(name) for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO") if name in os.environ}
+    """LLAMA_KVCAPSULE is for contexts of programs that know nothing of capsules: here the arguments say it all, "off" included. Several threads may be
+    inside; the last one puts the variables back."""
+    global _inside
+    with _lock:
+        _inside += 1
+        _taken.update({name: os.environ.pop(name) for name in VARIABLES if name in os.environ})
     try:
         yield
     finally:
-        os.environ.update(taken)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                os.environ.update(_taken)
+                _taken.clear()
+
+
+def _environment_capsule() -> Path | None:
+    with _lock:
+        name = _taken.get(VARIABLES[0]) or os.environ.get(VARIABLES[0])
+    return Path(name) if name else None
+
+
+_open: WeakSet[KVCapsuleLlama] = WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """Closes what is open while Python is still whole; but a thread that is left behind may be in the middle of something."""
+    if threading.active_count() == 1:
+        for llama in list(_open):
+            llama.close()
+    log().ended = True
 
 
 class KVCapsuleLlama(Llama):
     """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
 
     mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text and
-    one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit. The rest goes to Llama.
+    one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
+    what the model was trained with, if that is less. The rest goes to Llama.
 
     One thread at a time. Close it, or use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
 
+    _stack = ExitStack()  # of an object whose __init__ never began
+
     def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, ratio: float = 0.0,
-                 image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int = DEFAULT_CTX, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
-        self._stack = ExitStack()  # for close(), should this end early
+                 image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
         try:
             path = files.check_model(Path(model_path))
             self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)
@@ -49,23 +88,31 @@ class KVCapsuleLlama(Llama):
             raise ValueError(str(error)) from None
         if self.mmproj is None and str(capsule) not in ("auto", "off"):
             raise ValueError("a capsule needs a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
+        if kwargs.get("chat_format") is not None:
+            raise ValueError("chat_format: the model's own chat template is used; leave this out, or give a chat_handler")
         self.capsule_path: Path | None = None
         self.hot, self.ratio = hot, ratio
+        self._n_ctx_given = n_ctx is not None
         self._setting = str(capsule)
-        if self._setting == "auto" and (named := native.environment_capsule()) is not None:
+        if self._setting == "auto" and (named := _environment_capsule()) is not None:
             self._setting = str(named)
         handler = kwargs.pop("chat_handler", None)
-        if handler is None and self.mmproj is not None:
-            handler = KVCapsuleChatHandler(str(self.mmproj), verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
+        if handler is None:
+            projector = str(self.mmproj) if self.mmproj is not None else None
+            handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
+        log().attach()
+        log().take()
         try:
             with _without_environment():
-                super().__init__(str(path), n_ctx=n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
+                super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except ValueError as error:
+            self.close()
             if self.capsule_path is not None and (reason := native.last_error()):
                 raise native.CapsuleError(reason) from error
-            raise
+            raise ValueError(f"{error}: {reason}" if (reason := log().take()) else str(error)) from None
         if isinstance(handler, KVCapsuleChatHandler):
             handler._capsule_path = self.capsule_path
+        _open.add(self)
 
     @property
     def _model(self) -> Any:
@@ -75,10 +122,15 @@ class KVCapsuleLlama(Llama):
     def _model(self, model: Any) -> None:
         # Llama makes its model, then its context: the capsule belongs to the one and has to be there for the other
         self.__dict__["_model"] = model
-        if self.mmproj is None or self._setting == "off":
+        if not self._n_ctx_given:
+            self.context_params.n_ctx = min(DEFAULT_CTX, model.n_ctx_train())
+        if self.mmproj is None:
             return
         architecture = metadata(model.model, "general.architecture") or ""
         try:
+            check_projector(native.load().llama, model.model, self.mmproj)
+            if self._setting == "off":
+                return
             path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
@@ -87,6 +139,8 @@ class KVCapsuleLlama(Llama):
             self._stack.callback(capsule.close)
             native.next_context(capsule, n_hot=self.hot, ratio=self.ratio)
             self.capsule_path = path
+        else:
+            say(f"no capsule for {Path(self.model_path).name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule=\"off\" silences this line)")
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,

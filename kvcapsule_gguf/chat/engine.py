@@ -17,6 +17,8 @@ from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
+from ..runtime.marker import MARKER
+from ..runtime.projector import check_projector
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
 from .devices import choose_devices
@@ -95,10 +97,12 @@ class Engine:
 
     def _open_projector(self, stack: ExitStack) -> None:
         mtmd = self.native.mtmd
+        check_projector(self.llama, self.model, self.mmproj)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = self.options.n_gpu_layers != 0 and self.options.device != "none"
         params.print_timings = False
         params.warmup = False
+        params.media_marker = MARKER.encode()
         params.n_threads = self.threads()
         params.flash_attn_type = FLASH_ATTN[self.options.flash_attn]
         params.image_min_tokens = self.options.image_min_tokens

@@ -6,6 +6,7 @@ import ctypes
 import re
 import sys
 from collections import deque
+from typing import Any
 
 from ..native import Native
 
@@ -13,18 +14,26 @@ WARNING, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
 class Log:
-    """Takes over the logs of llama, ggml and mtmd for as long as the process lives."""
+    """Takes over the logs of llama, ggml and mtmd, until another one does."""
+
+    _attached: Any = None
 
     def __init__(self, native: Native, verbose: bool, with_mtmd: bool) -> None:
         self.verbose = verbose
         self.lines: deque[tuple[int, str]] = deque(maxlen=16)  # warnings and errors, with their level
         self._level = 0
+        self._native, self._with_mtmd = native, with_mtmd
         self._callback = native.llama.llama_log_callback(self._write)
+        self.attach()
+
+    def attach(self) -> None:
+        """Again, where another log may have been attached since."""
+        Log._attached = self._callback  # it lives as long as the libraries may call it
         nothing = ctypes.c_void_p(0)
-        native.llama.llama_log_set(self._callback, nothing)
-        if with_mtmd:
-            native.mtmd.mtmd_log_set(self._callback, nothing)
-            native.mtmd.mtmd_helper_log_set(self._callback, nothing)
+        self._native.llama.llama_log_set(self._callback, nothing)
+        if self._with_mtmd:
+            self._native.mtmd.mtmd_log_set(self._callback, nothing)
+            self._native.mtmd.mtmd_helper_log_set(self._callback, nothing)
 
     def _write(self, level: int, text: bytes, _user: int | None) -> None:
         line = text.decode("utf-8", "replace")

@@ -11,6 +11,7 @@ from typing import Any
 from ..reuse import container, memory
 from ..reuse.parts import from_json, to_json
 from ..runtime.errors import KVCapsuleError
+from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, PictureError, decode
 from .contents import SEQ
 from .session import Session
@@ -25,7 +26,7 @@ def save(session: Session, path: Path) -> str:
     header = {
         "kind": KIND,
         "binding": engine.binding,
-        "marker": session.marker,
+        "marker": MARKER,
         "messages": session.messages,
         "pictures": [picture.name for picture in session.pictures],
         "text": state.text,
@@ -47,11 +48,11 @@ def load(session: Session, path: Path) -> str:
         header, blobs = container.read(path)
         if header.get("kind") != KIND:
             raise container.Damaged(f"{path} is not a kept conversation")
-        messages = [{"role": str(m["role"]), "content": _marked(m["content"], header["marker"], session.marker)} for m in header["messages"]]
+        messages = [{"role": str(m["role"]), "content": _marked(m["content"], header["marker"], MARKER)} for m in header["messages"]]
         budget = Budget()
         pictures = [decode(bytes(blob), budget, str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
         items = from_json(header["items"])
-        text, note, pos_max = _marked(header["text"], header["marker"], session.marker), header["images"], int(header["pos_max"])
+        text, note, pos_max = _marked(header["text"], header["marker"], MARKER), header["images"], int(header["pos_max"])
     except PictureError:
         raise
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..runtime.errors import ContextFull, KVCapsuleError
+from ..runtime.marker import MARKER
 from ..runtime.pictures import Picture
 from .args import Options
 from .contents import Contents
@@ -43,14 +44,13 @@ class Session:
         bos, eos = (self._special(token(engine.vocab)) for token in (llama.llama_vocab_bos, llama.llama_vocab_eos))
         adds_bos = llama.llama_vocab_get_add_bos(engine.vocab)
         self.template = ChatTemplate(source.decode("utf-8", "replace") if source else None, bos, eos, adds_bos)
-        self.marker = engine.native.mtmd.mtmd_default_marker().decode() if engine.mtmd_ctx else "<__media__>"
         self.state = Contents(engine)
         self.clear()
 
     def clear(self) -> None:
         """Forgets the conversation; the system prompt stays."""
         self.state.clear()
-        self.messages: list[Message] = [{"role": "system", "content": self._clean(self.options.system)}] if self.options.system else []
+        self.messages: list[Message] = [{"role": "system", "content": self.options.system}] if self.options.system else []
         self.pictures: list[Picture] = []
 
     def undo(self) -> str | None:
@@ -60,15 +60,15 @@ class Session:
             return None
         question = self.messages[asked[-1]]["content"]
         self.messages = self.messages[: asked[-1]]
-        del self.pictures[len(self.pictures) - question.count(self.marker) :]
+        del self.pictures[len(self.pictures) - question.count(MARKER) :]
         self.state.text = ""
-        return question.replace(self.marker, "")
+        return question.replace(MARKER, "")
 
     def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None]) -> Turn:
         """Streams the answer to `on_text`. Raises KVCapsuleError; the conversation is then as it was before."""
         if pictures and self.engine.mtmd_ctx is None:
             raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
-        message = {"role": "user", "content": self.marker * len(pictures) + self._clean(question)}
+        message = {"role": "user", "content": MARKER * len(pictures) + question}
         prompt = self.template.render([*self.messages, message], True)
         turn = self._fill(prompt, pictures)
         self.messages.append(message)
@@ -81,10 +81,6 @@ class Session:
 
     def _special(self, token: int) -> str:
         return self.engine.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
-
-    def _clean(self, text: str) -> str:
-        """A marker in the user's own words must not stand for a picture."""
-        return text.replace(self.marker, self.marker.strip("<>"))
 
     def _new_part(self, prompt: str, n_pictures: int) -> str | None:
         """What has to be added to the cache so that it holds `prompt`; None if that cannot be done by adding."""
@@ -101,7 +97,7 @@ class Session:
             end = self.messages[-1]["content"].strip().rpartition("\n")[2]
             at = past.rfind(end) if end else -1
             new = prompt[at + len(end) if at >= 0 else len(past) :]
-        return new if new.count(self.marker) == n_pictures else None
+        return new if new.count(MARKER) == n_pictures else None
 
     def _fill(self, prompt: str, pictures: list[Picture]) -> Turn:
         """Makes the cache hold `prompt`; `pictures` are those of the new question."""

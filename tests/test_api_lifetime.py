@@ -1,0 +1,240 @@
+"""The Python API as a part of somebody's program: what it prints, threads, closing, garbage collection, the end of the process."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, library
+from test_native import require_capsules
+
+DEMO = ROOT / "kvcapsule_gguf" / "demo"
+MODEL = DEMO / "kvdemo-8M-v1-F16.gguf"
+
+# ask(llm, n) -> the word that is written in scene n
+HEAD = f"""
+import base64, gc, os, sys, threading
+from pathlib import Path
+from kvcapsule_gguf import KVCapsuleChatHandler, KVCapsuleLlama
+DEMO = Path({str(DEMO)!r})
+MODEL = DEMO / {MODEL.name!r}
+
+def messages(n, text="What is at the top right?"):
+    url = "data:image/jpeg;base64," + base64.b64encode((DEMO / f"scene-{{n}}.jpg").read_bytes()).decode()
+    return [dict(role="user", content=[dict(type="image_url", image_url=dict(url=url)), dict(type="text", text=text)])]
+
+def ask(llm, n=1):
+    return llm.create_chat_completion(messages(n), temperature=0, max_tokens=8)["choices"][0]["message"]["content"].strip()
+
+def new(**options):
+    return KVCapsuleLlama(MODEL, n_threads=1, n_threads_batch=1, **options)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    require_capsules()
+    from kvcapsule_gguf import native
+
+    native.load(library("patched"))
+
+
+def run(code: str, head: str = HEAD, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(library("patched")), **environment}
+    return subprocess.run([sys.executable, "-c", head + code], env=env, capture_output=True, text=True, timeout=300)
+
+
+# --- what is printed ---------------------------------------------------------------------------------------------------------------------------
+
+ENDS = {
+    "closed": "with new() as llm: print(ask(llm))",
+    "left open": "llm = new(); print(ask(llm))",
+    "in a cycle": "llm = new(); llm.me = llm; print(ask(llm)); del llm",
+    "in a module": "import json; json.llm = new(); print(ask(json.llm))",
+    "a stream that has begun": "llm = new(); print(ask(llm)); stream = llm.create_chat_completion(messages(1), stream=True); next(stream)",
+    "a stream that has not": "llm = new(); print(ask(llm)); stream = llm.create_chat_completion(messages(1), stream=True); del llm",
+    "a plain Llama": "from llama_cpp import Llama\nllm = Llama(str(MODEL), chat_handler=KVCapsuleChatHandler(str(DEMO / 'mmproj-kvdemo-8M-v1-F16.gguf')), n_ctx=1024, verbose=False)\nprint(ask(llm))",
+    "sys.exit": "llm = new(); print(ask(llm)); sys.exit(0)",
+    "another thread": "thread = threading.Thread(target=lambda: print(ask(new()))); thread.start()",
+    "a thread that is left behind": "llm = new(); print(ask(llm)); threading.Thread(target=lambda: [ask(llm) for _ in range(9999)], daemon=True).start()",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_is_printed_not_even_at_the_end(end: str) -> None:
+    result = run(ENDS[end])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "yellow star\n", "")
+
+
+def test_a_constructor_that_fails_leaves_no_noise(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + bytes(40))
+    result = run(f"""
+for arguments, options in (((), {{}}), ((MODEL,), dict(nonsense=1, n_ctx="x")), (({str(tmp_path / "x.gguf")!r},), {{}}), ((MODEL,), dict(chat_format="chatml"))):
+    try:
+        KVCapsuleLlama(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        print(type(error).__name__)
+""")
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["TypeError", "TypeError", "ValueError", "ValueError"], "")
+
+
+def test_one_line_when_there_is_no_capsule(tmp_path: Path) -> None:
+    """It says how it is silenced, and that works."""
+    for name in (MODEL.name, "mmproj-kvdemo-8M-v1-F16.gguf"):
+        shutil.copy(DEMO / name, tmp_path)  # a link would lead back to its capsule
+    code = f"print(ask(KVCapsuleLlama(Path({str(tmp_path)!r}) / MODEL.name, n_threads=1, n_threads_batch=1, **OPTIONS)))"
+    line = f'no capsule for {MODEL.name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule="off" silences this line)\n'
+    for options, expected in (("{}", line), ("{'capsule': 'off'}", ""), ("{}; import logging; logging.getLogger('kvcapsule_gguf').setLevel('ERROR')", "")):
+        result = run(f"OPTIONS = {options}\n{code}")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "yellow star\n", expected)
+
+
+def test_verbose_shows_the_log() -> None:
+    result = run("with new(verbose=True) as llm: print(ask(llm))")
+    assert result.stdout == "yellow star\n" and "clip" in result.stderr and "llama_context" in result.stderr
+
+
+# --- threads -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_objects_in_threads() -> None:
+    """Each loads, answers rightly and closes, again and again; all the while stdout and stderr are what they were."""
+    result = run("""
+answers = [None, "yellow star", "blue square", None, None]
+before = [os.fstat(fd) for fd in (1, 2)], sys.stdout, sys.stderr
+wrong = []
+expected = {}
+with new() as llm:
+    expected = {n: ask(llm, n) for n in (1, 2, 3, 4)}
+
+def work(k):
+    for turn in range(4):
+        n = 1 + (k + turn) % 4
+        with new(capsule="auto" if turn % 2 else "off") as llm:
+            if ([os.fstat(fd) for fd in (1, 2)], sys.stdout, sys.stderr) != before or ask(llm, n) != expected[n]:
+                wrong.append((k, turn))
+
+threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+os.write(1, b"out\\n"), os.write(2, b"err\\n"), print(wrong, len(set(expected.values())) > 1)
+""")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "out\n[] True\n", "err\n")
+
+
+def test_the_environment_is_hidden_until_the_last_thread_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcapsule_gguf.api.llama import _environment_capsule, _without_environment
+
+    monkeypatch.setenv("LLAMA_KVCAPSULE", "c.gguf")
+    first, second = _without_environment(), _without_environment()
+    first.__enter__(), second.__enter__()
+    assert "LLAMA_KVCAPSULE" not in os.environ and _environment_capsule() == Path("c.gguf")
+    first.__exit__(None, None, None)
+    assert "LLAMA_KVCAPSULE" not in os.environ
+    second.__exit__(None, None, None)
+    assert os.environ["LLAMA_KVCAPSULE"] == "c.gguf"
+
+
+# --- one object, used in all ways --------------------------------------------------------------------------------------------------------------
+
+
+def new(**options: Any) -> Any:
+    from kvcapsule_gguf import KVCapsuleLlama
+
+    return KVCapsuleLlama(MODEL, n_threads=1, n_threads_batch=1, **options)
+
+
+def messages(n: int) -> list[dict[str, Any]]:
+    url = "data:image/jpeg;base64," + base64.b64encode((DEMO / f"scene-{n}.jpg").read_bytes()).decode()
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is at the top right?"}]}]
+
+
+def ask(llm: Any, n: int = 1) -> str:
+    return llm.create_chat_completion(messages(n), temperature=0, max_tokens=8)["choices"][0]["message"]["content"].strip()
+
+
+def test_a_closed_llama_says_so() -> None:
+    llm = new()
+    stream, late = (llm.create_chat_completion(messages(1), stream=True) for _ in range(2))
+    llm.close(), llm.close()
+    with pytest.raises(ValueError, match="this Llama is closed"):
+        ask(llm)
+    for chunks in (stream, late):
+        with pytest.raises(RuntimeError, match="closed"):
+            list(chunks)
+
+
+def test_a_stream_that_has_not_begun_is_overtaken_too() -> None:
+    with new() as llm:
+        stream = llm.create_chat_completion(messages(1), stream=True)
+        assert ask(llm, 2)
+        with pytest.raises(RuntimeError, match="another request"):
+            next(stream)
+
+
+def test_a_handler_is_for_one_llama() -> None:
+    with new() as llm:
+        assert ask(llm) == "yellow star"
+        with new(chat_handler=llm.chat_handler) as other, pytest.raises(ValueError, match="is for one Llama"):
+            ask(other)
+        assert ask(llm) == "yellow star"
+
+
+def test_it_is_freed_with_its_last_reference() -> None:
+    """A model may have many GB: that must not wait for the collector of cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = new()
+        assert ask(llm) == "yellow star"
+        gone = weakref.ref(llm)
+        del llm
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_exception_in_the_middle_leaves_a_llama_that_answers() -> None:
+    """In the user's own code while an answer is generated, in the projector, in the decoder, in the middle of a stream."""
+    class Stop(Exception):
+        pass
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise Stop
+
+    with new() as llm:
+        expected = {n: ask(llm, n) for n in (1, 2)}
+        mtmd = llm.chat_handler._contents.engine.native.mtmd
+        for owner, name in ((mtmd, "mtmd_helper_eval_chunk_single"), (llm, "eval"), (llm, "sample")):
+            with pytest.MonkeyPatch.context() as context:
+                context.setattr(owner, name, fail)
+                with pytest.raises(Stop):
+                    ask(llm, 1)
+            assert {n: ask(llm, n) for n in (1, 2)} == expected
+        for chunk in llm.create_chat_completion(messages(1), stream=True):
+            break
+        assert ask(llm, 2) == expected[2]
+        with pytest.raises(Stop):
+            for chunk in llm.create_chat_completion(messages(1), stream=True):
+                fail()
+        assert ask(llm, 1) == expected[1]
+
+
+def test_text_needs_no_projector(tmp_path: Path) -> None:
+    from kvcapsule_gguf import KVCapsuleLlama
+
+    shutil.copy(MODEL, tmp_path)
+    with KVCapsuleLlama(tmp_path / MODEL.name, n_threads=1, n_threads_batch=1) as llm, new() as other:
+        question = [{"role": "user", "content": "hello"}]
+        replies = [each.create_chat_completion(question, temperature=0, max_tokens=8) for each in (llm, other)]
+        assert replies[0]["choices"][0]["message"] == replies[1]["choices"][0]["message"] and replies[0]["usage"] == replies[1]["usage"]
+        with pytest.raises(ValueError, match="pictures need a vision projector"):
+            ask(llm)
