@@ -91,7 +91,7 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(
             f"| {r['setting']} | {r['kv_ratio']:.3f} | {r['times_smaller']:.2f}x | {share} | {100 * r['exact_match']:.1f} ({low:.1f} to {high:.1f}) "
             f"| {100 * r['exact_match_change']:+.1f} ({dlow:+.1f} to {dhigh:+.1f}) | {r['lost']} / {r['won']} "
-            f"| {r['kld']:.5f} ({r['kld_95'][0]:.5f} to {r['kld_95'][1]:.5f}) | {_times(r)} | {r['kld_p99']:.4f} | {100 * r['top_token_agreement']:.2f} |")
+            f"| {_small(r['kld'])} ({_small(r['kld_95'][0])} to {_small(r['kld_95'][1])}) | {_times(r)} | {r['kld_p99']:.4f} | {100 * r['top_token_agreement']:.2f} |")
     tasks = list(data["settings"][0]["tasks"])
     if len(tasks) > 1:
         lines += [
@@ -101,6 +101,10 @@ def markdown(data: dict[str, Any]) -> str:
         for r in data["settings"]:
             lines.append(f"| {r['setting']} | " + " | ".join(_cell(r["tasks"][t]) for t in tasks) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _small(kld: float) -> str:
+    return f"{kld:.5f}" if kld == 0 or kld >= 1e-4 else f"{kld:.1e}"
 
 
 def _times(row: dict[str, Any]) -> str:

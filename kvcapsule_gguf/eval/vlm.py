@@ -16,6 +16,7 @@ from .. import native
 from ..native.shapes import metadata
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
+from ..runtime.pictures import new_bitmap
 
 MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)
@@ -120,7 +121,7 @@ class Vlm:
 
     @contextmanager
     def _chunks(self, before: str, pictures: tuple[Image.Image, ...]) -> Iterator[int]:
-        made = [self._bitmap(picture.convert("RGB")) for picture in pictures]
+        made = [new_bitmap(self.mtmd, np.asarray(picture.convert("RGB"))) for picture in pictures]
         chunks = self.mtmd.mtmd_input_chunks_init()
         try:
             text = (before + MARKER * len(made)).encode()
@@ -134,10 +135,6 @@ class Vlm:
             self.mtmd.mtmd_input_chunks_free(chunks)
             for bitmap in made:
                 self.mtmd.mtmd_bitmap_free(bitmap)
-
-    def _bitmap(self, rgb: Image.Image) -> int:
-        pixels = (c.c_uint8 * (rgb.width * rgb.height * 3)).from_buffer_copy(rgb.tobytes())
-        return self.mtmd.mtmd_bitmap_init(rgb.width, rgb.height, pixels)
 
     def _encode(self, chunks: int) -> Picture:
         parts: list[list[int] | Encoded] = []
