@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -238,3 +239,72 @@ def test_text_needs_no_projector(tmp_path: Path) -> None:
         assert replies[0]["choices"][0]["message"] == replies[1]["choices"][0]["message"] and replies[0]["usage"] == replies[1]["usage"]
         with pytest.raises(ValueError, match="pictures need a vision projector"):
             ask(llm)
+
+
+@pytest.mark.parametrize("model", ["kvdemo-8M-v1-F16.gguf", "mrope/kvdemo-mrope-8M-v1-F16.gguf"])
+def test_whatever_came_before_an_answer_is_that_of_a_fresh_llama(model: str, tmp_path: Path) -> None:
+    """Forty uses in random order: questions, streams left early, exceptions, forms, plain completions, states, resets, another Llama that comes and goes."""
+    from kvcapsule_gguf import KVCapsuleLlama
+
+    class Stop(Exception):
+        pass
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise Stop
+
+    scenes = sorted((DEMO / model).parent.glob("scene-*.jpg"))
+    parts = [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()}} for path in scenes]
+    questions = [[{"role": "user", "content": [part, {"type": "text", "text": text}]}] for part in parts[:2] for text in ("What is at the top right?", "What does the word say?")]
+    questions += [[*questions[0], {"role": "assistant", "content": "red"}, *questions[2]], [{"role": "user", "content": "hello"}]]
+
+    def make(**options: Any) -> Any:
+        return KVCapsuleLlama(DEMO / model, n_threads=1, n_threads_batch=1, **options)
+
+    def answer(llm: Any, question: list[Any], **options: Any) -> str:
+        return llm.create_chat_completion(question, temperature=0, max_tokens=8, **options)["choices"][0]["message"]["content"]
+
+    expected = []
+    for question in questions:
+        with make() as fresh:
+            expected.append(answer(fresh, question))
+    assert len(set(expected)) > 3
+
+    rng = random.Random(5)
+    states: list[Any] = []
+    with make(image_cache=tmp_path / "cache") as llm:
+
+        def leave_early(question: list[Any]) -> None:
+            stream = llm.create_chat_completion(question, temperature=0, max_tokens=8, stream=True)
+            for _ in range(rng.randrange(4)):
+                next(stream)
+            if rng.random() < 0.5:
+                stream.close()
+
+        def interrupt(question: list[Any]) -> None:
+            name = rng.choice(["eval", "sample", "create_completion"])
+            with pytest.MonkeyPatch.context() as context:
+                context.setattr(llm, name, fail)
+                with pytest.raises(Stop):
+                    answer(llm, question)
+
+        def come_and_go(question: list[Any]) -> None:
+            with make(capsule="off") as other:
+                assert answer(other, [{"role": "user", "content": "hello"}])
+
+        def save_and_load(question: list[Any]) -> None:
+            states.append(llm.save_state())
+            llm.load_state(rng.choice(states))
+
+        uses = [
+            leave_early, leave_early, interrupt, interrupt, come_and_go, save_and_load,
+            lambda question: answer(llm, question, response_format={"type": "json_object"}),
+            lambda question: answer(llm, question, logprobs=None, stop=["e"]),
+            lambda question: llm("hello there", max_tokens=3),
+            lambda question: llm.reset(),
+            lambda question: gc.collect(),
+        ]  # fmt: skip
+        for turn in range(40):
+            use = rng.choice(uses)
+            use(rng.choice(questions))
+            n = rng.randrange(len(questions))
+            assert answer(llm, questions[n]) == expected[n], f"turn {turn}"
