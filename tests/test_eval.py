@@ -19,7 +19,6 @@ from kvcapsule_gguf.eval.run import score
 from kvcapsule_gguf.eval.settings import dropped, rivals
 from kvcapsule_gguf.eval.suites import SUITES, OwnPictures, mixed_sizes, scenes, strange
 from kvcapsule_gguf.runtime import timing
-from kvcapsule_gguf.scenes import size_of
 
 
 def test_wilson():
@@ -109,17 +108,18 @@ import json, sys
 sys.path[:0] = [{root!r}]
 from pathlib import Path
 from PIL import Image
-from kvcapsule_gguf.chat import args, images
+from kvcapsule_gguf.chat import args
 from kvcapsule_gguf.chat.engine import Engine
 from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.eval.prompts import Prompts
 from kvcapsule_gguf.eval.vlm import Encoded, Vlm
+from kvcapsule_gguf.runtime.pictures import load
 
 model, mmproj, picture = (Path(p) for p in sys.argv[1:])
 options = args.parse([str(model), "--mmproj", str(mmproj), "-n", "1", "--temp", "0", "-t", "1", "-c", "512", "--capsule", "off"], {{}})
 with Engine(options, lambda text: None) as engine:
     session = Session(engine, options)
-    session.ask("what?", [images.load(str(picture))], lambda text: None)
+    session.ask("what?", [load(str(picture))], lambda text: None)
     chat = [x for x in session.state.items if isinstance(x, int)]
 vlm = Vlm(model, mmproj, 1)
 prompts = Prompts(vlm)
@@ -334,13 +334,17 @@ def test_the_strange_suite_asks_the_same_of_other_pictures():
 
 
 def test_mixed_sizes():
-    """Every suite has its questions about pictures of the sizes that go with the seeds."""
+    """Every suite asks the same about the same pictures at many sizes: shrunk to a few pixels, a picture is like its own plain one and unlike the others."""
     for name, suite in SUITES.items():
-        plain, mixed = list(suite(12, 4)), list(suite(12, 4, mixed_sizes(name)))
+        plain, mixed = list(suite(48, 4)), list(suite(48, 4, mixed_sizes(name)))
         assert [s.questions for s in plain] == [s.questions for s in mixed]
-        assert {p.size for s in plain for p in s.pictures} == {(336, 336)}
-        seeds = [int(word) for s in mixed for word in s.name.split(" and ")]
-        assert [p.size for s in mixed for p in s.pictures] == [size_of(seed) for seed in seeds]
+        one_size, many = ([p for s in samples for p in s.pictures] for samples in (plain, mixed))
+        assert {p.size for p in one_size} == {(336, 336)}
+        sizes = [p.size for p in many]
+        assert all(280 <= side <= 420 and side % 28 == 0 for size in sizes for side in size) and len(set(sizes)) >= len(sizes) / 2
+        small = [np.array([np.asarray(p.resize((24, 24), Image.Resampling.BOX), float).ravel() for p in pictures]) for pictures in (one_size, many)]
+        distance = np.square(small[0][:, None] - small[1]).mean(-1)
+        assert (distance.argmin(1) == np.arange(len(many))).all()
 
 
 def test_two_pictures(tiny):

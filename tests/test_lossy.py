@@ -204,6 +204,17 @@ def test_the_guard_decides_as_the_reference(models, capsules, patched, tmp_path,
         assert (loss["True"][refused] < 0.2 * loss["False"][refused]).all()
 
 
+def test_the_guard_has_nothing_finer_to_offer(models, capsules, patched, tmp_path):
+    """A preset that keeps more bytes than the faithful tier keeps every block, whatever its kappa."""
+    model = models(arch="llama")
+    picture = image_file(wild(tmp_path / "wild.npy", 256, 64, 5), 8, 8)
+    slots = {}
+    for name, rows, faithful in (("finer", (0, 0, N, 0, 0), (0, 0, 0, N, 0)), ("coarser", (0, 0, 0, N, 0), (0, 0, N, 0, 0))):
+        capsule = capsules(model, block_size=N, lossless=False, rows=rows, faithful_rows=faithful, kappa=1e-6)
+        slots[name] = patched([Case(name, model, [picture, compress(), stats()], capsule=capsule, guard=True)])[name].values("stats")[0]["n_slots"]
+    assert slots == {"finer": [64 // N, 0], "coarser": [0, 64 // N]}
+
+
 def test_the_faithful_tier_saves_answers(models, capsules, stock, patched, tmp_path):
     """With the guard a wild image costs bytes and not its logits."""
     model = models(arch="llama")

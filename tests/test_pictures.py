@@ -26,7 +26,7 @@ from PIL import Image
 from picture_files import encoded, lossless, lossy, png, sample, tiff, with_palette
 
 from kvcapsule_gguf.runtime.pictures import (
-    Budget, Limits, Picture, PictureError, PictureTooLarge, decode, load, new_bitmap, read, sources, split_dropped, split_listed, split_pasted, to_png, unquoted,
+    Budget, Limits, Picture, PictureError, PictureTooLarge, decode, load, new_bitmap, read, sources, split_dropped, split_listed, split_pasted, to_png, unquoted, write_ppm,
 )  # fmt: skip
 
 SHOWN = sample()
@@ -56,8 +56,10 @@ def test_lossy_files_are_near(kind: str) -> None:
     assert np.abs(rgb(LOSSY[kind]).astype(int) - shown).mean() < 6
 
 
-def test_png_out_is_exact() -> None:
+def test_files_for_llama_server_are_exact(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(to_png(SHOWN)))), SHOWN)
+    write_ppm(tmp_path / "x.ppm", SHOWN[:, ::-1])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.ppm")), SHOWN[:, ::-1])
 
 
 def test_a_bitmap_gets_the_pixels() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 import ctypes
 import io
+import json
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_server as test_server_module
 from chat_model import write_folder
 from conftest import library
 from picture_files import encoded, lossless, lossy, sample, tiff
@@ -120,3 +124,36 @@ def test_training(folder: Path, bitmaps: list[np.ndarray]) -> None:
     for i in range(len(REFUSED)):
         with pytest.raises(UnreadablePicture):
             from_folder(folder / "refused", len(REFUSED), 0)[i]
+
+
+def test_server(folder: Path) -> None:
+    """llama-server knows a picture that it has seen by what it was given: were one bit of it another, its tokens would not be found in the cache."""
+    kinds = [kind for kind in lossless(SHOWN) if kind not in ("png", "bmp", "ppm")]
+    first, last = SHOWN.copy(), SHOWN.copy()
+    first[0, 0, 1] += 1
+    last[-1, -1, 1] -= 1
+
+    def cached(path: str, data: bytes) -> int:
+        text = base64.b64encode(data).decode()
+        bodies: dict[str, dict[str, object]] = {
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{text}"}}, {"type": "text", "text": "x"}]}]},
+            "/v1/messages": {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": text}}, {"type": "text", "text": "x"}]}]},
+            "/v1/responses": {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/jpeg;base64,{text}"}, {"type": "input_text", "text": "x"}]}]},
+        }
+        limit = "max_output_tokens" if "responses" in path else "max_tokens"
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps({**bodies[path], limit: 1, "temperature": 0}).encode(), {"Authorization": "Bearer sk-x", "Content-Type": "application/json"})
+        usage = json.load(urllib.request.urlopen(request, timeout=60))["usage"]
+        return int(usage["cache_read_input_tokens"] if "messages" in path else usage.get("prompt_tokens_details", usage.get("input_tokens_details"))["cached_tokens"])
+
+    with test_server_module.serve(folder / "llama", "--capsule", "off", "-np", "1") as (_, port, log):
+        assert cached("/v1/chat/completions", encoded(first)) == 0
+        paths = ("/v1/chat/completions", "/v1/messages", "/v1/responses")
+        text_only, whole = (cached(paths[0], encoded(SHOWN)) for _ in range(2))
+        assert whole - text_only > 10
+        assert {(path, kind): n for path in paths for kind in kinds if (n := cached(path, FILES[kind])) != whole} == {}
+        assert cached(paths[0], encoded(last)) == text_only
+        for data in REFUSED.values():
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                cached(paths[0], data)
+        cached(paths[0], CUT)
+        assert log.read_text().count("its file is cut short") == 1

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 from chat_model import PATCH, TEMPLATE, write_mmproj, write_model, write_picture
 from conftest import ROOT, library
 from make_capsule import random_capsule
+from PIL import Image
 
 IMAGE = 24 * PATCH
 TOKENS = 24 * 24
@@ -40,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serve(folder: Path, *arguments: str | Path) -> Iterator[tuple[subprocess.Popen, int, Path]]:
+def serve(folder: Path, *arguments: str | Path, model: Path | None = None) -> Iterator[tuple[subprocess.Popen, int, Path]]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_")} | {"KVCAPSULE_LIB": str(library("patched")), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "kvcapsule_gguf.server.cli", folder / "tiny.gguf", "--port", "0", "--api-key", "sk-x", "-c", "4096", "-t", "1", "-tb", "1", *arguments]
+    command = [sys.executable, "-m", "kvcapsule_gguf.server.cli", model or folder / "tiny.gguf", "--port", "0", "--api-key", "sk-x", "-c", "4096", "-t", "1", "-tb", "1", *arguments]
     log = folder / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(list(map(str, command)), env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
@@ -93,6 +97,71 @@ def test_a_damaged_capsule_is_one_line(folder: Path) -> None:
         assert process.wait(60) == 1
     lines = [line for line in log.read_text().splitlines() if "listening" not in line]
     assert len(lines) == 1 and "damaged.gguf" in lines[0]
+
+
+def inner(process: subprocess.Popen) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_when_llama_server_is_killed_it_is_started_again(folder: Path) -> None:
+    """Who waits for an answer is told; one line says what happened, and nothing of the log of its start."""
+    with serve(folder, "--capsule", folder / "lossless.gguf") as (process, port, log):
+        api = openai_client.client(port)
+        first = inner(process)
+        stream = api.chat.completions.create(model="x", messages=openai_client.messages("?"), max_tokens=3000, stream=True)
+        next(stream)
+        os.kill(first, signal.SIGSEGV)
+        with pytest.raises(openai.APIError, match="started again"):
+            list(stream)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                openai_client.check(api, [folder / "a.png"], TOKENS)
+                break
+            except openai.InternalServerError as error:
+                assert error.status_code == 503 and error.response.headers["retry-after"]
+                time.sleep(0.1)
+        assert inner(process) != first
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    lines = log.read_text().splitlines()
+    assert lines[1].endswith("llama-server was ended by SIGSEGV; it is started again") and [line.split()[1] for line in lines] == ["listening", "llama-server", "stopping:"]
+
+
+def test_health_and_models_while_all_slots_are_busy(folder: Path) -> None:
+    with serve(folder, "--capsule", "off", "-np", "1") as (process, port, _):
+        api = openai_client.client(port)
+        body = json.dumps({"prompt": "?", "n_predict": 3000, "stream": True}).encode()
+        busy = [socket.create_connection(("127.0.0.1", port)) for _ in range(12)]
+        for client in busy:
+            client.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert select.select(busy, [], [], 60)[0][0].recv(12) == b"HTTP/1.1 200"
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).read() == b'{"status":"ok"}'
+        assert api.models.list().data
+        for client in busy:
+            client.close()
+        assert api.chat.completions.create(model="x", messages=openai_client.messages("?"), max_tokens=1).choices
+
+
+@pytest.mark.parametrize("model", ["kvdemo-8M-v1-F16.gguf", "mrope/kvdemo-mrope-8M-v1-F16.gguf"])
+def test_answers_obey_a_json_schema(folder: Path, model: str, tmp_path: Path) -> None:
+    """Unpatched llama-server answers 500 here: patches/0007."""
+    path = ROOT / "kvcapsule_gguf" / "demo" / model
+    picture = tmp_path / "scene.png"
+    Image.open(ROOT / "kvcapsule_gguf" / "demo" / "scene-1.jpg").save(picture)
+    schema = {"type": "object", "properties": {"a": {"enum": ["yellow star", "red circle"]}}, "required": ["a"], "additionalProperties": False}
+    with serve(folder, "-c", "2048", model=path) as (_, port, _):
+        create = openai_client.client(port).chat.completions.create
+        for pictures in ([], [picture]):
+            options: dict = {"model": "x", "messages": openai_client.messages("What is at the top right?", *pictures), "temperature": 0, "max_tokens": 60}
+            reply = create(**options, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+            answer = json.loads(reply.choices[0].message.content or "")
+            assert set(answer) == {"a"} and answer["a"] in ("yellow star", "red circle")
+            pieces = create(**options, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, stream=True)
+            assert json.loads("".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)) == answer
+        reply = create(**{**options, "max_tokens": 400}, response_format={"type": "json_object"})
+        assert (reply.choices[0].message.content or "").lstrip()[0] == "{"
 
 
 @pytest.mark.parametrize("arguments", [["--clients", "4", "--requests", "6", "--images", "6", "--pictures", "3"]])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from synthetic_kv import source
 
+from kvcapsule_gguf.codec.builtin import builtin_table
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.tiles import cut_grid
-from kvcapsule_gguf.study.coded import KINDS, TYPES, Coded, costs, fit_basis, groups_of, scores, table_bits
+from kvcapsule_gguf.study import grids
+from kvcapsule_gguf.study.coded import KINDS, TYPES, Coded, costs, fit_basis, groups_of, rival_scores, scores, table_bits
 from kvcapsule_gguf.study.measure import Measure, rotated
 from kvcapsule_gguf.study.tables import fit_tables
 from kvcapsule_gguf.train.allocate import allocate
@@ -66,7 +68,8 @@ def test_scores_are_errors_in_units_of_q4_0(coded):
                 for *_, at in cut_grid(len(x) // s.width, s.width):
                     each.append(np.square(x[at] - y[at]).sum() / np.square(x[at] - q[at]).sum())
             ratios.append(each)
-    assert scores(test, tables) == pytest.approx(np.mean(ratios, 0), rel=1e-3)
+    assert rival_scores(test, tables) == pytest.approx(np.mean(ratios, 0), rel=1e-3)
+
 
 
 def test_tables_keep_their_budget_and_more_bits_err_less(data, coded):
@@ -105,3 +108,56 @@ def test_allocation_is_within_a_block_of_the_best_there_is():
         assert found <= best * 1.1
     with pytest.raises(ValueError, match="budget"):
         allocate(errors, cost + 1, 1)
+
+
+def test_the_built_in_table_keeps_its_size_and_falls_with_frequency():
+    for smaller in (8, 5, 4, 2.5):
+        table = builtin_table(16 / smaller, 2)
+        assert table.shape == (33, 2) and (table[0] == F16).all()
+        assert 16 / smaller - 0.25 < table_bits({0: table[None]}) <= 16 / smaller
+        assert table[1, 0] == table[1:].max() and table[32, 0] <= table[16, 0] <= table[1, 0]
+
+
+def test_short_tiles_keep_the_ratio(coded):
+    fitted, test = coded
+    tables = fit_tables(fitted, [3.2])[0]
+    lines = list(grids.rows(fitted, tables, test.samples[:1], [0], range(8, 41, 3)))
+    kept = {line.split(" | ")[0].strip("| "): float(line.split(" | ")[1]) for line in lines[1:]}
+    assert kept["the last two share (the format)"] >= 0.85
+
+
+@pytest.mark.parametrize("name", ["demo", "mrope"])
+def test_the_decoder_is_llama_cpp_s(name, tmp_path):
+    """The study's own decoder against llama.cpp with an f16 cache, on a forced answer about a picture."""
+    torch = pytest.importorskip("torch")
+    from kvcapsule_gguf.chat.files import demo_folder
+    from kvcapsule_gguf.eval.cache import Cache
+    from kvcapsule_gguf.eval.settings import Setting
+    from kvcapsule_gguf.eval.vlm import Vlm
+    from kvcapsule_gguf.study.decoder import Decoder, Shown
+    from kvcapsule_gguf.study.pictures import asked, studies
+
+    study = studies(demo_folder(), None)[name]
+    found = asked(study, "like", 1, tmp_path)[0]
+    decoder = Decoder(study.decoder)
+    shown = decoder.show(Shown(found.before, found.embd, found.width))
+    ours = [decoder.output @ h.T for h in decoder.branches(shown, [t for t, _ in found.questions])]
+    vlm = Vlm(study.decoder, study.mmproj, 1)
+    try:
+        from kvcapsule_gguf.eval.prompts import Prompts
+
+        picture = vlm.read(Prompts(vlm).before(), next(study.items("like"))[0])
+        cache = Cache(vlm, Setting("f16"), 2048, len(found.questions))
+        try:
+            cache.show(picture)
+            n_past = len(found.before) + (found.width if name == "mrope" else len(found.embd))
+            tail = cache.n_past - n_past  # tokens after the picture that belong to it
+            theirs = cache.ask([(t[tail:], n) for t, n in found.questions])
+        finally:
+            cache.close()
+            picture.free()
+    finally:
+        vlm.close()
+    for got, want, (_, n) in zip(ours, theirs, found.questions):
+        p, q = (torch.log_softmax(torch.as_tensor(x), -1) for x in (want, got.T[-n - 1 : -1]))
+        assert float((p.exp() * (p - q)).sum(-1).max()) < 1e-4

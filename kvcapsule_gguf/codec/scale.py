@@ -4,15 +4,13 @@ A value is d * c, with a signed f16 scale d and a code c of b bits: -2^(b-1) ...
 
     amax = max |x_j|; if not amax >= 2^-20: d = 0 and all codes 0 (1 bit: -1); done
     y_j  = rint(x_j * (32767 / amax))                            f32, an IEEE division, halves to even; then int32
-    for t in STARTS[b], for sign in (+1, -1):                    t: the code that amax would have, in 1/32
-        T = t << (10 - b)                                        codes per step of y, times 2^(30 - b)
-        twice:
-            c_j = clamp((sign * y_j * T + 2^(29 - b)) >> (30 - b))
-            xc  = sum sign * y_j * c_j;  cc = sum c_j^2
-            if cc = 0 or xc <= 0: leave this start
-            gain = xc * xc // cc                                 int64; the squared error that these codes take away
-            if gain > best: keep c, sign, xc, cc
-            T = min((cc << (30 - b)) // xc, 61439)               int64; the steps that belong to the best scale for these codes
+    for sign in (+1, -1), for t in STARTS[b]: try(sign, t << (10 - b))                    t: the code that amax would have, in 1/32
+    twice, if there is a best: try(its sign, min((cc << (30 - b)) // xc, 61439))           its codes' own best scale; int64
+    try(sign, T):                                                                         T: codes per step of y, times 2^(30 - b)
+        c_j = clamp((sign * y_j * T + 2^(29 - b)) >> (30 - b))
+        xc  = sum sign * y_j * c_j;  cc = sum c_j^2
+        gain = xc * xc // cc                                                              int64; the squared error that these codes take away
+        if xc > 0 and gain > the best gain (first 0): this is the best; keep c, sign, xc, cc
     d = f16(sign * (f32(xc) / f32(cc)) * (amax / 32767))         of the best; magnitude at most 65504
 
 With 1 bit c_j is the sign of y_j (0 counts as +1), and there is nothing to search. The first of two equal candidates stays.
@@ -27,7 +25,7 @@ SMALLEST = np.float32(2.0**-20)
 LARGEST = np.float32(65504)
 ONE = np.float32(32767)
 MOST = 61439  # keeps y * T below 2^31
-# In 1/32 codes: spread so that more of them gain less than 2 % up to 5 bits, 4 % with 6, on Gaussian, Laplacian and t-distributed blocks (tests/test_codec_scale.py).
+# In 1/32 codes: spread so that more of them gain less than 2 % on Gaussian, Laplacian and t-distributed blocks (tests/test_codec_scale.py).
 STARTS = {
     2: (32, 46, 67, 96),
     3: (96, 115, 139, 166),
@@ -65,24 +63,29 @@ def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _candidates(y: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """int32 [n, values] -> codes int16 [n, values], xc and cc int64 [n], sign f32 [n]."""
     n, shift = len(y), 30 - bits
     low, high, half = -(1 << bits - 1), (1 << bits - 1) - 1, np.int32(1 << shift - 1)
     codes = np.zeros(y.shape, np.int16)
-    best, best_xc, best_cc, best_sign = np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n, np.int64), np.ones(n, np.float32)
+    best, best_xc, best_cc, best_sign = np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n, np.int64), np.ones(n, np.int32)
+
+    def attempt(z: np.ndarray, steps: np.ndarray, sign: np.ndarray | int) -> None:
+        c = z * steps
+        c += half
+        c >>= shift
+        np.clip(c, low, high, out=c)
+        xc, cc = np.einsum("nj,nj->n", z, c).astype(np.int64), np.einsum("nj,nj->n", c, c).astype(np.int64)
+        gain = np.where(xc > 0, xc * xc // np.maximum(cc, 1), 0)
+        better = gain > best
+        codes[better] = c[better]
+        for kept, new in ((best, gain), (best_xc, xc), (best_cc, cc), (best_sign, sign)):
+            np.copyto(kept, new, where=better)
+
     for sign in (1, -1):
         z = y if sign == 1 else -y
         for start in STARTS[bits]:
-            steps = np.full(n, start << 10 - bits, np.int32)
-            for _ in range(2):
-                c = z * steps[:, None]
-                c += half
-                c >>= shift
-                np.clip(c, low, high, out=c)
-                xc, cc = np.einsum("nj,nj->n", z, c).astype(np.int64), np.einsum("nj,nj->n", c, c).astype(np.int64)
-                gain = np.where((cc > 0) & (xc > 0), xc * xc // np.maximum(cc, 1), 0)
-                better = gain > best
-                codes[better] = c[better]
-                best, best_xc, best_cc = np.where(better, gain, best), np.where(better, xc, best_xc), np.where(better, cc, best_cc)
-                best_sign[better] = sign
-                steps = np.where(gain > 0, np.minimum((cc << shift) // np.maximum(xc, 1), MOST), 0).astype(np.int32)
-    return codes, best_xc, best_cc, best_sign
+            attempt(z, np.int32(start << 10 - bits), sign)
+    for _ in range(2):
+        steps = np.minimum((best_cc << shift) // np.maximum(best_xc, 1), MOST).astype(np.int32)
+        attempt(y * best_sign[:, None], steps[:, None], best_sign.copy())
+    return codes, best_xc, best_cc, best_sign.astype(np.float32)

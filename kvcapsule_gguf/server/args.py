@@ -11,6 +11,7 @@ from pathlib import Path
 from ..chat.args import Parser
 
 DEFAULT_CTX = 16384
+NOT_HERE = ("--api-prefix", "--media-path", "--ui-mcp-proxy", "--webui-mcp-proxy")  # of llama-server: other paths, other ways to files and servers
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Options:
     max_body_mib: int = 64
     max_image_mib: int = 16
     max_megapixels: float = 50.0
+    max_images: int = 64
     remote_images: bool = False
     drain_s: float = 30.0
     verbose: bool = False
@@ -53,17 +55,21 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
     add("-np", "--parallel", type=int, metavar="N", default=get("LLAMA_ARG_N_PARALLEL", "4"), help="slots (default: 4)")
     add("--host", default=get("LLAMA_ARG_HOST", "127.0.0.1"), help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=get("LLAMA_ARG_PORT", "8080"), help="port, 0 = any free one (default: 8080)")
-    add("--api-key", metavar="KEY[,KEY]", default=get("LLAMA_API_KEY", ""), help="keys that clients must show (env: LLAMA_API_KEY, which other users cannot see)")
+    add("--api-key", metavar="KEY[,KEY]", default=get("LLAMA_API_KEY"), help="keys that clients must show (env: LLAMA_API_KEY, which other users cannot see)")
     add("--api-key-file", type=Path, metavar="FILE", default=get("LLAMA_ARG_API_KEY_FILE"), help="keys, one per line")
     add("--max-body-mib", type=int, metavar="N", default=64, help="largest request (default: 64)")
     add("--max-image-mib", type=int, metavar="N", default=16, help="largest picture, as a file (default: 16)")
-    add("--max-megapixels", type=float, metavar="N", default=50.0, help="largest picture, unpacked (default: 50)")
-    add("--remote-images", action="store_true", help="let llama-server fetch http(s) pictures: clients then make it talk to any address that it can reach")
+    add("--max-megapixels", type=float, metavar="N", default=50.0, help="largest picture, unpacked; all pictures of a request may have four times as much (default: 50)")
+    add("--max-images", type=int, metavar="N", default=64, help="most pictures in a request (default: 64)")
+    add("--remote-images", action="store_true", help="fetch http(s) pictures, from public addresses only")
     add("--drain", dest="drain_s", type=float, metavar="SECONDS", default=30.0, help="how long running answers may take after a signal to stop (default: 30)")
     add("-v", "--verbose", action="store_true", help="show llama-server's log")
     given, rest = parser.parse_known_args(argv)
     values = vars(given)
-    keys = [key for key in values.pop("api_key").split(",") if key]
+    given_keys = values.pop("api_key")
+    keys = [key.strip() for key in (given_keys or "").split(",") if key.strip()]
+    if given_keys is not None and not keys:
+        parser.error("the API key is empty: leave --api-key and LLAMA_API_KEY out for a server that everybody may use")
     key_file, positional = values.pop("api_key_file"), values.pop("positional")
     options = Options(**values, rest=rest)
     try:
@@ -84,6 +90,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.hf_repo = get("LLAMA_ARG_HF_REPO") if options.model is None else None
     if (options.model is None) == (options.hf_repo is None):
         parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
-    if options.parallel < 1 or min(options.n_hot, options.ratio, options.port, options.drain_s) < 0 or min(options.max_body_mib, options.max_image_mib, options.max_megapixels) <= 0:
+    if options.parallel < 1 or min(options.n_hot, options.ratio, options.port, options.drain_s) < 0 or min(options.max_body_mib, options.max_image_mib, options.max_megapixels, options.max_images) <= 0:
         parser.error("a limit or size is out of range")
+    if any(flag.partition("=")[0] in NOT_HERE for flag in rest):
+        parser.error(f"{' and '.join(NOT_HERE)} are not for this server")
     return options

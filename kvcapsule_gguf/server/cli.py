@@ -7,10 +7,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from ..runtime import pictures
 from ..runtime.errors import KVCapsuleError
 from . import args
 from .args import Options
-from .gateway import Gateway
 from .launch import Upstream
 from .media import Limits
 
@@ -41,21 +41,24 @@ def run(options: Options) -> int:
 
 def serve(options: Options, stop: threading.Event) -> None:
     """Until `stop` is set. Raises KVCapsuleError."""
+    try:
+        from .gateway import Gateway
+    except ModuleNotFoundError as error:
+        raise KVCapsuleError(f"{error.name} is missing: pip install 'kvcapsule-gguf[server]'") from None
     upstream = Upstream(options, say)
     try:
-        limits = Limits(options.max_body_mib << 20, options.max_image_mib << 20, options.max_megapixels * 1e6, options.remote_images)
+        most = pictures.Limits(options.max_image_mib << 20, int(options.max_megapixels * 1e6), int(options.max_megapixels * 4e6), options.max_images)
         try:
-            gateway = Gateway((options.host, options.port), upstream, limits, options.api_keys)
+            gateway = Gateway((options.host, options.port), upstream, Limits(options.max_body_mib << 20, most, options.remote_images), options.api_keys)
         except OSError as error:
             raise KVCapsuleError(f"{options.host}:{options.port} cannot be used: {error.strerror or error}") from None
-        threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        gateway.start()
         host, port = gateway.server_address[:2]
         capsule = f"capsule {upstream.capsule.name}" if upstream.capsule else "no capsule"
         shown = f"[{host}]" if ":" in str(host) else host
         say(f"listening on http://{shown}:{port} ({capsule}, {options.parallel} slots{', API key' if options.api_keys else ''})")
         while not stop.wait(0.2):
-            if upstream.process.poll() is not None:
-                raise KVCapsuleError(f"llama-server ended: {upstream.reason()}")
+            upstream.tend()
         say("stopping: running answers are finished first")
         if not gateway.drain(options.drain_s):
             say(f"some answers were not finished after {options.drain_s:g} s")

@@ -1,268 +1,329 @@
-"""HTTP in front of llama-server: keys, limits, errors as JSON, streams passed on as they come."""
+"""HTTP in front of llama-server: keys, limits, errors as JSON, streams passed on as they come. uvicorn and h11 do the framing, httpx the inner side."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-import http.client
-import select
+import ipaddress
+import logging
 import socket
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from email.message import Message
+from pathlib import Path
 from typing import Any
 
+import httpx2
+import uvicorn
+
+from . import body as json_body
+from .caps import check_caps
+from .connection import IDLE_S, Connection
+from .endpoints import finder
 from .errors import RequestError, repaired
 from .launch import Upstream
-from .media import Limits, checked
+from .media import Limits, prepare
+from .remote import fetch, is_remote
 
-HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length", "authorization", "x-api-key", "expect"}
-IDLE_S = 75.0  # a client that sends or takes nothing for so long is gone
-MAX_CLIENTS = 512
-PIECE = 1 << 16
+BODY_S = 120.0  # a whole body
+PIECE_S = 20.0  # from one part of it to the next
+CHECKS = 2  # requests whose JSON and pictures are worked on at a time: memory
+RETRY_S = 5
+TO_LLAMA = {"accept", "accept-encoding", "user-agent", "origin", "if-none-match", "access-control-request-method", "access-control-request-headers", "last-event-id"}
+NOT_TO_CLIENT = {"connection", "keep-alive", "transfer-encoding", "server", "date", "content-length"}
+ONCE = {"host", "content-length", "content-type", "content-encoding", "transfer-encoding", "authorization", "x-api-key", "origin"}
+JSON_KINDS = {"application/json", "text/json", "text/plain", "application/x-www-form-urlencoded"}  # the last is what curl says when nobody tells it
+PRIVATE_NAMES = (".local", ".localhost", ".internal", ".lan", ".home", ".home.arpa", ".test")  # nobody can own such a name on the internet
+
+Headers = dict[str, str]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
 
-class Gateway(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+class Left(Exception):
+    """The client went away."""
+
+
+class Gateway:
+    """The front as a thread of its own, from `start` to `drain`."""
 
     def __init__(self, address: tuple[str, int], upstream: Upstream, limits: Limits, api_keys: list[str]) -> None:
         """Raises OSError when the address cannot be used."""
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.upstream, self.limits, self.api_keys = upstream, limits, api_keys
-        self.draining = False
-        self._active = 0
-        self._clients = threading.Semaphore(MAX_CLIENTS)
-        self._idle = threading.Condition()
-        super().__init__(address, Handler)
+        self._socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=128)
+        self.server_address = self._socket.getsockname()[:2]
+        self._front = Front(upstream, limits, api_keys, address[0])
+        logger = logging.getLogger("uvicorn")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+        self._server = uvicorn.Server(
+            uvicorn.Config(self._front, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE_S))
+        )
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._clients.acquire(blocking=False):
-            body = RequestError(503, "too many connections").body()
-            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._clients.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a connection that broke; what goes wrong in a request is answered there
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        with self._idle:
-            self._active += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._active -= 1
-                self._idle.notify_all()
+    def start(self) -> None:
+        self._thread.start()
 
     def drain(self, seconds: float) -> bool:
         """Takes nothing new, and waits until what is running has ended; False if that took too long."""
-        self.draining = True
-        self.shutdown()
-        self.socket.close()
-        with self._idle:
-            return self._idle.wait_for(lambda: self._active == 0, seconds)
+        self._server.config.timeout_graceful_shutdown = seconds  # type: ignore[assignment]
+        self._server.should_exit = True
+        self._thread.join(seconds + 10)
+        return not self._front.cut
 
 
-class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self._path = path
+class Front:
+    """The ASGI application."""
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(self._path)
+    def __init__(self, upstream: Upstream, limits: Limits, api_keys: list[str], host: str) -> None:
+        self.upstream, self.limits, self.api_keys, self.host = upstream, limits, api_keys, host
+        self.cut = False  # the end did not wait for an answer
+        self._held = 0  # bytes of bodies
+        self._checks = asyncio.Semaphore(CHECKS)
+        self._llama = httpx2.AsyncClient(
+            transport=httpx2.AsyncHTTPTransport(uds=str(upstream.socket), limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)), base_url="http://localhost", timeout=None, trust_env=False
+        )
 
-
-class Handler(BaseHTTPRequestHandler):
-    server: Gateway
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "kvcapsule-server", ""
-    timeout = IDLE_S
-    disable_nagle_algorithm = True
-
-    def answer(self) -> None:
-        with self.server.working():
-            try:
-                self._answer()
-            except RequestError as error:
-                self._refuse(error)
-            except (BrokenPipeError, ConnectionResetError, TimeoutError):
-                self.close_connection = True
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_HEAD = answer
-
-    def _answer(self) -> None:
-        if self.server.draining:
-            raise RequestError(503, "the server is shutting down")
-        allowed = self._allowed()
-        if self.command in ("POST", "PUT") and not allowed:
-            raise RequestError(401, "Invalid API Key")
-        body = self._body()
-        if body and self.command in ("POST", "PUT") and "multipart" not in self.headers.get("Content-Type", ""):
-            body = checked(body, self.server.limits)
-        connection = UnixConnection(str(self.server.upstream.socket))
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
-            self._forward(connection, body, allowed)
-        except (ConnectionRefusedError, FileNotFoundError):
-            raise RequestError(503, "Loading model" if self.server.upstream.process.poll() is None else "llama-server has ended") from None
-        except http.client.HTTPException as error:
-            self._broken(f"llama-server broke off ({error!r})")
-        finally:
-            connection.close()
+            with _removed_at_the_end() as made:
+                await self._answer(scope, receive, send, made)
+        except RequestError as error:
+            waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # whether a body follows is then not known
+            await _answer_with(send, error.status, error.body(), close=waits)
+        except Left:
+            pass
+        except asyncio.CancelledError:
+            self.cut = True
+            raise
+
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, made: list[Path]) -> None:
+        headers = _single(scope["headers"])
+        method, path = scope["method"], scope["raw_path"].decode()
+        if method not in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
+            raise RequestError(405 if method in ("PUT", "PATCH") else 501, f"{method} is not taken here")
+        if len(scope["raw_path"]) + len(scope["query_string"]) > 8192:
+            raise RequestError(414, "the path is too long")
+        self._refuse_web_pages(headers)
+        if method in ("GET", "HEAD") and path in ("/health", "/v1/health"):
+            ready = self.upstream.ready
+            return await _answer_with(send, 200 if ready else 503, b'{"status":"ok"}' if ready else RequestError(503, "Loading model").body())
+        allowed = self._allowed(headers)
+        if method in ("POST", "DELETE") and not allowed:
+            raise RequestError(401, "Invalid API Key")
+        parcel: list[bytes] = []
+        if method == "POST":
+            find = finder(path)
+            _check_kind(headers)
+            self._check_length(headers)
+            size = 0
+            try:
+                data = bytearray()
+                async for piece in _pieces(receive):
+                    size += len(piece)
+                    self._held += len(piece)
+                    if size > self.limits.body_bytes:
+                        raise RequestError(413, f"the request has more than {self.limits.body_bytes >> 20} MiB")
+                    if self._held > 4 * self.limits.body_bytes:
+                        raise RequestError(503, "too many large requests at once")
+                    data += piece
+                parcel = [bytes(data)]
+                del data
+                parcel = [await self._checked(parcel, find, made)]
+            finally:
+                self._held -= size
+        await self._unless_left(receive, self._forward(scope, headers, parcel, allowed, send))
 
     # --- the request ---
 
-    def _allowed(self) -> bool:
-        keys = self.server.api_keys
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ") or self.headers.get("X-Api-Key", "")
-        return not keys or any([hmac.compare_digest(given.encode(), key.encode()) for key in keys])
+    def _allowed(self, headers: Headers) -> bool:
+        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+        return not self.api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.api_keys])
 
-    def handle_expect_100(self) -> bool:
-        self._length()  # too large is said before it is sent
-        return super().handle_expect_100()
+    def _refuse_web_pages(self, headers: Headers) -> None:
+        """Without a key, a page in a browser on this network must not be able to ask: neither under its own name, which it can point here, nor from its own origin."""
+        if self.api_keys:
+            return
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if host[-1:].isdigit() and ":" in host else host
+        if "." in name and name != self.host and not name.endswith(PRIVATE_NAMES) and not _is_address(name):
+            raise RequestError(403, f"without --api-key this server is not used under the name {name[:80]}, which a web page could have: give it a key, or use its address")
+        if "origin" in headers and headers["origin"].partition("://")[2] != host:
+            raise RequestError(403, "without --api-key this server is not used by web pages of other servers: give it a key")
 
-    def _length(self) -> int:
-        text = self.headers.get("Content-Length", "0").strip()
-        if not text.isascii() or not text.isdigit():
-            raise RequestError(400, "Content-Length is not a number")
-        if int(text) > self.server.limits.body_bytes:
-            raise RequestError(413, f"the request has {int(text) / 2**20:.1f} MiB, at most {self.server.limits.body_bytes >> 20} are taken")
-        return int(text)
+    def _check_length(self, headers: Headers) -> None:
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise RequestError(400, "Content-Length and Transfer-Encoding exclude each other")
+        length = int(headers.get("content-length", 0))  # h11 has seen that it is a number
+        if length > self.limits.body_bytes:
+            raise RequestError(413, f"the request has {length / 2**20:.1f} MiB, at most {self.limits.body_bytes >> 20} are taken")
 
-    def _body(self) -> bytes:
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            return self._chunked()
-        length = self._length()
-        body = self.rfile.read(length) if length else b""
-        if len(body) != length:
-            raise ConnectionResetError
-        return body
-
-    def _chunked(self) -> bytes:
-        body = bytearray()
-        while True:
-            try:
-                size = int(self.rfile.readline(64).split(b";")[0], 16)
-            except ValueError:
-                raise RequestError(400, "the chunks of the request are malformed") from None
-            if size < 0 or len(body) + size > self.server.limits.body_bytes:
-                raise RequestError(413, f"the request has more than {self.server.limits.body_bytes >> 20} MiB")
-            if size == 0:
-                while self.rfile.readline(8192).strip():
-                    pass
-                return bytes(body)
-            body += self.rfile.read(size)
-            self.rfile.readline(8)
+    async def _checked(self, parcel: list[bytes], find: Any, made: list[Path]) -> bytes:
+        """The body as llama-server gets it; `made`: the files of pictures that it names are added."""
+        async with self._checks:
+            request, media = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
+        files: list[bytes | None] = []
+        for medium in media:
+            if is_remote(medium.text) and not self.limits.remote_images:
+                raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
+            files.append(await fetch(medium.text, self.limits.pictures.file_bytes) if is_remote(medium.text) else None)
+        async with self._checks:
+            return await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, made)
 
     # --- the answer ---
 
-    def _forward(self, connection: UnixConnection, body: bytes, allowed: bool) -> None:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
+    async def _unless_left(self, receive: Receive, work: Any) -> None:
+        """Closing our end of the inner connection cancels the work over there."""
+        working = asyncio.create_task(work)
+        leaving = asyncio.create_task(_until_left(receive))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Left
+            working.result()
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+    async def _forward(self, scope: dict[str, Any], headers: Headers, parcel: list[bytes], allowed: bool, send: Send) -> None:
+        if not self.upstream.ready:
+            raise RequestError(503, "Loading model")
+        inner = {name: value for name, value in headers.items() if name in TO_LLAMA}
         if allowed:
-            headers["Authorization"] = f"Bearer {self.server.upstream.token}"
-        connection.request(self.command, self.path, body or None, headers)
-        if not self._wait(connection.sock):
-            self.close_connection = True
-            return  # closing our end cancels the work over there
-        reply = connection.getresponse()
-        length = reply.getheader("Content-Length")
-        if reply.status >= 400 and length is not None:
-            data = reply.read()
-            if error := repaired(reply.status, reply.getheader("Content-Type", ""), data):
-                raise error
-            self._head(reply, len(data))
-            self.wfile.write(data)
-        elif length is not None or self.command == "HEAD" or reply.status in (204, 304):
-            self._head(reply, int(length or 0))
-            while piece := reply.read(PIECE):
-                self.wfile.write(piece)
-        else:
-            self._head(reply, None)
-            while piece := reply.read1(PIECE):
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-            self.wfile.write(b"0\r\n\r\n")
-
-    def _wait(self, upstream: socket.socket) -> bool:
-        """Until llama-server answers; False if the client went away before."""
-        watched = [self.connection, upstream]
-        while True:
-            ready, _, _ = select.select(watched, [], [], 60)
-            if upstream in ready:
-                return True
-            if self.connection in ready:
-                if self.connection.recv(1, socket.MSG_PEEK) == b"":
-                    return False
-                watched = [upstream]  # the next request is there already
-
-    def _head(self, reply: http.client.HTTPResponse, length: int | None) -> None:
-        self.send_response(reply.status)
-        for name, value in reply.getheaders():
-            if name.lower() not in HOP | {"server", "date"}:
-                self.send_header(name, value)
-        self._end_head(length)
-
-    def _end_head(self, length: int | None) -> None:
-        self._sent = True
-        if length is None:
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
-            self.send_header("Content-Length", str(length))
-        if self.server.draining:
-            self.close_connection = True
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-
-    def _broken(self, text: str) -> None:
-        if not getattr(self, "_sent", False):
-            raise RequestError(502, text)
-        self.close_connection = True  # mid-stream: the missing end tells the client
-
-    def _refuse(self, error: RequestError) -> None:
-        body = error.body()
-        self.close_connection = True  # the rest of the request may still be on its way
+            inner["authorization"] = f"Bearer {self.upstream.token}"
+        if parcel:
+            inner |= {"content-type": "application/json", "content-length": str(len(parcel[0]))}
+        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        request = self._llama.build_request(scope["method"], "/", headers=inner, content=_emptied(parcel) if parcel else None, extensions={"target": target})
+        started = events = False
         try:
-            self.send_response(error.status)
-            self.send_header("Content-Type", "application/json; charset=utf-8")
-            self._end_head(len(body))
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            self._discard()
-        except OSError:
-            pass
+            reply = await self._llama.send(request, stream=True)
+            try:
+                data = None
+                if reply.status_code >= 400 and "content-length" in reply.headers:
+                    data = await reply.aread()
+                    if error := repaired(reply.status_code, reply.headers.get("content-type", ""), data):
+                        raise error
+                events = reply.headers.get("content-type", "").startswith("text/event-stream")
+                started = True
+                await send({"type": "http.response.start", "status": reply.status_code, "headers": self._to_client(reply)})
+                if data is None:
+                    async for piece in reply.aiter_raw():
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": data or b""})
+            finally:
+                await reply.aclose()
+        except httpx2.HTTPError as fault:
+            error = await self._broken(fault)
+            if not started:
+                raise error from None
+            if events:  # so that a client can tell it from the end
+                await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": True})
+            raise  # the missing end tells the others
 
-    def _discard(self) -> None:
-        """Takes what the client is still sending, for a moment: one that cannot write does not read the answer."""
-        self.wfile.flush()
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(2)
-        end = time.monotonic() + 5
-        while time.monotonic() < end and self.connection.recv(PIECE):
-            pass
+    def _to_client(self, reply: httpx2.Response) -> list[tuple[bytes, bytes]]:
+        kept = [(name.lower(), value) for name, value in reply.headers.raw if name.decode().lower() not in NOT_TO_CLIENT]
+        if not self.api_keys:
+            kept = [(name, value) for name, value in kept if not name.startswith(b"access-control-")]
+        if "content-length" in reply.headers:
+            kept.append((b"content-length", reply.headers["content-length"].encode()))
+        return kept
 
-    def handle_one_request(self) -> None:
-        self._sent = False
+    async def _broken(self, fault: Exception) -> RequestError:
+        for _ in range(10):
+            if self.upstream.process.poll() is not None or not self.upstream.ready:
+                return RequestError(503, "llama-server ended in the middle of this request and is started again: try again, or ask for less")
+            await asyncio.sleep(0.05)
+        return RequestError(502, f"llama-server broke off ({fault!r})")
+
+
+@contextmanager
+def _removed_at_the_end() -> Iterator[list[Path]]:
+    """A list of files."""
+    made: list[Path] = []
+    try:
+        yield made
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
+    request = json_body.parse(body)
+    if not isinstance(request, dict):
+        return request, []  # a list of adapters; llama-server refuses it elsewhere
+    check_caps(request)
+    media = list(find(request))
+    if len(media) > limits.pictures.count:
+        raise RequestError(413, f"the request has {len(media)} pictures, at most {limits.pictures.count} are taken")
+    return request, media
+
+
+def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, made: list[Path]) -> bytes:
+    prepare(media, limits, upstream.media, made, upstream.say)
+    return json_body.written(request)
+
+
+def _single(raw: list[tuple[bytes, bytes]]) -> Headers:
+    """Raises RequestError when one that matters is there twice."""
+    headers: Headers = {}
+    for name, value in raw:
+        text = name.decode("latin-1").lower()
+        if text in headers and text in ONCE:
+            raise RequestError(400, f"the header {text} is there twice")
+        headers[text] = f"{headers[text]}, {value.decode('latin-1')}" if text in headers else value.decode("latin-1")
+    return headers
+
+
+def _check_kind(headers: Headers) -> None:
+    """Everything is read as JSON; what says that it is something else is refused. Raises RequestError."""
+    message = Message()
+    message["Content-Type"] = headers.get("content-type", "application/json")
+    kind = message.get_content_type()
+    if kind not in JSON_KINDS and not kind.endswith("+json") or (message.get_content_charset() or "utf-8") not in ("utf-8", "us-ascii"):
+        raise RequestError(415, "the request must be application/json in UTF-8")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError(415, "compressed requests are not taken")
+
+
+def _is_address(name: str) -> bool:
+    with suppress(ValueError):
+        ipaddress.ip_address(name.strip("[]"))
+        return True
+    return False
+
+
+async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """Of the request's body. Raises RequestError, Left."""
+    end = asyncio.get_running_loop().time() + BODY_S
+    more = True
+    while more:
         try:
-            super().handle_one_request()
-        except RequestError as error:  # from handle_expect_100
-            self._refuse(error)
+            message = await asyncio.wait_for(receive(), min(PIECE_S, max(0, end - asyncio.get_running_loop().time())))
+        except asyncio.TimeoutError:
+            raise RequestError(408, "the request did not arrive in time") from None
+        if message["type"] == "http.disconnect":
+            raise Left
+        more = message["more_body"]
+        yield message["body"]
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses."""
-        self.command = getattr(self, "command", None) or "GET"
-        self.request_version = "HTTP/1.1"  # until the first line is read it stands at 0.9, which has no headers
-        self._refuse(RequestError(code, message or "malformed request"))
 
-    def log_message(self, *_: object) -> None:
-        pass
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass  # the body of a GET, which nobody asked for
+
+
+async def _emptied(parcel: list[bytes]) -> AsyncIterator[bytes]:
+    """The body is let go when it is sent, not when the answer is complete."""
+    yield parcel.pop()
+
+
+async def _answer_with(send: Send, status: int, body: bytes, close: bool = False) -> None:
+    headers = [(b"content-type", b"application/json; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", str(RETRY_S).encode()))
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

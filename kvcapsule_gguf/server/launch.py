@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from ..chat import files, hub
 from ..chat.engine import train_command
@@ -58,31 +60,63 @@ class Upstream:
         self.token = secrets.token_urlsafe(32)
         self.folder = Path(tempfile.mkdtemp(prefix="kvcapsule-"))
         self.socket = self.folder / "llama.sock"
+        self.media = self.folder / "media"  # pictures on their way to llama-server
+        self.media.mkdir()
         self.lines: deque[str] = deque(maxlen=200)
+        self.ready = False  # it has loaded the model, and answers
         try:
-            self.process = subprocess.Popen(
-                [str(binary), *self._flags()],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
+            self._start()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def _start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [str(find_binary()), *self._flags()],
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
 
+    def tend(self) -> None:
+        """To be called again and again, always by the thread that made this object: the kernel ties the process to it. Raises KVCapsuleError if it cannot be started."""
+        if self.process.poll() is None:
+            if not self.ready and self._answers():
+                self.lines.clear()  # what was said while it started explains no later end
+                self.ready = True
+        elif self.ready:
+            self.ready = False
+            self.say(f"llama-server {self.reason()}; it is started again")
+            self._start()
+        else:
+            raise KVCapsuleError(f"llama-server {self.reason()}")
+
+    def _answers(self) -> bool:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as inner:
+                inner.settimeout(1)
+                inner.connect(str(self.socket))
+                inner.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                return b" 200 " in inner.recv(64)
+        except OSError:
+            return False
+
     def reason(self) -> str:
-        """Why it ended: its first line about an error, the capsule's first."""
+        """How it ended, and its first line about an error, the capsule's first."""
         self._reader.join(timeout=2)
+        status = self.process.poll() or 0
+        how = f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            how += " (is there enough memory?)"
         lines = [line.split(" ", 2)[-1].strip() if line[:1].isdigit() else line.strip() for line in self.lines]
-        for words in ("capsule", "error", "failed"):
-            if found := [line for line in lines if words in line.lower()]:
-                return found[0]
-        return lines[-1] if lines else f"exit {self.process.poll()}"
+        found = next((line for words in ("capsule", "assert", "error", "failed") for line in lines if words in line.lower()), "")
+        return f"{how}: {found}" if found else how
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -122,7 +156,7 @@ class Upstream:
         if self.mmproj is not None:
             flags += ["--mmproj", str(self.mmproj)]
         # /slots shows what others ask
-        return [*flags, "--metrics", "--no-slots", *options.rest]
+        return [*flags, "--media-path", str(self.media), "--metrics", "--no-slots", *options.rest]
 
     def _context(self) -> int:
         if self.options.n_ctx is not None:
@@ -145,9 +179,11 @@ class Upstream:
         return self.options.parallel * (picture or UNKNOWN_PICTURE) + max(2048, self._context() // 4)
 
     def _environment(self) -> dict[str, str]:
-        # flags say everything; the keys of the clients are checked before they get here
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_")) or name in KEPT}
+        # flags say everything (AIP_ opens another endpoint); the keys of the clients are checked before they get here
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_KVCAPSULE", "LLAMA_ARG_", "AIP_")) or name in KEPT}
         env["LLAMA_API_KEY"] = self.token
+        # glibc would keep the memory of large requests, for each of its threads
+        env = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"} | env
         if self.capsule is not None:
             env["LLAMA_KVCAPSULE"] = str(self.capsule)
             env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot or self._hot())
@@ -155,9 +191,8 @@ class Upstream:
                 env["LLAMA_KVCAPSULE_RATIO"] = str(self.options.ratio)
         return env
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for raw in self.process.stdout:
+    def _read(self, output: IO[bytes]) -> None:
+        for raw in output:
             line = raw.decode("utf-8", "replace").rstrip()
             self.lines.append(line)
             if self.options.verbose:

@@ -89,7 +89,7 @@ class Coded:
     codes: dict = field(default_factory=dict)
     errors: dict = field(default_factory=dict)
     rival: dict = field(default_factory=dict)  # f32 [T]: the squared error of rotated q4_0
-    blocks: dict = field(default_factory=dict)
+    energy: dict = field(default_factory=dict)  # of a tile around the mean of all tokens, mean over tiles
 
     def __post_init__(self) -> None:
         for i in range(len(self.model.kv_layers)):
@@ -134,10 +134,15 @@ class Coded:
         self.errors[kind, i] = errors
         stored = round_trip(x, row_counts(q4_0=N))
         self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
+        self.energy[kind, i] = float(np.square(x - x.mean((0, 2), keepdims=True)).sum((1, 2, 3)).mean())
+
+    @property
+    def tiles(self) -> int:
+        return len(self.rival["k", 0])
 
     def relative(self, kind: str, i: int) -> np.ndarray:
-        """f64 [H, 33, G, types]: mean error of every block in units of rotated q4_0's of the layer."""
-        return self.errors[kind, i].mean(0, dtype=np.float64) / self.rival[kind, i].mean()
+        """f64 [H, 33, G, types]: mean error of every block, relative to the energy of a tile around the layer's mean."""
+        return self.errors[kind, i].mean(0, dtype=np.float64) / self.energy[kind, i]
 
     def read(self, tables: Sequence[dict], pick: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """tables: per tier (kind, layer) -> bits [H, 33, G]; pick int [T]: the tier of every tile -> id of a sample's keys and layer -> K, V."""
@@ -189,12 +194,21 @@ def table_bits(tables: dict) -> float:
     return float(total / sum(t.shape[0] * t.shape[2] * N * 32 for t in tables.values()))
 
 
-def scores(coded: Coded, tables: dict) -> np.ndarray:
-    """f64 [T]: mean over layers and K, V of the error of each tile in units of rotated q4_0's."""
-    out = []
+def tile_errors(coded: Coded, tables: dict) -> dict[tuple[str, int], np.ndarray]:
+    """f64 [T] for each kind and layer: the squared error of every tile."""
+    out = {}
     for (kind, i), t in tables.items():
         e = coded.errors[kind, i]
         at = np.searchsorted(coded.types, t)
-        e = np.take_along_axis(e, np.broadcast_to(at, e.shape[:-1])[..., None], -1)[..., 0].sum((1, 2, 3), dtype=np.float64)
-        out.append(e / np.maximum(coded.rival[kind, i], 1e-20))
-    return np.mean(out, 0)
+        out[kind, i] = np.take_along_axis(e, np.broadcast_to(at, e.shape[:-1])[..., None], -1)[..., 0].sum((1, 2, 3), dtype=np.float64)
+    return out
+
+
+def scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> np.ndarray:
+    """f64 [T]: the error of each tile relative to the energy of a usual tile, mean over layers and over K and V."""
+    return np.mean([e / energy[x] for x, e in tile_errors(coded, tables).items()], 0)
+
+
+def rival_scores(coded: Coded, tables: dict) -> np.ndarray:
+    """f64 [T]: the same in units of rotated q4_0's error on the same tile."""
+    return np.mean([e / np.maximum(coded.rival[x], 1e-20) for x, e in tile_errors(coded, tables).items()], 0)

@@ -72,13 +72,18 @@ class Decoder:
         return int(cache.positions[:, 0:3].max()) + 1 if self.grid else len(cache.positions)
 
     @torch.no_grad()
-    def text(self, cache: Cache, tokens: Sequence[int], queries: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [len(tokens), vocab]; the cache grows (copy it first with `fork`)."""
-        pos = self.next_position(cache) + np.arange(len(tokens))
+    def branches(self, cache: Cache, texts: Sequence[Sequence[int]], queries: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Hidden states [len(text), width] of several texts, each right after the cache and none seeing another; the cache stays as it is.
+
+        `output` times a hidden state are the logits. queries: those of all texts are appended, a tensor [T, heads, d] with RoPE for each layer.
+        """
+        lengths = [len(t) for t in texts]
+        pos = self.next_position(cache) + np.concatenate([np.arange(n) for n in lengths])
         if self.grid:
             pos = np.stack([pos, pos, pos, 0 * pos], 1)
-        h = self._run(self.embed[list(tokens)], pos, cache, queries)
-        return F.linear(h, self.output)
+        own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool().tril()
+        h = self._run(self.embed[[t for text in texts for t in text]], pos, self.fork(cache), queries, own)
+        return list(h.split(lengths))
 
     @staticmethod
     def fork(cache: Cache, store: Store | None = None) -> Cache:
@@ -93,15 +98,11 @@ class Decoder:
 
     def sample(self, cache: Cache, questions: Sequence[Sequence[int]]) -> KVSample:
         """What the study measures: the picture's keys and values, and the queries (with RoPE) of questions that follow."""
-        found: list[list[np.ndarray]] = [[] for _ in cache.keys]
-        for tokens in questions:
-            queries: list[torch.Tensor] = []
-            self.text(self.fork(cache), tokens, queries)
-            for i, q in enumerate(queries):
-                found[i].append(q.numpy())
+        queries: list[torch.Tensor] = []
+        self.branches(cache, questions, queries)
         at = cache.picture
         keys, values = ([x[at].numpy().copy() for x in part] for part in (cache.keys, cache.values))
-        return KVSample(keys, values, [np.concatenate(q) for q in found], cache.width, at.start)
+        return KVSample(keys, values, [q.numpy() for q in queries], cache.width, at.start)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], self.w[name], self.eps)
@@ -118,10 +119,12 @@ class Decoder:
         return out
 
     @torch.no_grad()
-    def _run(self, x: torch.Tensor, pos: np.ndarray, cache: Cache, queries: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, pos: np.ndarray, cache: Cache,
+             queries: list[torch.Tensor] | None = None, own: torch.Tensor | None = None) -> torch.Tensor:
         m, n, past = self.model, len(x), len(cache.positions)
         cache.positions = np.concatenate([cache.positions, pos]) if past else pos
-        mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)
+        own = torch.ones(n, n, dtype=torch.bool).tril() if own is None else own
+        mask = torch.cat([torch.ones(n, past, dtype=torch.bool), own], 1)
         for i in range(m.block_count):
             h = self._norm(x, f"blk.{i}.attn_norm.weight")
             q, k, v = (self._linear(h, f"blk.{i}.attn_{c}").view(n, -1, m.key_length[i]) for c in "qkv")

@@ -17,7 +17,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     """One set of tables for each mean number of bits (scales included).
 
     scope: head, layer (the heads of a layer share), model (all layers share). groups: group, or row (all groups share).
-    per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, in units of rotated q4_0's, K and V alike.
+    per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, relative to the energy of its layer around the mean, K and V alike.
     types: those that may be used. weight: of the errors of a kind in a layer.
     """
     layers = range(len(coded.model.kv_layers))

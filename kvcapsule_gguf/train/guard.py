@@ -10,7 +10,7 @@ import numpy as np
 from ..codec.block import BlockCodec
 from ..codec.guard import block_score
 from ..codec.types import total_rows
-from ..format.capsule import Capsule
+from ..format.capsule import Capsule, Tier
 from .schedule import DISTORTION
 from .store import BlockStore
 
@@ -62,21 +62,30 @@ def thresholds(score: np.ndarray, share: float = PASS, margin: float = MARGIN) -
     return ranked[:, low] * margin
 
 
+def finer(a: Tier, b: Tier, layer: int) -> bool:
+    """Does tier `a` keep some of the first rows of the keys or values in better types than `b` does?"""
+    return any((np.cumsum(x) > np.cumsum(y)).any() for x, y in ((a.key_rows[layer], b.key_rows[layer]), (a.value_rows[layer], b.value_rows[layer])))
+
+
 def calibrate(capsule: Capsule, store: BlockStore, say: Callable[[str], None], weights: tuple[np.ndarray, np.ndarray] | None = None, share: float = PASS) -> None:
     """Sets kappa of every economy tier, and what the tiers cost in the provenance.
 
     share: of the held-back blocks, that pass in all layers; weights: sensitivities of the layers; one that costs little may be coarser in proportion.
     """
     errors = Errors(capsule)
+    faithful = scores(capsule, store, 0, errors)
     for i, tier in enumerate(capsule.tiers):
-        score = scores(capsule, store, i, errors)
+        score = scores(capsule, store, i, errors) if i else faithful
         passed = 1.0
         if i:
             all_rows = min(map(total_rows, tier.key_rows + tier.value_rows)) == capsule.block_size
             slack = np.ones(len(capsule.layers)) if weights is None else np.maximum(1, 1 / np.maximum(*weights))
-            kappa = np.minimum(thresholds(score, share), COARSE[all_rows] * slack)
+            # a refused block must be better off: nothing is refused that the faithful tier does no better
+            kappa = np.minimum(np.maximum(thresholds(score, share), faithful.max(1)), COARSE[all_rows] * slack)
+            smaller = capsule.ratio(i) >= capsule.ratio(0)
+            kappa[[not (smaller and finer(capsule.tiers[0], tier, layer)) for layer in range(len(capsule.layers))]] = 0
             tier.kappa = [float(x) for x in kappa]
-            passed = float((score <= kappa[:, None]).all(0).mean())
+            passed = float(((score <= kappa[:, None]) | (kappa[:, None] <= 0)).all(0).mean())
         say(
             f"tier {tier.name}: {1 / (1 - tier.ratio):.2f}x smaller than f16 ({capsule.slot_bytes(i) / capsule.block_size:.0f} bytes a token); "
             f"the worst token of a block has {np.median(score.max(0)):.1f} times q4_0's error (median), {100 * passed:.0f} % of the blocks pass"

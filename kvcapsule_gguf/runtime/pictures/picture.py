@@ -6,6 +6,7 @@ import ctypes
 import io
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,3 +51,11 @@ def to_png(rgb: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rgb).save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def write_ppm(path: Path, rgb: np.ndarray) -> None:
+    """A file with exactly these pixels (uint8 [height, width, 3]), as they are. Raises OSError."""
+    height, width, _ = rgb.shape
+    with path.open("wb") as file:
+        file.write(b"P6 %d %d 255\n" % (width, height))
+        file.write(np.ascontiguousarray(rgb, np.uint8).data)

@@ -67,8 +67,11 @@ bool llama_capsule_store::guarded(uint32_t i_layer, int i_pool, bool is_v) const
 
     const uint32_t d = is_v ? codec.layer.n_embd_head_v : codec.layer.n_embd_head_k;
 
+    // a block that is refused must be better off
+    const bool finer = data().tiers[0].ratio <= data().tiers[p.i_economy].ratio;
+
     // is q4_0 a rival for this head size?
-    return i_pool == 0 && p.guard && codec.tl.kappa > 0.0f && d % ggml_blck_size(GGML_TYPE_Q4_0) == 0;
+    return i_pool == 0 && p.guard && finer && codec.tl.kappa > 0.0f && d % ggml_blck_size(GGML_TYPE_Q4_0) == 0;
 }
 
 bool llama_capsule_store::accept(block & b, uint32_t i_layer, const block_errors & errors) const {

@@ -1,0 +1,258 @@
+"""One table for each choice of format v2: everything else as decided, one thing changed (docs/format-v2.md says what was chosen, and why).
+
+Errors are those of rotated q4_0 on the vision cells times the figure: `KLD` of forced answers with a 95 % interval over pictures (study/divergence.py),
+`attention` as study/measure.py defines it, of keys alone and of values alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ..codec.builtin import builtin_table
+from ..codec.rope import pair_index
+from ..train.source import KVSample
+from .coded import Basis, Coded, fit_basis, groups_of, rival_scores, scores, table_bits
+from .decoder import Cache, Decoder
+from .divergence import Answers, paired, picture_only
+from .measure import Measure, rotated
+from .pictures import Asked
+from .tables import Tables, fit_tables
+
+TYPES = (0, 1, 2, 3, 4, 6, 8, 16)
+LEVELS = (10, 8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # how many times smaller the tiers are
+BUILTIN = (8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
+UNIT = 0.03  # quality 1: the error of a tile over the energy of a usual one
+
+Pick = Callable[[Coded], np.ndarray]
+
+
+@dataclass
+class Suite:
+    """answers to questions about pictures, their keys and values, and what rotated q4_0 does to them."""
+
+    answers: Answers
+    samples: list[KVSample] = field(default_factory=list)
+    rival: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    measure: Measure | None = None
+
+    def __post_init__(self) -> None:
+        self.samples = self.answers.samples()
+        self.rival = self.divergence(rotated("q4_0"))
+        self.measure = Measure(self.answers.decoder.model, self.samples[:6])
+
+    def divergence(self, way: Callable) -> np.ndarray:
+        return self.answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, self.samples[n].keys[i], self.samples[n].values[i])))[0]
+
+
+def wild(n: int, cache: Cache, tokens: int = 3, times: float = 4.0) -> Cache:
+    """Three vision tokens of each picture, so many standard deviations away in all layers."""
+    out = replace(cache, keys=list(cache.keys), values=list(cache.values))
+    rng = np.random.default_rng([n, 8])
+    at = cache.picture.start + rng.choice(cache.picture.stop - cache.picture.start, tokens, replace=False)
+    for part in (out.keys, out.values):
+        for i, x in enumerate(part):
+            y = x.clone()
+            y[at] += times * x[cache.picture].std((0, 1)) * torch.from_numpy(rng.standard_normal((tokens, *x.shape[1:])).astype(np.float32))
+            part[i] = y
+    return out
+
+
+@dataclass
+class Bench:
+    """fit: what tables and axes are fitted to. The default coding is kept."""
+
+    fit: Sequence[KVSample]
+    suites: dict[str, Suite]
+    kept: dict[str, tuple[Coded, dict[str, Coded]]] = field(default_factory=dict)
+
+    @property
+    def model(self):  # noqa: ANN201
+        return next(iter(self.suites.values())).answers.decoder.model
+
+    def code(self, basis: dict[tuple[str, int], Basis], fit: Sequence[KVSample] | None = None, **options: object) -> tuple[Coded, dict[str, Coded]]:
+        make = lambda s: Coded(self.model, s, basis, types=TYPES, **options)  # type: ignore[arg-type]  # noqa: E731
+        return make(self.fit if fit is None else fit), {name: make(s.samples) for name, s in self.suites.items()}
+
+    def default(self) -> tuple[Coded, dict[str, Coded]]:
+        if "default" not in self.kept:
+            self.kept["default"] = self.code(fit_basis(self.fit, self.model))
+        return self.kept["default"]
+
+    def head(self) -> str:
+        names = list(self.suites)
+        first = f"| | {names[0]}: smaller | KLD | attention | K | V |"
+        return first + "".join(f" {n}: smaller | KLD |" for n in names[1:]) + "\n" + "|---" * (6 + 2 * (len(names) - 1)) + "|"
+
+    def row(self, label: str, tests: dict[str, Coded], tables: Sequence[Tables], pick: Pick | None = None) -> str:
+        cells = []
+        for n, (name, coded) in enumerate(tests.items()):
+            chosen = pick(coded) if pick else np.zeros(coded.tiles, int)
+            read, suite = coded.read(tables, chosen), self.suites[name]
+
+            def way(i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                return read[id(k)]
+
+            ratio, low, high = paired(suite.divergence(way), suite.rival)
+            smaller = 16 / np.array([table_bits(t) for t in tables])[chosen].mean()
+            cells.append(f"{smaller:.2f}x | {ratio:.2f} ({low:.2f} to {high:.2f})")
+            if n == 0:
+                cells.append(" | ".join(f"{e:.2f}" for e in suite.measure(way)))
+        return f"| {label} | {' | '.join(cells)} |"
+
+    def stock(self, name: str) -> str:
+        """A rival on the vision cells alone."""
+        cells = []
+        for n, suite in enumerate(self.suites.values()):
+            ratio, low, high = paired(suite.divergence(rotated(name)), suite.rival)
+            bits = {"q8_0": 8.5, "q4_0": 4.5}[name]
+            cells.append(f"{16 / bits:.2f}x | {ratio:.3f} ({low:.3f} to {high:.3f})")
+            if n == 0:
+                cells.append(" | ".join(f"{e:.3f}" for e in suite.measure(rotated(name))))
+        return f"| rotated {name} on the vision cells | {' | '.join(cells)} |"
+
+
+def smallest(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarray], limit: float) -> Pick:
+    """Of every tile the first (smallest) tier whose score is at most `limit`, else the last."""
+
+    def pick(coded: Coded) -> np.ndarray:
+        fits = np.stack([score(coded, t) <= limit for t in tables])
+        return np.where(fits.any(0), fits.argmax(0), len(tables) - 1)
+
+    return pick
+
+
+def matched(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarray], coded: Coded, smaller: float) -> float:
+    """The limit with which `coded` gets so many times smaller."""
+    bits, low, high = np.array([table_bits(t) for t in tables]), 1e-6, 1e6
+    each = np.stack([score(coded, t) for t in tables])
+    for _ in range(60):
+        limit = (low * high) ** 0.5
+        fits = each <= limit
+        got = bits[np.where(fits.any(0), fits.argmax(0), len(tables) - 1)].mean()
+        low, high = (limit, high) if got > 16 / smaller else (low, limit)
+    return high
+
+
+def builtin(model, smaller: float) -> Tables:  # noqa: ANN001
+    out = {}
+    for i, layer in enumerate(model.kv_layers):
+        for kind in "kv":
+            groups = groups_of(model, kind, i)
+            out[kind, i] = np.repeat(builtin_table(16 / smaller, len(groups))[None], model.head_count_kv[layer], 0)
+    return out
+
+
+def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[str]:
+    model = bench.model
+    layers = range(len(model.kv_layers))
+    yield bench.head()
+
+    def fixed(label: str, coding: tuple[Coded, dict[str, Coded]] | None = None, at: Sequence[float] = sizes, **options: object) -> Iterator[str]:
+        fitted, tests = coding or bench.default()
+        for size, tables in zip(at, fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options))):  # type: ignore[arg-type]
+            yield bench.row(label, tests, [tables])
+
+    if axis == "weight":
+        fitted, _ = bench.default()
+        measure = Measure(model, bench.fit[:4])
+        unit = measure.by_layer(rotated("q4_0")) * measure.unit
+        rival = {x: fitted.energy[x] / float(fitted.rival[x].mean()) for x in fitted.energy}
+        attention = {(kind, i): float(unit[i, 1 + "kv".index(kind)]) * rival[kind, i] for kind in "kv" for i in layers}
+        for name, w in (("energy around the mean", None), ("q4_0's error", rival), ("attention's error", attention)):
+            for per_layer in (False, True):
+                yield from fixed(f"{name}, {'the same bytes for each layer' if per_layer else 'over all layers'}", weight=w, per_layer=per_layer)
+        for times in (2, 4):
+            yield from fixed(f"energy, keys count {times} times", weight={x: times if x[0] == "k" else 1 for x in fitted.energy})
+    elif axis == "types":
+        for types in ((0, 2, 4, 8), (0, 2, 3, 4, 6), (0, 2, 3, 4, 6, 8), (0, 1, 2, 3, 4, 6, 8), TYPES):
+            yield from fixed(", ".join(map(str, types[1:])) + " bits", types=types)
+    elif axis == "hadamard":
+        for n in (0, 4, 64):
+            yield from fixed(f"{n or 'no'} points", bench.default() if n == 4 else bench.code(fit_basis(bench.fit, model), hadamard=n))
+    elif axis == "axes":
+        for v, k in (("none", "none"), ("16", "none"), ("full", "none"), ("full", "4"), ("full", "16"), ("full", "full")):
+            coding = bench.default() if (v, k) == ("full", "none") else bench.code(fit_basis(bench.fit, model, v_axes=v, k_axes=k))
+            yield from fixed(f"V {v}, K {k}", coding, at=(*sizes, 8))
+    elif axis == "scope":
+        for scope in ("head", "layer", "model"):
+            for groups in ("group", "row"):
+                yield from fixed(f"a table for each {scope}, {'groups apart' if groups == 'group' else 'one for all groups'}", scope=scope, groups=groups)
+    elif axis == "pictures":
+        for n in (1, 2, 4, 12, 24):
+            if n <= len(bench.fit):
+                part = bench.fit[:n]
+                yield from fixed(f"{n} pictures", bench.code(fit_basis(part, model), part))
+    elif axis == "builtin":
+        zero = fit_basis(bench.fit, model, mean=False, v_axes="none")
+        fitted, tests = bench.code(zero)
+        for size in (3.5, 4, 4.25, 4.5, 5):
+            yield bench.row("built in", tests, [builtin(model, size)])
+        yield from fixed("zero mean, no axes, tables fitted for each head", (fitted, tests), at=(4.25, 5))
+        yield from fixed("zero mean, no axes, one table for all fitted", (fitted, tests), at=(4.25,), scope="model", groups="row")
+    elif axis == "score":
+        fitted, tests = bench.default()
+        tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)
+        ways = {
+            "error over the layer's energy": lambda c, t: scores(c, t, fitted.energy),
+            "error over q4_0's on the tile": rival_scores,
+        }
+        for size in sizes:
+            yield bench.row("one table", tests, fit_tables(fitted, [16 / size], types=TYPES))
+            for name, way in ways.items():
+                limit = matched(tables, way, tests["like"], size)
+                yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
+    elif axis == "quality":
+        fitted, tests = bench.default()
+        for step in (1, 2):
+            tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)[::-step][::-1]
+            for q in (0.25, 0.5, 1.0, 2.0) if step == 1 else (1.0,):
+                yield bench.row(f"quality {q}, {len(tables)} tiers", tests, tables, smallest(tables, lambda c, t: scores(c, t, fitted.energy), q * UNIT))
+    elif axis == "builtin-quality":
+        zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
+        tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
+        tables = [builtin(model, x) for x in BUILTIN]
+        for q in (0.5, 1.0, 2.0):
+            yield bench.row(f"built in, quality {q}", tests, tables, smallest(tables, lambda c, t: scores(c, t, c.energy), q * UNIT))
+    else:
+        raise ValueError(f"unknown axis {axis}")
+
+
+def with_key_bias(decoder: Decoder, samples: Sequence[KVSample], times: float) -> None:
+    """Adds a constant of `times` the rms of a layer's keys to both channels of every head's slowest RoPE pair, as some models have by nature.
+
+    Attention hardly changes, since all keys get the same; a codec has to store it.
+    """
+    model = decoder.model
+    pair = pair_index(model.rope_type, model.rope_dimensions)[-1]
+    for i, layer in enumerate(model.kv_layers):
+        rms = float(np.sqrt(np.mean([np.square(s.keys[i]).mean() for s in samples])))
+        name, heads, d = f"blk.{layer}.attn_k.bias", model.head_count_kv[layer], model.key_length[layer]
+        bias = torch.zeros(heads, d)
+        bias[:, list(pair)] = torch.tensor([times * rms, -times * rms])
+        decoder.w[name] = decoder.w.get(name, torch.zeros(heads * d)) + bias.reshape(-1)
+
+
+def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_times: Sequence[float] = (0, 10, 30, 100)) -> Iterator[str]:
+    """The built-in capsule and rotated q4_0 where keys have large biases: KLD itself, and how many of the answers' tokens change."""
+    yield "| bias, times rms | stored as | smaller | KLD | tokens that change |\n|---|---|---|---|---|"
+    plain = Answers.of(decoder, asked[:2], questions, written=1).samples()
+    had = {name: w for name, w in decoder.w.items() if name.endswith("attn_k.bias")}
+    for times in all_times:
+        with_key_bias(decoder, plain, times)
+        answers = Answers.of(decoder, asked, questions)
+        samples = answers.samples()
+        coded = Coded(decoder.model, samples, fit_basis(samples[:1], decoder.model, mean=False, v_axes="none"), types=TYPES)
+        tables = [builtin(decoder.model, x) for x in BUILTIN]
+        pick = smallest(tables, lambda c, t: scores(c, t, c.energy), UNIT)(coded)
+        read, rival = coded.read(tables, pick), rotated("q4_0")
+        smaller = 16 / np.array([table_bits(t) for t in tables])[pick].mean()
+        for name, size, way in (("built in, quality 1", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
+            kld, turned = answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, samples[n].keys[i], samples[n].values[i])))
+            yield f"| {times} | {name} | {size:.2f}x | {kld.mean():.5f} | {100 * turned.mean():.1f} % |"
+        for name in [n for n in decoder.w if n.endswith("attn_k.bias")]:
+            decoder.w.pop(name)
+        decoder.w.update(had)
