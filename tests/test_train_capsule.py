@@ -520,6 +520,25 @@ def test_the_command_from_end_to_end(tmp_path):
     assert not (tmp_path / "c.gguf.work").exists()
 
 
+def test_a_panorama_in_the_folder(tmp_path):
+    """A picture that is one row of 143 tokens is trained on like the others, and the blocks stay tiles; what another command left behind is in nobody's way."""
+    from chat_model import write_mmproj, write_model
+
+    model, mmproj = write_model(tmp_path / "tiny.gguf", arch="qwen2vl"), write_mmproj(tmp_path / "mmproj-tiny.gguf", arch="qwen2vl")
+    (tmp_path / "pictures").mkdir()
+    for i in range(5):
+        Image.effect_noise((300, 300), 40 + 20 * i).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
+    Image.effect_noise((4004, 28), 60).convert("RGB").save(tmp_path / "pictures" / "panorama.png")
+    out, state = tmp_path / "c.gguf", tmp_path / "c.gguf.work"
+    state.mkdir()
+    (state / "state.npz").write_bytes(b"of an earlier version")
+    arguments = [model, "--mmproj", mmproj, "-o", out, "--images", tmp_path / "pictures", "-c", 2048, "-t", 1]
+    done = command(*arguments, OMP_NUM_THREADS="1", KVCAPSULE_LIB=str(library("patched")))
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    capsule = read_capsule(out)
+    assert (capsule.block_shape, capsule.block_width, capsule.provenance["images"]) == ("tile", 8, 6) and not state.exists()
+
+
 @pytest.mark.parametrize("codec", ["pca", "retain"])
 def test_training_needs_no_torch(tmp_path, codec):
     """Where torch cannot be imported a capsule is trained, and only --mlp says that it is needed."""

@@ -159,10 +159,10 @@ class Vlm:
         return self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT
 
     def _size(self, chunk: int) -> tuple[int, int]:
-        """(tokens, width of their grid or 0): libmtmd's width is, of some projectors, the number of all tokens."""
+        """(tokens, width of their grid or 0). Without M-RoPE libmtmd's width may be the number of all tokens; with it, that is a grid of one row."""
         n = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         width = self.mtmd.mtmd_image_tokens_get_nx(self.mtmd.mtmd_input_chunk_get_tokens_image(chunk))
-        if width and n % width == 0 and n > width:
+        if width and n % width == 0 and (n > width or self.many_positions):
             return n, width
         side = int(n**0.5 + 0.5)
         return n, side if side * side == n else 0
