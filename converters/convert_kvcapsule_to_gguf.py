@@ -14,12 +14,13 @@ from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.runtime.program import Parser
 
 logger = logging.getLogger("kvcapsule-to-gguf")
 
 
 def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument("input", type=Path, help="checkpoint (.safetensors); with --reverse a capsule, or an mmproj with one inside")
     p.add_argument("--outfile", type=Path, help="{ftype} in it becomes the outtype; default: beside the input")
     p.add_argument("--outtype", choices=("f16", "f32"), default="f16", help="of gates and key MLPs; a capsule has f16, a checkpoint either (default: %(default)s)")

@@ -12,12 +12,13 @@ import common
 from kvcapsule_gguf.format.embed import embed, extract
 from kvcapsule_gguf.format.reader import has_capsule, read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.runtime.program import Parser
 
 logger = logging.getLogger("embed-kvcapsule")
 
 
 def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument("mmproj", type=Path, help="vision projector; it is not changed")
     p.add_argument("capsule", type=Path, nargs="?", help="capsule GGUF to put in")
     p.add_argument("--extract", action="store_true", help="write the capsule inside the mmproj as a file of its own")

@@ -55,7 +55,7 @@ def block(text: str) -> BlockShape:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = program.Parser(
         prog="kvcapsule-bench",
         description="Times decoding with compressed images against llama.cpp's own caches, in turns in one process. Weights and caches are random: speed does not depend on them.",
     )

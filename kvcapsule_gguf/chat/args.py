@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime.pictures import split_listed
+from ..runtime.program import Parser
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}  # enum ggml_type
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
@@ -55,12 +55,6 @@ class Options:
     image_cache_mib: int = DEFAULT_MIB
     json: bool = False
     verbose: bool = False
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse would print the whole usage
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
@@ -110,7 +104,6 @@ def _parser() -> tuple[Parser, dict[str, str]]:
         prog="kvcapsule-chat",
         description="Chat about pictures; what the model keeps of a picture is stored compressed.",
         epilog="Without -p an interactive session starts, /help lists its commands.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from ..runtime import program
 from ..runtime.errors import KVCapsuleError
 from ..runtime.pictures import Budget, Picture, load
-from . import args, repl, stats
+from . import args, stats
 from .args import Options
 from .devices import list_devices
 from .engine import Engine, say
+from .progress import Progress
+from .repl import Repl
 from .session import Session, Turn
 
 
@@ -35,6 +37,9 @@ def run(options: Options) -> int:
     with Engine(options, say) as engine:
         session = Session(engine, options)
 
+        progress = Progress(engine, options.json)
+        session.state.on_picture = progress.picture
+
         def answer(question: str, shown: list[Picture]) -> Turn:
             turn = session.ask(question, list(shown), (lambda text: None) if options.json else write)
             if options.json:
@@ -42,12 +47,22 @@ def run(options: Options) -> int:
             else:
                 write("\n")
             if turn.finish_reason == "context":
-                say(f"the context is full ({session.state.n_cells} of {engine.n_ctx} tokens), the answer ends here")
+                say(f"{full(session)}, the answer ends here")
+            progress.answer(turn, session.state.n_cells)
             return turn
 
         if options.prompt is None:
-            return repl.run(session, answer, pictures)
+            return Repl(session, answer, pictures).run()
         return 130 if answer(options.prompt, pictures).finish_reason == "interrupted" else 0
+
+
+def full(session: Session) -> str:
+    """What is full when an answer had to end."""
+    cells, n_ctx = session.state.n_cells, session.engine.n_ctx
+    if cells >= n_ctx:
+        return f"the context is full ({cells} of {n_ctx} tokens)"
+    n_hot = stats.cache_use(session.engine, [], cells).n_hot
+    return f"the hot cache is full ({n_hot} cells; start with --hot {min(n_ctx, 2 * n_hot)}, /save keeps a conversation)"
 
 
 def write(text: str) -> None:

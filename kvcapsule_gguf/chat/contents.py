@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from .. import native
 from ..reuse import memory
 from ..reuse.parts import Item, cells, positions
+from ..runtime import interrupts
 from ..runtime.errors import ContextFull, KVCapsuleError
 from .engine import Engine
 from .prompt import Chunk
@@ -30,6 +30,7 @@ class Contents:
         self.text = ""
         self.n_past = 0
         self.n_cells = 0
+        self.on_picture: Callable[[ImageUse, float | None], None] = lambda image, seconds: None  # None: it is about to be read
 
     def clear(self) -> None:
         self.engine.llama.llama_memory_clear(self.engine.memory, True)
@@ -39,15 +40,15 @@ class Contents:
         """Keeps the first items, and drops whatever the library holds beyond them; returns how many are left: 0 when the model cannot go back."""
         engine = self.engine
         kept = self.items[:n_items]
-        if not memory.rewind(engine.llama, engine.ctx, engine.model, SEQ, positions(kept)):
-            kept = []
-        self._set(kept, [image for image in self.images if image.first < len(kept)])
+        with interrupts.deferred():
+            if not memory.rewind(engine.llama, engine.ctx, engine.model, SEQ, positions(kept)):
+                kept = []
+            self._set(kept, [image for image in self.images if image.first < len(kept)])
         return len(kept)
 
     def settle(self) -> None:
         """After an interruption: what the library holds beyond the items is dropped, and the text is no longer known."""
-        self._set(self.items, self.images)
-        self.engine.llama.llama_memory_seq_rm(self.engine.memory, SEQ, self.n_past, -1)
+        self.rewind(len(self.items))
 
     def add_text(self, tokens: Sequence[int], last: bool) -> None:
         """last: the logits of the last token are wanted."""
@@ -95,17 +96,17 @@ class Contents:
         if engine.capsule is None:
             return
         assert chunk.image is not None
-        before = native.stats(engine.ctx)
-        moved = native.compress(engine.ctx, SEQ, self.n_past - chunk.image.n_pos, self.n_past)
-        now = native.stats(engine.ctx)
-        image.moved += moved
-        image.slots = (image.slots[0] + now.n_slots[0] - before.n_slots[0], image.slots[1] + now.n_slots[1] - before.n_slots[1])
-        image.bytes_f16 += chunk.n_tokens * now.bytes_f16_token
-        image.bytes_now += now.bytes_slots - before.bytes_slots + (chunk.n_tokens - moved) * now.bytes_hot // max(now.n_hot, 1)
+        with interrupts.deferred():
+            before = native.stats(engine.ctx)
+            moved = native.compress(engine.ctx, SEQ, self.n_past - chunk.image.n_pos, self.n_past)
+            now = native.stats(engine.ctx)
+            image.moved += moved
+            image.slots = (image.slots[0] + now.n_slots[0] - before.n_slots[0], image.slots[1] + now.n_slots[1] - before.n_slots[1])
+            image.bytes_f16 += chunk.n_tokens * now.bytes_f16_token
+            image.bytes_now += now.bytes_slots - before.bytes_slots + (chunk.n_tokens - moved) * now.bytes_hot // max(now.n_hot, 1)
 
-    def load(self, items: list[Item], note: Any) -> None:
-        """The library has just been given a state that holds `items`; note: what to_note() gave for it."""
-        images = [ImageUse.from_json(value) for value in note]
+    def load(self, items: list[Item], images: list[ImageUse]) -> None:
+        """The library has just been given a state that holds `items`, with these pictures."""
         self._set(items, images)
 
     def to_note(self) -> list[dict[str, object]]:
@@ -119,6 +120,7 @@ class Contents:
         if status == 0:
             self.engine.log.take()
             return
+        interrupts.check()  # it may be the reason
         # no room is a warning for the library, which then goes on without the batch
         reason = self.engine.log.take(about="cache is full" if status == 1 else "")
         if status == 1:

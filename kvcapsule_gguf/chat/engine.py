@@ -145,7 +145,10 @@ class Engine:
         params.no_perf = True
         params.offload_kqv = options.kv_offload
         if self.capsule is not None:
-            native.next_context(self.capsule, n_hot=options.n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
+            # one question without a picture: nothing will be compressed
+            text_only = options.prompt is not None and not options.images
+            n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
+            native.next_context(self.capsule, n_hot=n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
         self.ctx = self.llama.llama_init_from_model(self.model, interrupts.stoppable(params))
         if not self.ctx:
             reason = (native.last_error() if self.capsule is not None else "") or self.log.take()

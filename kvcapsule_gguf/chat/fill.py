@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from .. import native
-from ..reuse.parts import ImagePart, common
+from ..reuse.parts import ImagePart, Item, common
 from ..reuse.prefixes import Prefixes
+from ..runtime import interrupts
 from ..runtime.errors import ContextFull, KVCapsuleError
 from ..runtime.pictures import Picture
 from .contents import SEQ, Contents
 from .prompt import Chunk
 from .stats import ImageUse
+
+
+ANSWER = 256  # cells, beside the prompt
+CELLS = 256  # the library gives that many at a time
 
 
 class Lost(Exception):
@@ -42,15 +48,25 @@ def fill(contents: Contents, chunks: list[Chunk], pictures: list[Picture], work:
     else:
         # at least one token is evaluated: its logits choose the first of the answer
         done = contents.rewind(min(common(contents.items, wanted), len(wanted) - 1))
-    if prefixes is not None and (found := prefixes.find(contents.engine.ctx, SEQ, wanted, done)) is not None:
+    if prefixes is not None:
         before = sum(isinstance(item, ImagePart) for item in wanted[:done])
-        contents.load(wanted[: found.n_items], found.note or [])
-        done = found.n_items
+        with interrupts.deferred():
+            if (found := prefixes.find(contents.engine.ctx, SEQ, wanted, done)) is not None:
+                done = _take(contents, wanted[: found.n_items], found.note)
         if done < base:
             raise Lost
         work.images_loaded = sum(isinstance(item, ImagePart) for item in wanted[:done]) - before
     _check_room(contents, rest := _after(chunks, done - base), pictures)
     _evaluate(contents, rest, pictures, work, prefixes)
+
+
+def _take(contents: Contents, items: list[Item], note: Any) -> int:
+    """The library has been given the state of these items; how many of them are there now."""
+    try:
+        contents.load(items, [ImageUse.from_json(value) for value in note or []])
+    except (KeyError, TypeError, ValueError):  # a file that nobody of us has written
+        contents.clear()
+    return len(contents.items)
 
 
 def _after(chunks: list[Chunk], n: int) -> list[Chunk]:
@@ -68,18 +84,26 @@ def _after(chunks: list[Chunk], n: int) -> list[Chunk]:
 
 def _evaluate(contents: Contents, chunks: list[Chunk], pictures: list[Picture], work: Work, prefixes: Prefixes | None) -> None:
     uses: dict[int, ImageUse] = {}
+    last = {chunk.picture: index for index, chunk in enumerate(chunks)}
+    begun = 0.0
     last_image = max((i for i, chunk in enumerate(chunks) if chunk.tokens is None), default=-1)
     for index, chunk in enumerate(chunks):
         work.tokens_evaluated += chunk.n_tokens
         if chunk.tokens is not None:
             contents.add_text(chunk.tokens, last=index == len(chunks) - 1)
             continue
-        image = uses.setdefault(chunk.picture, ImageUse(pictures[chunk.picture].name))
+        if chunk.picture not in uses:
+            uses[chunk.picture] = ImageUse(pictures[chunk.picture].name)
+            contents.on_picture(uses[chunk.picture], None)
+            begun = time.monotonic()
+        image = uses[chunk.picture]
         contents.add_image(chunk, image)
         start = time.monotonic()
         contents.compress(chunk, image)
         work.compress_s += time.monotonic() - start
         work.vision_tokens += chunk.n_tokens
+        if index == last[chunk.picture]:
+            contents.on_picture(image, time.monotonic() - begun)
         if prefixes is not None and index == last_image:
             prefixes.put(contents.engine.ctx, SEQ, contents.items, contents.to_note())
     work.images_encoded = len(uses)
@@ -95,15 +119,29 @@ def _check_room(contents: Contents, chunks: list[Chunk], pictures: list[Picture]
     if engine.capsule is not None:
         stats = native.stats(engine.ctx)
         n_hot, used = stats.n_hot, stats.n_hot_used
+    enough = min(n_ctx, _rounded(used + _peak(chunks) + ANSWER))
     for chunk in chunks:
         name = "the text" if chunk.tokens is not None else pictures[chunk.picture].name
         if chunk.n_tokens > n_hot - used:
             held = f", {used} of them taken by text" if used else ""
-            hint = ", or use a smaller picture" if chunk.tokens is None else ""
-            raise ContextFull(f"{name} needs {chunk.n_tokens} cells of the hot cache, which has {n_hot}{held}: raise --hot{hint}")
+            error, hint = (KVCapsuleError, ", or use a smaller picture") if chunk.tokens is None else (ContextFull, "")
+            raise error(f"{name} needs {chunk.n_tokens} cells of the hot cache, which has {n_hot}{held}: start with --hot {enough}{hint} (/save keeps a conversation)")
         if chunk.tokens is not None:
             used += chunk.n_tokens
             continue
         n_ubatch = engine.llama.llama_n_ubatch(engine.ctx)
         if chunk.n_tokens > n_ubatch and engine.native.mtmd.mtmd_decode_use_non_causal(engine.mtmd_ctx, chunk.handle):
             raise KVCapsuleError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: raise -ub (and -b)")
+
+
+def _peak(chunks: list[Chunk]) -> int:
+    """Most hot cells that they need: text stays, a picture leaves when the next thing comes."""
+    text = peak = 0
+    for chunk in chunks:
+        peak = max(peak, text + chunk.n_tokens)
+        text += chunk.n_tokens if chunk.tokens is not None else 0
+    return peak
+
+
+def _rounded(n: int) -> int:
+    return -(-n // CELLS) * CELLS

@@ -5,23 +5,35 @@ The state is used only where model, projector, capsule and settings are the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..reuse import container, memory
-from ..reuse.parts import from_json, to_json
+from ..reuse.parts import Item, from_json, positions, to_json
+from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, PictureError, decode
 from .contents import SEQ
 from .session import Session
+from .stats import ImageUse
 
 KIND = "conversation"
 
 
-def save(session: Session, path: Path) -> str:
-    """Returns a line for the user. Raises KVCapsuleError."""
+def save(session: Session, path: Path, ask: Callable[[str], bool] | None = None) -> str:
+    """Returns a line for the user. ask: whether a file that is no kept conversation may be replaced; None: never. Raises KVCapsuleError."""
     engine, state = session.engine, session.state
+    if not any(message["role"] == "user" for message in session.messages):
+        raise KVCapsuleError("there is no conversation yet, so nothing was saved")
+    path = path.resolve()  # a link stays, and what it leads to is replaced
+    if path.exists() and container.kind(path) != KIND:
+        if not path.is_file():
+            raise KVCapsuleError(f"{path} is not a file: choose another name")
+        if ask is None:
+            raise KVCapsuleError(f"{path} exists and is not a kept conversation: choose another name, or remove it first")
+        if not ask(f"{path} exists and is not a kept conversation. Replace it?"):
+            return "not saved"
     data = memory.state(engine.llama, engine.ctx, SEQ) if state.items else None
     header = {
         "kind": KIND,
@@ -52,30 +64,33 @@ def load(session: Session, path: Path) -> str:
         budget = Budget()
         pictures = [decode(bytes(blob), budget, str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
         items = from_json(header["items"])
-        text, note, pos_max = _marked(header["text"], header["marker"], MARKER), header["images"], int(header["pos_max"])
+        text, pos_max = _marked(header["text"], header["marker"], MARKER), int(header["pos_max"])
+        images = [ImageUse.from_json(value) for value in header["images"]]
+        if sum(message["content"].count(MARKER) for message in messages) != len(pictures):
+            raise ValueError("its pictures are not those of its questions")
     except PictureError:
         raise
     except OSError as error:
         raise KVCapsuleError(f"{path}: {error.strerror or error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KVCapsuleError(f"{path} is not a conversation that this version reads ({error!r})") from None
-    session.clear()
-    session.messages, session.pictures = messages, pictures
+    with interrupts.deferred():
+        session.clear()
+        session.messages, session.pictures = messages, pictures
+        ready = _restore(session, header["binding"], items, images, blobs[0], pos_max)
+        session.state.text = text if ready else ""
     turns = sum(message["role"] == "user" for message in messages)
     said = f"{turns} question{'s' * (turns != 1)} and {len(pictures)} picture{'s' * (len(pictures) != 1)}"
-    if _restore(session, header["binding"], items, note, blobs[0], pos_max):
-        session.state.text = text
-        return f"{said}, ready"
-    return f"{said}; saved with other files or settings, so they are read again with the next question"
+    return f"{said}, ready" if ready else f"{said}; saved with other files or settings, so they are read again with the next question"
 
 
-def _restore(session: Session, binding: str, items: list, note: Any, blob: memoryview, pos_max: int) -> bool:
+def _restore(session: Session, binding: str, items: list[Item], images: list[ImageUse], blob: memoryview, pos_max: int) -> bool:
     engine = session.engine
     if not items:
         return True
-    if binding != engine.binding or not memory.restore(engine.llama, engine.ctx, SEQ, blob, pos_max):
+    if binding != engine.binding or not 0 <= pos_max < positions(items) <= engine.n_ctx or not memory.restore(engine.llama, engine.ctx, SEQ, blob, pos_max):
         return False
-    session.state.load(items, note)
+    session.state.load(items, images)
     return True
 
 

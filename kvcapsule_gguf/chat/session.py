@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..runtime import interrupts
 from ..runtime.errors import ContextFull, KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Picture
@@ -49,9 +50,10 @@ class Session:
 
     def clear(self) -> None:
         """Forgets the conversation; the system prompt stays."""
-        self.state.clear()
-        self.messages: list[Message] = [{"role": "system", "content": self.options.system}] if self.options.system else []
-        self.pictures: list[Picture] = []
+        with interrupts.deferred():
+            self.state.clear()
+            self.messages: list[Message] = [{"role": "system", "content": self.options.system}] if self.options.system else []
+            self.pictures: list[Picture] = []
 
     def undo(self) -> str | None:
         """Takes back the last question, its pictures and its answer; returns the question, None if there is none. The part before stays in the cache."""
@@ -59,24 +61,29 @@ class Session:
         if not asked:
             return None
         question = self.messages[asked[-1]]["content"]
-        self.messages = self.messages[: asked[-1]]
-        del self.pictures[len(self.pictures) - question.count(MARKER) :]
-        self.state.text = ""
+        with interrupts.deferred():
+            self.messages = self.messages[: asked[-1]]
+            del self.pictures[len(self.pictures) - question.count(MARKER) :]
+            self.state.text = ""
         return question.replace(MARKER, "")
 
     def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None]) -> Turn:
-        """Streams the answer to `on_text`. Raises KVCapsuleError; the conversation is then as it was before."""
+        """Streams the answer to `on_text`. Raises KVCapsuleError and KeyboardInterrupt; the conversation is then as it was before. Once the answer has begun,
+        Ctrl-C only ends it."""
         if pictures and self.engine.mtmd_ctx is None:
             raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         message = {"role": "user", "content": MARKER * len(pictures) + question}
         prompt = self.template.render([*self.messages, message], True)
-        turn = self._fill(prompt, pictures)
-        self.messages.append(message)
-        self.pictures += pictures
         try:
+            turn = self._fill(prompt, pictures)
             self._generate(turn, on_text)
-        finally:
-            self.messages.append({"role": "assistant", "content": turn.answer})
+        except BaseException:
+            if self.state.text.startswith(prompt):  # else nothing of it is left in the cache
+                self.state.settle()
+            raise
+        with interrupts.deferred():
+            self.pictures += pictures
+            self.messages += [message, {"role": "assistant", "content": turn.answer}]
         return turn
 
     def _special(self, token: int) -> str:
@@ -118,10 +125,11 @@ class Session:
                 with chunks(self.engine, prompt, shown, first=True) as parts:
                     fill(state, parts, shown, turn, append=False, prefixes=self.engine.prefixes)
         except BaseException:
-            if new is not None and state.rewind(n_items) == n_items:
-                state.text = text
-            else:
-                state.rewind(len(state.items))
+            with interrupts.deferred():
+                if new is not None and state.rewind(n_items) == n_items:
+                    state.text = text
+                else:
+                    state.rewind(len(state.items))
             raise
         state.text = prompt
         turn.tokens_reused = state.n_cells - turn.tokens_evaluated
@@ -159,9 +167,8 @@ class Session:
                     emit(decoder.decode(engine.piece(token)))
                     self.state.add_text([token], last=True)
             self.state.text += "".join(raw)
-        except ContextFull as full:
+        except ContextFull:
             turn.finish_reason = "context"
-            engine.say(str(full))
             self.state.settle()
         except KeyboardInterrupt:
             turn.finish_reason = "interrupted"

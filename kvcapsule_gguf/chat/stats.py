@@ -38,9 +38,12 @@ class ImageUse:
 
     @classmethod
     def from_json(cls, value: dict) -> ImageUse:
-        """The opposite of as_json() with `first` added. Raises KeyError, TypeError."""
-        slots = (value["slots"]["economy"], value["slots"]["faithful"])
-        return cls(value["name"], value["first"], value["tokens"], value["tokens_compressed"], slots, value["kv_bytes_f16_equivalent"], value["kv_bytes"])
+        """The opposite of as_json() with `first` added. Raises KeyError, TypeError, ValueError: it comes from a file."""
+        names = ("first", "tokens", "tokens_compressed", "kv_bytes_f16_equivalent", "kv_bytes")
+        first, tokens, moved, f16, now, *slots = [*(value[name] for name in names), value["slots"]["economy"], value["slots"]["faithful"]]
+        if not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in (first, tokens, moved, f16, now, *slots)):
+            raise ValueError("not the numbers of a picture")
+        return cls(str(value["name"]), first, tokens, moved, (slots[0], slots[1]), f16, now)
 
 
 @dataclass(frozen=True)

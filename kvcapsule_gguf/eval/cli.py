@@ -23,7 +23,7 @@ AGAINST = "q8_0,q4_0,drop0.6"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("kvcapsule-eval", description="Answers of a model with a compressed cache against its own with an f16 cache.")
+    p = program.Parser("kvcapsule-eval", description="Answers of a model with a compressed cache against its own with an f16 cache.")
     p.add_argument("model", type=Path)
     p.add_argument("--mmproj", type=Path, help="default: beside the model")
     p.add_argument("--capsule", type=Path, action="append", default=[], help="may be given several times")

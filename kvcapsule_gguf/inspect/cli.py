@@ -16,7 +16,7 @@ from .report import as_json, text
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
+    p = program.Parser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
     p.add_argument("file", type=Path, metavar="FILE", help="a capsule, or an mmproj with one inside")
     p.add_argument("--json", action="store_true")
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits and errors by layer")

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO, Union
 
 from ..runtime.errors import KVCapsuleError
 
@@ -48,36 +49,68 @@ def write(path: Path, header: dict[str, Any], blobs: Sequence[Blob]) -> None:
         raise
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[memoryview]]:
-    """Raises Damaged, OSError."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = bytearray(size)
-        if file.readinto(data) != size or size < PREFIX.size + CHECKSUM:
+def read(path: Path, most: int | None = None) -> tuple[dict[str, Any], list[memoryview]]:
+    """most: bytes that it may have. Raises Damaged, OSError."""
+    with _open(path) as file:
+        head, header, sizes = _start(path, file, most)
+        data = bytearray(sum(sizes) + CHECKSUM)
+        if file.readinto(data) != len(data):
             raise Damaged(f"{path} is cut off")
     view = memoryview(data)
-    magic, version, length = PREFIX.unpack_from(view)
-    if magic != MAGIC:
-        raise Damaged(f"{path} is not a saved state")
-    if version != VERSION:
-        raise Damaged(f"{path} has version {version}, this program reads {VERSION}")
     body, checksum = view[:-CHECKSUM], view[-CHECKSUM:]
-    if hashlib.blake2b(body, digest_size=CHECKSUM).digest() != checksum:
+    hasher = hashlib.blake2b(head, digest_size=CHECKSUM)
+    hasher.update(body)
+    if hasher.digest() != checksum:
         raise Damaged(f"{path} is damaged (its checksum does not fit)")
-    try:
-        if length > MAX_HEADER:
-            raise ValueError("the header is too long")
-        header = json.loads(bytes(body[PREFIX.size : PREFIX.size + length]))
-        sizes = [int(n) for n in header.pop("blobs")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is damaged ({error})") from None
-    at, blobs = PREFIX.size + length, []
-    if min(sizes, default=0) < 0 or at + sum(sizes) != len(body):
-        raise Damaged(f"{path} is damaged (its parts do not fill it)")
+    at, blobs = 0, []
     for n in sizes:
         blobs.append(body[at : at + n])
         at += n
     return header, blobs
+
+
+def kind(path: Path) -> str | None:
+    """What a container says that it is, unchecked; None: it is none. Raises OSError."""
+    try:
+        with _open(path) as file:
+            return str(_start(path, file)[1].get("kind"))
+    except Damaged:
+        return None
+
+
+def _open(path: Path) -> BinaryIO:
+    """A pipe in the place of a file is not waited for. Raises Damaged, OSError."""
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Damaged(f"{path} is not a file")
+    return file
+
+
+def _start(path: Path, file: BinaryIO, most: int | None = None) -> tuple[bytes, dict[str, Any], list[int]]:
+    """All before the blobs, the header in it, the sizes of the blobs. Raises Damaged."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(PREFIX.size)
+    if len(prefix) < PREFIX.size:
+        raise Damaged(f"{path} is cut off")
+    magic, version, length = PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise Damaged(f"{path} is not a saved state")
+    if version != VERSION:
+        raise Damaged(f"{path} has version {version}, this program reads {VERSION}")
+    if most is not None and size > most:
+        raise Damaged(f"{path} is larger than {most} bytes")
+    try:
+        if length > min(MAX_HEADER, size):
+            raise ValueError("the header is too long")
+        text = file.read(length)
+        header = json.loads(text)
+        sizes = [int(n) for n in header.pop("blobs")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
+    if min(sizes, default=0) < 0 or PREFIX.size + length + sum(sizes) + CHECKSUM != size:
+        raise Damaged(f"{path} is damaged (its parts do not fill it)")
+    return prefix + text, header, sizes
 
 
 def _header(header: dict[str, Any], blobs: Sequence[Blob]) -> bytes:

@@ -47,6 +47,7 @@ class Interrupts:
         self.session = False
         self._lock = threading.RLock()
         self._owed = 0  # KeyboardInterrupts that are still to be raised
+        self._unanswered = False  # by a KeyboardInterrupt
         self._deferred = 0
 
     def __enter__(self) -> Interrupts:
@@ -61,7 +62,7 @@ class Interrupts:
         threading.Thread(target=self._watch, daemon=True).start()
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: self.check()) for number in (signal.SIGINT, _WAKE)}
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, _WAKE)}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -77,6 +78,13 @@ class Interrupts:
         with self._lock:
             self._owed, _stop[0] = 0, b"\0"
         _current = None
+        if self._unanswered and exception[0] is None:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, _: object) -> None:
+        """Called by Python in the main thread, between two instructions; the thread may not have counted the signal yet."""
+        self._unanswered |= number == signal.SIGINT
+        self.check()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if one is owed."""
@@ -84,6 +92,7 @@ class Interrupts:
             if not self._owed or self._deferred:
                 return
             self._owed -= 1
+            self._unanswered = False
             if not self._owed:
                 _stop[0] = b"\0"
         raise KeyboardInterrupt
@@ -95,6 +104,7 @@ class Interrupts:
         # raised in a callback, or while an object was deleted, and dropped by Python
         with self._lock:
             self._owed += 1
+            self._unanswered = True
         self._write.send(b"\0")
 
     def _watch(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from . import interrupts
 from .errors import KVCapsuleError
@@ -33,6 +35,19 @@ def run(name: str, body: Callable[[], int | None]) -> int:
         _say(f"{name}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
     _give_up_stdout()
     return ERROR
+
+
+class Parser(argparse.ArgumentParser):
+    """A flag is taken as it is written: no shortened ones, and `-st` is not `-s t`. A wrong command line ends with one line and status 2."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **{**how, "allow_abbrev": False})
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def _open_streams() -> None:

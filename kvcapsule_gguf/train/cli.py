@@ -29,7 +29,7 @@ DEFAULT_IMAGES = 96
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = program.Parser(
         prog="kvcapsule-train",
         description="Fits a capsule to a vision language model: it looks at pictures, and its keys and values show what can be left out.",
         epilog="Without --images it draws pictures itself: enough for a usable capsule, pictures like those you will use are better.",
