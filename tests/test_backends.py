@@ -98,3 +98,16 @@ def test_mistakes_are_one_line(flags, line):
     assert done.returncode == 1 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("kvcapsule-chat: error:")
     assert line in done.stderr or "without RPC" in done.stderr
+
+
+def test_scripts_other_backends_changes_its_page_only_when_asked(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from other_backends_steps import page, run
+
+    text = page.PAGE.read_text()
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.PAGE.write_text(text)
+    monkeypatch.setattr(run, "_vulkan", lambda quick: [run.Group(run.Device(), [])])
+    monkeypatch.setattr(run, "_title", lambda *_: "a run that measured nothing")
+    assert run.run("vulkan", tmp_path, quick=True, with_demo=False, write=False) == 0 and page.PAGE.read_text() == text
+    assert run.run("vulkan", tmp_path, quick=True, with_demo=False, write=True) == 0 and "a run that measured nothing" in page.PAGE.read_text()
