@@ -9,13 +9,14 @@ import pytest
 from synthetic_kv import source
 
 from kvcapsule_gguf.codec.builtin import builtin_table
+from kvcapsule_gguf.codec.channels import plain_groups
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.tiles import cut_grid
 from kvcapsule_gguf.study import grids
-from kvcapsule_gguf.study.coded import KINDS, TYPES, Coded, costs, fit_basis, groups_of, rival_scores, scores, table_bits
+from kvcapsule_gguf.train.coded import KINDS, TYPES, Coded, costs, fit_basis, rival_scores, scores, table_bits
 from kvcapsule_gguf.study.measure import Measure, rotated
-from kvcapsule_gguf.study.tables import fit_tables
-from kvcapsule_gguf.train.allocate import allocate
+from kvcapsule_gguf.train.tables import fit_tables
+from kvcapsule_gguf.codec.allocate import allocate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def coded(data):
 
 
 def heads(coded: Coded, tables, kind: str, i: int) -> list[Head]:
-    basis, groups = coded.basis[kind, i], groups_of(coded.model, kind, i)
+    basis, groups = coded.basis[kind, i], coded.groups[kind, i]
     axes = [None] * len(basis.mean) if basis.axes is None else basis.axes
     return [Head(mean, groups, table, a) for mean, table, a in zip(basis.mean, tables[kind, i], axes)]
 
@@ -52,7 +53,7 @@ def test_the_short_cut_is_the_reference(coded):
                         bits += 8 * stored.size
                         assert got[tokens, n] == pytest.approx(head.decode(stored, h, w), abs=2e-4)
     values = sum(x.size for s in test.samples for x in (*s.keys, *s.values))
-    assert bits / values == pytest.approx(table_bits(tables))
+    assert bits / values == pytest.approx(table_bits(tables, test.groups))
 
 
 def test_scores_are_errors_in_units_of_q4_0(coded):
@@ -77,7 +78,7 @@ def test_tables_keep_their_budget_and_more_bits_err_less(data, coded):
     measure = Measure(data.model, test.samples)
     errors = []
     for bits, tables in zip((1.5, 2.5, 3.2, 5), fit_tables(fitted, [1.5, 2.5, 3.2, 5])):
-        assert bits - 0.1 < table_bits(tables) <= bits + 1e-9
+        assert bits - 0.1 < table_bits(tables, fitted.groups) <= bits + 1e-9
         read = test.read([tables], np.zeros(len(test.rival["k", 0]), int))
         errors.append(measure(lambda i, k, v: read[id(k)])[0])
     assert errors == sorted(errors, reverse=True) and errors[3] < errors[0] / 5
@@ -96,7 +97,7 @@ def test_shared_tables_are_shared(coded, scope, groups):
 
 def test_allocation_is_within_a_block_of_the_best_there_is():
     rng = np.random.default_rng(0)
-    cost = costs(TYPES)[1, 0, :4]
+    cost = costs(TYPES, [np.zeros((2, 16))])[1, 0, :4]
     for _ in range(20):
         errors = rng.exponential(size=(5, 1)) * np.array([1, 0.4, 0.12, 0.03]) * rng.uniform(0.8, 1.2, (5, 4))
         budget = rng.uniform(1, 3) * 5 * 64
@@ -112,9 +113,9 @@ def test_allocation_is_within_a_block_of_the_best_there_is():
 
 def test_the_built_in_table_keeps_its_size_and_falls_with_frequency():
     for smaller in (8, 5, 4, 2.5):
-        table = builtin_table(16 / smaller, 2)
+        table, groups = builtin_table(16 / smaller, 2), {("v", 0): plain_groups(64)}
         assert table.shape == (33, 2) and (table[0] == F16).all()
-        assert 16 / smaller - 0.25 < table_bits({0: table[None]}) <= 16 / smaller
+        assert 16 / smaller - 0.25 < table_bits({("v", 0): table[None]}, groups) <= 16 / smaller
         assert table[1, 0] == table[1:].max() and table[32, 0] <= table[16, 0] <= table[1, 0]
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .allocate import allocate
 from .head import F16
 
 # log2 of the energy of each block of rows over a usual row's, the constant row (which holds the mean) apart
@@ -24,8 +25,6 @@ LEFT = {0: 1.0, 1: 0.40, 2: 0.14, 3: 0.037, 4: 0.0094, 6: 0.0006, 8: 0.00005}
 @lru_cache(maxsize=64)
 def builtin_table(bits: float, groups: int) -> np.ndarray:
     """uint8 [33, groups] with at most `bits` for a value, scales included. The constant row is f16, so that a large mean or bias does no harm."""
-    from ..train.allocate import allocate
-
     types = np.array(list(LEFT))
     values = np.array([64] * 31 + [32])
     energy = 2.0 ** np.array(SPECTRUM) * values / 64

@@ -14,13 +14,13 @@ import torch
 
 from ..codec.builtin import builtin_table
 from ..codec.rope import pair_index
+from ..train.coded import Basis, Coded, fit_basis, groups_of, rival_scores, scores, table_bits
 from ..train.source import KVSample
-from .coded import Basis, Coded, fit_basis, groups_of, rival_scores, scores, table_bits
+from ..train.tables import Tables, fit_tables
 from .decoder import Cache, Decoder
 from .divergence import Answers, paired, picture_only
 from .measure import Measure, rotated
 from .pictures import Asked
-from .tables import Tables, fit_tables
 
 TYPES = (0, 1, 2, 3, 4, 6, 8, 16)
 LEVELS = (10, 8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # how many times smaller the tiers are
@@ -97,7 +97,7 @@ class Bench:
                 return read[id(k)]
 
             ratio, low, high = paired(suite.divergence(way), suite.rival)
-            smaller = 16 / np.array([table_bits(t) for t in tables])[chosen].mean()
+            smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[chosen].mean()
             cells.append(f"{smaller:.2f}x | {ratio:.2f} ({low:.2f} to {high:.2f})")
             if n == 0:
                 cells.append(" | ".join(f"{e:.2f}" for e in suite.measure(way)))
@@ -127,7 +127,7 @@ def smallest(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarr
 
 def matched(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarray], coded: Coded, smaller: float) -> float:
     """The limit with which `coded` gets so many times smaller."""
-    bits, low, high = np.array([table_bits(t) for t in tables]), 1e-6, 1e6
+    bits, low, high = np.array([table_bits(t, coded.groups) for t in tables]), 1e-6, 1e6
     each = np.stack([score(coded, t) for t in tables])
     for _ in range(60):
         limit = (low * high) ** 0.5
@@ -249,7 +249,7 @@ def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_time
         tables = [builtin(decoder.model, x) for x in BUILTIN]
         pick = smallest(tables, lambda c, t: scores(c, t, c.energy), UNIT)(coded)
         read, rival = coded.read(tables, pick), rotated("q4_0")
-        smaller = 16 / np.array([table_bits(t) for t in tables])[pick].mean()
+        smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[pick].mean()
         for name, size, way in (("built in, quality 1", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
             kld, turned = answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, samples[n].keys[i], samples[n].values[i])))
             yield f"| {times} | {name} | {size:.2f}x | {kld.mean():.5f} | {100 * turned.mean():.1f} % |"

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..codec.head import Head
 from ..codec.tiles import SIDE, cut_side
+from ..train.coded import KINDS, Coded
 from ..train.source import KVSample
-from .coded import KINDS, Coded, groups_of
-from .tables import Tables
+from ..train.tables import Tables
 
 Cut = Callable[[int], list[int]]
 
@@ -30,7 +30,7 @@ RULES: dict[str, Cut] = {"what is left is a tile": plain, "all tiles as even as 
 
 
 def heads(coded: Coded, tables: Tables, kind: str, i: int) -> list[Head]:
-    basis, groups = coded.basis[kind, i], groups_of(coded.model, kind, i)
+    basis, groups = coded.basis[kind, i], coded.groups[kind, i]
     axes = [None] * len(basis.mean) if basis.axes is None else list(basis.axes)
     return [Head(mean, groups, table, a) for mean, table, a in zip(basis.mean, tables[kind, i], axes)]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..train.allocate import allocate
-from .coded import KINDS, N, Coded, costs
+from ..codec.allocate import allocate
+from .coded import KINDS, N, Coded, costs, groups_of
 
 Tables = dict[tuple[str, int], np.ndarray]
 
@@ -27,7 +27,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
         banned = [t for t, b in enumerate(coded.types) if b not in types]
         for e in errors.values():
             e[..., banned] = np.inf
-    cost = costs(coded.types)
+    cost = {x: costs(coded.types, groups_of(coded.model, *x)) for x in keys}
     out: list[Tables] = [{} for _ in bits]
     parts = [[("k", i), ("v", i)] for i in layers] if per_layer else [keys]
     for part in parts:
@@ -39,7 +39,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
         stacks, weights = [], []
         for members in units.values():
             e = np.sum([errors[x] for x in members], 0)  # [H, 33, G, types]
-            c = np.broadcast_to(cost * len(members), e.shape)
+            c = np.broadcast_to(sum(cost[x] for x in members), e.shape)
             if scope != "head":
                 e, c = e.sum(0, keepdims=True), c.sum(0, keepdims=True)
             if groups == "row":
@@ -47,7 +47,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
             stacks.append(e)
             weights.append(c)
         flat_e, flat_c = (np.concatenate([x.reshape(-1, x.shape[-1]) for x in s]) for s in (stacks, weights))
-        total = sum(shape[x][0] * shape[x][2] * N * 32 for x in part)
+        total = sum(shape[x][0] * N * sum(g.size for g in groups_of(coded.model, *x)) for x in part)
         for found, b in zip(out, bits):
             pick = allocate(flat_e, flat_c, b * total)
             at = 0

@@ -19,12 +19,12 @@ from ..codec.scale import search
 from ..codec.tiles import SIDE, cut_grid, inverse, transform
 from ..codec.types import row_counts
 from ..format.base_model import BaseModel
-from ..train.source import KVSample
+from .source import KVSample
 
 TYPES = (0, 1, 2, 3, 4, 5, 6, 8, F16)
 N = SIDE * SIDE
 BLOCKS = row_blocks(N)
-VALUES = np.array([32] + [64] * 31 + [32])  # of a block of a full group
+ROWS = np.array([b.stop - b.start for b in BLOCKS])
 KINDS = ("k", "v")
 
 
@@ -86,9 +86,11 @@ class Coded:
     basis: dict[tuple[str, int], Basis]
     types: tuple[int, ...] = TYPES
     hadamard: int = 4
+    keep: bool = True  # the codes, for `read`; tables need the errors only
     codes: dict = field(default_factory=dict)
     errors: dict = field(default_factory=dict)
     rival: dict = field(default_factory=dict)  # f32 [T]: the squared error of rotated q4_0
+    groups: dict = field(default_factory=dict)
     energy: dict = field(default_factory=dict)  # of a tile around the mean of all tokens, mean over tiles
 
     def __post_init__(self) -> None:
@@ -108,15 +110,14 @@ class Coded:
         rows = transform(x - b.mean[:, None], SIDE, SIDE)
         if b.axes is not None:
             rows = rows @ b.axes
-        groups = groups_of(self.model, kind, i)
+        groups = self.groups[kind, i] = groups_of(self.model, kind, i)
         y = np.zeros((*rows.shape[:2], len(BLOCKS), len(groups), 64), np.float32)
         for g, group in enumerate(groups):
             z = gather(rows, group)
             for at in (0, len(BLOCKS) - 1):
-                r = BLOCKS[at].start
-                y[:, :, at, g, :32] = self._mix(z[:, :, r]).reshape(*z.shape[:2], -1)
+                y[:, :, at, g, : group.size] = self._mix(z[:, :, BLOCKS[at].start]).reshape(*z.shape[:2], -1)
             pairs = z[:, :, 1:-1].reshape(*z.shape[:2], 31, 4, -1)
-            y[:, :, 1:-1, g] = self._mix(pairs).reshape(*z.shape[:2], 31, 64)
+            y[:, :, 1:-1, g, : 2 * group.size] = self._mix(pairs).reshape(*z.shape[:2], 31, -1)
         shape = y.shape[:-1]
         errors = np.full((*shape, len(self.types)), np.inf, np.float32)
         for t, bits in enumerate(self.types):
@@ -124,13 +125,15 @@ class Coded:
                 errors[..., t] = np.square(y).sum(-1)
             elif bits == F16:
                 errors[..., 0, :, t] = np.square(y[..., 0, :, :] - y[..., 0, :, :].astype(np.float16)).sum(-1)
-                self.codes[kind, i, bits] = y[..., 0, :, :].astype(np.float16)
+                if self.keep:
+                    self.codes[kind, i, bits] = y[..., 0, :, :].astype(np.float16)
             else:
                 scale, c = search(y.reshape(-1, 64), bits)
                 errors[..., t] = np.square(y - (scale[:, None] * c).reshape(y.shape)).sum(-1)
                 if bits == 1:  # a row alone: the search would see the padding
                     errors[..., (0, -1), :, t] = np.inf
-                self.codes[kind, i, bits] = scale.reshape(shape), c.reshape(y.shape).astype(np.int8)
+                if self.keep:
+                    self.codes[kind, i, bits] = scale.reshape(shape), c.reshape(y.shape).astype(np.int8)
         self.errors[kind, i] = errors
         stored = round_trip(x, row_counts(q4_0=N))
         self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
@@ -175,23 +178,33 @@ class Coded:
         for g, group in enumerate(groups):
             z = np.zeros((*bits.shape[:2], N, 2, group.shape[1]), np.float32)
             for at in (0, len(BLOCKS) - 1):
-                z[:, :, BLOCKS[at].start] = self._mix(y[:, :, at, g, :32].reshape(*bits.shape[:2], 2, -1))
-            z[:, :, 1:-1] = self._mix(y[:, :, 1:-1, g].reshape(*bits.shape[:2], 31, 4, -1)).reshape(*bits.shape[:2], 62, 2, -1)
+                z[:, :, BLOCKS[at].start] = self._mix(y[:, :, at, g, : group.size].reshape(*bits.shape[:2], 2, -1))
+            z[:, :, 1:-1] = self._mix(y[:, :, 1:-1, g, : 2 * group.size].reshape(*bits.shape[:2], 31, 4, -1)).reshape(*bits.shape[:2], 62, 2, -1)
             scatter(rows, group, z)
         if basis.axes is not None:
             rows = rows @ basis.axes.swapaxes(1, 2)
         return inverse(rows, SIDE, SIDE) + basis.mean[:, None]
 
 
-def costs(types: Sequence[int]) -> np.ndarray:
-    """Bits of a block [33, 1, types]: codes and scale."""
-    return np.array([[[0 if b == 0 else n * b + (0 if b == F16 else 16) for b in types]] for n in VALUES], np.float64)
+def values_of(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """int [33, G]: how many values a block has."""
+    return ROWS[:, None] * np.array([g.size for g in groups])
 
 
-def table_bits(tables: dict) -> float:
+def costs(types: Sequence[int], groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Bits of a block [33, G, types]: codes and scale."""
+    values = values_of(groups)
+    return np.stack([values * b + (0 if b in (0, F16) else 16) for b in types], -1).astype(np.float64)
+
+
+def table_bits(tables: dict, groups: dict) -> float:
     """Bits for a value, scales included, of tables (kind, layer) -> bits [H, 33, G]."""
-    total = sum((np.where(t > 0, t * VALUES[:, None] + np.where(t == F16, 0, 16), 0)).sum() for t in tables.values())
-    return float(total / sum(t.shape[0] * t.shape[2] * N * 32 for t in tables.values()))
+    total = stored = 0
+    for x, t in tables.items():
+        values = values_of(groups[x])
+        stored += (values * t + np.where((t > 0) & (t < F16), 16, 0)).sum()
+        total += t.shape[0] * values.sum()
+    return float(stored / total)
 
 
 def tile_errors(coded: Coded, tables: dict) -> dict[tuple[str, int], np.ndarray]:
