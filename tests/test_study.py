@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from conftest import library
 from synthetic_kv import source
 
 from kvcapsule_gguf.codec.builtin import builtin_table
@@ -131,6 +132,7 @@ def test_short_tiles_keep_the_ratio(coded):
 def test_the_decoder_is_llama_cpp_s(name, tmp_path):
     """The study's own decoder against llama.cpp with an f16 cache, on a forced answer about a picture."""
     torch = pytest.importorskip("torch")
+    library("patched")
     from kvcapsule_gguf.chat.files import demo_folder
     from kvcapsule_gguf.eval.cache import Cache
     from kvcapsule_gguf.eval.settings import Setting

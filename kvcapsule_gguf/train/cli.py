@@ -15,10 +15,12 @@ from ..eval.pictures import Pictures, from_folder
 from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES
 from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
+from ..format.tile_capsule import write_tile_capsule
 from ..format.writer import write_capsule
 from ..runtime import interrupts, program
 from ..runtime.timing import duration
 from .collect import LlamaSource
+from .fit_tiles import fit_tile_capsule
 from .guard import PASS
 from .images import Drawn
 from .schedule import LAYER_SCHEDULES, PRESETS
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, metavar="MODEL", help="GGUF of the language model, in any quantization")
     p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
+    p.add_argument("--format", type=int, choices=(1, 2), default=1, help="2: the coming format (docs/format-v2.md), which the library does not read yet; of the other options it heeds --images, --n-images, --seed, -c, -t and --device (default: %(default)s)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
     p.add_argument("--codec", choices=("pca", "retain", "auto"), default="auto", help="of the keys: sequence-level PCA (pca), which loses less, or kept tokens with a predictor (retain), which a CPU reads faster; auto: pca where a CPU reads it as fast as an f16 cache, else retain (default: %(default)s)")
     p.add_argument("--neighbours", type=int, default=TrainOptions.neighbours, metavar="N", help="retain: kept tokens that a dropped one is predicted from; with 2 attention on a CPU takes a fifth less, and the keys lose a tenth more (default: %(default)s)")
@@ -85,8 +88,13 @@ def run(args: argparse.Namespace) -> None:
         neighbours=args.neighbours, mlp_width=args.mlp,
     )
     work = (args.work or output.parent) / f"{output.name}.work"
-    interrupts.farewell(f"kvcapsule-train: interrupted: the same command goes on ({work})")
+    interrupts.farewell("kvcapsule-train: interrupted" + (f": the same command goes on ({work})" if args.format == 1 else ""))
     with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device) as source:
+        if args.format == 2:
+            tiles = fit_tile_capsule(source.model, [sample for _, sample in source.read()])
+            write_tile_capsule(output, tiles)
+            say(f"{output}: tiers {', '.join(f'{x:.2f}x' for x in tiles.smaller)}, {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
+            return
         capsule = train(source, options, say, work)
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"
     write_capsule(output, capsule)

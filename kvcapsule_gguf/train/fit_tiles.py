@@ -1,0 +1,33 @@
+"""Fits a capsule of format v2: means, axes of values, tables for every tier. Seconds for a few pictures; four have most of the gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..codec.head import F16
+from ..format.base_model import BaseModel, base_of
+from ..format.tile_capsule import TileCapsule, TileLayer
+from .coded import SIDE, Coded, fit_basis
+from .source import KVSample, TrainError
+from .tables import fit_tables
+
+TYPES = (0, 1, 2, 3, 4, 6, 8, F16)
+SMALLER = (10, 8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # of the tiers
+
+
+def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsule:
+    """From one sample a picture; whole tiles only are learned from. Raises TrainError."""
+    if not any(s.width >= SIDE and len(s.keys[0]) // s.width >= SIDE for s in samples if s.width):
+        raise TrainError("no picture has a tile of 8 x 8 tokens to learn from")
+    basis = fit_basis(samples, model)
+    coded = Coded(model, samples, basis, types=TYPES, keep=False)
+    tiers = fit_tables(coded, [16 / x for x in SMALLER])
+    layers = []
+    for i, index in enumerate(model.kv_layers):
+        k, v = basis["k", i], basis["v", i]
+        tables = [np.stack([t[kind, i] for t in tiers]).astype(np.int8) for kind in "kv"]
+        axes = None if v.axes is None else v.axes.astype(np.float16)
+        layers.append(TileLayer(index, model.layer_rope[index], k.mean, v.mean, *tables, coded.energy["k", i], coded.energy["v", i], axes))
+    return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name, {"images": len(samples)})

@@ -1,0 +1,119 @@
+"""Files of format v2: what is written comes back and codes as fitted, what is damaged is refused with one line."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import gguf
+import numpy as np
+import pytest
+from conftest import library
+from synthetic_kv import source
+
+from kvcapsule_gguf.format.capsule import CapsuleFileError
+from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.train.fit_tiles import SMALLER, fit_tile_capsule
+from kvcapsule_gguf.train.source import TrainError
+
+
+@pytest.fixture(scope="module")
+def data(models):
+    return source(models(arch="llama"), 3)
+
+
+@pytest.fixture(scope="module")
+def capsule(data):
+    return fit_tile_capsule(data.model, data.samples)
+
+
+@pytest.fixture(scope="module")
+def good(capsule, tmp_path_factory):
+    return write_tile_capsule(tmp_path_factory.mktemp("good") / "good.gguf", capsule)
+
+
+def test_a_file_comes_back(capsule, good, tmp_path):
+    again = read_tile_capsule(good)
+    assert (again.base, again.rotated, again.name) == (capsule.base, capsule.rotated, capsule.name) and again.provenance == {"images": 3}
+    for x, y in zip(capsule.layers, again.layers, strict=True):
+        for f in fields(TileLayer):
+            assert getattr(x, f.name) == pytest.approx(getattr(y, f.name)), f.name
+    assert write_tile_capsule(tmp_path / "b.gguf", again).read_bytes() == good.read_bytes()
+
+
+def test_tiers_are_as_small_as_they_say(capsule):
+    assert capsule.smaller == sorted(capsule.smaller, reverse=True)
+    assert capsule.smaller == pytest.approx(SMALLER, rel=0.05) and all(got >= want for got, want in zip(capsule.smaller, SMALLER))
+
+
+def test_the_file_codes_a_tile_better_the_larger_the_tier(data, good):
+    capsule = read_tile_capsule(good)
+    for kind, part in (("k", data.samples[0].keys), ("v", data.samples[0].values)):
+        tile = part[0].reshape(16, 16, *part[0].shape[1:])[:8, :8].reshape(64, *part[0].shape[1:])
+        errors = []
+        for tier in range(len(SMALLER)):
+            each = [(h.decode(h.encode(tile[:, n], 8, 8), 8, 8), tile[:, n]) for n, h in enumerate(capsule.heads(0, kind, tier))]
+            errors.append(sum(float(np.square(a - b).sum()) for a, b in each))
+        assert errors[-1] < errors[4] < errors[0]
+
+
+def test_the_keys_through_gguf_py(good):
+    found = gguf.GGUFReader(good).fields
+    names = {"u32": "UINT32", "f32": "FLOAT32", "bool": "BOOL", "str": "STRING"}
+    for name, (kind, array) in KEYS.items():
+        expected = [gguf.GGUFValueType[names[kind]]]
+        assert list(found[f"kvcapsule.{name}"].types[:2]) == ([gguf.GGUFValueType.ARRAY] if array else []) + expected, name
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda x: x.k_table.__setitem__((0, 0, 5, 0), 7), "bits"),
+    (lambda x: x.k_mean.__setitem__((0, 0), np.inf), "not finite"),
+    (lambda x: x.v_mean.__setitem__((0, 0), 1e6), "too large"),
+    (lambda x: x.v_axes.__setitem__((0, 0, 0), 3), "orthonormal"),
+    (lambda x: setattr(x, "k_energy", 0.0), "k_energy"),
+    (lambda x: setattr(x, "v_energy", float("nan")), "v_energy"),
+])  # fmt: skip
+def test_nothing_damaged_is_written(good, tmp_path, change, reason):
+    capsule = read_tile_capsule(good)
+    change(capsule.layers[1])
+    with pytest.raises(CapsuleFileError, match=reason):
+        write_tile_capsule(tmp_path / "bad.gguf", capsule)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_refused_with_one_line(good, tmp_path):
+    data, path = good.read_bytes(), tmp_path / "bad.gguf"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(data)
+        at = int(rng.integers(0, 2600))
+        bad[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        try:
+            read_tile_capsule(path)
+        except CapsuleFileError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 75
+    for n in (0, 10, 400, len(data) // 2, len(data) - 40):
+        path.write_bytes(data[:n])
+        with pytest.raises(CapsuleFileError):
+            read_tile_capsule(path)
+
+
+def test_a_picture_without_a_tile(data):
+    small = [type(s)([k[:40] for k in s.keys], [v[:40] for v in s.values], s.queries, 5) for s in data.samples]
+    with pytest.raises(TrainError, match="8 x 8"):
+        fit_tile_capsule(data.model, small)
+
+
+def test_training_writes_format_2(tmp_path):
+    library("patched")
+    from kvcapsule_gguf.chat.files import demo_folder, model_in
+    from kvcapsule_gguf.train.cli import main
+
+    out = tmp_path / "two.gguf"
+    assert main([str(model_in(demo_folder())), "--format", "2", "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
+    capsule = read_tile_capsule(out)
+    assert len(capsule.layers) == 8 and capsule.provenance == {"images": 4}
+    assert capsule.smaller == pytest.approx(SMALLER, rel=0.02)
