@@ -7,8 +7,11 @@ import gc
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,36 @@ def test_one_line_when_there_is_no_capsule(tmp_path: Path) -> None:
 def test_verbose_shows_the_log() -> None:
     result = run("with new(verbose=True) as llm: print(ask(llm))")
     assert result.stdout == "yellow star\n" and "clip" in result.stderr and "llama_context" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_is_never_lost() -> None:
+    """Nearly all of the time goes into pictures, in native code: no callback of Python is there to raise KeyboardInterrupt in."""
+    code = """
+with new() as llm:
+    ask(llm, 1), print("ready", flush=True)
+    left, n = 6, 1
+    while left:
+        try:
+            n = n % 4 + 1
+            ask(llm, n)
+        except KeyboardInterrupt:
+            left -= 1
+            print("caught", flush=True)
+    print(ask(llm, 1))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(library("patched"))}
+    with subprocess.Popen([sys.executable, "-c", HEAD + code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = threading.Timer(200, process.kill)  # a signal that is lost is waited for until then
+        end.start()
+        lines = [process.stdout.readline()]
+        for delay in (0.1, 0.35, 0.2, 0.5, 0.05, 0.3):
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            lines.append(process.stdout.readline())
+        out, err = process.communicate()
+        end.cancel()
+    assert ("".join(lines) + out, err) == ("ready\n" + "caught\n" * 6 + "yellow star\n", "")
 
 
 # --- threads -----------------------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ native.load()
 from ..chat.stats import ImageUse  # noqa: E402
 from .handler import KVCapsuleChatHandler, PromptStats  # noqa: E402
 from .llama import KVCapsuleLlama  # noqa: E402
-from .quiet import keep_descriptors, log  # noqa: E402
+from .quiet import keep_descriptors  # noqa: E402
 
 keep_descriptors()
-log()
 
 __all__ = ["ImageUse", "KVCapsuleChatHandler", "KVCapsuleLlama", "PromptStats"]

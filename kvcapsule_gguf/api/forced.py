@@ -10,7 +10,7 @@ from typing import Any
 from llama_cpp import Llama, llama_cpp
 from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar
 
-from .quiet import log, say
+from .quiet import reasons, say
 
 Tool = dict[str, Any]
 # what the converter of llama-cpp-python leaves out of a grammar without a word
@@ -133,8 +133,8 @@ def _check(llama: Llama, grammar: Any) -> None:
     """llama.cpp gives a null pointer for a grammar that it cannot parse, and llama-cpp-python passes it on."""
     if not isinstance(grammar, LlamaGrammar):
         raise ValueError("grammar: give a llama_cpp.LlamaGrammar")
-    log().take()
-    sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, grammar._grammar.encode(), grammar._root.encode())
-    if not sampler:
-        raise ValueError(f"the grammar cannot be read: {log().take() or 'llama.cpp refuses it'}")
-    llama_cpp.llama_sampler_free(sampler)
+    with reasons() as said:
+        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+        if not sampler:
+            raise ValueError(f"the grammar cannot be read: {said.take() or 'llama.cpp refuses it'}")
+        llama_cpp.llama_sampler_free(sampler)

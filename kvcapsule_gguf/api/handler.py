@@ -25,7 +25,7 @@ from ..runtime.projector import check_projector
 from .contents import LlamaContents, LlamaEngine
 from .forced import Form, answer_form
 from .messages import read_messages
-from .quiet import log, say
+from .quiet import reasons, say
 
 _COMPLETION = inspect.signature(Llama.create_completion).parameters
 # what goes from a request to create_completion(), with the defaults of the handler that this one replaces; the rest is for the chat template
@@ -132,8 +132,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         llama_model._stack.callback(self._close)
         if self._mmproj is None or self.mtmd_ctx is not None:
             return
-        libraries, reasons = native.load(), log()
-        reasons.attach()
+        libraries = native.load()
         try:
             check_projector(libraries.llama, llama_model.model, self._mmproj)
         except KVCapsuleError as error:
@@ -145,10 +144,10 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         params.media_marker = MARKER.encode()
         with_flash_attention = llama_model.context_params.flash_attn_type == libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.flash_attn_type = libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if with_flash_attention else libraries.llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        reasons.take()
-        self.mtmd_ctx = libraries.mtmd.mtmd_init_from_file(str(self._mmproj).encode(), llama_model.model, params)
-        if not self.mtmd_ctx:
-            raise ValueError(f"{self._mmproj} cannot be used with {Path(llama_model.model_path).name}: {reasons.take() or 'unknown reason (verbose=True shows the log)'}")
+        with reasons() as said:
+            self.mtmd_ctx = libraries.mtmd.mtmd_init_from_file(str(self._mmproj).encode(), llama_model.model, params)
+            if not self.mtmd_ctx:
+                raise ValueError(f"{self._mmproj} cannot be used with {Path(llama_model.model_path).name}: {said.take() or 'unknown reason (verbose=True shows the log)'}")
         if not libraries.mtmd.mtmd_support_vision(self.mtmd_ctx):
             raise ValueError(f"{self._mmproj} is not a vision projector")
 

@@ -23,7 +23,7 @@ from ..runtime.errors import KVCapsuleError
 from ..runtime.projector import check_projector
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
-from .quiet import log, say
+from .quiet import log, reasons, say
 
 
 VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO")
@@ -65,7 +65,6 @@ def _end() -> None:
     if threading.active_count() == 1:
         for llama in list(_open):
             llama.close()
-    log().ended = True
 
 
 class KVCapsuleLlama(Llama):
@@ -100,13 +99,13 @@ class KVCapsuleLlama(Llama):
         if handler is None:
             projector = str(self.mmproj) if self.mmproj is not None else None
             handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
-        log().attach()
-        log().take()
         try:
-            with _without_environment():
+            with _without_environment(), reasons():
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
-        except ValueError as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, ValueError):
+                raise
             if self.capsule_path is not None and (reason := native.last_error()):
                 raise native.CapsuleError(reason) from error
             raise ValueError(f"{error}: {reason}" if (reason := log().take()) else str(error)) from None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from llama_cpp._logger import logger
+from llama_cpp._logger import llama_log_callback, logger
 from llama_cpp._utils import suppress_stdout_stderr
 
 from .. import native
@@ -22,15 +27,19 @@ class ThreadLog(Log):
     """Errors are kept for the thread in which they happen. `verbose` is llama-cpp-python's: one setting for the process, the last Llama made sets it."""
 
     _kept = threading.local()
-    ended = False
 
     lines = property(lambda self: self._kept.__dict__.setdefault("lines", deque(maxlen=16)), lambda self, lines: setattr(self._kept, "lines", lines))
     _level = property(lambda self: self._kept.__dict__.setdefault("level", 0), lambda self, level: setattr(self._kept, "level", level))
     verbose = property(lambda self: logger.level <= logging.DEBUG, lambda self, value: None)  # type: ignore[assignment]
 
-    def _write(self, level: int, text: bytes, _user: int | None) -> None:
-        if not self.ended:
-            super()._write(level, text, _user)
+    def detach(self) -> None:
+        """Python is no longer called, since a KeyboardInterrupt that comes while it is would be printed and lost: llama.cpp prints by itself, or calls a
+        function of the C library that does nothing."""
+        kind = type(self._callback)
+        self._attach(kind() if self.verbose else ctypes.cast(_libc.abs, kind))
+
+
+_libc = ctypes.CDLL("msvcrt") if os.name == "nt" else ctypes.CDLL(None)
 
 
 @lru_cache
@@ -40,8 +49,29 @@ def log() -> ThreadLog:
     return ThreadLog(libraries, False, find_library(libraries.directory, "mtmd") is not None)
 
 
+@contextmanager
+def reasons() -> Iterator[ThreadLog]:
+    """The log of what is done inside. A KeyboardInterrupt that comes meanwhile is raised at the end."""
+    lost: list[Any] = []
+    hook = sys.unraisablehook
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread gets one
+    if in_main:
+        sys.unraisablehook = lambda what: lost.append(None) if what.exc_type is KeyboardInterrupt else hook(what)
+    log().attach()
+    log().take()
+    try:
+        yield log()
+    finally:
+        log().detach()
+        if in_main:
+            sys.unraisablehook = hook
+    if lost:
+        raise KeyboardInterrupt
+
+
 def keep_descriptors() -> None:
-    """llama-cpp-python points stdout and stderr of the whole process at /dev/null while it loads; two threads at once leave them there. The log above
-    makes that needless."""
+    """llama-cpp-python points stdout and stderr of the whole process at /dev/null while it loads; two threads at once leave them there. Its log, for mtmd
+    as well, makes that needless."""
     nothing: Any = lambda self, *exception: None  # noqa: E731
     suppress_stdout_stderr.__enter__ = suppress_stdout_stderr.__exit__ = nothing
+    log()._attach(llama_log_callback)

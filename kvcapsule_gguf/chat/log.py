@@ -28,12 +28,15 @@ class Log:
 
     def attach(self) -> None:
         """Again, where another log may have been attached since."""
-        Log._attached = self._callback  # it lives as long as the libraries may call it
+        self._attach(self._callback)
+
+    def _attach(self, callback: Any) -> None:
+        Log._attached = callback  # it lives as long as the libraries may call it
         nothing = ctypes.c_void_p(0)
-        self._native.llama.llama_log_set(self._callback, nothing)
+        self._native.llama.llama_log_set(callback, nothing)
         if self._with_mtmd:
-            self._native.mtmd.mtmd_log_set(self._callback, nothing)
-            self._native.mtmd.mtmd_helper_log_set(self._callback, nothing)
+            self._native.mtmd.mtmd_log_set(callback, nothing)
+            self._native.mtmd.mtmd_helper_log_set(callback, nothing)
 
     def _write(self, level: int, text: bytes, _user: int | None) -> None:
         line = text.decode("utf-8", "replace")
