@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from kvcapsule_gguf.runtime import pictures
-from kvcapsule_gguf.server import args, connection, gateway
+from kvcapsule_gguf.server import args, connection, gateway, media
 from kvcapsule_gguf.server.gateway import Gateway
 from kvcapsule_gguf.server.media import Limits
 
@@ -387,6 +387,16 @@ def test_llama_server_gets_pixels_and_nothing_of_the_file(front: Running) -> Non
     assert all(image.size == (64, 48) for image in seen[5:])
     wait_until(lambda: not list(FakeHandler.media.iterdir()))
     assert FakeHandler.said == [] and front.send(CHAT, ask(url(picture("JPEG")[:-2])))[0] == 200 and "cut short" in FakeHandler.said[0]
+
+
+def test_what_all_pictures_on_their_way_may_take(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "FOLDER_BYTES", 2 * 64 * 48 * 3 + 100)
+    large = url(picture(size=(64, 48)))
+    assert front.send(CHAT, ask(large, large))[0] == 200
+    wait_until(lambda: not list(FakeHandler.media.iterdir()))
+    assert "at once" in message(front.send(CHAT, ask(large, large, large)), 503)
+    wait_until(lambda: not list(FakeHandler.media.iterdir()))
+    assert front.send(CHAT, ask(large, large))[0] == 200
 
 
 def wait_until(done: Callable[[], bool]) -> None:

@@ -267,6 +267,18 @@ def test_limits() -> None:
         decode(data, Budget.after(seen, Limits(count=3)))
 
 
+def test_what_no_projector_looks_at_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["kvcapsule_gguf.runtime.pictures.decode"], "KEPT_PIXELS", 10 * 20)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 4), np.uint8)
+    noise[..., 3] = noise[..., 3] // 128 * 255  # half of it is white, whatever colour is hidden there
+    mean = np.where(noise[..., 3:], noise[..., :3], 255).reshape(10, 2, 20, 2, 3).mean((1, 3))
+    for orientation in (1, 6):
+        found = rgb(encoded(picture_files.stored(noise, orientation), orientation=orientation))
+        assert found.shape == (10, 20, 3) and np.abs(found - mean).max() <= 1  # rounded for each direction
+    assert rgb(encoded(noise[:5])).shape == (5, 40, 3)
+    assert rgb(encoded(noise[:1].repeat(2, 0).reshape(1, -1, 4).repeat(5, 1))).shape == (1, 282, 3)
+
+
 def two_sizes(first: tuple[int, int], second: tuple[int, int]) -> bytes:
     """A JPEG file with two size markers (width, height)."""
     data = encoded(sample(16, 16), "JPEG")

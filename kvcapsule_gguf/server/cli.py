@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..runtime import pictures
 from ..runtime.errors import KVCapsuleError
@@ -13,6 +15,8 @@ from . import args
 from .args import Options
 from .launch import Upstream
 from .media import Limits
+
+M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> int:
+    _return_memory()
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
@@ -37,6 +42,12 @@ def run(options: Options) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _return_memory() -> None:
+    """What a large picture took goes back when it is done. glibc would keep blocks of its size from then on."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 def serve(options: Options, stop: threading.Event) -> None:

@@ -132,7 +132,7 @@ class Front:
                 parcel = [await self._checked(parcel, find, made)]
             finally:
                 self._held -= size
-        await self._unless_left(receive, self._forward(scope, headers, parcel, allowed, send))
+        await self._unless_left(receive, self._forward(scope, headers, parcel, made, allowed, send))
 
     # --- the request ---
 
@@ -186,7 +186,7 @@ class Front:
                 task.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
 
-    async def _forward(self, scope: dict[str, Any], headers: Headers, parcel: list[bytes], allowed: bool, send: Send) -> None:
+    async def _forward(self, scope: dict[str, Any], headers: Headers, parcel: list[bytes], made: list[Path], allowed: bool, send: Send) -> None:
         if not self.upstream.ready:
             raise RequestError(503, "Loading model")
         inner = {name: value for name, value in headers.items() if name in TO_LLAMA}
@@ -199,6 +199,7 @@ class Front:
         started = events = False
         try:
             reply = await self._llama.send(request, stream=True)
+            _remove(made)  # it has read them
             try:
                 data = None
                 if reply.status_code >= 400 and "content-length" in reply.headers:
@@ -245,8 +246,12 @@ def _removed_at_the_end() -> Iterator[list[Path]]:
     try:
         yield made
     finally:
-        for path in made:
-            path.unlink(missing_ok=True)
+        _remove(made)
+
+
+def _remove(made: list[Path]) -> None:
+    while made:
+        made.pop().unlink(missing_ok=True)
 
 
 def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:

@@ -7,6 +7,7 @@ import io
 import secrets
 import wave
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..runtime.pictures import Budget, PictureError, PictureTooLarge
 from .endpoints import Media
 from .errors import RequestError
 
+FOLDER_BYTES = 2 << 30  # of all pictures on their way
 SOUND_S = 600
 SAMPLE_RATES = range(8000, 192_001)
 
@@ -42,6 +44,8 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
             if picture.warning:
                 warn(picture.warning)
             if medium.by_url:
+                if _stored(folder) + picture.rgb.nbytes > FOLDER_BYTES:
+                    raise RequestError(503, "there are too many large pictures at once")
                 made.append(folder / f"{secrets.token_hex(16)}.ppm")
                 pictures.write_ppm(made[-1], picture.rgb)
                 medium.put(f"file://{made[-1].name}")
@@ -51,6 +55,15 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
             raise RequestError(413 if isinstance(error, PictureTooLarge) else 400, str(error)) from None
         except OSError as error:
             raise RequestError(503, f"{name} cannot be stored for llama-server ({error.strerror})") from None
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of all files."""
+    total = 0
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # just removed
+            total += file.stat().st_size
+    return total
 
 
 def _base64(data: bytes) -> str:

@@ -28,13 +28,15 @@ ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
 
 # large pictures are decoded one at a time, so that requests at once take the memory of one
 LARGE_PIXELS = 4_000_000
+# no projector looks at more, and a picture is kept as long as its conversation
+KEPT_PIXELS = 4096 * 4096
 _large = threading.Lock()
 # what Pillow warns of (odd metadata, many pixels) is either harmless or refused here
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(data: bytes, budget: Budget | None = None, name: str = "the picture") -> Picture:
-    """The first frame, upright, on white. Colour profiles are ignored, as llama.cpp does. Sizes are checked before memory is taken; they count in
+    """The first frame, upright, on white, with at most KEPT_PIXELS. Colour profiles are ignored, as llama.cpp does. Sizes are checked before memory is taken; they count in
     `budget`. Raises PictureError, PictureTooLarge."""
     budget = budget or Budget()
     budget.check_file(len(data), name)
@@ -92,7 +94,9 @@ def _pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray, str]:
             raise
         return _cut_jpeg(data, error), "its file is cut short, what is missing is grey"
     rgb, warning = to_rgb(image)
-    return _upright(rgb, _orientation(image)), warning
+    orientation = _orientation(image)
+    image.close()
+    return _upright(_smaller(rgb), orientation), warning
 
 
 def _cut_jpeg(data: bytes, error: OSError) -> np.ndarray:
@@ -104,6 +108,15 @@ def _cut_jpeg(data: bytes, error: OSError) -> np.ndarray:
         if np.count_nonzero((rgb != 128).any(-1)) <= min(BLOCK_PIXELS, image.width * image.height - 1):
             raise error
         return _upright(rgb, _orientation(image))
+
+
+def _smaller(rgb: np.ndarray) -> np.ndarray:
+    """At most KEPT_PIXELS, each the mean of those it stands for."""
+    height, width, _ = rgb.shape
+    scale = (KEPT_PIXELS / (width * height)) ** 0.5
+    if scale >= 1:
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BOX))
 
 
 def _orientation(image: Image.Image) -> int:
