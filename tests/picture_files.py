@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
+import urllib.parse
 import zlib
 from collections.abc import Callable
 
@@ -123,3 +125,14 @@ def lossy(shown: np.ndarray) -> dict[str, bytes]:
         files[f"jpeg {orientation}"] = encoded(stored(shown, orientation), "JPEG", orientation, quality=95, subsampling=0)
         files[f"avif {orientation}"] = encoded(stored(shown, orientation), "AVIF", orientation, quality=95)
     return files
+
+
+def base64_forms(data: bytes) -> dict[str, str]:
+    plain = base64.b64encode(data).decode()
+    return {
+        "plain": f"data:image/png;base64,{plain}", "lines": "data:image/png;base64," + base64.encodebytes(data).decode(), "newline": f"data:image/png;base64,{plain}\n",
+        "crlf": "data:image/png;base64," + plain[:40] + "\r\n" + plain[40:], "no padding": "data:image/png;base64," + plain.rstrip("="), "url-safe": "data:image/png;base64," + base64.urlsafe_b64encode(data).decode(),
+        "upper": f"DATA:IMAGE/PNG;BASE64,{plain}", "no type": f"data:;base64,{plain}", "octets": f"data:application/octet-stream;base64,{plain}",
+        "parameters": f"data:image/png;name=a.png;base64,{plain}", "other type": f"data:image/jpeg;base64,{plain}", "percent": "data:image/png;base64," + urllib.parse.quote(plain, safe=""),
+        "no base64": "data:image/png," + urllib.parse.quote_from_bytes(data),
+    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.server
 import io
 import os
@@ -23,7 +22,7 @@ import numpy as np
 import picture_files
 import pytest
 from PIL import Image
-from picture_files import encoded, lossless, lossy, png, sample, tiff, with_palette
+from picture_files import base64_forms, encoded, lossless, lossy, png, sample, tiff, with_palette
 
 from kvcapsule_gguf.runtime.pictures import (
     Budget, Limits, Picture, PictureError, PictureTooLarge, decode, load, new_bitmap, read, sources, split_dropped, split_listed, split_pasted, to_png, unquoted, write_ppm,
@@ -404,17 +403,6 @@ def test_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(LOSSLESS["png"])))
     assert load("-").width == 40
-
-
-def base64_forms(data: bytes) -> dict[str, str]:
-    plain = base64.b64encode(data).decode()
-    return {
-        "plain": f"data:image/png;base64,{plain}", "lines": "data:image/png;base64," + base64.encodebytes(data).decode(), "newline": f"data:image/png;base64,{plain}\n",
-        "crlf": "data:image/png;base64," + plain[:40] + "\r\n" + plain[40:], "no padding": "data:image/png;base64," + plain.rstrip("="), "url-safe": "data:image/png;base64," + base64.urlsafe_b64encode(data).decode(),
-        "upper": f"DATA:IMAGE/PNG;BASE64,{plain}", "no type": f"data:;base64,{plain}", "octets": f"data:application/octet-stream;base64,{plain}",
-        "parameters": f"data:image/png;name=a.png;base64,{plain}", "other type": f"data:image/jpeg;base64,{plain}", "percent": "data:image/png;base64," + urllib.parse.quote(plain, safe=""),
-        "no base64": "data:image/png," + urllib.parse.quote_from_bytes(data),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])

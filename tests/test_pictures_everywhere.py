@@ -17,7 +17,7 @@ import pytest
 import test_server as test_server_module
 from chat_model import write_folder
 from conftest import library
-from picture_files import encoded, lossless, lossy, sample, tiff
+from picture_files import base64_forms, encoded, lossless, lossy, sample, tiff
 from test_native import require_capsules
 
 from kvcapsule_gguf import native
@@ -83,10 +83,15 @@ def test_chat(folder: Path, bitmaps: list[np.ndarray], monkeypatch: pytest.Monke
     for i, data in enumerate(REFUSED.values()):
         (folder / f"refused {i}.jpg").write_bytes(data)
     lines = [line for i in range(len(FILES)) for line in (f"/image {folder}/files/{i:03}.png", "x", "/clear")]
+    forms = [url for url in base64_forms(FILES["PNG 6"]).values() if "\n" not in url]
+    lines += [line for url in forms for line in (f"/image {url}", "x", "/clear")]
     lines += [f"/image '{folder}/refused {i}.jpg'" for i in range(len(REFUSED))]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    in_lines = base64_forms(FILES["PNG 6"])["lines"]
     cli.main([str(folder / "llama" / "tiny.gguf"), "-n", "1", "-t", "1", "--capsule", "off"])
-    check(bitmaps)
+    cli.main([str(folder / "llama" / "tiny.gguf"), "-n", "1", "-t", "1", "--capsule", "off", "--image", in_lines, "-p", "x"])
+    check(bitmaps[: len(FILES)])
+    assert len(bitmaps) == len(FILES) + len(forms) + 1 and all(np.array_equal(found, SHOWN) for found in bitmaps[len(FILES) :])
     errors = capfd.readouterr().err
     assert errors.count("its file is cut short") == 1 and errors.count("are taken as 0 to 255") == 1
     assert errors.count("error: ") == errors.count("damaged picture") + errors.count("not a picture that can be read") == len(REFUSED)
@@ -95,8 +100,8 @@ def test_chat(folder: Path, bitmaps: list[np.ndarray], monkeypatch: pytest.Monke
 def test_api(folder: Path, bitmaps: list[np.ndarray]) -> None:
     from kvcapsule_gguf import KVCapsuleLlama
 
-    def ask(data: bytes) -> None:
-        part = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(data).decode()}}
+    def ask(data: bytes, url: str = "") -> None:
+        part = {"type": "image_url", "image_url": {"url": url or "data:image/jpeg;base64," + base64.b64encode(data).decode()}}
         llm.create_chat_completion([{"role": "user", "content": [part, {"type": "text", "text": "x"}]}], max_tokens=1)
 
     with KVCapsuleLlama(folder / "llama" / "tiny.gguf", n_ctx=512, n_threads=1, n_threads_batch=1) as llm:
@@ -106,7 +111,11 @@ def test_api(folder: Path, bitmaps: list[np.ndarray]) -> None:
         for data in REFUSED.values():
             with pytest.raises(ValueError, match="picture"):
                 ask(data)
-    assert len(bitmaps) == len(FILES)
+        del bitmaps[:]
+        forms = base64_forms(FILES["PNG 6"])
+        for url in forms.values():
+            ask(b"", url)
+        assert len(bitmaps) == len(forms) and all(np.array_equal(found, SHOWN) for found in bitmaps)
 
 
 def test_training(folder: Path, bitmaps: list[np.ndarray]) -> None:
@@ -133,12 +142,13 @@ def test_server(folder: Path) -> None:
     first[0, 0, 1] += 1
     last[-1, -1, 1] -= 1
 
-    def cached(path: str, data: bytes) -> int:
+    def cached(path: str, data: bytes, url: str = "") -> int:
         text = base64.b64encode(data).decode()
+        url = url or f"data:image/jpeg;base64,{text}"
         bodies: dict[str, dict[str, object]] = {
-            "/v1/chat/completions": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{text}"}}, {"type": "text", "text": "x"}]}]},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "x"}]}]},
             "/v1/messages": {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": text}}, {"type": "text", "text": "x"}]}]},
-            "/v1/responses": {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/jpeg;base64,{text}"}, {"type": "input_text", "text": "x"}]}]},
+            "/v1/responses": {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "x"}]}]},
         }
         limit = "max_output_tokens" if "responses" in path else "max_tokens"
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps({**bodies[path], limit: 1, "temperature": 0}).encode(), {"Authorization": "Bearer sk-x", "Content-Type": "application/json"})
@@ -151,6 +161,7 @@ def test_server(folder: Path) -> None:
         text_only, whole = (cached(paths[0], encoded(SHOWN)) for _ in range(2))
         assert whole - text_only > 10
         assert {(path, kind): n for path in paths for kind in kinds if (n := cached(path, FILES[kind])) != whole} == {}
+        assert {form: n for form, url in base64_forms(FILES["PNG 6"]).items() if (n := cached(paths[0], b"", url)) != whole} == {}
         assert cached(paths[0], encoded(last)) == text_only
         for data in REFUSED.values():
             with pytest.raises(urllib.error.HTTPError, match="400"):

@@ -37,9 +37,10 @@ def split_dropped(line: str) -> tuple[list[str], str]:
 
     def take(match: re.Match[str]) -> str:
         word = match[0]
+        if not word.lower().rstrip("'\"").endswith(SUFFIXES):
+            return word
         path = unquoted(word)
-        whole = Path(path).is_absolute() or path[:1] == "~"
-        if not whole or not path.lower().endswith(SUFFIXES) or not _exists(path):
+        if not (Path(path).is_absolute() or path[:1] == "~") or not _exists(path):
             return word
         found.append(path)
         return ""
