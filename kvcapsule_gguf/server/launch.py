@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
 from ..native.library import library_dir
 from ..runtime.errors import KVCapsuleError
+from ..runtime.scratch import Scratch
 from .args import DEFAULT_CTX, Options
 
 STOP_S = 10.0
@@ -58,7 +57,8 @@ class Upstream:
         self.mmproj = files.find_mmproj(self.model, options.mmproj or mmproj)
         self.capsule = self._find_capsule()
         self.token = secrets.token_urlsafe(32)
-        self.folder = Path(tempfile.mkdtemp(prefix="kvcapsule-"))
+        self._scratch = Scratch()
+        self.folder = self._scratch.path
         self.socket = self.folder / "llama.sock"
         self.media = self.folder / "media"  # pictures on their way to llama-server
         self.media.mkdir()
@@ -67,7 +67,7 @@ class Upstream:
         try:
             self._start()
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._scratch.close()
             raise
 
     def _start(self) -> None:
@@ -126,7 +126,7 @@ class Upstream:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._scratch.close()
 
     def _find_capsule(self) -> Path | None:
         setting = self.options.capsule

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from ..codec.cut import BlockShape
 from ..codec.types import Q4_0, row_counts
 from ..format.base_model import BaseModel, base_of
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
+from ..runtime.scratch import Scratch
 from ..runtime.timing import Progress, duration, remaining
 from .fit_pca import fit_basis
 from .fit_retain import RetainOptions, fit_retain
@@ -55,8 +55,8 @@ def to_stderr(line: str) -> None:
 def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = to_stderr, work: Path | None = None) -> Capsule:
     """work: keeps the state (state_folder), an interrupted training goes on there; None: a temporary folder.
     Raises TrainError."""
-    with tempfile.TemporaryDirectory(prefix="kvcapsule-train-") if work is None else nullcontext(work) as folder:
-        with collect(source, options, say, Path(folder)) as store:
+    with Scratch() if work is None else nullcontext(work) as folder:
+        with collect(source, options, say, folder) as store:
             return fit(source, store, options, say)
 
 
