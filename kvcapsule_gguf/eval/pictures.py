@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.errors import KVCapsuleError
-from ..runtime.pictures import PictureError, load
+from ..runtime.pictures import SUFFIXES, PictureError, load
 from .vlm import EvalError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
 
 
 class UnreadablePicture(KVCapsuleError):

@@ -20,6 +20,7 @@ from .picture import Picture
 
 # Pillow knows more, but some of these start other programs (EPS) or unpack whole archives (ICO)
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")  # usual names of such files
 SHOWN = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, PPM"
 MAX_SCANS = 100  # of a progressive JPEG: real ones have about 10, and every scan takes time for the whole picture
 END_OF_JPEG = b"\xff\xd9"

@@ -9,7 +9,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+from .decode import SUFFIXES
+
 # a quoted text (in which '\'' or '"'"' stands for '), or what stands between spaces, where a backslash joins the next character to it
 _WORD = re.compile(r"""'[^']*'(?:(?:\\'|"'")'[^']*')*|"[^"]*"|(?:\\.|[^\s\\'"])(?:\\.|[^\s\\])*""")
 
