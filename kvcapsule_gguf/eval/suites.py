@@ -108,4 +108,14 @@ class OwnPictures:
         self.questions = shown * len(self.prompts)
 
 
-SUITES = {"scenes": scenes, "strange": strange, "pairs": pairs}
+def real(suite: str) -> Callable[..., Iterator[Sample]]:
+    """A suite of real pictures (real.py)."""
+    def read(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
+        from .real import samples
+
+        return samples(suite, n_questions, per_picture, draw)
+
+    return read
+
+
+SUITES = {"scenes": scenes, "strange": strange, "pairs": pairs, **{name: real(name) for name in ("composites", "pages", "photographs", "several", "words")}}

@@ -34,12 +34,14 @@ class Text:
 
 @dataclass
 class Batch:
-    """ids [B, N] (-1: a picture's token), pos [B, N], labels [B, N] (-100: none), bias [B, 1, N, before + N], images: the rows for ids == -1, in order."""
+    """ids [B, N] (-1: a picture's token), pos [B, N], labels [B, N] (-100: none), bias [B, 1, N, before + N], real [B, N]: what does not just fill up a row;
+    images: the rows for ids == -1, in order."""
 
     ids: torch.Tensor
     pos: torch.Tensor
     labels: torch.Tensor
     bias: torch.Tensor
+    real: torch.Tensor
     images: torch.Tensor
     asked: list[list[tuple[Question, int, int]]]  # per row: the question, where its answer starts and ends
 
@@ -104,7 +106,7 @@ class Rows:
         bias = torch.where(seen, pad(mass, 0, torch.float32)[:, None, :], torch.tensor(NOTHING))
         bias.diagonal(dim1=1, dim2=2).zero_()
         bias = torch.cat([torch.zeros(len(ids), n, p), bias], -1)[:, None]
-        return Batch(pad(ids, 0), pad(pos, 0), pad(labels, -100), bias, torch.cat(images), spans)
+        return Batch(pad(ids, 0), pad(pos, 0), pad(labels, -100), bias, own < 99, torch.cat(images), spans)
 
 
 def all_nouns(all_stamps: list[things.Thing]) -> list[str]:

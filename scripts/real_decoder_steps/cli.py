@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     test.add_argument("--unseen-names", action="store_true", help="things of names that training never saw")
     test.add_argument("-o", "--out", type=Path, help="where `export` wrote (default: the work folder)")
     test.add_argument("--threads", type=int, default=1)
+    real = steps.add_parser("suites", help="puts the suites of real pictures together, for kvcapsule-eval --suite")
+    real.add_argument("-o", "--out", type=Path, help="(default: where kvcapsule-eval looks)")
     args = parser.parse_args(argv)
     try:
         return _run(args)
@@ -58,6 +60,14 @@ def _run(args: argparse.Namespace) -> int:
         learned, folder = export.load_trained(), args.out or args.work
         export.mmproj(onnx_file, learned, folder / f"mmproj-{export.NAME}.gguf")
         export.language_model(model, learned, folder / f"{export.NAME}-f16.gguf")
+    elif args.step == "suites":
+        from kvcapsule_gguf.eval.real import PICTURES
+
+        from .suites import build
+
+        out = args.out or PICTURES
+        for name, parts in build(args.work, out).items():
+            print(f"{out / name}: {', '.join(f'{n} {part}' for part, n in parts.items())}")
     else:
         from .evaluate import asked, exact, table
 

@@ -50,12 +50,20 @@ class Decoder:
 
     def hidden(
         self, x: torch.Tensor, pos: torch.Tensor, bias: torch.Tensor | None, prefix: Prefix | None = None,
-        lora: dict[str, torch.Tensor] | None = None, keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        lora: dict[str, torch.Tensor] | None = None, keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None, real: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [B, N, WIDTH] f32, pos [B, N], bias [B, 1, N, prefix.n + N] added to the scores (None: causal) -> [B, N, WIDTH], normed. keep takes keys and values."""
+        """x [B, N, WIDTH] f32, pos [B, N], bias [B, 1, N, prefix.n + N] added to the scores (None: causal) -> [B, N, WIDTH], normed. keep takes keys and values.
+
+        With `real` [B, N], what is False there fills up rows and costs attention only. Attention is in f32: its backward pass in bf16 takes five times as long.
+        """
         B, N, _ = x.shape
         d = self.dtype
-        cos, sin = self.cos[pos][:, None].to(d), self.sin[pos][:, None].to(d)
+        cos, sin = self.cos[pos][:, None], self.sin[pos][:, None]
+        rows = torch.arange(B * N) if real is None else real.flatten().nonzero()[:, 0]
+        x = x.reshape(B * N, WIDTH).index_select(0, rows)
+
+        def in_rows(y: torch.Tensor) -> torch.Tensor:
+            return y if len(rows) == B * N else y.new_zeros(B * N, y.shape[1]).index_copy(0, rows, y)
 
         def rope(y: torch.Tensor) -> torch.Tensor:
             return y * cos + torch.cat([y[..., HEAD // 2:], y[..., :HEAD // 2]], -1) * sin
@@ -65,7 +73,7 @@ class Decoder:
             qkv = F.linear(y, w["qkv"])
             if lora:
                 qkv = qkv + F.linear(F.linear(y, lora[f"{i}.qkv.a"].to(d)), lora[f"{i}.qkv.b"].to(d))
-            q, k, v = qkv.split([Q, KV, KV], -1)
+            q, k, v = in_rows(qkv.float()).split([Q, KV, KV], -1)
             q, k = rope(q.view(B, N, HEADS, HEAD).transpose(1, 2)), rope(k.view(B, N, KV_HEADS, HEAD).transpose(1, 2))
             v = v.view(B, N, KV_HEADS, HEAD).transpose(1, 2)
             if keep is not None:
@@ -74,14 +82,14 @@ class Decoder:
                 before = prefix.layers[i]
                 k, v = (torch.cat([a.expand(B, -1, -1, -1), b], 2) for a, b in zip(before, (k, v)))
             k, v = (a.repeat_interleave(HEADS // KV_HEADS, 1) for a in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None).transpose(1, 2).reshape(B, N, Q)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None).transpose(1, 2).reshape(B * N, Q).index_select(0, rows).to(d)
             o = F.linear(y, w["o"])
             if lora:
                 o = o + F.linear(F.linear(y, lora[f"{i}.o.a"].to(d)), lora[f"{i}.o.b"].to(d))
             x = x + o.float()
             gate, up = F.linear(F.rms_norm(x, (WIDTH,), w["norm2"], EPS).to(d), w["gate_up"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, w["down"]).float()
-        return F.rms_norm(x, (WIDTH,), self.output_norm, EPS)
+        return in_rows(F.rms_norm(x, (WIDTH,), self.output_norm, EPS)).view(B, N, WIDTH)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.to(self.dtype), self.embedding).float()

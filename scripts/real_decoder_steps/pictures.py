@@ -47,7 +47,7 @@ class Sources:
 
     def background(self, rng: np.random.Generator, held: bool) -> Image.Image:
         """A square of a background, SIZE pixels a side."""
-        files = _backgrounds(self.root, held)
+        files = background_files(self.root, held)
         image = things.background(files[rng.integers(len(files))], self.root / "small")
         side = int(rng.uniform(0.35, 1) * min(image.size))
         x, y = int(rng.integers(0, image.width - side + 1)), int(rng.integers(0, image.height - side + 1))
@@ -58,14 +58,9 @@ class Sources:
         return sorted((self.root / "pages" / "train").glob("*.png"))
 
 
-_cache: dict[tuple[Path, bool], list[Path]] = {}
-
-
-def _backgrounds(root: Path, held: bool) -> list[Path]:
-    if (root, held) not in _cache:
-        folders = (root / "gnome-backgrounds/usr/share/backgrounds/gnome", root / "plasma-workspace-wallpapers/usr/share/wallpapers")
-        _cache[root, held] = things.backgrounds(folders, held)
-    return _cache[root, held]
+def background_files(root: Path, held: bool) -> list[Path]:
+    folders = (root / "gnome-backgrounds/usr/share/backgrounds/gnome", root / "plasma-workspace-wallpapers/usr/share/wallpapers")
+    return things.backgrounds(folders, held)
 
 
 def make(number: int, sources: Sources, held: bool = False, kind: str | None = None, unseen_names: bool = False) -> Picture:

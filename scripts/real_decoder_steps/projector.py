@@ -51,4 +51,21 @@ def closed_form(features: Features, decoder: Decoder, tokenize, say=print) -> di
     near = F.normalize(got, dim=-1) @ F.normalize(torch.stack([table[n] for n in names]), dim=-1).T
     right = [names[n] == noun for n, noun in zip(near.argmax(-1).tolist(), nouns) if noun]
     say(f"closed form: {len(x)} tokens of {len(features)} pictures; the nearest of {len(names)} names is right on {np.mean(right):.3f}")
-    return {"mm0": w / std, "mm0b": b - (w / std) @ mean, "mm2": solved[:-1].T.contiguous() * scale, "mm2b": solved[-1] * scale}
+    p = {"mm0": w / std, "mm0b": b - (w / std) @ mean, "mm2": solved[:-1].T.contiguous() * scale, "mm2b": solved[-1] * scale}
+    return with_places(p, features, decoder, tokenize, say)
+
+
+def with_places(p: dict[str, torch.Tensor], features: Features, decoder: Decoder, tokenize, say=print, pictures: int = 96) -> dict[str, torch.Tensor]:
+    """The projector that also says where a token lies: from left to right along the difference of these words, from top to bottom likewise, each of length 1."""
+    def word(text: str) -> torch.Tensor:
+        return decoder.embed(torch.tensor(tokenize(f" {text}"))).mean(0)
+
+    ways = F.normalize(torch.stack([word("right") - word("left"), word("bottom") - word("top")]), dim=-1)
+    x = torch.cat([features[i][:-1] for i in range(min(pictures, len(features)))])
+    patch = torch.arange(1, 256).repeat(len(x) // 255)
+    place = torch.stack([patch % 16, patch // 16], -1) / 7.5 - 1
+    z = torch.cat([F.gelu(F.linear(x, p["mm0"], p["mm0b"]), approximate="tanh"), torch.ones(len(x), 1)], 1)
+    gram = z.T @ z
+    solved = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(gram.shape[0]), z.T @ place)
+    say(f"places: {1 - ((z @ solved - place).var() / place.var()):.3f} of the variance explained")
+    return p | {"mm2": p["mm2"] + ways.T @ solved[:-1].T, "mm2b": p["mm2b"] + solved[-1] @ ways}

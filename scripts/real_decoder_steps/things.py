@@ -94,12 +94,16 @@ def cut_out(thing: Thing) -> Image.Image:
     return image
 
 
-@lru_cache(1)
+@lru_cache(2)
 def backgrounds(folders: tuple[Path, ...], held: bool) -> list[Path]:
     """Photographs and wallpapers; one in five is kept from training."""
-    files = [f for folder in folders for f in sorted(folder.rglob("*")) if f.suffix in (".jpg", ".png", ".webp") and f.stat().st_size > 60_000]
-    # the sizes and shades of a wallpaper lie in one folder: they are one background
-    return [f for f in files if (share(f.relative_to(f.parents[3]).parts[0] if "contents" in f.parts else f.stem[:-2]) < 0.2) == held]
+    files = [f for folder in folders for f in sorted(folder.rglob("*")) if f.suffix in (".jpg", ".png", ".webp") and f.stem != "screenshot" and f.stat().st_size > 60_000]
+    return [f for f in files if (share(background_name(f)) < 0.2) == held]
+
+
+def background_name(file: Path) -> str:
+    """The same for all sizes and shades of a wallpaper."""
+    return file.parents[2].name if "contents" in file.parts else file.stem.removesuffix("-l").removesuffix("-d")
 
 
 @lru_cache(256)

@@ -96,7 +96,7 @@ class Training:
         image = project(batch.images, p)
         x = self.decoder.embed(batch.ids.clamp(min=0)).masked_scatter((batch.ids == -1)[..., None], image)
         before = self.decoder.prefix(self.text.before, lora)
-        hidden = self.decoder.hidden(x, batch.pos, batch.bias.to(self.decoder.dtype), before, lora)
+        hidden = self.decoder.hidden(x, batch.pos, batch.bias, before, lora, real=batch.real)
         return self.decoder.logits(hidden[batch.labels >= 0]), image
 
     def one_step(self) -> tuple[float, float]:
@@ -153,8 +153,8 @@ class Training:
                 self.say(f"step {self.step} loss {loss:.3f} right {right:.3f} pictures {len(self.features)} cpu {time.process_time() - cpu:.0f} s")
                 recent, cpu = [], time.process_time()
                 self.save()
-                if len(self.features) < plan.pictures:
-                    self.features.add_chunk()
+            if self.step % 25 == 0 and len(self.features) < plan.pictures:
+                self.features.add_chunk()
             if self.step % 200 == 0:
                 self.say(self.check())
         self.save()
