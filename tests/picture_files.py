@@ -79,17 +79,19 @@ def png(rows: np.ndarray, depth: int, colour: int, transparent: tuple[int, ...] 
 
 
 def tiff(values: np.ndarray, photometric: int = 1, tile: tuple[int, int] | None = None) -> bytes:
-    """[height, width] of uint16, int32, uint32 or float32, uncompressed; photometric 0: white is zero; tile: (width, length) that the header claims, deflated."""
+    """[height, width] of uint16, int32, uint32 or float32, uncompressed, or uint8 [height, width, 2], grey multiplied with its alpha; photometric 0: white is zero; tile: (width, length) that the header claims, deflated."""
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-    height, width = values.shape
+    height, width = values.shape[:2]
     tags = {256: width, 257: height, 258: values.dtype.itemsize * 8, 259: 1, 262: photometric, 277: 1, 339: kind}
+    if values.ndim == 3:
+        tags |= {258: 8 | 8 << 16, 277: 2, 338: 1, 339: 1}
     if tile is None:
         tags |= {273: 8, 278: height, 279: len(data)}
     else:
         data = zlib.compress(bytes(tile[0] * tile[1] * values.dtype.itemsize), 9)
         tags |= {259: 8, 322: tile[0], 323: tile[1], 324: 8, 325: len(data)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    entries = b"".join(struct.pack("<HHII", tag, *((3, 2) if value >> 16 and tag == 258 else (4, 1)), value) for tag, value in sorted(tags.items()))
     data += b"\0" * (len(data) % 2)
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 

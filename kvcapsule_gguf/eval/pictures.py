@@ -16,7 +16,6 @@ from ..runtime.pictures import SUFFIXES, PictureError, load
 from .vlm import EvalError
 
 
-
 class UnreadablePicture(KVCapsuleError):
     """A file is not a picture; the text names it."""
 

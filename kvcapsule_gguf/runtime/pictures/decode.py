@@ -7,6 +7,7 @@ a file may look like another picture. Every other file that is cut short is refu
 from __future__ import annotations
 
 import io
+import logging
 import threading
 import warnings
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ KEPT_PIXELS = 4096 * 4096
 _large = threading.Lock()
 # what Pillow warns of (odd metadata, many pixels) is either harmless or refused here
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode(data: bytes, budget: Budget | None = None, name: str = "the picture") -> Picture:
@@ -50,6 +52,8 @@ def decode(data: bytes, budget: Budget | None = None, name: str = "the picture")
         raise
     except UnidentifiedImageError:
         raise PictureError(f"{name}: not a picture that can be read ({SHOWN})") from None
+    except MemoryError:
+        raise PictureTooLarge(f"{name}: there is not enough memory for it: make it smaller") from None
     # Pillow raises many kinds for damaged files
     except Exception as error:
         raise PictureError(f"{name}: damaged picture ({' '.join(str(error).split()) or type(error).__name__})") from error
@@ -94,21 +98,25 @@ def _pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray, str]:
         if image.format not in ("JPEG", "MPO") or image.info.get("progressive") or "truncated" not in str(error):
             raise
         return _cut_jpeg(data, error), "its file is cut short, what is missing is grey"
-    rgb, warning = to_rgb(image)
-    orientation = _orientation(image)
-    image.close()
-    return _upright(_smaller(rgb), orientation), warning
+    return _finished(image)
 
 
 def _cut_jpeg(data: bytes, error: OSError) -> np.ndarray:
     """With an end put to it, the decoder gives what there is. Raises `error` if that is nothing."""
     with Image.open(io.BytesIO(data + END_OF_JPEG), formats=["JPEG"]) as image:
         image.load()
-        rgb, _ = to_rgb(image)
-        # without any data the decoder still makes up one block
-        if np.count_nonzero((rgb != 128).any(-1)) <= min(BLOCK_PIXELS, image.width * image.height - 1):
-            raise error
-        return _upright(rgb, _orientation(image))
+        rgb, _ = _finished(image)
+    # without any data the decoder still makes up one block
+    if np.count_nonzero((rgb != 128).any(-1)) <= min(BLOCK_PIXELS, rgb.shape[0] * rgb.shape[1] - 1):
+        raise error
+    return rgb
+
+
+def _finished(image: Image.Image) -> tuple[np.ndarray, str]:
+    rgb, warning = to_rgb(image)
+    orientation = _orientation(image)
+    image.close()  # its memory is needed no more
+    return _upright(_smaller(rgb), orientation), warning
 
 
 def _smaller(rgb: np.ndarray) -> np.ndarray:

@@ -45,6 +45,8 @@ def fix_transparent_colour(image: Image.Image) -> None:
 def _on_white(band: Image.Image) -> np.ndarray:
     if not band.has_transparency_data:
         return np.asarray(band.convert("RGB"))
+    if band.mode == "La":
+        band = band.convert("LA")  # Pillow knows no direct way
     rgba = np.asarray(band.convert("RGBA")).astype(np.uint16)
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     # in whole numbers, so that nothing of what is fully transparent is left
