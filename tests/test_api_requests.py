@@ -93,7 +93,12 @@ def test_a_call_that_is_cut_short_is_never_an_empty_call(llm: Any) -> None:
     """Of several tools the name is known only once it has been said."""
     for n in range(1, 12):
         message = ask(llm, tools=[SEE, ADD], tool_choice="required", max_tokens=n)["choices"][0]["message"]
-        assert message.get("tool_calls") or message["content"]
+        deltas = [chunk["choices"][0]["delta"] for chunk in ask(llm, tools=[SEE, ADD], tool_choice="required", max_tokens=n, stream=True)]
+        if calls := message.get("tool_calls"):
+            streamed = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls") or []]
+            assert calls[0]["function"]["arguments"] == "".join(streamed) != ""
+        else:
+            assert message["content"] == "".join(delta.get("content") or "" for delta in deltas) != ""
 
 
 def test_a_free_choice_of_tools_changes_nothing(llm: Any) -> None:
@@ -255,6 +260,17 @@ def test_the_context_is_not_larger_than_what_the_model_was_trained_with(llm: Any
     assert (llm.n_ctx(), llm.metadata["llama.context_length"]) == (4096, "4096")
     with pytest.raises(ValueError, match=r"Requested tokens \(46\d\d\) exceed context window of 4096"):
         ask(llm, [{"role": "user", "content": [*[PICTURE] * 8, TEXT]}])
+
+
+def test_what_the_hot_cache_cannot_take_is_told_with_what_would_do() -> None:
+    from kvcapsule_gguf import KVCapsuleLlama
+
+    messages = [{"role": "user", "content": "what word " * 200}]
+    with KVCapsuleLlama(MODEL, n_threads=1, n_threads_batch=1, hot=256) as llm, pytest.raises(ValueError, match=r"the text needs \d+ cells of the hot cache, which has 256: give hot=(\d+)$") as error:
+        ask(llm, messages)
+    hot = int(str(error.value).rpartition("=")[2])
+    with KVCapsuleLlama(MODEL, n_threads=1, n_threads_batch=1, hot=hot) as llm:
+        assert ask(llm, messages)["choices"]
 
 
 def test_a_projector_of_another_family_is_refused(llm: Any, tmp_path: Path) -> None:

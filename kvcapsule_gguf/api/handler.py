@@ -235,7 +235,9 @@ def _chat_answer(answer: Any, form: Form, stream: bool) -> Any:
         choice = answer["choices"][0]
         if call := form.split(choice["text"], choice["finish_reason"] == "stop"):
             name, choice["text"] = call
-        answer = iter([answer]) if stream else answer
+        if stream:
+            # the text, and then the end without a text, as llama-cpp-python has it
+            answer = iter([{**answer, "choices": [{**choice, **part}]} for part in ({"finish_reason": None}, {"text": ""})])
     if name is not None:
         return llama_chat_format._convert_completion_to_chat_function(name, answer, stream)
     return llama_chat_format._convert_completion_to_chat(answer, stream=stream)

@@ -28,6 +28,10 @@ from .log import Log
 class Engine:
     """The loaded parts; `mtmd_ctx` and `capsule` are None when there are none. `say` prints a line for the user."""
 
+    # what is to be done where there is not room enough
+    more_hot = "start with --hot {} (/save keeps a conversation)"
+    more_ubatch = "raise -ub (and -b)"
+
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         """Raises KVCapsuleError; nothing stays loaded then."""
         self.options = options

@@ -124,14 +124,14 @@ def _check_room(contents: Contents, chunks: list[Chunk], pictures: list[Picture]
         name = "the text" if chunk.tokens is not None else pictures[chunk.picture].name
         if chunk.n_tokens > n_hot - used:
             held = f", {used} of them taken by text" if used else ""
-            error, hint = (KVCapsuleError, ", or use a smaller picture") if chunk.tokens is None else (ContextFull, "")
-            raise error(f"{name} needs {chunk.n_tokens} cells of the hot cache, which has {n_hot}{held}: start with --hot {enough}{hint} (/save keeps a conversation)")
+            error, hint = (KVCapsuleError, "use a smaller picture, or ") if chunk.tokens is None else (ContextFull, "")
+            raise error(f"{name} needs {chunk.n_tokens} cells of the hot cache, which has {n_hot}{held}: {hint}{engine.more_hot.format(enough)}")
         if chunk.tokens is not None:
             used += chunk.n_tokens
             continue
         n_ubatch = engine.llama.llama_n_ubatch(engine.ctx)
         if chunk.n_tokens > n_ubatch and engine.native.mtmd.mtmd_decode_use_non_causal(engine.mtmd_ctx, chunk.handle):
-            raise KVCapsuleError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: raise -ub (and -b)")
+            raise KVCapsuleError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: {engine.more_ubatch}")
 
 
 def _peak(chunks: list[Chunk]) -> int:
