@@ -8,8 +8,9 @@ import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from .remote import fetch, is_remote
 
 BODY_S = 120.0  # a whole body
 PIECE_S = 20.0  # from one part of it to the next
-CHECKS = 2  # requests whose JSON and pictures are worked on at a time: memory
+TEXT_BYTES = 8 << 20  # of a request without its pictures: no context holds more
+PIXEL_BYTES = 1 << 30  # of all requests whose answers have not begun
+READS, CHECKS = 4, 2  # requests whose JSON, and whose pictures, are worked on at a time: memory
 RETRY_S = 5
 TO_LLAMA = {"accept", "accept-encoding", "user-agent", "origin", "if-none-match", "access-control-request-method", "access-control-request-headers", "last-event-id"}
 NOT_TO_CLIENT = {"connection", "keep-alive", "transfer-encoding", "server", "date", "content-length"}
@@ -39,6 +42,35 @@ PRIVATE_NAMES = (".local", ".localhost", ".internal", ".lan", ".home", ".home.ar
 Headers = dict[str, str]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
+
+
+class Room:
+    """For pixels, in files and in llama-server, as an estimate: who needs more than there is waits."""
+
+    def __init__(self) -> None:
+        self._free = PIXEL_BYTES
+        self._changed = asyncio.Condition()
+
+    async def take(self, size: int) -> int:
+        """What `give` gets back."""
+        size = min(size, PIXEL_BYTES)
+        async with self._changed:
+            await self._changed.wait_for(lambda: size <= self._free)
+            self._free -= size
+        return size
+
+    async def give(self, size: int) -> None:
+        self._free += size
+        async with self._changed:
+            self._changed.notify_all()
+
+
+@dataclass
+class Taken:
+    """What a request holds until its answer begins: files of pictures, and room for their pixels."""
+
+    files: list[Path] = field(default_factory=list)
+    room: int = 0
 
 
 class Left(Exception):
@@ -53,9 +85,10 @@ class Gateway:
         self._socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=128)
         self.server_address = self._socket.getsockname()[:2]
         self._front = Front(upstream, limits, api_keys, address[0])
-        logger = logging.getLogger("uvicorn")
-        logger.addHandler(logging.NullHandler())
-        logger.propagate = False
+        for name in ("uvicorn", "asyncio"):  # what clients do wrong is told to them
+            logger = logging.getLogger(name)
+            logger.addHandler(logging.NullHandler())
+            logger.propagate = False
         self._server = uvicorn.Server(
             uvicorn.Config(self._front, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE_S))
         )
@@ -79,15 +112,16 @@ class Front:
         self.upstream, self.limits, self.api_keys, self.host = upstream, limits, api_keys, host
         self.cut = False  # the end did not wait for an answer
         self._held = 0  # bytes of bodies
-        self._checks = asyncio.Semaphore(CHECKS)
+        self._room = Room()
+        self._reads, self._checks = asyncio.Semaphore(READS), asyncio.Semaphore(CHECKS)
         self._llama = httpx2.AsyncClient(
             transport=httpx2.AsyncHTTPTransport(uds=str(upstream.socket), limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)), base_url="http://localhost", timeout=None, trust_env=False
         )
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
-            with _removed_at_the_end() as made:
-                await self._answer(scope, receive, send, made)
+            async with self._taken() as taken:
+                await self._answer(scope, receive, send, taken)
         except RequestError as error:
             waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # whether a body follows is then not known
             await _answer_with(send, error.status, error.body(), close=waits)
@@ -97,7 +131,7 @@ class Front:
             self.cut = True
             raise
 
-    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, made: list[Path]) -> None:
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, taken: Taken) -> None:
         headers = _single(scope["headers"])
         method, path = scope["method"], scope["raw_path"].decode()
         if method not in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
@@ -129,10 +163,10 @@ class Front:
                     data += piece
                 parcel = [bytes(data)]
                 del data
-                parcel = [await self._checked(parcel, find, made)]
+                parcel = [await self._checked(parcel, find, taken)]
             finally:
                 self._held -= size
-        await self._unless_left(receive, self._forward(scope, headers, parcel, made, allowed, send))
+        await self._unless_left(receive, self._forward(scope, headers, parcel, taken, allowed, send))
 
     # --- the request ---
 
@@ -158,17 +192,35 @@ class Front:
         if length > self.limits.body_bytes:
             raise RequestError(413, f"the request has {length / 2**20:.1f} MiB, at most {self.limits.body_bytes >> 20} are taken")
 
-    async def _checked(self, parcel: list[bytes], find: Any, made: list[Path]) -> bytes:
-        """The body as llama-server gets it; `made`: the files of pictures that it names are added."""
-        async with self._checks:
+    async def _checked(self, parcel: list[bytes], find: Any, taken: Taken) -> bytes:
+        """The body as llama-server gets it."""
+        async with self._reads:
             request, media = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
+        if not media:
+            return json_body.written(request)
         files: list[bytes | None] = []
         for medium in media:
             if is_remote(medium.text) and not self.limits.remote_images:
                 raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
             files.append(await fetch(medium.text, self.limits.pictures.file_bytes) if is_remote(medium.text) else None)
         async with self._checks:
-            return await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, made)
+            body, needs = await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, taken.files)
+            taken.room = await self._room.take(needs)  # those behind wait here as well, with their pictures still small
+            return body
+
+    @asynccontextmanager
+    async def _taken(self) -> AsyncIterator[Taken]:
+        taken = Taken()
+        try:
+            yield taken
+        finally:
+            await self._let_go(taken)
+
+    async def _let_go(self, taken: Taken) -> None:
+        while taken.files:
+            taken.files.pop().unlink(missing_ok=True)
+        size, taken.room = taken.room, 0
+        await self._room.give(size)
 
     # --- the answer ---
 
@@ -186,7 +238,7 @@ class Front:
                 task.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
 
-    async def _forward(self, scope: dict[str, Any], headers: Headers, parcel: list[bytes], made: list[Path], allowed: bool, send: Send) -> None:
+    async def _forward(self, scope: dict[str, Any], headers: Headers, parcel: list[bytes], taken: Taken, allowed: bool, send: Send) -> None:
         if not self.upstream.ready:
             raise RequestError(503, "Loading model")
         inner = {name: value for name, value in headers.items() if name in TO_LLAMA}
@@ -199,8 +251,8 @@ class Front:
         started = events = False
         try:
             reply = await self._llama.send(request, stream=True)
-            _remove(made)  # it has read them
             try:
+                await self._let_go(taken)  # it has read them
                 data = None
                 if reply.status_code >= 400 and "content-length" in reply.headers:
                     data = await reply.aread()
@@ -239,21 +291,6 @@ class Front:
         return RequestError(502, f"llama-server broke off ({fault!r})")
 
 
-@contextmanager
-def _removed_at_the_end() -> Iterator[list[Path]]:
-    """A list of files."""
-    made: list[Path] = []
-    try:
-        yield made
-    finally:
-        _remove(made)
-
-
-def _remove(made: list[Path]) -> None:
-    while made:
-        made.pop().unlink(missing_ok=True)
-
-
 def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
     request = json_body.parse(body)
     if not isinstance(request, dict):
@@ -265,9 +302,9 @@ def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
     return request, media
 
 
-def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, made: list[Path]) -> bytes:
-    prepare(media, limits, upstream.media, made, upstream.say)
-    return json_body.written(request)
+def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, made: list[Path]) -> tuple[bytes, int]:
+    needs = prepare(media, limits, upstream.media, made, upstream.say)
+    return json_body.written(request), needs
 
 
 def _single(raw: list[tuple[bytes, bytes]]) -> Headers:

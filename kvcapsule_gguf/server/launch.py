@@ -201,4 +201,4 @@ class Upstream:
 
 def _end_with_parent() -> None:
     """Even a front that was killed leaves no server behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

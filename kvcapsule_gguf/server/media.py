@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from ..runtime import pictures
 from ..runtime.pictures import Budget, PictureError, PictureTooLarge
 from .endpoints import Media
@@ -19,6 +21,7 @@ from .errors import RequestError
 FOLDER_BYTES = 2 << 30  # of all pictures on their way
 SOUND_S = 600
 SAMPLE_RATES = range(8000, 192_001)
+PICTURE_BYTES = 4 << 20  # of the floats that a projector takes, however small the picture is
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,16 @@ class Limits:
     remote_images: bool
 
 
-def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Path, made: list[Path], warn: Callable[[str], None]) -> None:
+def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Path, made: list[Path], warn: Callable[[str], None]) -> int:
     """Each medium, with the file where it was fetched, is replaced in its request. Pictures go into files of `folder` where llama-server takes a URL: as
-    base64 they would be many times as large as what the client sent, and 100 MiB are all that it takes. `made`: these files are added; warn: is told of pictures that may not show what was meant. Raises RequestError."""
+    base64 they would be many times as large as what the client sent, and 100 MiB are all that it takes. `made`: these files are added; warn: is told of pictures that may not show what was meant. Returns about how many bytes the pictures are in llama-server. Raises RequestError."""
     budget = Budget(limits.pictures)
-    for n, (medium, fetched) in enumerate(media, 1):
+    files = [_file(medium, fetched, budget, f"picture {n}") for n, (medium, fetched) in enumerate(media, 1)]
+    if sum(map(_pixels, files)) > limits.pictures.total_pixels:  # before the first one costs time and room
+        raise RequestError(413, f"the pictures have more than {limits.pictures.total_pixels / 1e6:g} million pixels together")
+    for n, ((medium, _), data) in enumerate(zip(media, files), 1):
         name = f"picture {n}"
         try:
-            data = fetched if fetched is not None else _decoded(medium.text, budget, name)
-            budget.check_file(len(data), name)
             if medium.sound:
                 medium.put(_base64(_wav(data)))
                 continue
@@ -52,9 +56,10 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
             else:
                 medium.put(_base64(pictures.to_png(picture.rgb)))
         except PictureError as error:
-            raise RequestError(413 if isinstance(error, PictureTooLarge) else 400, str(error)) from None
+            raise _refused(error) from None
         except OSError as error:
             raise RequestError(503, f"{name} cannot be stored for llama-server ({error.strerror})") from None
+    return 4 * budget.pixels + PICTURE_BYTES * budget.count
 
 
 def _stored(folder: Path) -> int:
@@ -70,12 +75,35 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _decoded(text: str, budget: Budget, name: str) -> bytes:
-    if text[:5].lower() == "data:":
-        return pictures.from_data_url(text, budget, name)
-    if ":" in text[:16]:
-        raise RequestError(400, "a picture must be a data: URL or base64")
-    return pictures.from_base64(text, budget, name)
+def _file(medium: Media, fetched: bytes | None, budget: Budget, name: str) -> bytes:
+    """Raises RequestError."""
+    text = medium.text
+    try:
+        if fetched is not None:
+            data = fetched
+        elif text[:5].lower() == "data:":
+            data = pictures.from_data_url(text, budget, name)
+        elif ":" in text[:16]:
+            raise RequestError(400, "a picture must be a data: URL or base64")
+        else:
+            data = pictures.from_base64(text, budget, name)
+        budget.check_file(len(data), name)
+    except PictureError as error:
+        raise _refused(error) from None
+    return data
+
+
+def _refused(error: PictureError) -> RequestError:
+    return RequestError(413 if isinstance(error, PictureTooLarge) else 400, str(error))
+
+
+def _pixels(data: bytes) -> int:
+    """As its header says; 0 where there is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=pictures.FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # decode() will say what is wrong
+        return 0
 
 
 def _wav(data: bytes) -> bytes:
