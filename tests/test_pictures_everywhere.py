@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_chat(folder: Path, bitmaps: list[np.ndarray], monkeypatch: pytest.Monke
     errors = capfd.readouterr().err
     assert errors.count("its file is cut short") == 1 and errors.count("are taken as 0 to 255") == 1
     assert errors.count("error: ") == errors.count("damaged picture") + errors.count("not a picture that can be read") == len(REFUSED)
+
+
+def test_chat_takes_paths_as_they_are_pasted(folder: Path, bitmaps: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from kvcapsule_gguf.chat import cli
+
+    paths = [folder / "a, b.png", folder / "it's [1].png"]
+    for n, path in enumerate(paths):
+        path.write_bytes(encoded(SHOWN + np.uint8(n)))
+    comma, quote = paths
+    quoted, escaped = "'" + str(quote).replace("'", "'\\''") + "'", str(quote).replace("'", "\\'").replace(" ", "\\ ").replace("[", "\\[").replace("]", "\\]")
+    lines = [f'/image "{comma}"', f"/image\t{escaped}", f"what is in {quoted} here?", "/clear", f"file://{urllib.parse.quote(str(quote))} and?", "/clear", f"/image '{comma}' {quoted}", "x", "/clear", f"{escaped} ", "x"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    cli.main([str(folder / "llama" / "tiny.gguf"), "-n", "1", "-t", "1", "--capsule", "off", "--image", f"{comma},{quote}"])
+    seen = [int(found[0, 0, 0]) - int(SHOWN[0, 0, 0]) for found in bitmaps]
+    assert seen == [0, 1, 0, 1, 1] + [1] + [0, 1] + [1] and "error" not in capfd.readouterr().err
 
 
 def test_api(folder: Path, bitmaps: list[np.ndarray]) -> None:
