@@ -19,6 +19,7 @@ from llama_cpp._utils import suppress_stdout_stderr
 from .. import native
 from ..chat.log import Log
 from ..native.library import find_library
+from ..runtime import interrupts
 
 say = logging.getLogger("kvcapsule_gguf").warning  # one line on stderr, unless the program sets logging up in another way
 
@@ -54,7 +55,8 @@ def reasons() -> Iterator[ThreadLog]:
     """The log of what is done inside. A KeyboardInterrupt that comes meanwhile is raised at the end."""
     lost: list[Any] = []
     hook = sys.unraisablehook
-    in_main = threading.current_thread() is threading.main_thread()  # no other thread gets one
+    # no other thread gets one, and Interrupts sees to it where it is entered
+    in_main = threading.current_thread() is threading.main_thread() and interrupts._here() is None
     if in_main:
         sys.unraisablehook = lambda what: lost.append(None) if what.exc_type is KeyboardInterrupt else hook(what)
     log().attach()
