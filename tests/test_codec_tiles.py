@@ -10,6 +10,7 @@ import pytest
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
 from kvcapsule_gguf.codec.head import F16, Head, row_blocks, table_rows
 from kvcapsule_gguf.codec.planes import PLANES, code_bytes, pack, unpack
+from kvcapsule_gguf.codec.quality import choose, score
 from kvcapsule_gguf.codec.registers import mix
 from kvcapsule_gguf.codec.rope import pair_index
 from kvcapsule_gguf.codec.scale import search
@@ -152,3 +153,12 @@ def test_values_of_any_length():
         code = Head(np.zeros(d, np.float32), groups, np.full((33, len(groups)), 6))
         x = RNG.standard_normal((1, 64, d)).astype(np.float32)
         assert np.square(code.decode(code.encode(x, 8, 8), 8, 8) - x).mean() < 2e-3
+
+
+def test_the_tier_of_a_tile():
+    error = np.array([[4.0, 2], [1, 1], [0.5, 0.1]])  # three tiers of one tile, keys and values of a layer
+    rival, energy = np.array([1.0, 2]), np.array([100.0, 100])
+    assert score(error, rival, energy) == pytest.approx([2.5, 0.75, 0.275])
+    assert score(error, rival * 1e6, energy) == pytest.approx([1, 1 / 3, 0.1])  # q4_0 fails: the energy counts
+    assert choose(score(error, rival, energy), 1) == 1 and choose(score(error, rival, energy), 0.1) == -1
+    assert choose(score(error * np.nan, rival, energy), 1e9) == -1

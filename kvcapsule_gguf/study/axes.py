@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..codec.builtin import builtin_table
+from ..codec.quality import choose
 from ..codec.rope import pair_index
-from ..train.coded import Basis, Coded, fit_basis, groups_of, rival_scores, scores, table_bits
+from ..train.coded import Basis, Coded, fit_basis, groups_of, quality_scores, rival_scores, scores, table_bits
 from ..train.source import KVSample
 from ..train.tables import Tables, fit_tables
 from .decoder import Cache, Decoder
@@ -25,7 +26,6 @@ from .pictures import Asked
 TYPES = (0, 1, 2, 3, 4, 6, 8, 16)
 LEVELS = (10, 8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # how many times smaller the tiers are
 BUILTIN = (8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
-UNIT = 0.03  # quality 1: the error of a tile over the energy of a usual one
 
 Pick = Callable[[Coded], np.ndarray]
 
@@ -119,8 +119,8 @@ def smallest(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarr
     """Of every tile the first (smallest) tier whose score is at most `limit`, else the last."""
 
     def pick(coded: Coded) -> np.ndarray:
-        fits = np.stack([score(coded, t) <= limit for t in tables])
-        return np.where(fits.any(0), fits.argmax(0), len(tables) - 1)
+        pick = choose(np.stack([score(coded, t) for t in tables]), limit)
+        return np.where(pick < 0, len(tables) - 1, pick)
 
     return pick
 
@@ -174,7 +174,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for n in (0, 4, 64):
             yield from fixed(f"{n or 'no'} points", bench.default() if n == 4 else bench.code(fit_basis(bench.fit, model), hadamard=n))
     elif axis == "axes":
-        for v, k in (("none", "none"), ("16", "none"), ("full", "none"), ("full", "4"), ("full", "16"), ("full", "full")):
+        for v, k in (("full", "full"), ("full", "16"), ("full", "4"), ("full", "none"), ("none", "none")):
             coding = bench.default() if (v, k) == ("full", "none") else bench.code(fit_basis(bench.fit, model, v_axes=v, k_axes=k))
             yield from fixed(f"V {v}, K {k}", coding, at=(*sizes, 8))
     elif axis == "scope":
@@ -207,16 +207,16 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
                 yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
     elif axis == "quality":
         fitted, tests = bench.default()
-        for step in (1, 2):
-            tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)[::-step][::-1]
-            for q in (0.25, 0.5, 1.0, 2.0) if step == 1 else (1.0,):
-                yield bench.row(f"quality {q}, {len(tables)} tiers", tests, tables, smallest(tables, lambda c, t: scores(c, t, fitted.energy), q * UNIT))
+        tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)
+        for q, part in ((0.7, tables[2:]), (1.0, tables[2:]), (1.0, tables[1:]), (1.0, tables), (1.0, tables[::-2][::-1]), (0.5, tables), (2.0, tables)):
+            first = 16 / table_bits(part[0], fitted.groups)
+            yield bench.row(f"quality {q}, {len(part)} tiers from {first:.1f}x", tests, part, smallest(part, lambda c, t: quality_scores(c, t, fitted.energy), q))
     elif axis == "builtin-quality":
         zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
         tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
         tables = [builtin(model, x) for x in BUILTIN]
-        for q in (0.5, 1.0, 2.0):
-            yield bench.row(f"built in, quality {q}", tests, tables, smallest(tables, lambda c, t: scores(c, t, c.energy), q * UNIT))
+        for q, part in ((0.7, tables[1:]), (1.0, tables[1:]), (1.0, tables), (2.0, tables)):
+            yield bench.row(f"built in, quality {q}, {len(part)} tiers", tests, part, smallest(part, lambda c, t: quality_scores(c, t, c.energy), q))
     else:
         raise ValueError(f"unknown axis {axis}")
 
@@ -247,7 +247,7 @@ def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_time
         samples = answers.samples()
         coded = Coded(decoder.model, samples, fit_basis(samples[:1], decoder.model, mean=False, v_axes="none"), types=TYPES)
         tables = [builtin(decoder.model, x) for x in BUILTIN]
-        pick = smallest(tables, lambda c, t: scores(c, t, c.energy), UNIT)(coded)
+        pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), 1)(coded)
         read, rival = coded.read(tables, pick), rotated("q4_0")
         smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[pick].mean()
         for name, size, way in (("built in, quality 1", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):

@@ -13,6 +13,7 @@ import numpy as np
 from ..codec.channels import gather, key_groups, plain_groups, scatter
 from ..codec.hadamard import hadamard
 from ..codec.head import F16, row_blocks
+from ..codec.quality import score
 from ..codec.registers import mix
 from ..codec.rows import round_trip
 from ..codec.scale import search
@@ -63,6 +64,9 @@ def fit_basis(samples: Sequence[KVSample], model: BaseModel, mean: bool = True, 
                 found = np.zeros((x.shape[1], d, d), np.float32)
                 for at in (order[j : j + size] for j in range(0, d, size)):
                     found[:, at[:, None], at] = np.linalg.eigh(cov[:, at[:, None], at].astype(np.float64))[1][..., ::-1]
+                variance = np.einsum("hij,hik,hkj->hj", found, cov, found)
+                for head, at in zip(found, (-variance).argsort(1)):  # the loudest axes share a group
+                    head[:, order] = head[:, at]
             out[kind, i] = Basis(mu.astype(np.float32), found)
     return out
 
@@ -225,3 +229,10 @@ def scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> 
 def rival_scores(coded: Coded, tables: dict) -> np.ndarray:
     """f64 [T]: the same in units of rotated q4_0's error on the same tile."""
     return np.mean([e / np.maximum(coded.rival[x], 1e-20) for x, e in tile_errors(coded, tables).items()], 0)
+
+
+def quality_scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> np.ndarray:
+    """f64 [T]: what a tier is chosen by (codec/quality.py)."""
+    errors = tile_errors(coded, tables)
+    stack = [np.stack(x, -1) for x in (list(errors.values()), [coded.rival[x] for x in errors])]
+    return score(*stack, np.array([energy[x] for x in errors]))
