@@ -239,12 +239,6 @@ def test_bad_models_and_projectors(chat: Run, folder: Path, tmp_path: Path, mode
     refused(chat(model, "-p", "x", "-ctv", "q8_0", "-fa", "off", "--capsule", "off"), "the context cannot be created", "flash_attn")
 
 
-def test_a_projector_of_another_family(chat: Run, folder: Path) -> None:
-    for model, mmproj in (("llama", "qwen2vl"), ("qwen2vl", "llama")):
-        result = chat(folder / model / "tiny.gguf", "--mmproj", folder / mmproj / "mmproj-tiny.gguf", "-p", "hi")
-        refused(result, "mmproj-tiny.gguf is the projector of another kind of model")
-
-
 def test_bad_pictures(chat: Run, folder: Path, tmp_path: Path) -> None:
     model = folder / "llama" / "tiny.gguf"
     (tmp_path / "text.png").write_text("hello")

@@ -21,7 +21,7 @@ from ..reuse.prefixes import DEFAULT_MIB, Prefixes
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, Picture, decode, read
-from ..runtime.projector import check_projector
+from ..runtime.projector import check_projector, has_m_rope
 from .contents import LlamaContents, LlamaEngine
 from .forced import Form, answer_form
 from .messages import read_messages
@@ -134,7 +134,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             return
         libraries = native.load()
         try:
-            check_projector(libraries.llama, llama_model.model, self._mmproj)
+            check_projector(self._mmproj, has_m_rope(libraries.llama, llama_model.model))
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         params = libraries.mtmd.mtmd_context_params_default()

@@ -20,7 +20,7 @@ from ..chat.stats import ImageUse
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime.errors import KVCapsuleError
-from ..runtime.projector import check_projector
+from ..runtime.projector import check_projector, has_m_rope
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
 from .quiet import log, reasons, say
@@ -127,7 +127,7 @@ class KVCapsuleLlama(Llama):
             return
         architecture = metadata(model.model, "general.architecture") or ""
         try:
-            check_projector(native.load().llama, model.model, self.mmproj)
+            check_projector(self.mmproj, has_m_rope(native.load().llama, model.model))
             if self._setting == "off":
                 return
             path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))

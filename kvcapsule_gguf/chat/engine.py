@@ -18,7 +18,7 @@ from ..reuse.prefixes import Prefixes
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
-from ..runtime.projector import check_projector
+from ..runtime.projector import check_projector, has_m_rope
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
 from .devices import choose_devices
@@ -101,7 +101,7 @@ class Engine:
 
     def _open_projector(self, stack: ExitStack) -> None:
         mtmd = self.native.mtmd
-        check_projector(self.llama, self.model, self.mmproj)
+        check_projector(self.mmproj, has_m_rope(self.llama, self.model))
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = self.options.n_gpu_layers != 0 and self.options.device != "none"
         params.print_timings = False

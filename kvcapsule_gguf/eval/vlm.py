@@ -17,6 +17,7 @@ from ..native.shapes import metadata
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.pictures import new_bitmap
+from ..runtime.projector import check_projector, has_m_rope
 
 MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)
@@ -58,6 +59,8 @@ class Vlm:
         if not self.model:
             raise EvalError(f"{self.path} cannot be loaded as a model")
         stack.callback(self.llama.llama_model_free, self.model)
+        self.many_positions = has_m_rope(self.llama, self.model)  # of one token
+        check_projector(self.mmproj, self.many_positions)
         params = self.mtmd.mtmd_context_params_default()
         params.print_timings = params.warmup = False
         params.n_threads = self.threads
@@ -71,8 +74,6 @@ class Vlm:
         self.vocab = self.llama.llama_model_get_vocab(self.model)
         self.n_vocab = self.llama.llama_vocab_n_tokens(self.vocab)
         self.n_embd = self.llama.llama_model_n_embd_inp(self.model)
-        kinds = self.llama.LLAMA_ROPE_TYPE_MROPE, self.llama.LLAMA_ROPE_TYPE_IMROPE
-        self.many_positions = self.llama.llama_model_rope_type(self.model) in kinds  # of one token
         self.bos, self.eos = self.llama.llama_vocab_bos(self.vocab), self.llama.llama_vocab_eos(self.vocab)
 
     def close(self) -> None:

@@ -15,14 +15,18 @@ M_ROPE = {
 }  # fmt: skip
 
 
-def check_projector(llama: ModuleType, model: int, mmproj: Path) -> None:
-    """model: of llama.cpp. Raises KVCapsuleError for a projector of another family."""
-    keys = ("clip.projector_type", "clip.vision.projector_type")
+def has_m_rope(llama: ModuleType, model: int) -> bool:
+    """Of a loaded model. llama: the module llama_cpp.llama_cpp."""
+    return llama.llama_model_rope_type(model) in (llama.LLAMA_ROPE_TYPE_MROPE, llama.LLAMA_ROPE_TYPE_IMROPE)
+
+
+def check_projector(mmproj: Path, m_rope: bool) -> None:
+    """m_rope: of the model. Raises KVCapsuleError for a projector of another family."""
+    keys = ("clip.vision.projector_type", "clip.projector_type")
     try:
         values = read_header(mmproj, keys.__contains__).values
     except (GGUFError, OSError):
         return  # loading it says what is wrong
-    kind = next((value.data for key in reversed(keys) if (value := values.get(key)) is not None and value.type == "str" and not value.array), None)
-    has = llama.llama_model_rope_type(model) in (llama.LLAMA_ROPE_TYPE_MROPE, llama.LLAMA_ROPE_TYPE_IMROPE)
-    if M_ROPE.get(kind, has) != has:
+    kind = next((value.data for key in keys if (value := values.get(key)) is not None and value.type == "str" and not value.array), None)
+    if M_ROPE.get(kind, m_rope) != m_rope:
         raise KVCapsuleError(f"{mmproj.name} is the projector of another kind of model ({kind}): give the one that was made with this model")

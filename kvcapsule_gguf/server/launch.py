@@ -23,6 +23,7 @@ from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
 from ..native.library import library_dir
 from ..runtime.errors import KVCapsuleError
+from ..runtime.projector import check_projector
 from ..runtime.scratch import Scratch
 from .args import DEFAULT_CTX, Options
 
@@ -136,6 +137,8 @@ class Upstream:
             return None
         try:
             base = read_base_model(self.model)
+            if base.rope_type:
+                check_projector(self.mmproj, base.rope_type in ("mrope", "imrope"))
             architecture, fingerprint = base.architecture, fingerprint_of(base)
         except CapsuleError as error:
             if setting == "auto":
