@@ -1,7 +1,6 @@
 """Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/format-v2.md).
 
-A picture of h x w tokens is cut into tiles of 8 x 8. A side that 8 does not divide ends with a shorter tile; if fewer than 4 tokens would be left,
-they are shared evenly with the tile before. So every tile of a side of 8 or more is 4 to 8 tokens long.
+A picture of h x w tokens is cut into tiles of 8 x 8; what is left at the right and at the bottom makes shorter tiles.
 Where there is no grid, tiles are runs of 64 tokens; a run is a tile of one line.
 """
 
@@ -13,18 +12,11 @@ import numpy as np
 
 SIDE = 8
 RUN = 64
-LEAST = 4
 
 
-def cut_side(n: int, side: int = SIDE, least: int = LEAST) -> list[int]:
-    """Lengths of the tiles along a side of n tokens: 16 -> [8, 8], 20 -> [8, 8, 4], 17 -> [8, 5, 4]."""
-    whole, rest = divmod(n, side)
-    if not rest:
-        return [side] * whole
-    if rest >= least or not whole:
-        return [side] * whole + [rest]
-    last = side + rest
-    return [side] * (whole - 1) + [last - last // 2, last // 2]
+def cut_side(n: int, side: int = SIDE) -> list[int]:
+    """Lengths of the tiles along a side of n tokens: 16 -> [8, 8], 20 -> [8, 8, 4]."""
+    return [side] * (n // side) + ([n % side] if n % side else [])
 
 
 def cut_grid(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
@@ -43,7 +35,7 @@ def cut_grid(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
 def cut_run(n: int) -> list[tuple[int, int, np.ndarray]]:
     """The same for n tokens without a grid."""
     out, x = [], 0
-    for w in cut_side(n, RUN, RUN // 2):
+    for w in cut_side(n, RUN):
         out.append((1, w, np.arange(x, x + w)))
         x += w
     return out

@@ -16,6 +16,7 @@ from ..codec.builtin import builtin_table
 from ..codec.quality import choose
 from ..codec.rope import pair_index
 from ..train.coded import Basis, Coded, fit_basis, groups_of, quality_scores, rival_scores, scores, table_bits
+from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
 from ..train.tables import Tables, fit_tables
 from .decoder import Cache, Decoder
@@ -23,9 +24,7 @@ from .divergence import Answers, paired, picture_only
 from .measure import Measure, rotated
 from .pictures import Asked
 
-TYPES = (0, 1, 2, 3, 4, 6, 8, 16)
-LEVELS = (10, 8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # how many times smaller the tiers are
-BUILTIN = (8, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
+BUILTIN = (6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
 
 Pick = Callable[[Coded], np.ndarray]
 
@@ -156,7 +155,10 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for size, tables in zip(at, fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options))):  # type: ignore[arg-type]
             yield bench.row(label, tests, [tables])
 
-    if axis == "weight":
+    if axis == "stock":
+        for name in ("q4_0", "q8_0"):
+            yield bench.stock(name)
+    elif axis == "weight":
         fitted, _ = bench.default()
         measure = Measure(model, bench.fit[:4])
         unit = measure.by_layer(rotated("q4_0")) * measure.unit
@@ -195,7 +197,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         yield from fixed("zero mean, no axes, one table for all fitted", (fitted, tests), at=(4.25,), scope="model", groups="row")
     elif axis == "score":
         fitted, tests = bench.default()
-        tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)
+        tables = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)
         ways = {
             "error over the layer's energy": lambda c, t: scores(c, t, fitted.energy),
             "error over q4_0's on the tile": rival_scores,
@@ -207,15 +209,15 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
                 yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
     elif axis == "quality":
         fitted, tests = bench.default()
-        tables = fit_tables(fitted, [16 / x for x in LEVELS], types=TYPES)
-        for q, part in ((0.7, tables[2:]), (1.0, tables[2:]), (1.0, tables[1:]), (1.0, tables), (1.0, tables[::-2][::-1]), (0.5, tables), (2.0, tables)):
+        tables = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)
+        for q, part in ((0.5, tables[BY_QUALITY:]), (0.7, tables[BY_QUALITY:]), (1.0, tables[BY_QUALITY:]), (2.0, tables[BY_QUALITY:]), (1.0, tables), (1.0, tables[::-2][::-1])):
             first = 16 / table_bits(part[0], fitted.groups)
             yield bench.row(f"quality {q}, {len(part)} tiers from {first:.1f}x", tests, part, smallest(part, lambda c, t: quality_scores(c, t, fitted.energy), q))
     elif axis == "builtin-quality":
         zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
         tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
         tables = [builtin(model, x) for x in BUILTIN]
-        for q, part in ((0.7, tables[1:]), (1.0, tables[1:]), (1.0, tables), (2.0, tables)):
+        for q, part in ((0.5, tables), (0.7, tables), (1.0, tables), (2.0, tables)):
             yield bench.row(f"built in, quality {q}, {len(part)} tiers", tests, part, smallest(part, lambda c, t: quality_scores(c, t, c.energy), q))
     else:
         raise ValueError(f"unknown axis {axis}")

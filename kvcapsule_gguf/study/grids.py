@@ -15,18 +15,22 @@ from ..train.tables import Tables
 Cut = Callable[[int], list[int]]
 
 
-def plain(n: int) -> list[int]:
-    """Whole tiles, then what is left."""
-    return [SIDE] * (n // SIDE) + ([n % SIDE] if n % SIDE else [])
-
-
 def even(n: int) -> list[int]:
     """As few tiles as possible, as even as possible."""
     count = -(-n // SIDE)
     return [n // count + (i < n % count) for i in range(count)]
 
 
-RULES: dict[str, Cut] = {"what is left is a tile": plain, "all tiles as even as possible": even, "the last two share (the format)": cut_side}
+def shared(n: int, least: int = 4) -> list[int]:
+    """Whole tiles; fewer than `least` tokens that are left are shared evenly with the tile before."""
+    cut = cut_side(n)
+    if len(cut) > 1 and cut[-1] < least:
+        last = cut.pop() + cut.pop()
+        cut += [last - last // 2, last // 2]
+    return cut
+
+
+RULES: dict[str, Cut] = {"what is left is a tile (the format)": cut_side, "all tiles as even as possible": even, "the last two share": shared}
 
 
 def heads(coded: Coded, tables: Tables, kind: str, i: int) -> list[Head]:
@@ -73,8 +77,8 @@ def _error(codes: dict, samples: Sequence[KVSample], cut: Cut | None) -> float:
         if cut is None:
             height, width = len(s.keys[0]) // s.width, s.width
             tokens = np.arange(height * width).reshape(height, width)
-        at_y = np.cumsum([0, *(cut or plain)(height)])
-        at_x = np.cumsum([0, *(cut or plain)(width)])
+        at_y = np.cumsum([0, *(cut or cut_side)(height)])
+        at_x = np.cumsum([0, *(cut or cut_side)(width)])
         for (kind, i), each in codes.items():
             x = (s.keys if kind == "k" else s.values)[i]
             for n, head in enumerate(each):
