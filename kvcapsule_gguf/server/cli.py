@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: Options) -> int:
     _return_memory()
     stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    before = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         # a second signal is taken as it comes
         signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))

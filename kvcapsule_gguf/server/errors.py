@@ -14,6 +14,11 @@ CLIENT_FAULTS = {
     "image input is not supported": 400,
     "number of bitmaps": 400,
     "Failed to tokenize prompt": 400,
+    "Failed to parse messages": 400,
+    "Failed to parse tool": 400,
+    "is required": 400,
+    "json.exception": 400,
+    "_M_range_check": 400,  # a token that the model does not have
     "Context size has been exceeded": 503,
     "failed to process mtmd chunk": 503,
 }
