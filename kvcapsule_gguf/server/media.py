@@ -38,6 +38,7 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
     files = [_file(medium, fetched, budget, f"picture {n}") for n, (medium, fetched) in enumerate(media, 1)]
     if sum(map(_pixels, files)) > limits.pictures.total_pixels:  # before the first one costs time and room
         raise RequestError(413, f"the pictures have more than {limits.pictures.total_pixels / 1e6:g} million pixels together")
+    needs = 0
     for n, ((medium, _), data) in enumerate(zip(media, files), 1):
         name = f"picture {n}"
         try:
@@ -45,6 +46,7 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
                 medium.put(_base64(_wav(data)))
                 continue
             picture = pictures.decode(data, budget, name)
+            needs += 4 * picture.width * picture.height + PICTURE_BYTES
             if picture.warning:
                 warn(picture.warning)
             if medium.by_url:
@@ -59,7 +61,7 @@ def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Pat
             raise _refused(error) from None
         except OSError as error:
             raise RequestError(503, f"{name} cannot be stored for llama-server ({error.strerror})") from None
-    return 4 * budget.pixels + PICTURE_BYTES * budget.count
+    return needs
 
 
 def _stored(folder: Path) -> int:
