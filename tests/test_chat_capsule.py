@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -180,3 +181,37 @@ def test_undo_save_and_load_in_a_session(chat: Run, folder: Path, tmp_path: Path
     assert "2 questions and 1 picture, ready" in second.stderr
     assert (went_on["images_encoded"], len(went_on["images"])) == (0, 1)
     assert (again["images_encoded"], again["images_from_disk"], again["answer"]) == (0, 1, reports[0]["answer"])
+
+
+# --- long text ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_text_that_does_not_fit_names_what_would_do(chat: Run, folder: Path) -> None:
+    """Nothing is lost: the conversation and the picture are there for the next question. What is named does do."""
+    model, long = folder / "llama" / "tiny.gguf", "x" * 3000
+    lines = f"/image {folder / 'a.png'}\nwhat?\n/image {folder / 'b.png'}\n{long}\nshort\n"
+    result = chat(model, "-n", "4", "-c", "8192", "--hot", "512", "--json", stdin=lines)
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert len(first["images"]) == 1 and len(second["images"]) == 2
+    assert result.returncode == 1 and result.stderr.count("error: the text needs 3") == 1 and "kept for the next question" in result.stderr
+    enough = re.search(r"start with --hot (\d+)", result.stderr)[1]
+    again = chat(model, "-n", "4", "-c", "8192", "--hot", enough, "--json", stdin=lines)
+    assert again.returncode == 0 and len(again.stdout.splitlines()) == 3, again.stderr
+
+
+def test_text_alone_may_use_the_whole_context(chat: Run, folder: Path) -> None:
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "4", "-c", "16384", "-p", "x" * 12000, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["prompt_tokens"] > 12000, result.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="the hot cache does not grow with text yet")
+def test_a_long_question_with_pictures_needs_no_flag(chat: Run, folder: Path) -> None:
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "4", "-c", "16384", "--image", f"{folder / 'a.png'},{folder / 'b.png'}", "-p", "x" * 10000, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["prompt_tokens"] > 10000
+
+
+def test_a_picture_that_cannot_be_read_in_a_pipe(chat: Run, folder: Path) -> None:
+    """Its question is not asked without it, and the exit status tells."""
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "4", stdin="/image /no/such.png\nwhat is this?\nhello\n")
+    assert result.returncode == 1 and len(result.stdout.splitlines()) == 1
+    assert "No such file" in result.stderr and "not asked" in result.stderr

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from chat_model import TOKENS, write_folder, write_mmproj
-from conftest import library
+from conftest import ROOT, library
 from make_capsule import random_capsule
 from test_native import require_capsules
 
@@ -255,3 +259,114 @@ def test_a_damaged_file_is_refused_and_the_conversation_stays(folder: Path, tmp_
             saved.load(c.session, folder / "a.png")
         turn = c.ask("and?")
         assert counts(turn) == (0, 0) and c.vision() == TOKENS
+
+
+def test_a_file_of_somebody_else_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    path, asked = tmp_path / "notes.txt", []
+
+    def answer(yes: bool) -> Callable[[str], bool]:
+        return lambda question: asked.append(question) or yes  # type: ignore[func-returns-value]
+
+    path.write_text("mine")
+    with chat(folder) as c:
+        with pytest.raises(KVCapsuleError, match="no conversation yet"):
+            saved.save(c.session, tmp_path / "empty")
+        assert not (tmp_path / "empty").exists()
+        c.ask("what?", "a.png")
+        with pytest.raises(KVCapsuleError, match="notes.txt exists .* choose another name"):
+            saved.save(c.session, path)
+        assert saved.save(c.session, path, answer(False)) == "not saved" and path.read_text() == "mine"
+        with pytest.raises(KVCapsuleError, match="is not a file"):
+            saved.save(c.session, tmp_path, answer(True))
+        saved.save(c.session, path, answer(True))
+        assert container.kind(path) == saved.KIND and len(asked) == 2
+        # one of our own is replaced, and a link to it stays a link
+        (tmp_path / "link").symlink_to(path)
+        c.ask("and?")
+        saved.save(c.session, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and saved.load(c.session, path).startswith("2 questions")
+        # pictures of the image cache are containers, but no conversations
+        container.write(tmp_path / "picture", {"kind": "prefix"}, [])
+        with pytest.raises(KVCapsuleError, match="choose another name"):
+            saved.save(c.session, tmp_path / "picture")
+
+
+@pytest.mark.parametrize("change", [
+    {"messages": 5}, {"messages": [["user", "x"]]}, {"messages": [{"role": "user"}]}, {"marker": ""}, {"marker": 7}, {"pictures": ["a", "b"]}, {"pictures": 3}, {"items": [[1]]},
+    {"items": [["x", 1 << 40, 1]]}, {"items": "abc"}, {"images": [{}]}, {"images": 9}, {"images": [{"name": 3}]}, {"images": None}, {"pos_max": "x"}, {"pos_max": None}, {"pos_max": 1 << 70},
+    {"binding": 5}, {"text": None}, {"text": 5},
+])  # fmt: skip
+def test_a_crafted_conversation_is_one_line_or_read_again(folder: Path, tmp_path: Path, change: dict) -> None:
+    """Its checksum is right. The conversation before it stays where it is refused."""
+    path = tmp_path / "talk"
+    with chat(folder) as c:
+        c.ask("what?", "a.png")
+        saved.save(c.session, path)
+        header, blobs = container.read(path)
+        container.write(path, {**header, **change}, blobs)
+        try:
+            saved.load(c.session, path)
+        except KVCapsuleError as error:
+            assert len(str(error).splitlines()) == 1
+            turn = c.ask("and?")
+            assert counts(turn) == (0, 0) and c.vision() == TOKENS
+        else:
+            c.ask("and?")
+            assert c.vision() == TOKENS
+
+
+# --- what else can lie in a folder -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_for_reading_only_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--image-cache", tmp_path / "cache")
+    with chat(folder, "llama", *arguments) as c:
+        c.ask("what?", "a.png")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for module, name in ((os, "utime"), (os, "replace"), (Path, "unlink")):  # root may do all of it, whatever the folder's mode is
+        monkeypatch.setattr(module, name, refuse)
+    with chat(folder, "llama", *arguments) as c:
+        assert counts(c.ask("what?", "a.png")) == (0, 1)
+        assert counts(c.ask("this?", "b.png")) == (1, 0)
+
+
+def test_a_pipe_and_a_large_empty_file_are_misses(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--image-cache", tmp_path / "cache", "--image-cache-mib", 1)
+    for lie in ("pipe", "sparse", "header"):
+        with chat(folder, "llama", *arguments) as c:
+            c.ask("what?", "a.png")
+        (entry,) = (tmp_path / "cache").iterdir()
+        head = entry.read_bytes()[:64]
+        entry.unlink()
+        if lie == "pipe":
+            os.mkfifo(entry)
+        else:
+            with entry.open("wb") as file:
+                file.write(head if lie == "header" else b"")
+                file.truncate(3 << 30)
+        tracemalloc.start()
+        with chat(folder, "llama", *arguments) as c:
+            assert counts(c.ask("what?", "a.png")) == (1, 0)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+        tracemalloc.stop()
+
+
+def test_several_writers_keep_the_limit(tmp_path: Path) -> None:
+    """Eight processes write at once; whenever one of them has finished, all files together are within the limit."""
+    code = """
+import sys
+from pathlib import Path
+from kvcapsule_gguf.reuse.store import Store
+store = Store(Path(sys.argv[1]), 300_000)
+for i in range(30):
+    store.put(f"{int(sys.argv[2]) * 100 + i:064x}", {}, [bytes(40_000)])
+    assert store.n_bytes() <= 300_000, store.n_bytes()
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], cwd=ROOT, stderr=subprocess.PIPE) for n in range(8)]
+    for writer in writers:
+        _, said = writer.communicate(timeout=120)
+        assert writer.returncode == 0, said.decode()
+    assert 0 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 300_000

@@ -18,6 +18,7 @@ from ..chat.prompt import Chunk, chunks
 from ..chat.stats import ImageUse
 from ..chat.template import CHATML
 from ..reuse.prefixes import DEFAULT_MIB, Prefixes
+from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, Picture, decode, read
@@ -90,7 +91,8 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         # the name of one of several tools is known at the end
         sampling["stream"] = stream and len(form.tools) <= 1
         n_prompt = contents.n_cells
-        answer = llama.create_completion(prompt=llama.input_ids[: llama.n_tokens].tolist(), **sampling)
+        with interrupts.Interrupts(guest=True):
+            answer = llama.create_completion(prompt=llama.input_ids[: llama.n_tokens].tolist(), **sampling)
         if sampling["stream"]:
             answer = self._only_while_current(answer, self._request)
         else:
@@ -117,6 +119,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         if path is None and native.is_attached(llama.ctx):
             path = native.environment_capsule()
         engine = LlamaEngine(llama, self.mtmd_ctx, self._mmproj, path)
+        interrupts.stoppable_context(engine.llama, llama.ctx)
         llama.reset()
         self._contents, self._forms = LlamaContents(engine, llama), {}
         if self._image_cache is not None and self._mmproj is not None:
@@ -145,7 +148,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         with_flash_attention = llama_model.context_params.flash_attn_type == libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.flash_attn_type = libraries.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if with_flash_attention else libraries.llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with reasons() as said:
-            self.mtmd_ctx = libraries.mtmd.mtmd_init_from_file(str(self._mmproj).encode(), llama_model.model, params)
+            self.mtmd_ctx = libraries.mtmd.mtmd_init_from_file(str(self._mmproj).encode(), llama_model.model, interrupts.stoppable(params))
             if not self.mtmd_ctx:
                 raise ValueError(f"{self._mmproj} cannot be used with {Path(llama_model.model_path).name}: {said.take() or 'unknown reason (verbose=True shows the log)'}")
         if not libraries.mtmd.mtmd_support_vision(self.mtmd_ctx):
@@ -192,7 +195,8 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             raise ValueError(f"Requested tokens ({needed}) exceed context window of {n_ctx}")
         contents.sync()
         self.stats = PromptStats()
-        fill(contents, chunks, pictures, self.stats, append=False, prefixes=contents.engine.prefixes)
+        with interrupts.Interrupts(guest=True):
+            fill(contents, chunks, pictures, self.stats, append=False, prefixes=contents.engine.prefixes)
         self.stats.tokens_reused = needed - self.stats.tokens_evaluated
         self.stats.images = list(contents.images)
 

@@ -19,6 +19,7 @@ from ..chat.args import DEFAULT_CTX
 from ..chat.stats import ImageUse
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
+from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.projector import check_projector, has_m_rope
 from . import pretrained
@@ -100,7 +101,7 @@ class KVCapsuleLlama(Llama):
             projector = str(self.mmproj) if self.mmproj is not None else None
             handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
         try:
-            with _without_environment(), reasons():
+            with _without_environment(), reasons(), interrupts.Interrupts(guest=True):
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except BaseException as error:
             self.close()

@@ -80,11 +80,11 @@ def kind(path: Path) -> str | None:
 
 def _open(path: Path) -> BinaryIO:
     """A pipe in the place of a file is not waited for. Raises Damaged, OSError."""
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         raise Damaged(f"{path} is not a file")
-    return file
+    return open(fd, "rb")
 
 
 def _start(path: Path, file: BinaryIO, most: int | None = None) -> tuple[bytes, dict[str, Any], list[int]]:

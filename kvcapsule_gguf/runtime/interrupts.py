@@ -5,7 +5,7 @@ thread counts the signals. It tells native code to stop, and makes the main thre
 callback. Where native code does not stop in time, the thread ends the process.
 
 Native code stops where `stoppable()` was told about its parameters: while a model is loaded, a picture encoded, a batch decoded.
-Outside of `Interrupts` (a program of somebody else, another thread than the main one) nothing here has an effect.
+Outside of `Interrupts`, and in other threads than the main one, nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 STATUS = 130  # of a process that Ctrl-C has ended, as shells report it
-LIMIT_S = 0.3  # for native code to stop
+LIMIT_S, SESSION_S = 0.2, 1.0  # for native code to stop: before the process is ended, or a session is told
 AGAIN_S = 0.02
 NODES = 8  # of a projector's graph, between two looks
 
@@ -40,9 +41,11 @@ _current: Interrupts | None = None
 class Interrupts:
     """While it is entered, Ctrl-C raises KeyboardInterrupt in the main thread. Where the signal is ignored (nohup) it stays so.
 
-    farewell: the line to print when the process has to be ended; session: then it is only ended when Ctrl-C comes a second time."""
+    farewell: the line to print when the process has to be ended; session: then it is only ended when Ctrl-C comes a second time; guest: the program is
+    somebody else's, it is never ended, and a handler of its own stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, guest: bool = False) -> None:
+        self.guest = guest
         self.farewell = ""
         self.session = False
         self._lock = threading.RLock()
@@ -52,7 +55,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         global _current
-        self._active = _current is None and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+        handler = signal.getsignal(signal.SIGINT)
+        wanted = handler is signal.default_int_handler if self.guest else handler != signal.SIG_IGN
+        self._active = _current is None and threading.current_thread() is threading.main_thread() and wanted
         if not self._active:
             return self
         self._main = threading.get_ident()
@@ -65,7 +70,7 @@ class Interrupts:
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, _WAKE)}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         global _current
         if not self._active:
             return
@@ -78,13 +83,16 @@ class Interrupts:
         with self._lock:
             self._owed, _stop[0] = 0, b"\0"
         _current = None
-        if self._unanswered and exception[0] is None:
-            raise KeyboardInterrupt
+        if self._unanswered and (exception[0] is None or issubclass(exception[0], Exception)):
+            raise KeyboardInterrupt from None  # an error may be no more than native code that stopped
 
-    def _handle(self, number: int, _: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         """Called by Python in the main thread, between two instructions; the thread may not have counted the signal yet."""
         self._unanswered |= number == signal.SIGINT
-        self.check()
+        while frame is not None and frame.f_code is not Interrupts._unraisable.__code__:
+            frame = frame.f_back
+        if frame is None:  # it would be lost for good in there
+            self.check()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if one is owed."""
@@ -111,7 +119,7 @@ class Interrupts:
         start, late = 0.0, False
         while data := self._receive():
             if signal.SIGINT in data:
-                if late:
+                if late and not self.guest:
                     end(self.farewell)
                 with self._lock:
                     if not self._owed:
@@ -119,7 +127,7 @@ class Interrupts:
             if not self._owed:
                 late = False
                 continue
-            if time.monotonic() - start > LIMIT_S and not late:
+            if time.monotonic() - start > (SESSION_S if self.session else LIMIT_S) and not late and not self.guest:
                 if not self.session:
                     end(self.farewell)
                 late = True
@@ -195,8 +203,6 @@ def farewell(line: str) -> None:
 
 def stoppable(params: Any) -> Any:
     """Ctrl-C stops what is done with these llama_model_params, llama_context_params or mtmd_context_params. Returns them."""
-    if _here() is None:
-        return params
     types = dict(params._fields_)
     if "progress_callback" in types:
         params.progress_callback = _callback(types["progress_callback"], lambda progress, data: not _stop.value)
@@ -206,6 +212,11 @@ def stoppable(params: Any) -> Any:
     elif "cb_eval" in types:
         params.cb_eval = _callback(types["cb_eval"], _look)
     return params
+
+
+def stoppable_context(llama: Any, ctx: int) -> None:
+    """The same for a llama_context that is there already. llama: the module llama_cpp.llama_cpp."""
+    llama.llama_set_abort_callback(ctx, ctypes.cast(_strlen, llama.ggml_abort_callback), ctypes.cast(_stop, ctypes.c_void_p))
 
 
 def _look(tensor: int, ask: bool, data: int | None) -> bool:
