@@ -260,6 +260,29 @@ def test_oversized_and_malformed_requests(front: Running) -> None:
     assert FakeHandler.seen[-1][2] == b"{}"
 
 
+def test_text_has_a_limit_of_its_own(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-server takes twelve times its bytes."""
+    monkeypatch.setattr(gateway, "TEXT_BYTES", 1000)
+    assert "beside its pictures" in message(front.send("/completion", json.dumps({"prompt": "a" * 1000}).encode()), 413)
+    assert front.send(CHAT, ask(url(picture() + bytes(2000))))[0] == 200
+
+
+def test_who_needs_more_room_than_there_is_waits(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "SHORT_BYTES", 1000)
+    front.gateway._front._room._free = gateway.TEXT_COPIES * 3000
+    body = json.dumps({"prompt": "a" * 2000}).encode()
+    with connect(front, b"POST /completion?slow HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body):
+        assert front.send("/completion", b'{"prompt": "a"}')[0] == 200  # short ones do not wait
+        waiting = connect(front, b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        waiting.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            waiting.recv(1)
+    waiting.settimeout(20)
+    with waiting:
+        assert received(waiting)[0] == 200
+    assert front.gateway._front._room._free == gateway.TEXT_COPIES * 3000
+
+
 @pytest.mark.parametrize(
     "body",
     [b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b'{"temperature": NaN}', b'{"temperature": 1e400}', b'{"temperature": -Infinity}', '{"a": 1}'.encode("utf-16"), b'{"a": "\xff"}', b'{"a": "\\ud800"}', b'\xef\xbb\xbf{}', b'{"n": ' + b"9" * 5000 + b"}"],

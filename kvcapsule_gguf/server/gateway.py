@@ -30,7 +30,9 @@ from .remote import fetch, is_remote
 BODY_S = 120.0  # a whole body
 PIECE_S = 20.0  # from one part of it to the next
 TEXT_BYTES = 8 << 20  # of a request without its pictures: no context holds more
-PIXEL_BYTES = 1 << 30  # of all requests whose answers have not begun
+TEXT_COPIES = 12  # of it, that llama-server makes
+SHORT_BYTES = 1 << 20  # text that is not counted
+ROOM_BYTES = 1 << 30  # for pixels and long texts of all requests whose answers have not begun
 READS, CHECKS = 4, 2  # requests whose JSON, and whose pictures, are worked on at a time: memory
 RETRY_S = 5
 TO_LLAMA = {"accept", "accept-encoding", "user-agent", "origin", "if-none-match", "access-control-request-method", "access-control-request-headers", "last-event-id"}
@@ -45,15 +47,15 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Room:
-    """For pixels, in files and in llama-server, as an estimate: who needs more than there is waits."""
+    """For pixels and long texts, in files and in llama-server, as an estimate: who needs more than there is waits."""
 
     def __init__(self) -> None:
-        self._free = PIXEL_BYTES
+        self._free = ROOM_BYTES
         self._changed = asyncio.Condition()
 
     async def take(self, size: int) -> int:
         """What `give` gets back."""
-        size = min(size, PIXEL_BYTES)
+        size = min(size, ROOM_BYTES)
         async with self._changed:
             await self._changed.wait_for(lambda: size <= self._free)
             self._free -= size
@@ -195,8 +197,9 @@ class Front:
     async def _checked(self, parcel: list[bytes], find: Any, taken: Taken) -> bytes:
         """The body as llama-server gets it."""
         async with self._reads:
-            request, media = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
+            request, media, text = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
         if not media:
+            taken.room = await self._room.take(text)
             return json_body.written(request)
         files: list[bytes | None] = []
         for medium in media:
@@ -205,7 +208,7 @@ class Front:
             files.append(await fetch(medium.text, self.limits.pictures.file_bytes) if is_remote(medium.text) else None)
         async with self._checks:
             body, needs = await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, taken.files)
-            taken.room = await self._room.take(needs)  # those behind wait here as well, with their pictures still small
+            taken.room = await self._room.take(needs + text)  # those behind wait here as well, with their pictures still small
             return body
 
     @asynccontextmanager
@@ -291,15 +294,19 @@ class Front:
         return RequestError(502, f"llama-server broke off ({fault!r})")
 
 
-def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any]]:
+def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any], int]:
+    """The request, its media, and the room that its text needs."""
     request = json_body.parse(body)
     if not isinstance(request, dict):
-        return request, []  # a list of adapters; llama-server refuses it elsewhere
+        return request, [], 0  # a list of adapters; llama-server refuses it elsewhere
     check_caps(request)
     media = list(find(request))
     if len(media) > limits.pictures.count:
         raise RequestError(413, f"the request has {len(media)} pictures, at most {limits.pictures.count} are taken")
-    return request, media
+    text = len(body) - sum(len(medium.text) for medium in media)
+    if text > TEXT_BYTES:
+        raise RequestError(413, f"the request has {text / 2**20:.1f} MiB beside its pictures, at most {TEXT_BYTES >> 20} are taken")
+    return request, media, TEXT_COPIES * text if text > SHORT_BYTES else 0
 
 
 def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, made: list[Path]) -> tuple[bytes, int]:
