@@ -164,6 +164,31 @@ os.write(1, b"out\\n"), os.write(2, b"err\\n"), print(wrong, len(set(expected.va
     assert (result.returncode, result.stdout, result.stderr) == (0, "out\n[] True\n", "err\n")
 
 
+@pytest.mark.parametrize("made_in", ["thread", "main"])
+def test_ctrl_c_in_the_main_thread_spoils_no_answer_of_another(made_in: str) -> None:
+    """The flag that stops native code is one for the process. A thread may get an error where the main one has made its Llama, never another answer."""
+    from kvcapsule_gguf.runtime import interrupts
+
+    answers: list[str] = []
+
+    def work(llm: Any) -> None:
+        llm = llm or new()
+        interrupts._stop[0] = b"\1"
+        try:
+            answers.append(ask(llm))
+        except (RuntimeError, ValueError) as error:
+            answers.append(type(error).__name__)
+        finally:
+            interrupts._stop[0] = b"\0"
+
+    llm = new() if made_in == "main" else None
+    if llm is not None:
+        assert ask(llm, 2)
+    thread = threading.Thread(target=work, args=(llm,))
+    thread.start(), thread.join()
+    assert answers == ["yellow star"] if made_in == "thread" else answers in (["yellow star"], ["RuntimeError"], ["ValueError"])
+
+
 def test_the_environment_is_hidden_until_the_last_thread_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvcapsule_gguf.api.llama import _environment_capsule, _without_environment
 

@@ -203,6 +203,8 @@ def farewell(line: str) -> None:
 
 def stoppable(params: Any) -> Any:
     """Ctrl-C stops what is done with these llama_model_params, llama_context_params or mtmd_context_params. Returns them."""
+    if threading.current_thread() is not threading.main_thread():
+        return params  # Ctrl-C is not for it
     types = dict(params._fields_)
     if "progress_callback" in types:
         params.progress_callback = _callback(types["progress_callback"], lambda progress, data: not _stop.value)
@@ -216,14 +218,16 @@ def stoppable(params: Any) -> Any:
 
 def stoppable_context(llama: Any, ctx: int) -> None:
     """The same for a llama_context that is there already. llama: the module llama_cpp.llama_cpp."""
-    llama.llama_set_abort_callback(ctx, ctypes.cast(_strlen, llama.ggml_abort_callback), ctypes.cast(_stop, ctypes.c_void_p))
+    if threading.current_thread() is threading.main_thread():
+        llama.llama_set_abort_callback(ctx, ctypes.cast(_strlen, llama.ggml_abort_callback), ctypes.cast(_stop, ctypes.c_void_p))
 
 
 def _look(tensor: int, ask: bool, data: int | None) -> bool:
     """ggml_backend_sched_eval_callback: the graph is computed in parts, and not to its end when it has to stop."""
     global _nodes
     if not ask:
-        return not _stop.value
+        # what is left half computed is no error for llama.cpp: never in a thread that does not get the KeyboardInterrupt
+        return not _stop.value or _here() is None
     _nodes += 1
     return _nodes % NODES == 0
 
