@@ -227,7 +227,7 @@ def _look(tensor: int, ask: bool, data: int | None) -> bool:
     global _nodes
     if not ask:
         # what is left half computed is no error for llama.cpp: never in a thread that does not get the KeyboardInterrupt
-        return not _stop.value or _here() is None
+        return not _stop.value or threading.current_thread() is not threading.main_thread()
     _nodes += 1
     return _nodes % NODES == 0
 
