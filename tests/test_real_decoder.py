@@ -26,6 +26,11 @@ def packages():
 
 
 @pytest.fixture(scope="module")
+def torch_model(packages) -> decoder.Decoder:
+    return decoder.Decoder(packages[0], torch.float32)
+
+
+@pytest.fixture(scope="module")
 def learned() -> dict[str, np.ndarray]:
     """Of the size of what is trained; every part of the LoRA does something."""
     rng = np.random.default_rng(0)
@@ -44,7 +49,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a - b) ** 2).sum() / (b**2).sum())
 
 
-def test_llama_cpp_computes_what_torch_does(packages, learned, tmp_path):
+def test_llama_cpp_computes_what_torch_does(packages, torch_model, learned, tmp_path):
     library("patched")
     from kvcapsule_gguf.eval.vlm import Vlm
 
@@ -63,7 +68,6 @@ def test_llama_cpp_computes_what_torch_does(packages, learned, tmp_path):
 
         ids = vlm.tokenize("Which picture shows the dog? The picture on the left shows a dog.")
         logits = last_logits(vlm, ids)
-        torch_model = decoder.Decoder(model, torch.float32)
         with torch.no_grad():
             hidden = torch_model.hidden(torch_model.embed(torch.tensor([ids])), torch.arange(len(ids))[None], None, lora=tensors(learned, "lora."))
             assert error(logits, torch_model.logits(hidden[0, -1]).numpy()) < 1e-5
@@ -85,9 +89,8 @@ def last_logits(vlm, ids: list[int]) -> np.ndarray:
         vlm.llama.llama_free(context)
 
 
-def test_questions_side_by_side_are_questions_alone(packages):
+def test_questions_side_by_side_are_questions_alone(torch_model):
     """Behind one picture, a question sees the picture and nothing of the other questions."""
-    torch_model = decoder.Decoder(packages[0], torch.float32)
     text = batches.Text(lambda t: [ord(c) % 4000 for c in t])
     rng = np.random.default_rng(0)
     tokens = torch.randn(batches.TOKENS, 384, generator=torch.Generator().manual_seed(0))

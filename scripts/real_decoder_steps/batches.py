@@ -10,6 +10,7 @@ import torch
 
 from . import questions, things
 from .features import Features
+from .projector import Names
 from .questions import Question
 
 TOKENS = 256  # of a picture
@@ -35,7 +36,7 @@ class Text:
 @dataclass
 class Batch:
     """ids [B, N] (-1: a picture's token), pos [B, N], labels [B, N] (-100: none), bias [B, 1, N, before + N], real [B, N]: what does not just fill up a row;
-    images: the rows for ids == -1, in order."""
+    images: the rows for ids == -1, in order; names: what they show."""
 
     ids: torch.Tensor
     pos: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     bias: torch.Tensor
     real: torch.Tensor
     images: torch.Tensor
+    names: torch.Tensor | None
     asked: list[list[tuple[Question, int, int]]]  # per row: the question, where its answer starts and ends
 
 
@@ -59,8 +61,8 @@ def some_tokens(rng: np.random.Generator, n: int) -> np.ndarray:
 class Rows:
     """Makes batches. A row holds 1 to 4 pictures with `n` of their tokens; what is left out is made up for by weight in attention: log(256 / n)."""
 
-    def __init__(self, features: Features, text: Text, nouns: list[str]) -> None:
-        self.features, self.text, self.nouns = features, text, nouns
+    def __init__(self, features: Features, text: Text, nouns: list[str], names: Names | None = None) -> None:
+        self.features, self.text, self.nouns, self.names = features, text, nouns, names
 
     def batch(self, rng: np.random.Generator, n_rows: int, n_questions: int = 5) -> Batch:
         rows = []
@@ -77,12 +79,14 @@ class Rows:
 
     def build(self, rng: np.random.Generator, rows: list[tuple[list[int], list[Question]]], sizes: list[int]) -> Batch:
         p = len(self.text.before)
-        ids, pos, labels, owner, mass, images, spans = [], [], [], [], [], [], []
+        ids, pos, labels, owner, mass, images, spans, names = [], [], [], [], [], [], [], []
         for (which, asked), size in zip(rows, sizes):
             i_, p_, l_, o_, m_, s_ = [], [], [], [], [], []
             for k, picture in enumerate(which):
                 chosen = some_tokens(rng, size)
                 images.append(self.features[picture][chosen])
+                if self.names:
+                    names.append(self.names.of(self.features.pictures[picture], self.features.labels(picture)[chosen]))
                 i_ += [-1] * len(chosen)
                 p_ += (p + k * TOKENS + chosen).tolist()
                 m_ += [float(np.log((TOKENS - 1) / (len(chosen) - 1)))] * (len(chosen) - 1) + [0.0]
@@ -106,7 +110,7 @@ class Rows:
         bias = torch.where(seen, pad(mass, 0, torch.float32)[:, None, :], torch.tensor(NOTHING))
         bias.diagonal(dim1=1, dim2=2).zero_()
         bias = torch.cat([torch.zeros(len(ids), n, p), bias], -1)[:, None]
-        return Batch(pad(ids, 0), pad(pos, 0), pad(labels, -100), bias, own < 99, torch.cat(images), spans)
+        return Batch(pad(ids, 0), pad(pos, 0), pad(labels, -100), bias, own < 99, torch.cat(images), torch.from_numpy(np.concatenate(names)) if names else None, spans)
 
 
 def all_nouns(all_stamps: list[things.Thing]) -> list[str]:
