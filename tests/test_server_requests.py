@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from kvcapsule_gguf.runtime import pictures
@@ -157,9 +158,17 @@ ws ::= | " " | "\n" [ \t]{0,20}   # a comment with ( in it
 UUID = 'root ::= "{" [0-9a-f]{8} ("-" [0-9a-f]{4}){3} "-" [0-9a-f]{12} "}"'
 
 
-@pytest.mark.parametrize("grammar", [JSON_GBNF, UUID, 'root ::= "yes" | "no"', 'root ::= (("a" | "b")+ " "?){1,50} "."', "root ::= [^\\]]{0,2000}", 'root ::= <think> !<x>* "()"', "not a grammar ) {"])
+@pytest.mark.parametrize("grammar", [JSON_GBNF, UUID, 'root ::= "yes" | "no"', 'root ::= (("a" | "b")+ " "?){1,50} "."', "root ::= [^\\]]{0,2000}", 'root ::= <think> !<x>* "()"'])
 def test_grammars_that_people_use_pass(grammar: str) -> None:
     check_grammar(grammar)
+
+
+def test_llama_cpps_own_grammars_pass() -> None:
+    found = list((ROOT / ".cache").glob("llama.cpp-*/stock/source/grammars/*.gbnf"))
+    if not found:
+        pytest.skip("no source of llama.cpp here")
+    for path in found:
+        check_grammar(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -173,6 +182,8 @@ def test_grammars_that_people_use_pass(grammar: str) -> None:
         'root ::= "a"{2000} ' * 99,
         'root ::= "a"{99999999999999999999}',
         'root ::= "' + "a" * 300_000 + '"',
+        "root ::= " + "[" * 200_000,
+        'root ::= "a" {',
     ],
 )
 def test_grammars_that_end_llama_server_are_refused(grammar: str) -> None:
@@ -187,7 +198,7 @@ def deep(levels: int) -> Any:
 def test_schemas() -> None:
     for good in ({"type": "object", "properties": {"d": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}(T[0-9:]+(\.\d+)?Z?)?$", "maxLength": 2000}}}, deep(20), {"enum": ["("] * 999}):
         check_schema(good)
-    for bad in (deep(100), {"pattern": "^(((((((a?){9}){9}){9}){9}){9}){9})$"}, {"pattern": "(" * 999}, {"enum": ["x" * 300_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 99}):
+    for bad in (deep(100), {"pattern": "^(((((((a?){9}){9}){9}){9}){9}){9})$"}, {"pattern": "(" * 999}, {"pattern": "[" * 200_000}, {"enum": ["x" * 300_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 99}):
         with pytest.raises(RequestError):
             check_schema(bad)
 

@@ -11,6 +11,7 @@ from .errors import RequestError
 
 DEPTH = 64  # brackets inside brackets
 BYTES = 1 << 18  # of a grammar or a schema
+PATTERN = 4096  # characters of a pattern in a schema
 ELEMENTS = 100_000  # after repetitions are written out
 STACKS = 1000  # ways to go on that are kept for every position
 
@@ -45,6 +46,8 @@ def check_schema(schema: Any) -> None:
         if isinstance(value, dict):
             repeated += sum(n for key in ("minLength", "maxLength", "minItems", "maxItems") if isinstance(n := value.get(key), int))
             if isinstance(pattern := value.get("pattern"), str):
+                if len(pattern) > PATTERN:
+                    raise RequestError(400, f"a pattern of the JSON schema has {len(pattern)} characters, at most {PATTERN} are taken")
                 repeated += _check(pattern, REGEX, "a pattern of the JSON schema")
         if isinstance(value, (dict, list)):
             waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
@@ -67,12 +70,12 @@ def _check(text: str, syntax: re.Pattern[str], what: str) -> int:
 
 
 def _tokens(text: str, syntax: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """Raises RequestError."""
     at = 0
     while at < len(text):
         match = syntax.match(text, at)
-        if match is None:  # llama-server will say what is wrong
-            at += 1
-            continue
+        if match is None:
+            raise RequestError(400, f"the grammar cannot be read at its character {at}: {text[at : at + 20]!r}")
         at = match.end()
         if match.lastgroup:
             yield match.lastgroup, match[match.lastgroup]
