@@ -70,14 +70,17 @@ def demo_items(suite: str) -> Iterator[Item]:
 
 
 def real_items(folder: Path, suite: str) -> Iterator[Item]:
-    """folder: what scripts/real_decoder wrote."""
+    """folder: the suites that scripts/real_decoder puts together. Unlike are photographs and pages in turn, which nothing is fitted to."""
     if suite == "unlike":
-        files = sorted((folder / "proto" / "unlike").iterdir())
-        for path in files[::3] + files[1::3]:
-            yield Image.open(path), [(q, None) for q in QUESTIONS[:3]]
-        return
-    for entry in json.loads((folder / "proto-questions.json").read_text())["train" if suite == "fit" else "held"]:
-        yield Image.open(folder / "proto" / entry["image"]), [(q, a) for q, a in entry["questions"]]
+        for pair in zip(_listed(folder / "photographs" / "test"), _listed(folder / "pages" / "test")):
+            yield from pair
+    else:
+        yield from _listed(folder / "composites" / ("calibration" if suite == "fit" else "test"))
+
+
+def _listed(folder: Path) -> Iterator[Item]:
+    for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        yield Image.open(folder / entry["pictures"][0]), [(prompt, answer) for _, prompt, answer in entry["questions"]]
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,14 @@ class Study:
 
 
 def studies(demo: Path, real: Path | None) -> dict[str, Study]:
-    """The three models, or two where the real decoder is not there."""
+    """The three models, or two where the real decoder is not there; real: a folder with its two files and `suites`."""
     found = {
         "demo": Study("demo", demo / "kvdemo-8M-v1-F16.gguf", demo / "mmproj-kvdemo-8M-v1-F16.gguf", 336),
         "mrope": Study("mrope", demo / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf", demo / "mrope" / "mmproj-kvdemo-mrope-8M-v1-F16.gguf", 448),
     }
     if real:
-        found["real"] = Study("real", real / "smollm2-135m-f16.gguf", real / "mmproj-proto.gguf", 448, real)
+        name = "smollm2-135m-dinov2-small"
+        found["real"] = Study("real", real / f"{name}-f16.gguf", real / f"mmproj-{name}.gguf", 448, real / "suites")
     return found
 
 
