@@ -225,6 +225,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a zero dimension": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, 0, 8)), "impossible shape"),
     "dimensions that wrap": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.v_mean", 4, (1 << 63) + 64, 8)), "impossible shape"),
     "values beyond f16": (tensor(K + "k_mean", put(1e30, 0, 0)), "k_mean has values"),
+    "a mean of values that f16 just holds": (tensor(K + "v_mean", put(65504, 0, 0)), "v_mean has values beyond"),
+    "a head of 513": (key("kvcapsule.base.key_length", [513, 64]), "key_length of layer 0 is 513"),
     "a basis of longer rows": (tensor(K + "k_basis", lambda a: 1.1 * a), "k_basis has a row 0"),
 }  # fmt: skip
 RETAIN_DAMAGES = {

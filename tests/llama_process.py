@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import resource
+import struct
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as L
 import numpy as np
+from kvcapsule_gguf.bench.fill import HEADER, state_hash
 from kvcapsule_gguf.native.devices import Devices
 
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q8_0": 8}
@@ -44,7 +47,7 @@ def declare_capsule_api() -> bool:
     p, s, i, u = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_uint32
     for name, result, args in [
         ("load_from_file", p, [p, s]), ("free", None, [p]), ("context_default_params", ContextParams, []),
-        ("set_next_context", None, [ContextParams]), ("is_attached", ctypes.c_bool, [p]), ("compress", i, [p, i, i, i]),
+        ("init_from_model", L.llama_context_p_ctypes, [L.llama_model_p_ctypes, L.llama_context_params, ContextParams]), ("is_attached", ctypes.c_bool, [p]), ("compress", i, [p, i, i, i]),
         ("get_stats", i, [p, ctypes.POINTER(Stats)]), ("read_kv", i, [p, i, i, i, i, FLOAT_P, FLOAT_P, u]),
         ("fingerprint", i, [p, s, ctypes.c_size_t]), ("last_error", s, []),
     ]:
@@ -206,6 +209,7 @@ class Context:
         p.n_threads = p.n_threads_batch = case["threads"]
         p.offload_kqv = case["offload_kqv"]
         p.no_perf = False
+        self.limited = False
         self.tensors = Tensors(case["dump"]) if case["dump"] else None
         if self.tensors:
             p.cb_eval = self.tensors.callback
@@ -217,11 +221,10 @@ class Context:
             c.capsule = process.capsule(self.model, case["capsule"])
             for name in ("n_hot", "ratio", "auto_compress", "guard"):
                 setattr(c, name, case[name])
-            LIB.llama_capsule_set_next_context(c)
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}
         os.environ.update(env)
-        self.ctx = L.llama_init_from_model(self.model, p)
+        self.ctx = LIB.llama_capsule_init_from_model(self.model, p, c) if case["capsule"] else L.llama_init_from_model(self.model, p)
         for k, v in before.items():
             if v is None:
                 del os.environ[k]
@@ -248,6 +251,8 @@ class Context:
 
     def close(self) -> None:
         L.llama_free(self.ctx)
+        if self.limited:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     # --- decoding ---
 
@@ -415,6 +420,25 @@ class Context:
             data[frame + int(flip * (len(data) - 1 - frame))] ^= 0x10
         self.states[into] = (bytes(data), pos)
 
+    def do_state_fill(self, values, found, slot, into, fill, block_size, hashed):
+        state, pos = self.states[slot]
+        at = state.find(b"KVCS")
+        header = list(HEADER.unpack_from(state, at))
+        meta = bytearray(state[at + HEADER.size:at + HEADER.size + header[5]])
+        data = len(state) - at - HEADER.size - len(meta)
+        vision, pending, economy, faithful = struct.unpack_from("<4I", meta)
+        layers = L.llama_model_n_layer(self.model)
+        size, rest = divmod(data, economy * layers)
+        assert economy and not faithful and not rest
+        layer = bytes([fill]) * size
+        for i in range(economy if hashed else 0):
+            h = 0
+            for _ in range(layers):
+                h = state_hash(layer, h)
+            struct.pack_into("<Q", meta, 16 + 16 * (vision + pending) + i * (24 + 16 * block_size), h)
+        header[6] = state_hash(bytes(meta))
+        self.states[into] = (state[:at] + HEADER.pack(*header) + bytes(meta) + layer * (layers * economy), pos)
+
     # --- capsules ---
 
     def do_compress(self, values, found, seq, p0, p1):
@@ -466,6 +490,12 @@ class Context:
         f = ctypes.CDLL(library).context_bytes
         f.restype, f.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
         values["breakdown"] = f(self.ctx)
+
+    def do_limit_memory(self, values, found, extra):
+        with open("/proc/self/status") as f:
+            used = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmSize:"))
+        resource.setrlimit(resource.RLIMIT_AS, (used + extra, resource.RLIM_INFINITY))
+        self.limited = True
 
     def do_rss(self, values, found):
         try:

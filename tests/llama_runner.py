@@ -129,6 +129,11 @@ def fingerprint() -> Step:
     return {"op": "fingerprint"}
 
 
+def limit_memory(extra: int) -> Step:
+    """The process may map so many bytes more from here on (Linux), until the case ends."""
+    return {"op": "limit_memory", "extra": extra}
+
+
 PARTIAL_ONLY, ON_DEVICE = 1, 2  # LLAMA_STATE_SEQ_FLAGS_*
 
 
@@ -145,6 +150,11 @@ def state_load(slot: str, seq: int = -1, flags: int = 0, may_fail: bool = False)
 def state_spoil(slot: str, into: str, cut: float = 1.0, flip: float = -1.0) -> Step:
     """Copies a saved state, cut to a part of its bytes, or with one bit flipped at a part of the frame that describes the slots and holds them."""
     return {"op": "state_spoil", "slot": slot, "into": into, "cut": cut, "flip": flip}
+
+
+def state_fill(slot: str, into: str, fill: int, block_size: int, hashed: bool) -> Step:
+    """Copies the saved state of one sequence, with slots that hold nothing but this byte; hashed: their hashes fit, as those of a program that lies would."""
+    return {"op": "state_fill", "slot": slot, "into": into, "fill": fill, "block_size": block_size, "hashed": hashed}
 
 
 # --- cases and results -----------------------------------------------------------------------------------------------------------------------

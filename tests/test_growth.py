@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
-from llama_runner import Case, Step, compress, image, lossless_limit, nmse, seq_rm, stats, text
+from llama_runner import Case, Step, clear, compress, image, limit_memory, lossless_limit, nmse, seq_add, seq_rm, state_load, state_save, stats, text
 
 N, LAYERS = 16, 8
 GRID = (10, 16)
 TOKENS = GRID[0] * GRID[1]
 IMAGES = 4
 MODEL = {"arch": "llama", "n_layer": LAYERS, "n_head": 2, "n_head_kv": 1, "head": 64, "n_ff": 64}
-OPTIONS = {"type_k": "f32", "type_v": "f32", "n_ctx": 1024}
+OPTIONS = {"type_k": "f32", "type_v": "f32", "n_ctx": 1024, "n_ubatch": 16}  # a small compute buffer beside the slots
 
 
 def album() -> list[Step]:
@@ -24,6 +26,17 @@ def limited(name: str, model, capsule, limit: float, steps: list[Step], **option
 def grown(seen: dict, start: dict) -> tuple[int, int]:
     """Bytes of the pools, and of the scratch without its constants."""
     return seen["bytes_pools"], seen["bytes_scratch"] - start["bytes_scratch"]
+
+
+def compute(result) -> list[float]:
+    """What the compute buffer has grown by, in bytes, at each stats(): by the log, so with a little to spare."""
+    found, sizes = result.log, []
+    for step in result.steps:
+        found = found + step.log
+        if "stats" in step.values:
+            mib = [float(line.split("=")[1].split()[0]) for line in found if "compute buffer size =" in line]
+            sizes.append((mib[-1] - mib[0] + 0.02) * 2**20)
+    return sizes
 
 
 def warnings(result) -> list[str]:
@@ -42,8 +55,10 @@ def free(models, capsules, stock, patched):
 def test_only_one_layer_exists_twice(models, capsules, patched, free):
     start, *seen = free[256].values("stats")
     (pools1, scratch1), (pools2, scratch2) = (grown(s, start) for s in seen[:2])
-    limit = pools2 + max(pools2 / LAYERS, scratch2) + scratch1
-    assert limit < pools1 + pools2 + scratch1, "this would be enough for all layers at once"
+    _, compute1, compute2, *_ = compute(free[256])
+    limit = pools2 + max(pools2 / LAYERS, scratch2) + scratch1 + compute1
+    limit = max(limit, pools2 + scratch2 + compute2)
+    assert limit < pools1 + pools2 + scratch1 + compute1, "this would be enough for all layers at once"
     model = models(**MODEL)
     result = patched([limited("a", model, capsules(model, block_size=N), limit, album()[:10], n_hot=256)])["a"]
     assert [s["n_cold"] for s in result.values("stats")[1:]] == [TOKENS, 2 * TOKENS]
@@ -55,7 +70,7 @@ def test_out_of_memory_leaves_images_hot(models, capsules, patched, free):
     truth, ours = free["stock"], free[1024]
     assert nmse(ours.logits(), truth.logits()) <= lossless_limit(False, "f32")
     last = ours.values("stats")[-1]
-    needed = last["bytes_pools"] + last["bytes_scratch"]
+    needed = last["bytes_pools"] + last["bytes_scratch"] + compute(ours)[-1]
     model = models(**MODEL)
     capsule = capsules(model, block_size=N)
     cases = [limited(str(i), model, capsule, 1 + 1.6 * needed * i / 16, album(), n_hot=1024) for i in range(17)]
@@ -77,7 +92,7 @@ def test_the_guard_needs_faithful_slots(models, capsules, patched):
     free = patched([Case("a", model, steps, capsule=capsule, guard=True, n_hot=512, **OPTIONS)])["a"].values("stats")[0]
     assert free["n_slots"][1] == TOKENS // N
     economy = free["bytes_slot"][0] * (TOKENS // N)
-    limit = economy + free["bytes_scratch"] + free["bytes_slot"][1]
+    limit = economy + free["bytes_scratch"] + free["bytes_slot"][1]  # what the compute buffer grows by does not fit either, so economy slots may be refused as well
     result = patched([limited("a", model, capsule, limit, steps, guard=True, n_hot=512)])["a"]
     seen = result.values("stats")[0]
     assert (seen["n_cold"], seen["n_hot_vision"], seen["n_slots"]) == (0, TOKENS, [0, 0])
@@ -87,7 +102,7 @@ def test_the_guard_needs_faithful_slots(models, capsules, patched):
 def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free):
     """An image that found no slots is compressed once others were removed and the hot cells are needed."""
     start, first = free[256].values("stats")[:2]
-    limit = sum(grown(first, start))
+    limit = sum(grown(first, start)) + compute(free[256])[1]
     model = models(**MODEL)
     steps = [text(4), image(GRID, seed=1), text(3), image(GRID, seed=2), text(3), stats(), seq_rm(0, 4, 4 + TOKENS), text(100), stats(), text(5)]
     options = {"n_hot": 256, "auto_compress": True}
@@ -95,3 +110,37 @@ def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free):
     assert [(s["n_cold"], s["n_hot_vision"]) for s in result.values("stats")] == [(TOKENS, TOKENS), (TOKENS, 0)]
     truth = stock([Case("a", model, [s for s in steps if s["op"] != "stats"], **OPTIONS)])["a"]
     assert nmse(result.logits(), truth.logits()) <= lossless_limit(False, "f32")
+
+
+MIB = 1 << 20
+LARGE = {"n_ctx": 16384, "n_batch": 1024, "n_ubatch": 1024, "n_hot": 4096, "auto_compress": True, "type_k": "f32", "type_v": "f32"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
+def test_the_system_has_no_memory_for_more(models, capsules, stock, patched):
+    """Slots, scratch, scheduler or compute buffer: whatever is not there, the images stay hot and every answer is right."""
+    model = models(arch="llama")
+    album = [s for i in range(3) for s in (image((32, 32), seed=i), text(2, seed=i))]
+    cases = [Case(str(mib), model, [text(3072), clear(), limit_memory(mib * MIB), *album, stats()], capsule=capsules(model, block_size=N), **LARGE)
+             for mib in (24, 32, 40, 50, 64, 96, 160, 4096)]
+    truth = stock([Case("a", model, [text(3072), clear(), *album], **LARGE | {"n_hot": 0, "auto_compress": False})])["a"].logits()[3072:]
+    cold = []
+    for case, result in zip(cases, patched(cases).values()):
+        assert nmse(result.logits()[3072:], truth) <= 1e-9, case.name  # of thousands of tokens
+        seen = result.values("stats")[-1]
+        assert seen["n_cold"] + seen["n_hot_vision"] == 3 * 1024
+        assert len(warnings(result)) == (seen["n_hot_vision"] > 0)
+        cold.append(seen["n_cold"])
+    assert cold[0] == 0 and cold[-1] == 3 * 1024
+
+
+@pytest.mark.parametrize("path", ["fused", "reconstruct"])
+def test_growth_a_shift_and_a_save(models, capsules, patched, path):
+    """The shift needs a graph of its own before the next decode has reserved the larger one."""
+    model = models(arch="llama", head=256, n_head=2, n_head_kv=2, n_ff=64)
+    steps = [text(4), image(2048), compress(), seq_add(0, 0, -1, 1), state_save("s"), text(3), state_load("s"), text(3)]
+    case = Case("a", model, steps, capsule=capsules(model, block_size=N, lossless=False), n_ctx=8192, n_hot=2304, env={"LLAMA_KVCAPSULE_PATH": path})
+    result = patched([case])["a"]
+    assert result.values("moved") == [2048]
+    before, after = result.logits(5), result.logits(7)
+    assert nmse(after, before) <= 1e-6

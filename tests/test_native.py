@@ -105,7 +105,7 @@ def test_every_function_of_the_header_is_bound() -> None:
 
     declared = set(re.findall(r"LLAMA_API [^;]*?(llama_capsule_\w+)\(", HEADER.read_text()))
     lib = type("Lib", (), {name: type("F", (), {})() for name in declared})()
-    assert structs.bind(lib, ctypes.c_void_p, ctypes.c_void_p)
+    assert structs.bind(lib, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     assert all(hasattr(getattr(lib, name), "argtypes") for name in declared)
 
 
@@ -183,9 +183,8 @@ except native.CapsuleError as error:
 def test_context_stats_and_reading_the_cache(models, capsules) -> None:
     code = """
 capsule = native.Capsule.load(model, sys.argv[2])
-native.next_context(capsule, n_hot=256, ratio=0.5)
 params = L.llama_context_default_params(); params.n_ctx = 512
-ctx = L.llama_init_from_model(model, params)
+ctx = native.init_context(model, params, native.Attachment(capsule, n_hot=256, ratio=0.5))
 assert native.is_attached(ctx), native.last_error()
 tokens = (L.llama_token * 5)(1, 2, 3, 4, 5)
 assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, 5)) == 0

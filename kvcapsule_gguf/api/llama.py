@@ -91,6 +91,7 @@ class KVCapsuleLlama(Llama):
         if kwargs.get("chat_format") is not None:
             raise ValueError("chat_format: the model's own chat template is used; leave this out, or give a chat_handler")
         self.capsule_path: Path | None = None
+        self._attachment: native.Attachment | None = None
         self.hot, self.ratio = hot, ratio
         self._n_ctx_given = n_ctx is not None
         self._setting = str(capsule)
@@ -101,7 +102,7 @@ class KVCapsuleLlama(Llama):
             projector = str(self.mmproj) if self.mmproj is not None else None
             handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
         try:
-            with _without_environment(), reasons(), interrupts.Interrupts(guest=True):
+            with _without_environment(), reasons(), interrupts.Interrupts(guest=True), native.attached(lambda: self._attachment):
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except BaseException as error:
             self.close()
@@ -137,7 +138,7 @@ class KVCapsuleLlama(Llama):
         if path is not None:
             capsule = native.Capsule.load(model.model, path)
             self._stack.callback(capsule.close)
-            native.next_context(capsule, n_hot=self.hot, ratio=self.ratio)
+            self._attachment = native.Attachment(capsule, n_hot=self.hot, ratio=self.ratio)
             self.capsule_path = path
         else:
             say(f"no capsule for {Path(self.model_path).name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule=\"off\" silences this line)")

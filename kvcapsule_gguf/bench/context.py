@@ -80,10 +80,9 @@ class Context:
         p.type_k = p.type_v = CACHE_TYPES[setting.cache]
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
-        if setting.capsule:
-            hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
-            native.next_context(bench.capsule(setting), n_hot=hot, auto_compress=False, guard=False)
-        self.ctx = self.llama.llama_init_from_model(bench.model, interrupts.stoppable(p))
+        hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
+        wanted = native.Attachment(bench.capsule(setting) if setting.capsule else None, n_hot=hot, auto_compress=False, guard=False)
+        self.ctx = native.init_context(bench.model, interrupts.stoppable(p), wanted)
         if not self.ctx:
             raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)

@@ -61,9 +61,9 @@ class ImageState:
         return np.stack(columns, 1).astype("<i4").tobytes()
 
 
-def state_hash(data: bytes) -> int:
-    """llama_capsule_state_hash() with seed 0."""
-    h = (len(data) * 0x9E3779B97F4A7C15) & MASK
+def state_hash(data: bytes, seed: int = 0) -> int:
+    """llama_capsule_state_hash()."""
+    h = seed ^ ((len(data) * 0x9E3779B97F4A7C15) & MASK)
     for i in range(0, len(data), 8):
         h = ((h ^ int.from_bytes(data[i : i + 8], "little")) * 0x9FB21C651E98DF25) & MASK
         h ^= h >> 32

@@ -148,12 +148,11 @@ class Engine:
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
         params.offload_kqv = options.kv_offload
-        if self.capsule is not None:
-            # one question without a picture: nothing will be compressed
-            text_only = options.prompt is not None and not options.images
-            n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
-            native.next_context(self.capsule, n_hot=n_hot, ratio=options.ratio, auto_compress=True, guard=options.guard == "on")
-        self.ctx = self.llama.llama_init_from_model(self.model, interrupts.stoppable(params))
+        # one question without a picture: nothing will be compressed
+        text_only = options.prompt is not None and not options.images
+        n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
+        wanted = native.Attachment(self.capsule, n_hot=n_hot, ratio=options.ratio, guard=options.guard == "on")
+        self.ctx = native.init_context(self.model, interrupts.stoppable(params), wanted)
         if not self.ctx:
             reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
             raise KVCapsuleError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")

@@ -42,9 +42,9 @@ class Cache:
         if watch is not None:
             p.cb_eval = watch
         self.n_batch = p.n_batch
-        if setting.capsule:
-            native.next_context(vlm.capsule(setting.capsule), n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
-        self.ctx = self.llama.llama_init_from_model(vlm.model, interrupts.stoppable(p))
+        capsule = vlm.capsule(setting.capsule) if setting.capsule else None
+        wanted = native.Attachment(capsule, n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
+        self.ctx = native.init_context(vlm.model, interrupts.stoppable(p), wanted)
         if not self.ctx:
             reason = native.last_error() if setting.capsule else "see the log (-v)"
             raise EvalError(f"{setting.name}: the context cannot be created: {reason}")

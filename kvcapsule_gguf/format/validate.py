@@ -10,7 +10,7 @@ import numpy as np
 
 from ..codec.types import ROW_TYPES, total_rows
 from .capsule import BLOCK_SHAPES, GRID_ROPE_TYPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
-from .schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
+from .schema import MAX_BLOCK, MAX_HEAD, MAX_MEAN, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
 
 
 class Invalid(ValueError):
@@ -63,6 +63,9 @@ def validate_tensors(c: Capsule) -> None:
                 need(bool(((array >= 0) & (array < layer.kept_count)).all()), f"tensor {name} points outside the {layer.kept_count} kept tokens")
             else:
                 need(bool((np.abs(array) <= MAX_VALUE).all()), f"tensor {name} has values that are not finite or too large for f16")
+        for short in ("k_mean", "v_mean"):
+            small = np.abs(getattr(layer, short)) <= MAX_MEAN
+            need(bool(small.all()), f"tensor {tensor_name(layer.index, short)} has values beyond +-{MAX_MEAN:.0f}: keys and values could overflow f16")
         for short in ("k_basis", "v_basis"):
             off = np.abs((getattr(layer, short).astype(np.float64) ** 2).sum(1) - 1) > 0.01
             need(not off.any(), f"tensor {tensor_name(layer.index, short)} has a row {off.argmax()} that is not a unit vector")
@@ -84,7 +87,7 @@ def _base(c: Capsule) -> None:
 
 def _layer(c: Capsule, layer: Layer) -> None:
     at, n = f"layer {layer.index}", c.block_size
-    for key, value, most in (("head_count_kv", layer.head_count_kv, 4096), ("key_length", layer.key_length, 65536), ("value_length", layer.value_length, 65536)):
+    for key, value, most in (("head_count_kv", layer.head_count_kv, 4096), ("key_length", layer.key_length, MAX_HEAD), ("value_length", layer.value_length, MAX_HEAD)):
         need(1 <= value <= most, f"kvcapsule.base.{key} of {at} is {value}")
     need(math.isfinite(layer.freq_base) and layer.freq_base >= 0, f"kvcapsule.base.rope.freq_base of {at} is negative or not finite")
     need(0 <= layer.kept_count < n, f"kvcapsule.kept_count of {at} is {layer.kept_count} in a block of {n}")

@@ -1,11 +1,12 @@
 """The patched llama.cpp from Python: `load()` first, then the capsule API of include/llama-capsule.h."""
 
-from .capsule import Capsule, CapsuleError, CapsuleStats, compress, environment_capsule, fingerprint, is_attached, last_error, next_context, read_kv, stats
+from .capsule import Attachment, Capsule, CapsuleError, CapsuleStats, attached, compress, environment_capsule, fingerprint, init_context, is_attached, last_error, read_kv, stats
 from .devices import Device, DeviceError, Devices
 from .library import LLAMA_CPP_PYTHON, Native, NativeError, library_dir, load
 from .shapes import LayerShape, layer_shapes
 
 __all__ = [
+    "Attachment",
     "LLAMA_CPP_PYTHON",
     "Capsule",
     "CapsuleError",
@@ -16,15 +17,16 @@ __all__ = [
     "LayerShape",
     "Native",
     "NativeError",
+    "attached",
     "compress",
     "environment_capsule",
     "fingerprint",
+    "init_context",
     "is_attached",
     "last_error",
     "layer_shapes",
     "library_dir",
     "load",
-    "next_context",
     "read_kv",
     "stats",
 ]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +56,7 @@ class CapsuleStats:
 
 
 class Capsule:
-    """A capsule file bound to a model. Close it after the contexts that use it."""
+    """A capsule file bound to a model. It may be closed before the contexts that use it."""
 
     def __init__(self, handle: int) -> None:
         self.handle: int | None = handle
@@ -77,19 +81,54 @@ class Capsule:
         self.close()
 
 
-def next_context(capsule: Capsule | None, *, n_hot: int = 0, ratio: float = 0.0, auto_compress: bool = True, guard: bool = True) -> None:
-    """Attaches `capsule` to the context that this thread creates next.
+@dataclass(frozen=True)
+class Attachment:
+    """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; ratio: economy preset, 0 = default of the file;
+    guard: distorted blocks go to the faithful tier."""
 
-    n_hot: cells of the hot cache, 0 = default; ratio: economy preset, 0 = default of the file; guard: distorted blocks go to the faithful tier."""
+    capsule: Capsule | None
+    n_hot: int = 0
+    ratio: float = 0.0
+    auto_compress: bool = True
+    guard: bool = True
+
+
+def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
+    """llama_init_from_model() with a capsule of this model; None if it failed, with a capsule last_error() says why."""
+    if wanted.capsule is None:
+        return load().llama.llama_init_from_model(model, params)
     lib = _lib()
-    params = lib.llama_capsule_context_default_params()
-    params.size = c.sizeof(CapsuleContextParams)
-    params.capsule = capsule.handle if capsule else None
-    params.n_hot = n_hot
-    params.ratio = ratio
-    params.auto_compress = auto_compress
-    params.guard = guard
-    lib.llama_capsule_set_next_context(params)
+    raw = lib.llama_capsule_context_default_params()
+    raw.size = c.sizeof(CapsuleContextParams)
+    raw.capsule = wanted.capsule.handle
+    raw.n_hot, raw.ratio = wanted.n_hot, wanted.ratio
+    raw.auto_compress, raw.guard = wanted.auto_compress, wanted.guard
+    return lib.llama_capsule_init_from_model(model, params, raw)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def attached(wanted: Callable[[], Attachment | None]) -> Iterator[None]:
+    """Contexts that llama_cpp.Llama creates in this thread meanwhile get what `wanted` says then; None = what they would get anyway."""
+    llama = load().llama
+    if not hasattr(llama.llama_init_from_model, "plain"):
+        plain = llama.llama_init_from_model
+
+        def init(model: int, params: Any) -> int | None:
+            asked = getattr(_thread, "wanted", None)
+            _thread.wanted = None  # init_context() may come here again
+            found = asked() if asked else None
+            return init_context(model, params, found) if found else plain(model, params)
+
+        init.plain = plain  # type: ignore[attr-defined]
+        llama.llama_init_from_model = init
+    _thread.wanted = wanted
+    try:
+        yield
+    finally:
+        _thread.wanted = None
 
 
 def environment_capsule() -> Path | None:

@@ -78,7 +78,7 @@ def load(directory: Path | None = None) -> Native:
     # both, always: a libmtmd from elsewhere would bring its own libllama on some systems
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(directory)
     llama = _import("llama_cpp.llama_cpp", directory)
-    has_capsule = bind(llama._lib, llama.llama_model_p_ctypes, llama.llama_context_p_ctypes)
+    has_capsule = bind(llama._lib, llama.llama_model_p_ctypes, llama.llama_context_p_ctypes, llama.llama_context_params)
     _loaded = Native(llama, directory, has_capsule)
     return _loaded
 

@@ -38,7 +38,7 @@ class CapsuleStatsStruct(c.Structure):
     ]
 
 
-def bind(lib: c.CDLL, model_p: type, context_p: type) -> bool:
+def bind(lib: c.CDLL, model_p: type, context_p: type, params: type) -> bool:
     """Declares the functions on `lib`; False if the library has no capsules."""
     if not hasattr(lib, "llama_capsule_load_from_file"):
         return False
@@ -47,7 +47,7 @@ def bind(lib: c.CDLL, model_p: type, context_p: type) -> bool:
         "llama_capsule_load_from_file": (c.c_void_p, [model_p, c.c_char_p]),
         "llama_capsule_free": (None, [c.c_void_p]),
         "llama_capsule_context_default_params": (CapsuleContextParams, []),
-        "llama_capsule_set_next_context": (None, [CapsuleContextParams]),
+        "llama_capsule_init_from_model": (context_p, [model_p, params, CapsuleContextParams]),
         "llama_capsule_is_attached": (c.c_bool, [context_p]),
         "llama_capsule_compress": (c.c_int32, [context_p, c.c_int32, c.c_int32, c.c_int32]),
         "llama_capsule_get_stats": (c.c_int32, [context_p, c.POINTER(CapsuleStatsStruct)]),

@@ -99,7 +99,6 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     llama_capsule * capsule = llama_capsule_load_from_file(model, path_capsule);
     require(capsule, llama_capsule_last_error());
     cparams.capsule = capsule;
-    llama_capsule_set_next_context(cparams);
 
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = 256;
@@ -108,7 +107,7 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     params.n_threads       = 1;
     params.n_threads_batch = 1;
 
-    ctx = llama_init_from_model(model, params);
+    ctx = llama_capsule_init_from_model(model, params, cparams);
     llama_capsule_free(capsule);
     require(ctx && llama_capsule_is_attached(ctx), "no context with a capsule");
 

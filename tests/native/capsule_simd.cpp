@@ -97,7 +97,7 @@ struct rows {
 using simd = llama_capsule_simd;
 
 static uint32_t length() {
-    return one_of({ 8, 24, 32, 40, 64, 80, 96, 128, 256 });
+    return one_of({ 8, 24, 32, 40, 64, 80, 96, 128, 256, 320, 384, 512 });
 }
 
 static comparison test_mul(const simd & s) {
@@ -222,6 +222,10 @@ static comparison test_add_max(const simd & s) {
         res.check(x.at(0, i) == before.at(0, i) + mask[i]);
     }
     res.check(max == want && x.intact());
+
+    // a NaN anywhere shows
+    x.at(0, rng() % x.d) = NAN;
+    res.check(std::isnan(s.add_max(x.x.data(), mask.data(), x.d)));
     return res;
 }
 
@@ -291,7 +295,7 @@ static comparison test_from_float(const simd & s) {
 
 // rows of 4 and of 2 bits, one of them alone now and then, with weights of 8 bits
 static comparison test_mul_int(const simd & s) {
-    const uint32_t N = one_of({ 12, 16, 17, 40, 48, 64, 72, 96 }), d = one_of({ 32, 64, 96, 128, 256 }), kind = rng() % 4;
+    const uint32_t N = one_of({ 12, 16, 17, 40, 48, 64, 72, 96 }), d = one_of({ 32, 64, 96, 128, 256, 320, 384, 512 }), kind = rng() % 4;
     const uint32_t n_q4 = kind == 0 && d % QK2 == 0 ? 0 : 1 + rng() % 64, n_q2 = kind == 1 || d % QK2 != 0 ? 0 : 1 + rng() % (rng() % 4 ? 48 : 140), n = n_q4 + n_q2;
 
     const rows q4(GGML_TYPE_Q4_0, n_q4, d);
@@ -441,7 +445,7 @@ static comparison test_to_slots(const simd & s) {
 // rows of one type alone
 template<ggml_type TYPE>
 static comparison test_mul_rows(const simd & s) {
-    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 48 : 300), d = TYPE == GGML_TYPE_Q4_0 ? one_of({ 32, 64, 96, 128, 256 }) : one_of({ 64, 128, 256 });
+    const uint32_t n_rows = 1 + rng() % (rng() % 4 ? 48 : 300), d = TYPE == GGML_TYPE_Q4_0 ? one_of({ 32, 64, 96, 128, 256, 320, 384, 512 }) : one_of({ 64, 128, 256, 320, 384, 512 });
 
     const rows src(TYPE, n_rows, d);
     matrix w(1 + rng() % 32, n_rows);
@@ -471,7 +475,7 @@ struct spread_rows : rows {
     size_t stride;
     std::vector<uint8_t> cells;
 
-    spread_rows(ggml_type type) : rows(type, 1 + rng() % 70, type == GGML_TYPE_F16 ? length() : one_of({ 32, 64, 96, 128, 256 })), stride(ggml_row_size(type, d) + 2*(rng() % 100)) {
+    spread_rows(ggml_type type) : rows(type, 1 + rng() % 70, type == GGML_TYPE_F16 ? length() : one_of({ 32, 64, 96, 128, 256, 320, 384, 512 })), stride(ggml_row_size(type, d) + 2*(rng() % 100)) {
         cells.resize(n*stride);
         for (uint32_t i = 0; i < n; ++i) {
             std::copy_n(data.data() + i*ggml_row_size(type, d), ggml_row_size(type, d), cells.data() + i*stride);

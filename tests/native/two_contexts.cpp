@@ -91,15 +91,12 @@ static std::array<uint32_t, 2> converse(const llama_model * model, const llama_c
     params.type_v          = type;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
-    if (capsule) {
-        llama_capsule_context_params next = llama_capsule_context_default_params();
-        next.capsule = capsule;
-        next.n_hot   = 512;
-        llama_capsule_set_next_context(next);
-    }
+    llama_capsule_context_params capsule_params = llama_capsule_context_default_params();
+    capsule_params.capsule = capsule;
+    capsule_params.n_hot   = 512;
 
-    llama_context * ctx = llama_init_from_model(const_cast<llama_model *>(model), params);
-    require(ctx && llama_capsule_is_attached(ctx) == (capsule != nullptr), "llama_init_from_model");
+    llama_context * ctx = llama_capsule_init_from_model(const_cast<llama_model *>(model), params, capsule_params);
+    require(ctx && llama_capsule_is_attached(ctx) == (capsule != nullptr), "llama_capsule_init_from_model");
 
     llama_memory_t mem = llama_get_memory(ctx);
 

@@ -15,7 +15,7 @@ extern "C" {
     struct llama_capsule_context_params {
         size_t size; // sizeof(struct llama_capsule_context_params)
 
-        const struct llama_capsule * capsule; // must outlive the context
+        const struct llama_capsule * capsule; // may be freed before the context
 
         uint32_t n_hot;         // cells of the hot (normal) KV cache, 0 = default
         float    ratio;         // economy preset with the nearest ratio, 0 = default of the file
@@ -48,9 +48,12 @@ extern "C" {
 
     LLAMA_API struct llama_capsule_context_params llama_capsule_context_default_params(void);
 
-    // applies to the next llama_init_from_model() of the calling thread, and is then forgotten
-    // if the capsule can not be attached, the context creation fails (see llama_capsule_last_error())
-    LLAMA_API void llama_capsule_set_next_context(struct llama_capsule_context_params params);
+    // llama_init_from_model() with a capsule of this model, or without one (NULL)
+    // NULL on error, also if the capsule can not be attached: see llama_capsule_last_error()
+    LLAMA_API struct llama_context * llama_capsule_init_from_model(
+                     struct llama_model * model,
+            struct llama_context_params   params,
+            struct llama_capsule_context_params capsule_params);
 
     LLAMA_API bool llama_capsule_is_attached(const struct llama_context * ctx);
 

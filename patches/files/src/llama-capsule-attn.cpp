@@ -323,14 +323,15 @@ static void capsule_attn_combine(ggml_tensor * dst, int ith, int nth, void * /*u
     for (int64_t row = ith; row < src->ne[1]; row += nth) {
         float m = -INFINITY;
         for (int64_t p = 0; p < n_parts; ++p) {
-            m = std::max(m, part(row, p)[d_v]);
+            const float x = part(row, p)[d_v];
+            m = x <= m ? m : x; // a NaN makes the result NaN
         }
 
         float * to = (float *) dst->data + row*d_v;
         std::fill(to, to + d_v, 0.0f);
 
         float l = 0.0f;
-        for (int64_t p = 0; p < n_parts && m > -INFINITY; ++p) {
+        for (int64_t p = 0; p < n_parts && m != -INFINITY; ++p) {
             const float * x = part(row, p);
             const float   f = expf(x[d_v] - m);
 

@@ -68,7 +68,7 @@ std::string llama_capsule_model_fingerprint(const llama_model & model) {
     return sha.finish();
 }
 
-static void capsule_check_model(const llama_capsule_data & data, const llama_model & model) {
+void llama_capsule_check_model(const llama_capsule_data & data, const llama_model & model) {
     const auto & hparams = model.hparams;
     const auto & base    = data.model;
 
@@ -141,7 +141,7 @@ llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const 
         throw std::runtime_error(format("can not open capsule '%s'", path));
     }
 
-    auto data = llama_capsule_data_read(*file, path, [&](const llama_capsule_data & data) { capsule_check_model(data, model); });
+    auto data = llama_capsule_data_read(*file, path, [&](const llama_capsule_data & data) { llama_capsule_check_model(data, model); });
 
     LLAMA_LOG_INFO("%s: block of %u tokens, %zu layers, %zu tiers\n", __func__, data->block_size, data->layers.size(), data->tiers.size());
 

@@ -48,7 +48,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         if (n < N()/2) {
             break;
         }
-        blocks.push_back({ { idxs.begin() + i, idxs.begin() + i + n }, n == N() ? 0 : 1, -1, false });
+        blocks.push_back({ { idxs.begin() + i, idxs.begin() + i + n }, n == N() ? 0 : 1, -1, false, false });
     }
 
     auto alloc = [&](block & b, uint32_t n_more) {
@@ -85,7 +85,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
 
     uint32_t n_failed = 0;
     for (auto & b : blocks) {
-        if (b.failed) {
+        if (b.failed && !b.broken) {
             pools[b.i_pool].used[b.i_slot] = false;
 
             b.i_pool = 1;
@@ -93,7 +93,7 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         }
     }
     for (auto & b : blocks) {
-        if (!b.failed) {
+        if (!b.failed || b.broken) {
             continue;
         }
         if (alloc(b, n_failed)) {
@@ -103,12 +103,14 @@ uint32_t llama_capsule_store::compress_run(const std::vector<uint32_t> & idxs) {
         }
     }
 
-    encode(select([](const block & b) { return b.failed && b.i_slot >= 0; }));
+    encode(select([](const block & b) { return b.failed && !b.broken && b.i_slot >= 0; }));
 
     // only now: nothing is lost on the way
     uint32_t res = 0;
     for (auto & b : blocks) {
-        if (b.i_slot >= 0) {
+        if (b.broken) {
+            warn_broken();
+        } else if (b.i_slot >= 0) {
             place(pools[b.i_pool], b.i_slot, b.idxs);
             hot.free(b.idxs);
             res += b.idxs.size();
@@ -216,6 +218,19 @@ bool llama_capsule_store::is_next(const span & sp, llama_pos pos) const {
     return kv.hparams.n_pos_per_embd() > 1 ? pos == sp.p0 : pos == sp.p1;
 }
 
+// audio and embeddings of text come as images do. The tokens of an image share a position (M-RoPE), or are as many as the capsule says;
+//   if it does not say, nothing tells them apart
+bool llama_capsule_store::is_image(llama_seq_id seq_id, const span & sp) const {
+    if (kv.hparams.n_pos_per_embd() == 1) {
+        return data().image_tokens == 0 || (uint32_t) (sp.p1 - sp.p0) == data().image_tokens;
+    }
+    const auto & list = kv.v_cells[0].seq_pos_get(seq_id);
+
+    const auto it = list.lower_bound({ sp.p0, 0 });
+
+    return it != list.end() && std::next(it) != list.end() && std::next(it)->first == sp.p0;
+}
+
 void llama_capsule_store::close_spans(const llama_batch_ext & batch) {
     for (auto & [seq_id, list] : spans) {
         for (const auto & token : batch.tokens) {
@@ -243,7 +258,9 @@ uint32_t llama_capsule_store::compress_closed() {
         list.erase(first, list.end());
 
         for (const auto & sp : todo) {
-            res += compress(seq_id, sp.p0, sp.p1);
+            if (is_image(seq_id, sp)) {
+                res += compress(seq_id, sp.p0, sp.p1);
+            }
         }
     }
 

@@ -4,6 +4,8 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 
 //
 // blocks of hot cells -> slots: the heads of all blocks of a layer are shared by the threads; the bytes do not depend on their number
@@ -36,8 +38,8 @@ void llama_capsule_store::encode(const std::vector<block *> & blocks) {
     }
 }
 
-// max over the first n tokens of the error over that of rotated q4_0; errors: [n_head][N]
-static float capsule_score(const llama_capsule_errors * errors, uint32_t n_head, uint32_t N, uint32_t n) {
+// is the error of each of the first n tokens at most kappa times that of rotated q4_0? errors: [n_head][N]; not if it is NaN
+static bool capsule_errors_ok(const llama_capsule_errors * errors, uint32_t n_head, uint32_t N, uint32_t n, float kappa) {
     auto sum = [&](uint32_t t, float llama_capsule_errors::* what) {
         float res = 0.0f;
         for (uint32_t h = 0; h < n_head; ++h) {
@@ -54,12 +56,13 @@ static float capsule_score(const llama_capsule_errors * errors, uint32_t n_head,
     // a token that is nearly nothing, or that q4_0 happens to hit, is no measure
     const float least = std::max(1e-3f*energy/n, 1e-20f);
 
-    float res = 0.0f;
     for (uint32_t t = 0; t < n; ++t) {
-        res = std::max(res, sum(t, &llama_capsule_errors::slot)/std::max(sum(t, &llama_capsule_errors::q4), least));
+        if (!(sum(t, &llama_capsule_errors::slot)/std::max(sum(t, &llama_capsule_errors::q4), least) <= kappa)) {
+            return false;
+        }
     }
 
-    return res;
+    return true;
 }
 
 bool llama_capsule_store::guarded(uint32_t i_layer, int i_pool, bool is_v) const {
@@ -78,11 +81,15 @@ bool llama_capsule_store::accept(block & b, uint32_t i_layer, const block_errors
     const auto & codec = pools[b.i_pool].codecs[i_layer];
 
     for (const auto & e : errors) {
-        if (!e.empty() && capsule_score(e.data(), codec.layer.n_head_kv, N(), b.idxs.size()) > codec.tl.kappa) {
+        if (!e.empty() && !capsule_errors_ok(e.data(), codec.layer.n_head_kv, N(), b.idxs.size(), codec.tl.kappa)) {
             b.failed = true;
         }
     }
     return !b.failed || b.i_pool != 0;
+}
+
+bool llama_capsule_store::fits(uint32_t i_layer, int i_pool, const uint8_t * slot, uint32_t i_head) const {
+    return tile(i_layer, i_pool, false).fits(slot, i_head) && tile(i_layer, i_pool, true).fits(slot, i_head);
 }
 
 void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint32_t i_layer, llama_capsule_kv::reader & reader) {
@@ -99,16 +106,22 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
         std::vector<float>   angles; // keys that are stored rotated
 
         block_errors errors;
+
+        std::atomic<bool> fits { true };
     };
-    std::vector<job> jobs;
+    std::deque<job> jobs;
 
     size_t first = 0;
     for (block * b : blocks) {
-        if (!b->failed || b->i_pool != 0) {
+        if (b->wanted()) {
             const auto & pool  = pools[b->i_pool];
             const auto & codec = pool.codecs[i_layer];
 
-            job cur = { b, first, std::vector<uint8_t>(codec.layout.slot_stride, 0), {}, {} };
+            job & cur = jobs.emplace_back();
+
+            cur.b     = b;
+            cur.first = first;
+            cur.slot.resize(codec.layout.slot_stride, 0);
 
             if (rotated(i_layer, b->i_pool)) {
                 cur.angles.resize(params->n_rot);
@@ -119,7 +132,6 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
                     cur.errors[is_v].resize(n_head*N());
                 }
             }
-            jobs.push_back(std::move(cur));
         }
         first += b->idxs.size();
     }
@@ -159,12 +171,18 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
         if (!cur.errors[is_v].empty()) {
             t.errors(x.data(), cur.slot.data(), h, n, cur.errors[is_v].data() + h*N());
         }
+        // quantizers may take a NaN for nothing
+        if (!llama_capsule_finite(x.data(), N()*t.ld()) || !t.fits(cur.slot.data(), h)) {
+            cur.fits = false;
+        }
     });
 
     for (auto & cur : jobs) {
         auto & b = *cur.b;
 
-        if (accept(b, i_layer, cur.errors)) {
+        if (!cur.fits) {
+            b.broken = true;
+        } else if (accept(b, i_layer, cur.errors)) {
             slot_set(pools[b.i_pool], i_layer, b.i_slot, cur.slot.data());
         }
     }

@@ -18,12 +18,12 @@ static constexpr uint64_t CAPSULE_MAX_KEYS   = 256;        // of a sidecar
 static constexpr uint64_t CAPSULE_MAX_HEADER = 64ull << 20;
 
 static constexpr uint32_t CAPSULE_MAX_HEADS      = 4096;
-static constexpr uint32_t CAPSULE_MAX_HEAD_SIZE  = 65536;
 static constexpr uint32_t CAPSULE_MAX_NEIGHBOURS = 8;
 static constexpr uint32_t CAPSULE_MAX_MLP        = 1024;
 
-// what the hot cache can hold
+// what the hot cache can hold, and of a mean: what is added to it has to fit as well
 static constexpr float CAPSULE_MAX_VALUE = 65504.0f;
+static constexpr float CAPSULE_MAX_MEAN  = 8192.0f;
 
 static constexpr char CAPSULE_INFIX[] = ".kvcapsule.";
 
@@ -254,8 +254,8 @@ void capsule_reader::read_layers() {
         need(i == 0 || layers[i] > layers[i - 1], "kvcapsule.layers does not ascend");
         need(layers[i] < n_all, format("kvcapsule.layers names layer %u of a model of %u", layers[i], n_all));
         need(n_head_kv[i] >= 1 && n_head_kv[i] <= CAPSULE_MAX_HEADS,     format("kvcapsule.base.head_count_kv %s is %u", at.c_str(), n_head_kv[i]));
-        need(d_k[i]       >= 1 && d_k[i]       <= CAPSULE_MAX_HEAD_SIZE, format("kvcapsule.base.key_length %s is %u",    at.c_str(), d_k[i]));
-        need(d_v[i]       >= 1 && d_v[i]       <= CAPSULE_MAX_HEAD_SIZE, format("kvcapsule.base.value_length %s is %u",  at.c_str(), d_v[i]));
+        need(d_k[i]       >= 1 && d_k[i]       <= LLAMA_CAPSULE_MAX_HEAD_SIZE, format("kvcapsule.base.key_length %s is %u",    at.c_str(), d_k[i]));
+        need(d_v[i]       >= 1 && d_v[i]       <= LLAMA_CAPSULE_MAX_HEAD_SIZE, format("kvcapsule.base.value_length %s is %u",  at.c_str(), d_v[i]));
         need(std::isfinite(freq_base[i]) && freq_base[i] >= 0.0f, "kvcapsule.base.rope.freq_base " + at + " is negative or not finite");
         need(n_kept[i] < N, format("kvcapsule.kept_count %s is %u in a block of %u", at.c_str(), n_kept[i], N));
         need(n_kept[i] == 0 || data.n_neighbours > 0, format("kvcapsule.kept_count %s is %u without neighbours", at.c_str(), n_kept[i]));
@@ -407,6 +407,11 @@ std::vector<float> capsule_reader::read_floats(const std::string & name, ggml_ty
     return res;
 }
 
+static void check_mean(const std::string & name, const std::vector<float> & mean) {
+    need(std::all_of(mean.begin(), mean.end(), [](float x) { return fabsf(x) <= CAPSULE_MAX_MEAN; }),
+            format("tensor %s has values beyond +-%.0f: keys and values could overflow f16", name.c_str(), CAPSULE_MAX_MEAN));
+}
+
 static void check_basis(const std::string & name, const std::vector<float> & basis, uint32_t N) {
     for (uint32_t r = 0; r < N; ++r) {
         double sum = 0.0;
@@ -460,6 +465,9 @@ void capsule_reader::read_tensors() {
         layer.k_basis        = read_floats(prefix + "k_basis",        GGML_TYPE_F32, { N, N, 1, 1 });
         layer.v_basis        = read_floats(prefix + "v_basis",        GGML_TYPE_F32, { N, N, 1, 1 });
         layer.k_query_weight = read_floats(prefix + "k_query_weight", GGML_TYPE_F32, { layer.n_embd_head_k, layer.n_head_kv, 1, 1 });
+
+        check_mean(prefix + "k_mean", layer.k_mean);
+        check_mean(prefix + "v_mean", layer.v_mean);
 
         check_basis(prefix + "k_basis", layer.k_basis, N);
         check_basis(prefix + "v_basis", layer.v_basis, N);

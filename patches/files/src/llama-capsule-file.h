@@ -124,3 +124,6 @@ llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const 
 
 // sha256 over what shapes the K and V of a model, as 64 hex digits
 std::string llama_capsule_model_fingerprint(const llama_model & model);
+
+// throws llama_capsule_mismatch
+void llama_capsule_check_model(const llama_capsule_data & data, const llama_model & model);

@@ -20,7 +20,7 @@ float llama_capsule_softmax::add(float * s, const float * mask, uint32_t n, floa
     }
 
     float f = 1.0f;
-    if (max > m) {
+    if (!(max <= m)) { // a NaN makes the sums NaN
         f = expf(m - max);
         m = max;
     }

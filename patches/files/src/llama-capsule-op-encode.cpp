@@ -61,7 +61,7 @@ struct llama_capsule_store::op_graph {
 void llama_capsule_store::op_encode_blocks(const std::vector<block *> & blocks, op_graph & g) const {
     size_t first = 0;
     for (block * b : blocks) {
-        if (!b->failed || b->i_pool != 0) {
+        if (b->wanted()) {
             auto & batch = g.batches[b->i_pool];
 
             batch.blocks.push_back(b);
@@ -185,7 +185,7 @@ bool llama_capsule_store::op_encode_compute(ggml_backend_t backend, ggml_backend
 }
 
 // what the guard says of a layer
-void llama_capsule_store::op_encode_finish(uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums) const {
+void llama_capsule_store::op_encode_finish(uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums, llama_capsule_kv::reader & reader) const {
     const size_t n = data().layers[i_layer].n_head_kv*N();
 
     block_errors all;
@@ -196,6 +196,19 @@ void llama_capsule_store::op_encode_finish(uint32_t i_layer, const op_batch & ba
         }
     }
 
+    if (batch.blocks.empty()) {
+        return;
+    }
+    const auto & layer = data().layers[i_layer];
+
+    const uint32_t d_k = layer.n_embd_head_k;
+    const uint32_t d_v = layer.n_embd_head_v;
+
+    // quantizers may take a NaN for nothing
+    reader.load(layer.il, layer.rope);
+
+    std::vector<float> x(N()*std::max(d_k, d_v));
+
     for (size_t i = 0; i < batch.blocks.size(); ++i) {
         block_errors errors;
         for (int side = 0; side < 2; ++side) {
@@ -203,7 +216,31 @@ void llama_capsule_store::op_encode_finish(uint32_t i_layer, const op_batch & ba
                 errors[side].assign(all[side].begin() + i*n, all[side].begin() + (i + 1)*n);
             }
         }
-        accept(*batch.blocks[i], i_layer, errors);
+        auto & b = *batch.blocks[i];
+
+        accept(b, i_layer, errors);
+
+        const uint32_t n_head = layer.n_head_kv;
+        const size_t   n_b    = b.idxs.size();
+
+        for (uint32_t h = 0; h < n_head && !b.broken; ++h) {
+            reader.read_k(h, batch.first[i], n_b, x.data(), d_k);
+            b.broken = !llama_capsule_finite(x.data(), n_b*d_k);
+            reader.read_v(h, batch.first[i], n_b, x.data(), d_v);
+            b.broken = b.broken || !llama_capsule_finite(x.data(), n_b*d_v);
+        }
+
+        // the device has written it already
+        std::vector<uint8_t> slot(pools[b.i_pool].codecs[i_layer].layout.slot_stride);
+        slot_get(pools[b.i_pool], i_layer, b.i_slot, slot.data());
+
+        for (uint32_t h = 0; h < n_head && !b.broken; ++h) {
+            b.broken = !fits(i_layer, b.i_pool, slot.data(), h);
+        }
+        if (b.broken) {
+            std::fill(slot.begin(), slot.end(), 0);
+            slot_set(pools[b.i_pool], i_layer, b.i_slot, slot.data());
+        }
     }
 }
 
@@ -242,7 +279,7 @@ uint32_t llama_capsule_store::op_encode(const std::vector<block *> & blocks, uin
 
     for (uint32_t i = 0; i < n; ++i) {
         for (int ip = 0; ip < N_TIERS; ++ip) {
-            op_encode_finish(i_layer + i, g.batches[ip], g.layers[i][ip]);
+            op_encode_finish(i_layer + i, g.batches[ip], g.layers[i][ip], reader);
         }
     }
     LLAMA_LOG_DEBUG("%s: %u layers compressed by GGML_OP_CAPSULE\n", __func__, n);

@@ -266,10 +266,8 @@ bool llama_capsule_rope_cache::moved(uint32_t i_pool, uint32_t i_slot) const {
 bool llama_capsule_rope_cache::matches(const std::vector<llama_capsule_pos> & pos, const std::vector<bool> & empty, const llama_capsule_pos & first,
         const std::vector<llama_capsule_pos> & pattern) {
     for (size_t j = 0; j < pos.size(); ++j) {
-        for (size_t k = 0; k < first.size() && !empty[j]; ++k) {
-            if (pos[j][k] != first[k] + pattern[j][k]) {
-                return false;
-            }
+        if (!empty[j] && llama_capsule_pos_sub(pos[j], first) != pattern[j]) {
+            return false;
         }
     }
     return true;
@@ -312,8 +310,8 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
 
         cur.pattern = -1;
         for (size_t i = 0; i < patterns.size() && cur.pattern < 0; ++i) {
-            for (size_t k = 0; k < cur.first.size() && any < N; ++k) {
-                cur.first[k] = pos[any][k] - patterns[i][any][k];
+            if (any < N) {
+                cur.first = llama_capsule_pos_sub(pos[any], patterns[i][any]);
             }
             if (matches(pos, empty, cur.first, patterns[i])) {
                 cur.pattern = i;
@@ -330,8 +328,8 @@ void llama_capsule_rope_cache::update(uint32_t i_pool, const llama_kv_cells & ce
 
             std::vector<llama_capsule_pos> pattern(N);
             for (uint32_t j = 0; j < N; ++j) {
-                for (size_t k = 0; k < cur.first.size() && !empty[j]; ++k) {
-                    pattern[j][k] = pos[j][k] - cur.first[k];
+                if (!empty[j]) {
+                    pattern[j] = llama_capsule_pos_sub(pos[j], cur.first);
                 }
             }
             for (auto & t : tables) {

@@ -12,6 +12,8 @@
 
 static constexpr int LLAMA_CAPSULE_N_TYPES = 5;
 
+static constexpr uint32_t LLAMA_CAPSULE_MAX_HEAD_SIZE = 512; // of a row, the kernels have room for no more
+
 static constexpr std::array<ggml_type, LLAMA_CAPSULE_N_TYPES> LLAMA_CAPSULE_TYPES = {
     GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0,
 };

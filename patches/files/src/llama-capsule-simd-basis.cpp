@@ -250,8 +250,8 @@ TARGET static void mul_codes(uint32_t n_out, uint32_t d, const int16_t * basis_4
     uint32_t * w        = buf.w.resize((n_pairs + pairs_4)*N16);
     int16_t  * offs     = buf.offs.resize(2*N16);
 
-    uint8_t * to_4[256/QK];
-    uint8_t * to_2[256/QK];
+    uint8_t * to_4[LLAMA_CAPSULE_MAX_HEAD_SIZE/QK];
+    uint8_t * to_2[LLAMA_CAPSULE_MAX_HEAD_SIZE/QK];
     for (uint32_t b = 0; b < d/QK; ++b) {
         to_4[b] = codes + (b*n_pairs + (b % 2 == 0 ? 0 : pairs_2))*2*QK;
         to_2[b] = codes + (b*n_pairs + (b % 2 == 0 ? pairs_4 : 0))*2*QK;

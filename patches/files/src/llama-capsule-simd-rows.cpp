@@ -17,7 +17,7 @@ struct mul_type {
     static constexpr uint32_t max_rows = BITS == 4 ? 32 : 64; // weighted sums of as many values are below 2^15
 };
 
-static constexpr uint32_t MUL_MAX_BLOCKS = 256/QK;
+static constexpr uint32_t MUL_MAX_BLOCKS = LLAMA_CAPSULE_MAX_HEAD_SIZE/QK;
 
 // of one output
 template<int BITS>

@@ -81,11 +81,13 @@ static void rope_plain(uint32_t n, float * x, size_t ld_x, const float * cs, siz
 
 static float add_max_plain(float * s, const float * mask, uint32_t n) {
     float res = -INFINITY;
+    bool  nan = false;
     for (uint32_t i = 0; i < n; ++i) {
         s[i] += mask[i];
         res = std::max(res, s[i]);
+        nan = nan || std::isnan(s[i]);
     }
-    return res;
+    return nan ? NAN : res;
 }
 
 static float exp_sum_plain(float * s, float max, uint32_t n) {
@@ -297,14 +299,16 @@ TARGET static void rope_avx2(uint32_t n, float * x, size_t ld_x, const float * c
 }
 
 TARGET static float add_max_avx2(float * s, const float * mask, uint32_t n) {
-    __m256 m = _mm256_set1_ps(-INFINITY);
+    __m256 m   = _mm256_set1_ps(-INFINITY);
+    __m256 nan = _mm256_setzero_ps();
     for (uint32_t i = 0; i < n; i += 8) {
         const __m256 v = _mm256_add_ps(_mm256_loadu_ps(s + i), _mm256_loadu_ps(mask + i));
 
         _mm256_storeu_ps(s + i, v);
-        m = _mm256_max_ps(m, v);
+        m   = _mm256_max_ps(m, v);
+        nan = _mm256_or_ps(nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     }
-    return max1(m);
+    return _mm256_movemask_ps(nan) != 0 ? NAN : max1(m);
 }
 
 // x <= 0, relative error below 2e-7; e^x = 2^n (1 + p(r)), with r = x - n ln 2

@@ -159,7 +159,7 @@ struct llama_capsule_simd {
     // rotates the first n_rot values of each row by its angles: (cos, sin) pairs for neighbours (norm), or all cos, then all sin, for halves
     void (*rope)(uint32_t n, float * x, size_t ld_x, const float * cs, size_t ld_cs, uint32_t n_rot, bool norm);
 
-    // s += mask, returns the maximum
+    // s += mask, returns the maximum, or NaN if there is one
     float (*add_max)(float * s, const float * mask, uint32_t n);
 
     // s = exp(s - max), returns the sum

@@ -112,7 +112,7 @@ void llama_capsule_store::make_slots(pool_layer & res, const llama_capsule_codec
     const auto & layer = codec.layer;
 
     const ggml_init_params params = {
-        /*.mem_size   =*/ (2 + 6*LLAMA_CAPSULE_N_TYPES)*ggml_tensor_overhead(),
+        /*.mem_size   =*/ (3 + 8*LLAMA_CAPSULE_N_TYPES)*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
@@ -148,29 +148,48 @@ void llama_capsule_store::make_slots(pool_layer & res, const llama_capsule_codec
     make(res.v, codec.tl.value_rows, layer.n_embd_head_v);
 }
 
-// memory by memory: all that there is of it, into a larger one
+// memory by memory: all that fits
 static void capsule_copy_slots(ggml_context * ctx, ggml_tensor * src, ggml_tensor * dst) {
-    if (src) {
-        ggml_tensor * view = ggml_view_1d(ctx, dst, src->ne[0], 0);
-        ggml_backend_view_init(view);
-        ggml_backend_tensor_copy(src, view);
+    if (src && dst) {
+        const int64_t n = std::min(src->ne[0], dst->ne[0]);
+
+        ggml_tensor * from = ggml_view_1d(ctx, src, n, 0);
+        ggml_tensor * to   = ggml_view_1d(ctx, dst, n, 0);
+
+        ggml_backend_view_init(from);
+        ggml_backend_view_init(to);
+        ggml_backend_tensor_copy(from, to);
     }
 }
 
-bool llama_capsule_store::grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots) {
+bool llama_capsule_store::resize_layers(pool & pool, uint32_t n_slots) {
+    for (uint32_t i = 0; i < data().layers.size(); ++i) {
+        if (pool.layers[i].n_slots != n_slots && !resize_layer(pool, i, n_slots)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_capsule_store::resize_layer(pool & pool, uint32_t i_layer, uint32_t n_slots) {
     const auto buft = slots_buft(i_layer);
 
     pool_layer res;
 
+    if (n_slots == 0) {
+        pool.layers[i_layer] = std::move(res);
+        return true;
+    }
+
     make_slots(res, pool.codecs[i_layer], n_slots, path(i_layer) == LLAMA_CAPSULE_PATH_RECONSTRUCT, ggml_backend_buft_get_alignment(buft));
 
-    res.buf = alloc_buf(res.ctx.get(), buft);
+    auto & old = pool.layers[i_layer];
+
+    res.buf = n_slots > old.n_slots ? alloc_buf(res.ctx.get(), buft) : ggml_backend_buffer_ptr { ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), buft) };
     if (!res.buf) {
         return false;
     }
     ggml_backend_buffer_clear(res.buf.get(), 0);
-
-    auto & old = pool.layers[i_layer];
 
     capsule_copy_slots(res.ctx.get(), old.blob, res.blob);
     for (int t = 0; t < LLAMA_CAPSULE_N_TYPES; ++t) {

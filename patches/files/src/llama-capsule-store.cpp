@@ -7,10 +7,14 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 
 static constexpr uint32_t CAPSULE_COLS_PAD = 256; // FATTN_KQ_STRIDE
+
+static constexpr size_t CAPSULE_NODE_BYTES  = 64*sizeof(ggml_tensor); // of a scheduler and its graph, for each node, see ggml_backend_sched_new()
+static constexpr size_t CAPSULE_SPARE_BYTES = 16*1024*1024;
 
 // slots that are reconstructed at once: more cost compute buffer, fewer cost graph nodes
 static uint32_t capsule_n_chunk(const llama_capsule_data & data) {
@@ -97,6 +101,14 @@ uint32_t llama_capsule_store::find_layer(int il) const {
     GGML_ABORT("layer %d is not in the capsule", il);
 }
 
+void llama_capsule_store::check_layers() const {
+    for (size_t i = 0; i < rope_checked.size(); ++i) {
+        if (!rope_checked[i]) {
+            llama_capsule_refuse(format("attention of layer %u does not pass through the capsule", data().layers[i].il));
+        }
+    }
+}
+
 //
 // slots
 //
@@ -136,8 +148,18 @@ void llama_capsule_store::update_used() {
     }
 }
 
-size_t llama_capsule_store::n_bytes_grown() const {
+size_t llama_capsule_store::n_bytes_compute() const {
+    ggml_backend_sched_t sched = lctx.get_sched();
+
     size_t res = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        res += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
+    }
+    return res;
+}
+
+size_t llama_capsule_store::n_bytes_grown() const {
+    size_t res = n_bytes_compute_first > 0 ? std::max(n_bytes_compute(), n_bytes_compute_first) - n_bytes_compute_first : 0;
     for (const auto & pool : pools) {
         for (const auto & layer : pool.layers) {
             res += layer.buf ? ggml_backend_buffer_get_size(layer.buf.get()) : 0;
@@ -163,6 +185,29 @@ void llama_capsule_store::warn_alloc() {
     }
 }
 
+void llama_capsule_store::warn_broken() {
+    if (!warned_broken) {
+        LLAMA_LOG_WARN("%s: keys or values of an image are not finite or do not fit f16: such blocks stay in the hot KV cache\n", __func__);
+        warned_broken = true;
+    }
+}
+
+// at once: if the next decode came first, a lack of memory would end the process
+bool llama_capsule_store::reserve_compute() {
+    if (n_bytes_compute_first == 0) {
+        n_bytes_compute_first = n_bytes_compute();
+    }
+    return lctx.capsule_reserve() && (n_bytes_limit == 0 || n_bytes_grown() <= n_bytes_limit);
+}
+
+// a new scheduler and its graph have memory that nobody checks: is there any?
+bool llama_capsule_store::may_reserve() const {
+    const size_t n_nodes = lctx.graph_max_nodes(std::min(lctx.get_cparams().n_ctx, lctx.get_cparams().n_ubatch));
+    const size_t n_bytes = n_nodes*CAPSULE_NODE_BYTES + CAPSULE_SPARE_BYTES;
+
+    return ggml_backend_buffer_ptr(ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), n_bytes)) != nullptr;
+}
+
 bool llama_capsule_store::grow_pool(pool & pool, uint32_t n_slots) {
     const uint32_t n_max = pool.used.size();
 
@@ -175,32 +220,35 @@ bool llama_capsule_store::grow_pool_to(pool & pool, uint32_t n_slots) {
         return false;
     }
 
-    // note: also when it fails half way, some tensors are new
-    touch();
-
-    for (uint32_t i = 0; i < data().layers.size(); ++i) {
-        // a layer may be ahead of the others if a previous attempt ran out of memory
-        if (pool.layers[i].n_slots >= n_slots) {
-            continue;
-        }
-        if (!grow_pool_layer(pool, i, n_slots)) {
-            return false;
-        }
-    }
-
     const uint32_t n_slots_old = pool.n_slots;
 
-    pool.n_slots = n_slots;
-
-    if (!reserve_scratch()) {
-        pool.n_slots = n_slots_old;
-        return false;
-    }
-
-    lctx.capsule_request_reserve();
+    // note: also when it fails half way, some tensors are new
+    touch();
     grown = true;
 
-    return true;
+    bool reserved = false;
+
+    if (resize_layers(pool, n_slots)) {
+        pool.n_slots = n_slots;
+
+        if (reserve_scratch() && may_reserve()) {
+            if (reserve_compute()) {
+                return true;
+            }
+            reserved = true;
+        }
+        pool.n_slots = n_slots_old;
+    }
+
+    // as it was: what remains needs memory too
+    resize_layers(pool, n_slots_old);
+    touch();
+
+    if (reserved) {
+        lctx.capsule_reserve(); // if even this fails, each graph allocates what it needs
+    }
+
+    return false;
 }
 
 int llama_capsule_store::alloc_slot(pool & pool) {
@@ -550,27 +598,27 @@ void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id se
     state_set_cold(state, seq_id, io);
 }
 
+void llama_capsule_store::set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok) {
+    auto & cells = kv.v_cells[0];
+
+    const auto & list = cells.seq_pos_get(seq_id);
+    for (auto it = list.lower_bound({ p0, 0 }); it != list.end() && it->first < p1; ++it) {
+        auto ext = cells.ext_get(it->second);
+        ext.tok = tok;
+        cells.ext_set(it->second, ext);
+    }
+}
+
 void llama_capsule_store::state_set_hot(const llama_capsule_state & state, llama_seq_id seq_id) {
     const bool one_seq = seq_id != -1;
 
     // the KV cache does not save if a cell holds text: the token itself does not matter
     if (!kv.has_cell_ext()) {
-        auto & cells = kv.v_cells[0];
-
-        auto set_tok = [&](llama_seq_id s, llama_pos p0, llama_pos p1, llama_token tok) {
-            const auto & list = cells.seq_pos_get(s);
-            for (auto it = list.lower_bound({ p0, 0 }); it != list.end() && it->first < p1; ++it) {
-                auto ext = cells.ext_get(it->second);
-                ext.tok = tok;
-                cells.ext_set(it->second, ext);
-            }
-        };
-
         for (llama_seq_id s = one_seq ? seq_id : 0; s < (one_seq ? seq_id + 1 : (llama_seq_id) kv.n_seq_max); ++s) {
-            set_tok(s, 0, std::numeric_limits<llama_pos>::max(), 0);
+            set_token(s, 0, std::numeric_limits<llama_pos>::max(), 0);
         }
         for (const auto & span : state.vision) {
-            set_tok(one_seq ? seq_id : span.seq_id, span.p0, span.p1, LLAMA_TOKEN_NULL);
+            set_token(one_seq ? seq_id : span.seq_id, span.p0, span.p1, LLAMA_TOKEN_NULL);
         }
     }
 
@@ -627,20 +675,37 @@ void llama_capsule_store::state_set_cold(const llama_capsule_state & state, llam
     update_used();
     touch();
 
-    // into free slots: if this fails, the cells are removed again
-    std::vector<uint8_t> buf;
+    // a slot is checked before it is written: others share its memory. If this fails, the cells are removed again
+    init_tiles();
+
     for (int ip = 0; ip < N_TIERS; ++ip) {
         for (uint32_t s : slots[ip]) {
+            std::vector<std::vector<uint8_t>> bufs;
+
             uint64_t hash = 0;
-            for (size_t l = 0; l < pools[ip].layers.size(); ++l) {
-                buf.resize(pools[ip].codecs[l].layout.slot_stride);
+            for (const auto & codec : pools[ip].codecs) {
+                auto & buf = bufs.emplace_back(codec.layout.slot_stride);
                 io.read(buf.data(), buf.size());
-                slot_set(pools[ip], l, s, buf.data());
 
                 hash = llama_capsule_state_hash(buf.data(), buf.size(), hash);
             }
             if (hash != pools[ip].hash[s]) {
                 throw std::runtime_error("the slots in the state are damaged");
+            }
+
+            for (size_t l = 0; l < bufs.size(); ++l) {
+                std::atomic<bool> ok { true };
+                threads.run(lctx.n_threads_batch(), data().layers[l].n_head_kv, [&](size_t h) {
+                    if (!fits(l, ip, bufs[l].data(), h)) {
+                        ok = false;
+                    }
+                });
+                if (!ok) {
+                    throw std::runtime_error("the slots in the state hold keys or values that are not finite or do not fit f16");
+                }
+            }
+            for (size_t l = 0; l < bufs.size(); ++l) {
+                slot_set(pools[ip], l, s, bufs[l].data());
             }
         }
     }

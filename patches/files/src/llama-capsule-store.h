@@ -169,6 +169,9 @@ public:
 
     const llama_capsule_data & data() const;
 
+    // throws if a layer did not pass through build_attn(): its images would be lost
+    void check_layers() const;
+
     void get_stats(llama_capsule_stats & stats) const;
 
     // K (without RoPE) and V of the cold cells of a sequence in [p0, p1), appended in the order of their positions
@@ -320,10 +323,13 @@ private:
 
     uint64_t n_version = 0;
 
-    const size_t n_bytes_limit; // of pools and scratch, 0 = none
+    const size_t n_bytes_limit; // of n_bytes_grown(), 0 = none
 
-    bool warned_alloc = false;
-    bool grown        = false; // since the last decode
+    bool warned_alloc  = false;
+    bool warned_broken = false;
+    bool grown         = false; // since the last decode
+
+    size_t n_bytes_compute_first = 0; // before the first growth
 
     // images that may still grow
     std::map<llama_seq_id, std::vector<span>> spans;
@@ -358,7 +364,8 @@ private:
     void init_weights(uint32_t i_layer);
     void init_scratch_const();
 
-    size_t n_bytes_grown() const; // of pools and scratch
+    size_t n_bytes_compute() const; // of the compute buffers
+    size_t n_bytes_grown()   const; // of pools and scratch, and what the compute buffers have grown by
 
     // nullptr if there is no memory for it
     ggml_backend_buffer_ptr alloc_buf(ggml_context * ctx, ggml_backend_buffer_type_t buft) const;
@@ -366,10 +373,14 @@ private:
     // false if there is no memory for it
     bool grow_pool(pool & pool, uint32_t n_slots);
     bool grow_pool_to(pool & pool, uint32_t n_slots);
-    bool grow_pool_layer(pool & pool, uint32_t i_layer, uint32_t n_slots);
+    bool resize_layers(pool & pool, uint32_t n_slots);
+    bool resize_layer (pool & pool, uint32_t i_layer, uint32_t n_slots);
     bool reserve_scratch();
+    bool reserve_compute();
+    bool may_reserve() const;
 
     void warn_alloc();
+    void warn_broken();
 
     // -1 if none is left
     int alloc_slot(pool & pool);
@@ -408,6 +419,11 @@ private:
         int  i_pool;
         int  i_slot;
         bool failed; // the economy tier would distort it
+        bool broken; // it, or what a slot makes of it, is not finite or does not fit f16: it stays hot
+
+        bool wanted() const {
+            return !broken && (!failed || i_pool != 0);
+        }
     };
 
     // writes the slots of the blocks, one layer after the other; those of the economy tier may fail
@@ -419,13 +435,21 @@ private:
 
     bool guarded(uint32_t i_layer, int i_pool, bool is_v) const;
 
+    // do K and V of a head, as a slot holds them, fit f16?
+    bool fits(uint32_t i_layer, int i_pool, const uint8_t * slot, uint32_t i_head) const;
+
     // false: the guard refuses the block, now or before
     bool accept(block & b, uint32_t i_layer, const block_errors & errors) const;
 
     uint32_t compress_run(const std::vector<uint32_t> & idxs);
     void     place(pool & pool, uint32_t i_slot, const std::vector<uint32_t> & idxs);
 
-    bool is_next(const span & sp, llama_pos pos) const;
+    bool is_next (const span & sp, llama_pos pos) const;
+    bool is_image(llama_seq_id seq_id, const span & sp) const;
+
+    // of the hot cells: LLAMA_TOKEN_NULL for a vision token
+    void set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok);
+
     void close_spans(const llama_batch_ext & batch);
     uint32_t compress_closed();
     uint32_t compress_rest();
@@ -490,7 +514,7 @@ private:
     void op_encode_blocks (const std::vector<block *> & blocks, op_graph & g) const;
     bool op_encode_build  (ggml_backend_t backend, uint32_t i_layer, llama_capsule_kv::reader & reader, op_graph & g) const;
     bool op_encode_compute(ggml_backend_t backend, ggml_backend_buffer_type_t buft, op_graph & g) const;
-    void op_encode_finish (uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums) const;
+    void op_encode_finish (uint32_t i_layer, const op_batch & batch, const std::array<ggml_tensor *, 2> & sums, llama_capsule_kv::reader & reader) const;
 
     ggml_tensor * op_encode_angles(uint32_t i_layer, int i_pool, llama_capsule_kv::reader & reader, op_graph & g) const;
 
@@ -549,3 +573,6 @@ void llama_capsule_decode_end  (llama_context & lctx, const llama_batch_ext & ba
 bool llama_capsule_make_room   (llama_context & lctx, const llama_batch_ext & batch);
 
 uint32_t llama_capsule_graph_nodes(const llama_context & lctx);
+
+// after the first graphs were built
+void llama_capsule_check_layers(const llama_context & lctx);

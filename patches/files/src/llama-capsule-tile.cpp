@@ -180,6 +180,20 @@ void llama_capsule_tile::decode(const uint8_t * slot, uint32_t i_head, float * o
     }
 }
 
+bool llama_capsule_finite(const float * x, size_t n) {
+    return std::all_of(x, x + n, [](float v) { return fabsf(v) <= 65504.0f; });
+}
+
+bool llama_capsule_tile::fits(const uint8_t * slot, uint32_t i_head) const {
+    static thread_local llama_capsule_buf<float> x;
+
+    const size_t n = codec.data.block_size*ld();
+
+    decode(slot, i_head, x.resize(n));
+
+    return llama_capsule_finite(x.data(), n);
+}
+
 void llama_capsule_tile::decode_pca(const uint8_t * slot, uint32_t i_head, float * out) const {
     static thread_local llama_capsule_buf<float> rows;
 

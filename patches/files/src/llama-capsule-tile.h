@@ -15,6 +15,9 @@ struct llama_capsule_errors {
     float energy; // of nothing
 };
 
+// is each of n numbers finite, and does it fit f16?
+bool llama_capsule_finite(const float * x, size_t n);
+
 class llama_capsule_tile {
 public:
     llama_capsule_tile(const llama_capsule_codec & codec, bool is_v);
@@ -28,6 +31,9 @@ public:
 
     // the inverse, into a slot of zeros
     void encode(const float * x, uint32_t i_head, uint8_t * slot) const;
+
+    // is all that decode() gives finite, and does it fit f16?
+    bool fits(const uint8_t * slot, uint32_t i_head) const;
 
     // how well the slot holds the first n tokens of x; d() must fit q4_0
     void errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const;

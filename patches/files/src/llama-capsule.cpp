@@ -8,6 +8,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -17,7 +18,7 @@ struct llama_capsule {
     llama_capsule_data_ptr data;
 };
 
-// what the next context of this thread gets
+// what the context that is being created gets
 struct capsule_request {
     llama_capsule_data_ptr data;
 
@@ -83,7 +84,7 @@ static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams &
     const uint32_t n_ctx   = cparams.n_ctx_seq;
     const uint32_t n_image = req.data->image_tokens > 0 ? req.data->image_tokens : 4096;
 
-    uint32_t n_hot = req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4);
+    uint32_t n_hot = std::min(n_ctx, req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4));
 
     // the cache of the layers with a sliding window is never larger than the other, see llama_kv_cache_iswa
     if (hparams.is_swa_any()) {
@@ -126,8 +127,21 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
     auto req = from_env ? capsule_request_from_env(model) : std::move(capsule_next);
     capsule_next.reset();
 
+    // a draft that reads the cells of another context
+    if (cparams.ctx_other && capsule_get_store(*cparams.ctx_other)) {
+        LLAMA_LOG_WARN("%s: this context shares the cells of one with a capsule: it does not see compressed images, so fewer drafts are accepted\n", __func__);
+    }
+
     if (!req) {
         return model.create_memory(params, cparams);
+    }
+
+    if (!from_env) {
+        try {
+            llama_capsule_check_model(*req->data, model);
+        } catch (const llama_capsule_mismatch & err) {
+            llama_capsule_refuse(err.what());
+        }
     }
 
     // note: not cparams itself, the choice of the RoPE factors depends on it
@@ -213,9 +227,29 @@ uint32_t llama_capsule_graph_nodes(const llama_context & lctx) {
     return store ? store->graph_nodes() : 0;
 }
 
+void llama_capsule_check_layers(const llama_context & lctx) {
+    if (const auto * store = capsule_get_store(lctx)) {
+        store->check_layers();
+    }
+}
+
 //
 // C API
 //
+
+// calls fn, exceptions become last_error and -1
+template<typename F>
+static int32_t capsule_call(F fn) {
+    capsule_error.clear();
+
+    try {
+        return fn();
+    } catch (const std::exception & err) {
+        capsule_set_error(err.what());
+    }
+
+    return -1;
+}
 
 struct llama_capsule * llama_capsule_load_from_file(const struct llama_model * model, const char * path) {
     capsule_error.clear();
@@ -244,13 +278,37 @@ struct llama_capsule_context_params llama_capsule_context_default_params(void) {
     };
 }
 
-void llama_capsule_set_next_context(struct llama_capsule_context_params params) {
-    capsule_next.reset();
+struct llama_context * llama_capsule_init_from_model(
+                 struct llama_model * model,
+        struct llama_context_params   params,
+        struct llama_capsule_context_params capsule_params) {
     capsule_error.clear();
 
-    if (params.size == sizeof(params) && params.capsule) {
-        capsule_next = { params.capsule->data, params.n_hot, params.ratio, params.auto_compress, params.guard };
+    if (capsule_params.size != sizeof(capsule_params)) {
+        capsule_set_error(format("llama_capsule_context_params has %zu bytes here and %zu in the program: it was built for another version", sizeof(capsule_params), capsule_params.size));
+        return nullptr;
     }
+    if (!std::isfinite(capsule_params.ratio)) {
+        capsule_set_error("the ratio is not a finite number");
+        return nullptr;
+    }
+
+    llama_context * res = nullptr;
+    try {
+        if (capsule_params.capsule) {
+            capsule_next = { capsule_params.capsule->data, capsule_params.n_hot, capsule_params.ratio, capsule_params.auto_compress, capsule_params.guard };
+        }
+        res = llama_init_from_model(model, params);
+    } catch (const std::exception & err) {
+        capsule_set_error(err.what());
+    }
+    capsule_next.reset();
+
+    if (!res && capsule_error.empty()) {
+        capsule_set_error("the context can not be created, the log says why");
+    }
+
+    return res;
 }
 
 bool llama_capsule_is_attached(const struct llama_context * ctx) {
@@ -270,7 +328,7 @@ int32_t llama_capsule_compress(struct llama_context * ctx, llama_seq_id seq_id, 
         return -1;
     }
 
-    return store->compress(seq_id, p0, p1);
+    return capsule_call([&]() { return (int32_t) store->compress(seq_id, p0, p1); });
 }
 
 int32_t llama_capsule_get_stats(const struct llama_context * ctx, struct llama_capsule_stats * stats) {
@@ -287,7 +345,7 @@ int32_t llama_capsule_get_stats(const struct llama_context * ctx, struct llama_c
     return 0;
 }
 
-int32_t llama_capsule_read_kv(
+static int32_t capsule_read_kv(
         struct llama_context * ctx,
                 llama_seq_id   seq_id,
                    llama_pos   p0,
@@ -296,8 +354,6 @@ int32_t llama_capsule_read_kv(
                      float   * k,
                      float   * v,
                     uint32_t   n_max) {
-    capsule_error.clear();
-
     const auto & hparams = ctx->get_model().hparams;
 
     std::string reason;
@@ -383,6 +439,18 @@ int32_t llama_capsule_read_kv(
     return n;
 }
 
+int32_t llama_capsule_read_kv(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                   llama_pos   p0,
+                   llama_pos   p1,
+                     int32_t   il,
+                     float   * k,
+                     float   * v,
+                    uint32_t   n_max) {
+    return capsule_call([&]() { return capsule_read_kv(ctx, seq_id, p0, p1, il, k, v, n_max); });
+}
+
 int32_t llama_capsule_layer_shape(const struct llama_model * model, int32_t il, int32_t * shape) {
     const auto & hparams = model->hparams;
 
@@ -400,14 +468,16 @@ int32_t llama_capsule_layer_shape(const struct llama_model * model, int32_t il, 
 }
 
 int32_t llama_capsule_fingerprint(const struct llama_model * model, char * buf, size_t buf_size) {
-    const std::string res = llama_capsule_model_fingerprint(*model);
+    return capsule_call([&]() {
+        const std::string res = llama_capsule_model_fingerprint(*model);
 
-    if (buf_size < res.size() + 1) {
-        return -1;
-    }
+        if (buf_size < res.size() + 1) {
+            throw std::runtime_error("a fingerprint has 64 digits and a 0 behind them");
+        }
 
-    memcpy(buf, res.c_str(), res.size() + 1);
-    return 0;
+        memcpy(buf, res.c_str(), res.size() + 1);
+        return 0;
+    });
 }
 
 const char * llama_capsule_last_error(void) {

@@ -405,5 +405,5 @@ CAPSULE_FN float capsule_combine(CAPSULE_ARGS, CAPSULE_GLOBAL const char * parts
         l += f*x[a.d_v + 1];
         o += f*x[c];
     }
-    return l > 0.0f ? o/l : 0.0f;
+    return l == 0.0f ? 0.0f : o/l; // NaN stays NaN
 }
