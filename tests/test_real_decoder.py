@@ -91,8 +91,7 @@ def last_logits(vlm, ids: list[int]) -> np.ndarray:
 
 def test_questions_side_by_side_are_questions_alone(torch_model):
     """Behind one picture, a question sees the picture and nothing of the other questions."""
-    text = batches.Text(lambda t: [ord(c) % 4000 for c in t])
-    rng = np.random.default_rng(0)
+    text = batches.Text(lambda t: [ord(c) for c in t[:20]])
     tokens = torch.randn(batches.TOKENS, 384, generator=torch.Generator().manual_seed(0))
     p = {"mm0": torch.randn(64, 384) * 0.05, "mm0b": torch.zeros(64), "mm2": torch.randn(576, 64) * 0.1, "mm2b": torch.zeros(576)}
     rows = batches.Rows([tokens], text, [])
@@ -100,7 +99,7 @@ def test_questions_side_by_side_are_questions_alone(torch_model):
 
     @torch.no_grad()
     def logits(asked):
-        batch = rows.build(rng, [([0], asked)], [256])
+        batch = rows.build(np.random.default_rng(0), [([0], asked)], [16])
         x = torch_model.embed(batch.ids.clamp(min=0)).masked_scatter((batch.ids == -1)[..., None], projector.project(batch.images, p))
         hidden = torch_model.hidden(x, batch.pos, batch.bias, torch_model.prefix(text.before))
         return torch_model.logits(hidden[batch.labels >= 0]).numpy()
