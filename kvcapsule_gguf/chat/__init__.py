@@ -6,5 +6,5 @@ engine    model, projector, capsule and context       session   a conversation: 
 contents  what the cache holds                        stats     what the cache holds, in tokens and bytes
 prompt    a prompt as chunks of text and pictures     template  the model's chat template
 sampling  the chain of llama_sampler                  saved     /save and /load
-repl      the interactive part
+repl      the interactive part                        progress  lines about pictures and answers at a terminal
 """

@@ -34,7 +34,7 @@ _strlen = (ctypes.CDLL("msvcrt") if os.name == "nt" else ctypes.CDLL(None)).strl
 _callbacks: dict[type, Any] = {}  # they must outlive the library's use of them
 _nodes = 0
 
-_WAKE = getattr(signal, "SIGURG", signal.SIGINT)  # programs that do not know this signal ignore it
+_WAKE = getattr(signal, "SIGURG", signal.SIGINT)  # programs that do not know this signal ignore it; Windows has none to spare
 _current: Interrupts | None = None
 
 
@@ -89,6 +89,8 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Called by Python in the main thread, between two instructions; the thread may not have counted the signal yet."""
         self._unanswered |= number == signal.SIGINT
+        if number != _WAKE:
+            return  # input() looks at signals again after an exception, and none may be left then: so only the last one raises
         while frame is not None and frame.f_code is not Interrupts._unraisable.__code__:
             frame = frame.f_back
         if frame is None:  # it would be lost for good in there
