@@ -180,8 +180,8 @@ class Process:
                 arrays |= {f"{i}/{k}": a for k, a in found.items()}
                 if error is not None:
                     raise Failed(f"step {i} ({step['op']}): {error}; log: {' | '.join(meta['steps'][-1]['log'][-4:])}")
-        except Failed as e:
-            meta["error"] = str(e)
+        except (Failed, MemoryError) as e:
+            meta["error"] = str(e) or "MemoryError"
             meta["log"] += self.log.take()
         finally:
             if context is not None:
