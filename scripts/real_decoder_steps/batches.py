@@ -15,6 +15,7 @@ from .questions import Question
 
 TOKENS = 256  # of a picture
 NOTHING = -1e4
+EASY = ("how many", "which of two", "yes or no")  # these teach little about what is where: asked less often
 
 
 class Text:
@@ -69,7 +70,8 @@ class Rows:
         for _ in range(n_rows):
             n = int(rng.choice([1, 2, 3, 4], p=[0.7, 0.18, 0.07, 0.05]))
             which = [int(i) for i in rng.integers(0, len(self.features), n)]
-            rows.append((which, self.ask(which, rng)[:n_questions]))
+            asked = self.ask(which, rng)
+            rows.append((which, ([q for q in asked if q.task not in EASY or rng.random() < 0.4] or asked)[:n_questions]))
         sizes = [32 if len(which) < 3 else 16 for which, _ in rows]
         return self.build(rng, rows, sizes)
 
