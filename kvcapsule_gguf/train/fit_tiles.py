@@ -14,7 +14,7 @@ from .source import KVSample, TrainError
 from .tables import fit_tables
 
 TYPES = (0, 1, 2, 3, 4, 6, 8, F16)
-SMALLER = (10, 8, 7, 6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # of the tiers
+SMALLER = (10, 8, 6.5, 6, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # of the tiers
 BY_QUALITY = 2  # the first tier that a quality may take; smaller ones are for those who ask for a ratio
 
 
