@@ -284,3 +284,13 @@ def test_packages_of_the_server_are_for_tests_and_may_be_missing(tmp_path: Path,
     broken.clear()
     assert installed(stock=True) == ["server"]
     assert installed(stock=True) == installed() == []
+
+
+def test_nothing_is_kept_that_no_user_needs() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is not a clone")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for path in (ROOT / name for name in names if name and (ROOT / name).is_file()):
+        with path.open("rb") as file:
+            assert file.read(4) != b"\x7fELF", f"{path} is a program, or the memory of one"
+        assert path.stat().st_size < 16 * 2**20, f"{path} is large"
