@@ -17,7 +17,7 @@ STACKS = 1000  # ways to go on that are kept for every position
 
 GBNF = re.compile(
     r"""\s+ | \#[^\n\r]* | (?P<rule>[\w-]+)\s*::= | (?P<char>"(?:\\.|[^"\\])*" | \[(?:\\.|[^\]\\])*\] | !?<[^>]*> | \.) | (?P<name>[\w-]+)
-      | (?P<mark>[()|]) | (?P<times>[*+?] | \{\s*\d+\s*(?:,\s*\d*\s*)?\})""",
+      | (?P<mark>[()|]) | (?P<times>[*+?] | \{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})""",
     re.VERBOSE | re.DOTALL,
 )
 REGEX = re.compile(r"(?P<char>\\. | \[(?:\\.|[^\]\\])*\]) | (?P<times>[*+?] | \{\d*(?:,\d*)?\}) | (?P<mark>\((?:\?[:=!])? | [)|]) | (?P<rule>(?!)) | (?P<name>(?!)) | (?P<other>.)", re.VERBOSE | re.DOTALL)
@@ -44,7 +44,7 @@ def check_schema(schema: Any) -> None:
         if depth > DEPTH:
             raise RequestError(400, f"the JSON schema is nested more than {DEPTH} deep")
         if isinstance(value, dict):
-            repeated += sum(n for key in ("minLength", "maxLength", "minItems", "maxItems") if isinstance(n := value.get(key), int))
+            repeated += sum(int(max(0, n)) for key in ("minLength", "maxLength", "minItems", "maxItems") if isinstance(n := value.get(key), (int, float)))
             if isinstance(pattern := value.get("pattern"), str):
                 if len(pattern) > PATTERN:
                     raise RequestError(400, f"a pattern of the JSON schema has {len(pattern)} characters, at most {PATTERN} are taken")
