@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -380,6 +381,21 @@ def test_what_the_pictures_of_a_request_may_be_together(front: Running) -> None:
     assert FakeHandler.seen == [] and front.send(CHAT, ask(*[url(picture())] * 16))[0] == 200
 
 
+def test_what_is_fetched_for_a_request_counts_as_its_body_does(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(url: str, most: int, hold: Callable[[int], None]) -> bytes:
+        data = picture() + bytes(most - 1000)
+        hold(len(data))
+        return data
+
+    monkeypatch.setattr(gateway, "fetch", fetch)
+    front.gateway._front.limits = replace(LIMITS, remote_images=True)
+    site = "http://example.com/x.png"
+    assert front.send(CHAT, ask(*[site] * 3))[0] == 200
+    FakeHandler.seen.clear()
+    assert "fetched" in message(front.send(CHAT, ask(*[site] * 5)), 413)
+    assert FakeHandler.seen == [] and front.gateway._front._held == 0
+
+
 def pixels_seen() -> list[Image.Image]:
     parts = json.loads(FakeHandler.seen[-1][2])["messages"][0]["content"]
     found = []
@@ -649,7 +665,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     env = {"LLAMA_ARG_MODEL": "e.gguf", "LLAMA_API_KEY": "secret", "LLAMA_ARG_HOT": "7", "LLAMA_KVCAPSULE": "c.gguf", "LLAMA_ARG_PORT": "9"}
     options = args.parse([], env)
     assert (options.model, options.api_keys, options.n_hot, options.capsule, options.port) == (Path("e.gguf"), ["secret"], 7, "c.gguf", 9)
-    for bad in ([], ["m.gguf", "--api-key", ""], ["m.gguf", "--api-key", ", "], ["m.gguf", "--api-prefix", "/x"], ["m.gguf", "--media-path=/"], ["m.gguf", "-m", "n.gguf"], ["m.gguf", "-hf", "u/r"], ["m.gguf", "--port", "x"], ["m.gguf", "--max-body-mib", "0"], ["m.gguf", "--api-key-file", "/no"]):
+    for bad in ([], ["m.gguf", "--api-key", ""], ["m.gguf", "--api-key", ", "], ["m.gguf", "--api-prefix", "/x"], ["m.gguf", "--media-path=/"], ["m.gguf", "-m", "n.gguf"], ["m.gguf", "-hf", "u/r"], ["m.gguf", "--port", "x"], ["m.gguf", "--port", "65536"], ["m.gguf", "--max-megapixels", "inf"], ["m.gguf", "--drain", "nan"], ["m.gguf", "--max-body-mib", "0"], ["m.gguf", "--api-key-file", "/no"]):
         with pytest.raises(SystemExit) as end:
             args.parse(bad, {})
         assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

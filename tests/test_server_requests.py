@@ -184,6 +184,7 @@ def test_llama_cpps_own_grammars_pass() -> None:
         'root ::= "' + "a" * 300_000 + '"',
         "root ::= " + "[" * 200_000,
         'root ::= "a" {',
+        'root ::= "a"{1,' + " " * 200_000,
     ],
 )
 def test_grammars_that_end_llama_server_are_refused(grammar: str) -> None:
@@ -198,7 +199,8 @@ def deep(levels: int) -> Any:
 def test_schemas() -> None:
     for good in ({"type": "object", "properties": {"d": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}(T[0-9:]+(\.\d+)?Z?)?$", "maxLength": 2000}}}, deep(20), {"enum": ["("] * 999}):
         check_schema(good)
-    for bad in (deep(100), {"pattern": "^(((((((a?){9}){9}){9}){9}){9}){9})$"}, {"pattern": "(" * 999}, {"pattern": "[" * 200_000}, {"enum": ["x" * 300_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 99}):
+    for bad in (deep(100), {"pattern": "^(((((((a?){9}){9}){9}){9}){9}){9})$"}, {"pattern": "(" * 999}, {"pattern": "[" * 200_000}, {"enum": ["x" * 300_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 99},
+                {"type": "string", "maxLength": 1e9}, {"anyOf": [{"maxLength": 10**9}, {"minLength": -(10**9)}]}):  # fmt: skip
         with pytest.raises(RequestError):
             check_schema(bad)
 
@@ -248,8 +250,9 @@ class Site(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         type(self).asked.append((self.headers["Host"], self.path))
-        self.send_response(302 if self.path.startswith("/to?") else 200)
-        self.send_header("Location", self.path[4:])
+        self.send_response(302 if self.path.startswith("/to?") else 304 if self.path == "/nowhere" else 200)
+        if self.path != "/nowhere":
+            self.send_header("Location", self.path[4:])
         self.end_headers()
         self.wfile.write(b"x" * (2000 if self.path == "/large" else 10))
 
@@ -271,13 +274,14 @@ def test_nothing_inside_is_asked(site: int) -> None:
     """127.0.0.1 in many spellings; all of them arrive at the look-up of names."""
     for host in ("127.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1", "[::ffff:127.0.0.1]", "u:p@127.0.0.1"):
         with pytest.raises(RequestError, match="public|fetched"):
-            asyncio.run(remote.fetch(f"http://{host}:{site}/x.png", 1000))
+            asyncio.run(remote.fetch(f"http://{host}:{site}/x.png", 1000, lambda size: None))
     assert Site.asked == []
 
 
 def test_what_is_public_is_asked_by_the_address_that_was_checked(site: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are looked up once for each request, and each redirect is checked as the first one was."""
     looked_up: list[str] = []
+    held: list[int] = []
 
     async def look_up(self: Any, host: str, port: int, **_: Any) -> Any:
         looked_up.append(host)
@@ -285,10 +289,10 @@ def test_what_is_public_is_asked_by_the_address_that_was_checked(site: int, monk
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
     monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
-    get = lambda path, most=1000: asyncio.run(remote.fetch(f"http://good.example:{site}{path}", most))  # noqa: E731
-    assert get("/x") == b"x" * 10 and Site.asked == [(f"good.example:{site}", "/x")]
+    get = lambda path, most=1000: asyncio.run(remote.fetch(f"http://good.example:{site}{path}", most, held.append))  # noqa: E731
+    assert get("/x") == b"x" * 10 and Site.asked == [(f"good.example:{site}", "/x")] and sum(held) == 10
     assert get("/to?/y") == b"x" * 10
-    for path, words in ((f"/to?http://inside.example:{site}/", "public"), ("/to?file:///etc/passwd", "http"), ("/to?/to?/to?/to?/to?/x", "redirects")):
+    for path, words in ((f"/to?http://inside.example:{site}/", "public"), ("/to?file:///etc/passwd", "http"), ("/to?/to?/to?/to?/to?/x", "redirects"), ("/nowhere", "304")):
         with pytest.raises(RequestError, match=words):
             get(path)
     with pytest.raises(RequestError, match="MiB"):

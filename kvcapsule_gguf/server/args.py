@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..chat.args import Parser
+from ..runtime.program import Parser
 
 DEFAULT_CTX = 16384
 NOT_HERE = ("--api-prefix", "--media-path", "--ui-mcp-proxy", "--webui-mcp-proxy")  # of llama-server: other paths, other ways to files and servers
@@ -90,7 +91,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.hf_repo = get("LLAMA_ARG_HF_REPO") if options.model is None else None
     if (options.model is None) == (options.hf_repo is None):
         parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
-    if options.parallel < 1 or min(options.n_hot, options.ratio, options.port, options.drain_s) < 0 or min(options.max_body_mib, options.max_image_mib, options.max_megapixels, options.max_images) <= 0:
+    numbers = (options.n_hot, options.ratio, options.drain_s, options.max_megapixels)
+    limits = (options.parallel, options.max_body_mib, options.max_image_mib, options.max_megapixels, options.max_images)
+    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or min(limits) <= 0 or not 0 <= options.port <= 65535:
         parser.error("a limit or size is out of range")
     if any(flag.partition("=")[0] in NOT_HERE for flag in rest):
         parser.error(f"{' and '.join(NOT_HERE)} are not for this server")

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(options)
-    except KVCapsuleError as error:
+    except (KVCapsuleError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")
         return 1
 

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import uvicorn
 
+from ..runtime.pictures import is_remote
 from . import body as json_body
 from .caps import check_caps
 from .connection import IDLE_S, Connection
@@ -25,7 +27,7 @@ from .endpoints import finder
 from .errors import RequestError, repaired
 from .launch import Upstream
 from .media import Limits, prepare
-from .remote import fetch, is_remote
+from .remote import fetch
 
 BODY_S = 120.0  # a whole body
 PIECE_S = 20.0  # from one part of it to the next
@@ -69,10 +71,11 @@ class Room:
 
 @dataclass
 class Taken:
-    """What a request holds until its answer begins: files of pictures, and room for their pixels."""
+    """What a request holds until its answer begins: files of pictures, and room for their pixels. held: bytes of its body and of what was fetched for it."""
 
     files: list[Path] = field(default_factory=list)
     room: int = 0
+    held: int = 0
 
 
 class Left(Exception):
@@ -113,7 +116,7 @@ class Front:
     def __init__(self, upstream: Upstream, limits: Limits, api_keys: list[str], host: str) -> None:
         self.upstream, self.limits, self.api_keys, self.host = upstream, limits, api_keys, host
         self.cut = False  # the end did not wait for an answer
-        self._held = 0  # bytes of bodies
+        self._held = 0  # bytes of all bodies, and of what was fetched for them
         self._room = Room()
         self._reads, self._checks = asyncio.Semaphore(READS), asyncio.Semaphore(CHECKS)
         self._llama = httpx2.AsyncClient(
@@ -152,22 +155,16 @@ class Front:
             find = finder(path)
             _check_kind(headers)
             self._check_length(headers)
-            size = 0
             try:
                 data = bytearray()
                 async for piece in _pieces(receive):
-                    size += len(piece)
-                    self._held += len(piece)
-                    if size > self.limits.body_bytes:
-                        raise RequestError(413, f"the request has more than {self.limits.body_bytes >> 20} MiB")
-                    if self._held > 4 * self.limits.body_bytes:
-                        raise RequestError(503, "too many large requests at once")
+                    self._hold(taken, len(piece))
                     data += piece
                 parcel = [bytes(data)]
                 del data
                 parcel = [await self._checked(parcel, find, taken)]
             finally:
-                self._held -= size
+                self._held -= taken.held
         await self._unless_left(receive, self._forward(scope, headers, parcel, taken, allowed, send))
 
     # --- the request ---
@@ -194,6 +191,15 @@ class Front:
         if length > self.limits.body_bytes:
             raise RequestError(413, f"the request has {length / 2**20:.1f} MiB, at most {self.limits.body_bytes >> 20} are taken")
 
+    def _hold(self, taken: Taken, size: int) -> None:
+        """Raises RequestError."""
+        taken.held += size
+        self._held += size
+        if taken.held > self.limits.body_bytes:
+            raise RequestError(413, f"the request, with what is fetched for it, has more than {self.limits.body_bytes >> 20} MiB")
+        if self._held > 4 * self.limits.body_bytes:
+            raise RequestError(503, "too many large requests at once")
+
     async def _checked(self, parcel: list[bytes], find: Any, taken: Taken) -> bytes:
         """The body as llama-server gets it."""
         async with self._reads:
@@ -205,7 +211,7 @@ class Front:
         for medium in media:
             if is_remote(medium.text) and not self.limits.remote_images:
                 raise RequestError(400, "pictures from other servers are not fetched here: send them as data: URLs (the server's --remote-images allows them)")
-            files.append(await fetch(medium.text, self.limits.pictures.file_bytes) if is_remote(medium.text) else None)
+            files.append(await fetch(medium.text, self.limits.pictures.file_bytes, partial(self._hold, taken)) if is_remote(medium.text) else None)
         async with self._checks:
             body, needs = await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, taken.files)
             taken.room = await self._room.take(needs + text)  # those behind wait here as well, with their pictures still small

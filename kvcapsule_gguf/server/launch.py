@@ -30,6 +30,7 @@ from .args import DEFAULT_CTX, Options
 STOP_S = 10.0
 KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH", "LLAMA_KVCAPSULE_SIMD")  # no flag says these
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
+_libc = ctypes.CDLL(None) if os.name != "nt" else None
 
 
 def find_binary() -> Path:
@@ -203,5 +204,5 @@ class Upstream:
 
 
 def _end_with_parent() -> None:
-    """Even a front that was killed leaves no server behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Even a front that was killed leaves no server behind. It runs between fork and exec, where a lock of another thread may never become free: so it only calls."""
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from collections.abc import Callable
 
 import httpx2
 
@@ -16,19 +17,15 @@ TIMEOUT_S = 15
 TUNNELS = [ipaddress.ip_network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")]
 
 
-def is_remote(text: str) -> bool:
-    return text[:8].lower().startswith(("http://", "https://"))
-
-
-async def fetch(url: str, most: int) -> bytes:
-    """At most `most` bytes. Raises RequestError."""
+async def fetch(url: str, most: int, hold: Callable[[int], None]) -> bytes:
+    """At most `most` bytes. hold: is told of each piece by its size, and may raise RequestError. Raises RequestError."""
     try:
-        return await asyncio.wait_for(_fetch(url, most), TIMEOUT_S)
+        return await asyncio.wait_for(_fetch(url, most, hold), TIMEOUT_S)
     except (asyncio.TimeoutError, OSError, httpx2.HTTPError, httpx2.InvalidURL, UnicodeError, ValueError) as error:
         raise RequestError(400, f"the picture at {url[:80]} cannot be fetched ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
-async def _fetch(url: str, most: int) -> bytes:
+async def _fetch(url: str, most: int, hold: Callable[[int], None]) -> bytes:
     async with httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
         target = httpx2.URL(url)
         for _ in range(REDIRECTS + 1):
@@ -39,13 +36,14 @@ async def _fetch(url: str, most: int) -> bytes:
             )
             reply = await client.send(request, stream=True)
             try:
-                if reply.is_redirect:
+                if reply.has_redirect_location:
                     target = target.join(reply.headers["Location"])
                     continue
                 if reply.status_code != 200:
                     raise ValueError(f"HTTP {reply.status_code}")
                 data = bytearray()
                 async for piece in reply.aiter_raw():
+                    hold(len(piece))
                     data += piece
                     if len(data) > most:
                         raise RequestError(413, f"the picture at {url[:80]} has more than {most >> 20} MiB")
