@@ -17,7 +17,7 @@ from PIL import Image
 from kvcapsule_gguf.eval.intervals import bootstrap, wilson
 from kvcapsule_gguf.eval.run import score
 from kvcapsule_gguf.eval.settings import dropped, rivals
-from kvcapsule_gguf.eval.suites import SUITES, OwnPictures, mixed_sizes, scenes, strange
+from kvcapsule_gguf.eval.suites import DRAWN, OwnPictures, mixed_sizes, scenes, strange
 from kvcapsule_gguf.runtime import timing
 
 
@@ -335,8 +335,8 @@ def test_the_strange_suite_asks_the_same_of_other_pictures():
 
 
 def test_mixed_sizes():
-    """Every suite asks the same about the same pictures at many sizes: shrunk to a few pixels, a picture is like its own plain one and unlike the others."""
-    for name, suite in SUITES.items():
+    """Every drawn suite asks the same about the same pictures at many sizes: shrunk to a few pixels, a picture is like its own plain one and unlike the others."""
+    for name, suite in DRAWN.items():
         plain, mixed = list(suite(48, 4)), list(suite(48, 4, mixed_sizes(name)))
         assert [s.questions for s in plain] == [s.questions for s in mixed]
         one_size, many = ([p for s in samples for p in s.pictures] for samples in (plain, mixed))
