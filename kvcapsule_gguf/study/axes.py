@@ -19,12 +19,14 @@ from ..train.coded import Basis, Coded, fit_basis, groups_of, quality_scores, ri
 from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
 from ..train.tables import Tables, fit_tables
-from .decoder import Cache, Decoder
+from . import stock
+from .decoder import Cache, Cells, Decoder
 from .divergence import Answers, paired, picture_only
 from .measure import Measure, rotated
 from .pictures import Asked
 
 BUILTIN = (6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
+QUALITIES = (0.5, 0.7, 1.0, 2.0)
 
 Pick = Callable[[Coded], np.ndarray]
 
@@ -45,6 +47,13 @@ class Suite:
 
     def divergence(self, way: Callable) -> np.ndarray:
         return self.answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, self.samples[n].keys[i], self.samples[n].values[i])))[0]
+
+    def stock(self, cells: Cells) -> np.ndarray:
+        self.answers.decoder.cells = cells
+        try:
+            return self.answers.divergence(lambda n, cache: cache)[0]
+        finally:
+            self.answers.decoder.cells = None
 
 
 def wild(n: int, cache: Cache, tokens: int = 3, times: float = 4.0) -> Cache:
@@ -102,16 +111,14 @@ class Bench:
                 cells.append(" | ".join(f"{e:.2f}" for e in suite.measure(way)))
         return f"| {label} | {' | '.join(cells)} |"
 
-    def stock(self, name: str) -> str:
-        """A rival on the vision cells alone."""
-        cells = []
+    def stock(self, keys: str, values: str, everywhere: bool) -> str:
+        """llama.cpp's own types, of all cells or of the picture's."""
+        cells, smaller = [], 32 / (stock.BITS[keys] + stock.BITS[values])
         for n, suite in enumerate(self.suites.values()):
-            ratio, low, high = paired(suite.divergence(rotated(name)), suite.rival)
-            bits = {"q8_0": 8.5, "q4_0": 4.5}[name]
-            cells.append(f"{16 / bits:.2f}x | {ratio:.3f} ({low:.3f} to {high:.3f})")
-            if n == 0:
-                cells.append(" | ".join(f"{e:.3f}" for e in suite.measure(rotated(name))))
-        return f"| rotated {name} on the vision cells | {' | '.join(cells)} |"
+            ratio, low, high = paired(suite.stock(stock.cells(keys, values, everywhere)), suite.rival)
+            cells.append(f"{smaller:.2f}x | {ratio:.3f} ({low:.3f} to {high:.3f}){' | | |' if n == 0 else ''}")
+        name = keys if keys == values else f"{keys} K + {values} V"
+        return f"| llama.cpp's {name}, {'all' if everywhere else 'vision'} cells | {' | '.join(cells)} |"
 
 
 def smallest(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarray], limit: float) -> Pick:
@@ -156,8 +163,11 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             yield bench.row(label, tests, [tables])
 
     if axis == "stock":
-        for name in ("q4_0", "q8_0"):
-            yield bench.stock(name)
+        for keys, values in (("q4_0", "q4_0"), ("iq4_nl", "iq4_nl"), ("q8_0", "q4_0"), ("q8_0", "q8_0")):
+            for everywhere in (False, True):
+                yield bench.stock(keys, values, everywhere)
+    elif axis == "fixed":
+        yield from fixed("one table")
     elif axis == "weight":
         fitted, _ = bench.default()
         measure = Measure(model, bench.fit[:4])
@@ -205,20 +215,22 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for size in sizes:
             yield bench.row("one table", tests, fit_tables(fitted, [16 / size], types=TYPES))
             for name, way in ways.items():
-                limit = matched(tables, way, tests["like"], size)
+                limit = matched(tables, way, next(iter(tests.values())), size)
                 yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
     elif axis == "quality":
         fitted, tests = bench.default()
         tables = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)
-        for q, part in ((0.5, tables[BY_QUALITY:]), (0.7, tables[BY_QUALITY:]), (1.0, tables[BY_QUALITY:]), (2.0, tables[BY_QUALITY:]), (1.0, tables), (1.0, tables[::-2][::-1])):
-            first = 16 / table_bits(part[0], fitted.groups)
-            yield bench.row(f"quality {q}, {len(part)} tiers from {first:.1f}x", tests, part, smallest(part, lambda c, t: quality_scores(c, t, fitted.energy), q))
+        for q in QUALITIES:
+            part = tables[BY_QUALITY:]
+            yield bench.row(f"quality {q}", tests, part, smallest(part, lambda c, t: quality_scores(c, t, fitted.energy), q))
     elif axis == "builtin-quality":
         zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
         tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
         tables = [builtin(model, x) for x in BUILTIN]
-        for q, part in ((0.5, tables), (0.7, tables), (1.0, tables), (2.0, tables)):
-            yield bench.row(f"built in, quality {q}, {len(part)} tiers", tests, part, smallest(part, lambda c, t: quality_scores(c, t, c.energy), q))
+        for q in QUALITIES:
+            yield bench.row(f"built in, quality {q}", tests, tables, smallest(tables, lambda c, t: quality_scores(c, t, c.energy), q))
+        for size in (4, 4.25):
+            yield bench.row("built in, one table", tests, [builtin(model, size)])
     else:
         raise ValueError(f"unknown axis {axis}")
 

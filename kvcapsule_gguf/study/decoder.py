@@ -20,6 +20,8 @@ from ..train.source import KVSample
 
 # number of the layer, K [n, H, d] without RoPE, V [n, H, d] -> K and V as they are read
 Store = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# K with RoPE [T, H, d], V [T, H, d] of all cells, which of them are the picture's -> K and V as they are read
+Cells = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Decoder:
         self.embed = self.w["token_embd.weight"]
         self.output = self.w.get("output.weight", self.embed)
         self.grid = self.model.rope_type in ("mrope", "imrope")
+        self.cells: Cells | None = None  # the cache's type, for what follows a picture
 
     @torch.no_grad()
     def show(self, shown: Shown) -> Cache:
@@ -132,8 +135,10 @@ class Decoder:
             q = self._turn(q, pos, i)
             if queries is not None:
                 queries.append(q)
-            turned = self._turn(cache.keys[i], cache.positions, i)
-            parts = (y.transpose(0, 1)[None] for y in (q, turned, cache.values[i]))
+            turned, values = self._turn(cache.keys[i], cache.positions, i), cache.values[i]
+            if self.cells:
+                turned, values = self.cells(turned, values, cache.picture)
+            parts = (y.transpose(0, 1)[None] for y in (q, turned, values))
             o = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
             x = x + self._linear(o[0].transpose(0, 1).reshape(n, -1), f"blk.{i}.attn_output")
             h = self._norm(x, f"blk.{i}.ffn_norm.weight")

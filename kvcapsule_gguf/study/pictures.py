@@ -1,13 +1,16 @@
 """The pictures and questions of the study, encoded once by the model's own projector and kept in a cache folder.
 
 Three models: the two demo models (drawn scenes), and the real decoder (scripts/real_decoder: photographs and named things).
-Suites: `fit` is what tables and axes are fitted to; `like` are other pictures of the same kinds, `unlike` of other kinds.
+Suites: `fit` is what tables and axes are fitted to; the demo models have `like` (other pictures of the same kinds) and `unlike` (of other kinds);
+the real decoder has `composites`, the kind that is fitted to, and `photographs` and `pages`, which nothing is fitted to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +21,6 @@ from PIL import Image
 
 from ..train.collect import QUESTIONS
 from ..train.images import Drawn
-
-SUITES = ("fit", "like", "unlike")
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,21 @@ def demo_items(suite: str) -> Iterator[Item]:
 
 
 def real_items(folder: Path, suite: str) -> Iterator[Item]:
-    """folder: the suites that scripts/real_decoder puts together. Unlike are photographs and pages in turn, which nothing is fitted to."""
-    if suite == "unlike":
-        for pair in zip(_listed(folder / "photographs" / "test"), _listed(folder / "pages" / "test")):
-            yield from pair
-    else:
-        yield from _listed(folder / "composites" / ("calibration" if suite == "fit" else "test"))
-
-
-def _listed(folder: Path) -> Iterator[Item]:
+    """folder: the suites that scripts/real_decoder puts together."""
+    folder = folder / "composites" / "calibration" if suite == "fit" else folder / suite / "test"
+    """A picture that is there in several sizes comes once."""
+    seen = set()
     for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        name = re.sub(r"\d+x\d+", "", entry["name"])
+        if name in seen:
+            continue
+        seen.add(name)
         yield Image.open(folder / entry["pictures"][0]), [(prompt, answer) for _, prompt, answer in entry["questions"]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and where its pictures come from; side: pixels of every picture."""
+    """A model and where its pictures come from; side: pixels of every picture, 0 as it is."""
 
     name: str
     decoder: Path
@@ -95,7 +95,15 @@ class Study:
 
     def items(self, suite: str) -> Iterator[Item]:
         for image, questions in real_items(self.real, suite) if self.real else demo_items(suite):
-            yield image.convert("RGB").resize((self.side, self.side)), questions
+            image = image.convert("RGB")
+            yield image.resize((self.side, self.side)) if self.side else image, questions
+
+    def stamp(self) -> str:
+        """Another one for other files: a model in training is replaced in place."""
+        digest = hashlib.sha256()
+        for path in (self.decoder, self.mmproj):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:12]
 
 
 def studies(demo: Path, real: Path | None) -> dict[str, Study]:
@@ -106,7 +114,7 @@ def studies(demo: Path, real: Path | None) -> dict[str, Study]:
     }
     if real:
         name = "smollm2-135m-dinov2-small"
-        found["real"] = Study("real", real / f"{name}-f16.gguf", real / f"mmproj-{name}.gguf", 448, real / "suites")
+        found["real"] = Study("real", real / f"{name}-f16.gguf", real / f"mmproj-{name}.gguf", 0, real / "suites")
     return found
 
 
