@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import gguf
@@ -33,7 +34,7 @@ def good(capsule, tmp_path_factory):
 
 def test_a_file_comes_back(capsule, good, tmp_path):
     again = read_tile_capsule(good)
-    assert (again.base, again.rotated, again.name) == (capsule.base, capsule.rotated, capsule.name) and again.provenance == {"images": 3}
+    assert (again.base, again.rotated, again.name) == (capsule.base, capsule.rotated, capsule.name) and again.provenance == capsule.provenance
     for x, y in zip(capsule.layers, again.layers, strict=True):
         for f in fields(TileLayer):
             assert getattr(x, f.name) == pytest.approx(getattr(y, f.name)), f.name
@@ -115,5 +116,26 @@ def test_training_writes_format_2(tmp_path):
     out = tmp_path / "two.gguf"
     assert main([str(model_in(demo_folder())), "--format", "2", "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
     capsule = read_tile_capsule(out)
-    assert len(capsule.layers) == 8 and capsule.provenance == {"images": 4}
+    assert len(capsule.layers) == 8 and capsule.provenance["images"] == 4
     assert capsule.smaller == pytest.approx(SMALLER, rel=0.02)
+    ours, builtin = (capsule.provenance[name] for name in ("smaller", "builtin_smaller"))
+    assert 6.5 >= ours > 1.1 * builtin > 2
+
+
+def test_inspect_says_what_is_in_it(good, tmp_path, capsys):
+    from kvcapsule_gguf.inspect.cli import main
+
+    assert main([str(good), "--json", "--plot", str(tmp_path / "p.png")]) == 0
+    data, capsule = json.loads(capsys.readouterr().out), read_tile_capsule(good)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    for t, tier in enumerate(data["tiers"]):
+        layers = capsule.layers
+        stored = sum(x["key_bits"] * layer.k_mean.size + x["value_bits"] * layer.v_mean.size for x, layer in zip(tier["layers"], layers)) * 64 / 8
+        assert stored == pytest.approx(tier["bytes_per_tile"], rel=1e-3)
+        assert tier["bytes_per_tile_f16"] / tier["bytes_per_tile"] == pytest.approx(tier["times_smaller"], rel=1e-3, abs=5e-3)
+    assert main([str(good)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{capsule.smaller[0]:.2f}x" in shown and capsule.base.fingerprint[:16] in shown
+    (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:-40])
+    assert main([str(tmp_path / "cut.gguf")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

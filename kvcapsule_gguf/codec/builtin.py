@@ -13,6 +13,7 @@ import numpy as np
 from .allocate import allocate
 from .head import F16
 
+SMALLER = (6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95)  # of its tiers, by quality
 # log2 of the energy of each block of rows over a usual row's, the constant row (which holds the mean) apart
 SPECTRUM = (
     2.2, 0.7, 1.1, -0.3, -0.1, -1.3, -1.5, -0.6, -2.0, -1.9, -1.9, -2.5, -1.7, -2.4, -2.7, -2.9,

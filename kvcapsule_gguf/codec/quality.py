@@ -10,6 +10,7 @@ import numpy as np
 
 # a tile's error over the energy of a usual tile around the mean that counts as much as rotated q4_0's own error
 LIMIT = 0.03
+QUALITY = 1.0  # the default limit of a tile's score
 LEAST = 1e-20
 
 

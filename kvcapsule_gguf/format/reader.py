@@ -27,10 +27,16 @@ def read_capsule(path: str | Path) -> Capsule:
 
 def has_capsule(path: str | Path) -> bool:
     """Whether the file is a capsule, or an mmproj with one inside; False for anything else, damaged or not."""
+    return capsule_version(path) is not None
+
+
+def capsule_version(path: str | Path) -> Any:
+    """What the file says, or None if it says nothing: it is no capsule, or damaged."""
     try:
-        return "kvcapsule.version" in read_header(path, lambda key: key == "kvcapsule.version").values
+        value = read_header(path, lambda key: key == "kvcapsule.version").values.get("kvcapsule.version")
     except (GGUFError, OSError):
-        return False
+        return None
+    return value and value.data
 
 
 def _read(path: Path) -> Capsule:

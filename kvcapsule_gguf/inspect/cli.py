@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from ..format.reader import read_capsule
+from ..format import tile_capsule
+from ..format.reader import capsule_version, read_capsule
 from ..plot import Panel, Series, draw
 from ..runtime import program
-from .report import as_json, text
+from . import report as v1
+from . import tiles
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,15 +27,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def panels(data: dict[str, Any]) -> list[Panel]:
+    tiers = data.get("presets") or [{"name": f"{t['times_smaller']:g}x", "layers": t["layers"]} for t in data["tiers"]]
     out = [
         Panel("keys (K) and values (V)", "layer", "bits per value", [
             Series(f"{tier['name']} {kind[0].upper()}", [(x["layer"], x[f"{kind}_bits"]) for x in tier["layers"]])
-            for tier in data["presets"] for kind in ("key", "value")
+            for tier in tiers for kind in ("key", "value")
         ]),
     ]  # fmt: skip
     errors = [
         Series(f"{tier['name']} {kind[0].upper()}", [(x["layer"], x[f"{kind}_error"]) for x in tier["layers"] if f"{kind}_error" in x])
-        for tier in data["presets"] for kind in ("key", "value")
+        for tier in tiers for kind in ("key", "value")
     ]  # fmt: skip
     if any(s.points for s in errors):
         out.append(Panel("held-back pictures", "layer", "relative squared error", errors, log_y=True))
@@ -44,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    data = as_json(args.file, read_capsule(args.file))
+    if capsule_version(args.file) == tile_capsule.VERSION:
+        report: ModuleType = tiles
+        data = tiles.as_json(args.file, tile_capsule.read_tile_capsule(args.file))
+    else:
+        report, data = v1, v1.as_json(args.file, read_capsule(args.file))
     if args.plot:
         draw(args.plot, panels(data))
-    print(json.dumps(data, indent=1) if args.json else text(data))
+    print(json.dumps(data, indent=1) if args.json else report.text(data))
 
 
 if __name__ == "__main__":

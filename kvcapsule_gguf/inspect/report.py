@@ -9,6 +9,7 @@ import numpy as np
 
 from ..codec.types import TYPE_NAMES, rows_bytes
 from ..format.capsule import CODEC_NAMES, Capsule
+from ..format.tile_capsule import TileCapsule
 
 CODECS = {number: name for name, number in CODEC_NAMES.items()}
 PER_TIER_AND_LAYER = ("key_error", "value_error")
@@ -20,12 +21,7 @@ def as_json(path: Path, capsule: Capsule) -> dict[str, Any]:
         "file": str(path),
         "file_bytes": path.stat().st_size,
         "name": capsule.name,
-        "base": {
-            "architecture": capsule.base.architecture,
-            "layers": capsule.base.block_count,
-            "fingerprint": capsule.base.fingerprint,
-            "rope": capsule.base.rope_type,
-        },
+        "base": base_of(capsule),
         "block_size": capsule.block_size,
         "block_shape": capsule.block_shape,
         "block_width": capsule.block_width,
@@ -33,8 +29,13 @@ def as_json(path: Path, capsule: Capsule) -> dict[str, Any]:
         "default_preset": capsule.tiers[capsule.tier_for_ratio()].name,
         "neighbours": capsule.neighbour_count,
         "presets": [_tier(capsule, i, errors) for i in range(len(capsule.tiers))],
-        "provenance": {key: _plain(value) for key, value in sorted(capsule.provenance.items()) if key not in PER_TIER_AND_LAYER},
+        "provenance": {key: plain(value) for key, value in sorted(capsule.provenance.items()) if key not in PER_TIER_AND_LAYER},
     }
+
+
+def base_of(capsule: Capsule | TileCapsule) -> dict[str, Any]:
+    base = capsule.base
+    return {"architecture": base.architecture, "layers": base.block_count, "fingerprint": base.fingerprint, "rope": base.rope_type}
 
 
 def _tier(capsule: Capsule, i: int, errors: dict[str, np.ndarray | None]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _table(capsule: Capsule, values: Any) -> np.ndarray | None:
     return np.asarray(values, float).reshape(shape)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [round(float(x), 6) for x in value]
     if isinstance(value, str):
@@ -86,14 +87,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def text(data: dict[str, Any]) -> str:
+def head_lines(data: dict[str, Any]) -> list[str]:
+    """Of any format: the file, its model, its training."""
     base = data["base"]
-    lines = [
+    return [
         f"{data['file']}: {data['name'] or 'capsule'}, {data['file_bytes'] / 2**20:.2f} MiB",
         f"for: {base['architecture']}, {base['layers']} layers, RoPE {base['rope']}, fingerprint {base['fingerprint'][:16]}...",
+        "trained: " + (", ".join(f"{k} {_short(v)}" for k, v in data["provenance"].items() if not isinstance(v, list)) or "nothing said"),
+    ]
+
+
+def text(data: dict[str, Any]) -> str:
+    name_line, base_line, trained_line = head_lines(data)
+    lines = [
+        name_line,
+        base_line,
         f"blocks: {data['block_size']} tokens, {_shape(data)}"
         + (f", {data['image_tokens']} tokens an image" if data["image_tokens"] else ", images of any size"),
-        "trained: " + (", ".join(f"{k} {_short(v)}" for k, v in data["provenance"].items() if not isinstance(v, list)) or "nothing said"),
+        trained_line,
         "",
         f"{'preset':<12} {'ratio':>6} {'smaller':>8} {'bytes/token':>12} {'KiB/image':>10}",
     ]

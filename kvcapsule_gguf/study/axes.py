@@ -12,20 +12,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ..codec.builtin import builtin_table
+from ..codec.builtin import SMALLER as BUILTIN
 from ..codec.quality import choose
 from ..codec.rope import pair_index
-from ..train.coded import Basis, Coded, fit_basis, groups_of, quality_scores, rival_scores, scores, table_bits
+from ..train.coded import Basis, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits
+from ..train.cross import cross_coded
 from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
-from ..train.tables import Tables, fit_tables
+from ..train.tables import Tables, builtin_tables, fit_tables
 from . import stock
 from .decoder import Cache, Cells, Decoder
 from .divergence import Answers, paired, picture_only
 from .measure import Measure, rotated
 from .pictures import Asked
 
-BUILTIN = (6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95)
 QUALITIES = (0.5, 0.7, 1.0, 2.0)
 
 Pick = Callable[[Coded], np.ndarray]
@@ -143,15 +143,6 @@ def matched(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarra
     return high
 
 
-def builtin(model, smaller: float) -> Tables:  # noqa: ANN001
-    out = {}
-    for i, layer in enumerate(model.kv_layers):
-        for kind in "kv":
-            groups = groups_of(model, kind, i)
-            out[kind, i] = np.repeat(builtin_table(16 / smaller, len(groups))[None], model.head_count_kv[layer], 0)
-    return out
-
-
 def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[str]:
     model = bench.model
     layers = range(len(model.kv_layers))
@@ -194,15 +185,22 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             for groups in ("group", "row"):
                 yield from fixed(f"a table for each {scope}, {'groups apart' if groups == 'group' else 'one for all groups'}", scope=scope, groups=groups)
     elif axis == "pictures":
-        for n in (1, 2, 4, 12, 24):
+        zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
+        plain = {name: Coded(model, suite.samples, zero, types=TYPES) for name, suite in bench.suites.items()}
+        for size in sizes:
+            yield bench.row("none: built in", plain, [builtin_tables(model, size)])
+        for n in (1, 4, 12, 24):
             if n <= len(bench.fit):
                 part = bench.fit[:n]
-                yield from fixed(f"{n} pictures", bench.code(fit_basis(part, model), part))
+                same, tests = bench.code(fit_basis(part, model), part)
+                yield from fixed(f"{n}, tables from the same pictures as axes", (same, tests))
+                if n > 1:
+                    yield from fixed(f"{n}, tables from pictures that the axes do not know", (cross_coded(model, part, TYPES), tests))
     elif axis == "builtin":
         zero = fit_basis(bench.fit, model, mean=False, v_axes="none")
         fitted, tests = bench.code(zero)
         for size in (3.5, 4, 4.25, 4.5, 5):
-            yield bench.row("built in", tests, [builtin(model, size)])
+            yield bench.row("built in", tests, [builtin_tables(model, size)])
         yield from fixed("zero mean, no axes, tables fitted for each head", (fitted, tests), at=(4.25, 5))
         yield from fixed("zero mean, no axes, one table for all fitted", (fitted, tests), at=(4.25,), scope="model", groups="row")
     elif axis == "score":
@@ -226,11 +224,11 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
     elif axis == "builtin-quality":
         zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
         tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
-        tables = [builtin(model, x) for x in BUILTIN]
+        tables = [builtin_tables(model, x) for x in BUILTIN]
         for q in QUALITIES:
             yield bench.row(f"built in, quality {q}", tests, tables, smallest(tables, lambda c, t: quality_scores(c, t, c.energy), q))
         for size in (4, 4.25):
-            yield bench.row("built in, one table", tests, [builtin(model, size)])
+            yield bench.row("built in, one table", tests, [builtin_tables(model, size)])
     else:
         raise ValueError(f"unknown axis {axis}")
 
@@ -260,7 +258,7 @@ def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_time
         answers = Answers.of(decoder, asked, questions)
         samples = answers.samples()
         coded = Coded(decoder.model, samples, fit_basis(samples[:1], decoder.model, mean=False, v_axes="none"), types=TYPES)
-        tables = [builtin(decoder.model, x) for x in BUILTIN]
+        tables = [builtin_tables(decoder.model, x) for x in BUILTIN]
         pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), 1)(coded)
         read, rival = coded.read(tables, pick), rotated("q4_0")
         smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[pick].mean()

@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
             tiles = fit_tile_capsule(source.model, [sample for _, sample in source.read()])
             write_tile_capsule(output, tiles)
             say(f"{output}: tiers {', '.join(f'{x:.2f}x' for x in tiles.smaller)}, {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
+            how = tiles.provenance
+            say(f"pictures that the axes do not know get {how['smaller']:.2f}x smaller at quality {how['quality']:g}, without a file {how['builtin_smaller']:.2f}x")
             return
         capsule = train(source, options, say, work)
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"

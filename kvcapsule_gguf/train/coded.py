@@ -47,6 +47,11 @@ def tiles_of(samples: Sequence[KVSample], kind: str, i: int) -> np.ndarray:
     return np.stack(out).swapaxes(1, 2)
 
 
+def energy_of(x: np.ndarray) -> float:
+    """f32 [tiles, H, 64, d]: of a usual tile around the mean."""
+    return float(np.square(x - x.mean((0, 2), keepdims=True)).sum((1, 2, 3)).mean())
+
+
 def fit_basis(samples: Sequence[KVSample], model: BaseModel, mean: bool = True, v_axes: str = "full", k_axes: str = "none") -> dict[tuple[str, int], Basis]:
     """axes: none, full, or the size of the blocks of channels (in the order of the groups) that have axes of their own."""
     out = {}
@@ -141,7 +146,7 @@ class Coded:
         self.errors[kind, i] = errors
         stored = round_trip(x, row_counts(q4_0=N))
         self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
-        self.energy[kind, i] = float(np.square(x - x.mean((0, 2), keepdims=True)).sum((1, 2, 3)).mean())
+        self.energy[kind, i] = energy_of(x)
 
     @property
     def tiles(self) -> int:

@@ -1,4 +1,7 @@
-"""Fits a capsule of format v2: means, axes of values, tables for every tier. Seconds for a few pictures; four have most of the gain."""
+"""Fits a capsule of format v2: means, axes of values, tables for every tier. Seconds for a few pictures; four have most of the gain.
+
+`train.smaller` and `train.builtin_smaller` say what a picture becomes at the default quality, coded in axes of the other pictures, and without a file.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.head import F16
+from ..codec.quality import QUALITY
 from ..format.base_model import BaseModel, base_of
 from ..format.tile_capsule import TileCapsule, TileLayer
-from .coded import SIDE, Coded, fit_basis
+from .coded import SIDE, fit_basis
+from .cross import cross_coded, sizes
 from .source import KVSample, TrainError
 from .tables import fit_tables
 
@@ -20,15 +25,18 @@ BY_QUALITY = 2  # the first tier that a quality may take; smaller ones are for t
 
 def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsule:
     """From one sample a picture; whole tiles only are learned from. Raises TrainError."""
-    if not any(s.width >= SIDE and len(s.keys[0]) // s.width >= SIDE for s in samples if s.width):
+    samples = [s for s in samples if s.width >= SIDE and len(s.keys[0]) // s.width >= SIDE]
+    if not samples:
         raise TrainError("no picture has a tile of 8 x 8 tokens to learn from")
     basis = fit_basis(samples, model)
-    coded = Coded(model, samples, basis, types=TYPES, keep=False)
+    coded = cross_coded(model, samples, TYPES)
     tiers = fit_tables(coded, [16 / x for x in SMALLER])
+    smaller, builtin = sizes(coded, tiers[BY_QUALITY:], QUALITY)
     layers = []
     for i, index in enumerate(model.kv_layers):
         k, v = basis["k", i], basis["v", i]
         tables = [np.stack([t[kind, i] for t in tiers]).astype(np.int8) for kind in "kv"]
         axes = None if v.axes is None else v.axes.astype(np.float16)
         layers.append(TileLayer(index, model.layer_rope[index], k.mean, v.mean, *tables, coded.energy["k", i], coded.energy["v", i], axes))
-    return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name, {"images": len(samples)})
+    return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name,
+                       {"images": len(samples), "quality": QUALITY, "smaller": smaller, "builtin_smaller": builtin})

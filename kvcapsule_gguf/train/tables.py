@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.allocate import allocate
+from ..codec.builtin import builtin_table
+from ..format.base_model import BaseModel
 from .coded import KINDS, N, Coded, costs, groups_of
 
 Tables = dict[tuple[str, int], np.ndarray]
@@ -57,4 +59,14 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
                 at += n
                 for x in members:
                     found[x] = np.broadcast_to(t, shape[x][:-1]).copy()
+    return out
+
+
+def builtin_tables(model: BaseModel, smaller: float) -> Tables:
+    """The tables that need no file."""
+    out = {}
+    for i, layer in enumerate(model.kv_layers):
+        for kind in KINDS:
+            table = builtin_table(16 / smaller, len(groups_of(model, kind, i)))
+            out[kind, i] = np.repeat(table[None], model.head_count_kv[layer], 0)
     return out

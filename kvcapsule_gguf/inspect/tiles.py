@@ -1,0 +1,63 @@
+"""A capsule of format v2 as plain data, and as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codec.head import F16
+from ..format.tile_capsule import VERSION, TileCapsule
+from .report import base_of, head_lines, plain
+
+
+def as_json(path: Path, capsule: TileCapsule) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "version": VERSION,
+        "name": capsule.name,
+        "base": base_of(capsule),
+        "tiers": [_tier(capsule, t) for t in range(len(capsule.smaller))],
+        "layers": [
+            {"layer": x.index, "heads": len(x.k_mean), "key_length": x.k_mean.shape[1], "value_length": x.v_mean.shape[1], "rope": x.rope, "value_axes": x.v_axes is not None,
+             "key_energy": x.k_energy, "value_energy": x.v_energy}
+            for x in capsule.layers
+        ],
+        "provenance": {key: plain(value) for key, value in sorted(capsule.provenance.items())},
+    }  # fmt: skip
+
+
+def _tier(capsule: TileCapsule, t: int) -> dict[str, Any]:
+    """Bits of a value with its share of the scale, of a whole tile."""
+    layers = []
+    for i, x in enumerate(capsule.layers):
+        bits = {kind: 8 * sum(h.size(8, 8) for h in capsule.heads(i, kind, t)) / (64 * mean.size) for kind, mean in (("k", x.k_mean), ("v", x.v_mean))}
+        layers.append({"layer": x.index, "key_bits": round(bits["k"], 3), "value_bits": round(bits["v"], 3)})
+    tables = np.concatenate([table[t].ravel() for x in capsule.layers for table in (x.k_table, x.v_table)])
+    return {
+        "times_smaller": round(capsule.smaller[t], 2),
+        "bytes_per_tile": capsule.slot_bytes(t),
+        "bytes_per_tile_f16": capsule.f16_bytes(),
+        "blocks": {"f16" if b == F16 else f"{b} bits": int(n) for b, n in zip(*np.unique(tables, return_counts=True))},
+        "layers": layers,
+    }
+
+
+def text(data: dict[str, Any]) -> str:
+    axes = sum(x["value_axes"] for x in data["layers"])
+    lines = [
+        *head_lines(data),
+        f"tiles: 8 x 8 tokens; {len(data['layers'])} layers, {axes} of them with axes of values",
+        "",
+        f"{'smaller':>8} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits",
+    ]
+    for tier in data["tiers"]:
+        blocks = ", ".join(f"{n} {name}" for name, n in tier["blocks"].items())
+        lines.append(f"{tier['times_smaller']:>7.2f}x {tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
+    lines += ["", "bits of a key (K) and of a value (V), by layer, for each tier", "layer " + " ".join(f"{tier['times_smaller']:>10.2f}x" for tier in data["tiers"])]
+    for i, x in enumerate(data["layers"]):
+        each = [tier["layers"][i] for tier in data["tiers"]]
+        lines.append(f"{x['layer']:>5} " + " ".join(f"{e['key_bits']:>5.2f} {e['value_bits']:>5.2f}" for e in each))
+    return "\n".join(lines)
