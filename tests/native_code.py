@@ -56,3 +56,13 @@ def build(code: Path, out: Path, *flags: str) -> Path:
     done = run(compiler(), "-std=c++17", "-ffp-contract=off", *includes(), *flags, code, "-o", out, *libraries(), "-pthread")
     assert done.returncode == 0, done.stderr
     return out
+
+
+def shared_library(name: str, folder: Path) -> Path:
+    """tests/native/<name>.cpp, which sees the headers of libllama, as a library."""
+    out = folder / f"{name}.so"
+    flags = [f"-I{source() / inside}" for inside in ("src", "include", "ggml/include")]
+    link = [f"-L{library('patched')}", f"-Wl,-rpath,{library('patched')}", "-lllama", "-ldl"]
+    done = run(compiler(), "-std=c++17", "-shared", "-fPIC", *flags, NATIVE / f"{name}.cpp", *link, "-o", out)
+    assert done.returncode == 0, done.stderr
+    return out

@@ -6,9 +6,13 @@ import re
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from conftest import ROOT
 from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, N
 from llama_runner import Case, StepResult, compress, image, load_capsule, stats, text
+from tiny_gguf import rewrite
 
 from kvcapsule_gguf.format.capsule import CapsuleError
 from kvcapsule_gguf.format.reader import read_capsule
@@ -75,3 +79,20 @@ def test_every_quantization_fits(models, capsules, patched):
     prints = {t: r.values("fingerprint")[0] for t, r in done.items()}
     assert len({prints[t] for t in ("f32", "f16", "q8_0")}) == 1 and prints["other"] != prints["f32"]
     assert all(re.fullmatch("[0-9a-f]{64}", p) for p in prints.values())
+
+
+@pytest.mark.parametrize("layers", ["all", "0"])
+@pytest.mark.parametrize("bundled", [True, False])
+def test_a_mean_that_overflows_with_what_is_added_to_it(models, capsules, patched, folder, bundled, layers):
+    """f16 just holds 65504. With a whole mean of that, answers became NaN; both readers refuse it with the same line."""
+    demo = ROOT / "kvcapsule_gguf" / "demo"
+    model, good = (demo / "kvdemo-8M-v1-F16.gguf", demo / "kvcapsule-kvdemo-8M-v1.gguf") if bundled else (models(arch="llama"), capsules(models(arch="llama"), block_size=N, lossless=False))
+    bad = folder / f"mean-{bundled}-{layers}.gguf"
+    means = [t.name for t in gguf.GGUFReader(good).tensors if t.name.endswith(".v_mean")]
+    rewrite(good, bad, tensors={n: lambda a: np.full_like(a, 65504) for n in (means if layers == "all" else means[:1])})
+    fine, refused = (s.values for s in patched([Case("a", model, [load_capsule(good), load_capsule(bad)], n_ctx=64)])["a"].steps)
+    assert fine == {"loaded": True, "last_error": ""}
+    with pytest.raises(CapsuleError) as e:
+        read_capsule(bad)
+    line = f"capsule '{bad}': tensor blk.0.kvcapsule.v_mean has values beyond +-8192: keys and values could overflow f16"
+    assert refused == {"loaded": False, "last_error": line} and str(e.value) == line

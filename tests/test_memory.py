@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import gguf
 import pytest
-from conftest import ROOT, library
 from llama_runner import Case, breakdown, compress, image, rss, stats, text
+from native_code import shared_library
 from tiny_gguf import TinyModel
 
 N = 16
@@ -53,15 +48,7 @@ def test_bytes_are_those_of_the_rows(models, capsules, patched, model, lossless)
 @pytest.fixture(scope="module")
 def account(tmp_path_factory) -> str:
     """tests/native/memory_breakdown.cpp as a library."""
-    source = Path(os.environ.get("KVCAPSULE_TEST_SOURCE") or next(ROOT.glob(".cache/llama.cpp-*/patched/source"), ROOT))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not (source / "src" / "llama-ext.h").is_file():
-        pytest.skip(f"no C++ compiler, or no patched llama.cpp in {source}: run scripts/setup")
-    out = tmp_path_factory.mktemp("native") / "memory_breakdown.so"
-    includes = [f"-I{source / folder}" for folder in ("src", "include", "ggml/include")]
-    code = ROOT / "tests" / "native" / "memory_breakdown.cpp"
-    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", *includes, code, f"-L{library('patched')}", "-lllama", "-o", out], check=True)
-    return str(out)
+    return str(shared_library("memory_breakdown", tmp_path_factory.mktemp("native")))
 
 
 def test_the_breakdown_counts_slots(models, capsules, patched, account):

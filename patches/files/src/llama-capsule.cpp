@@ -127,8 +127,8 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
     auto req = from_env ? capsule_request_from_env(model) : std::move(capsule_next);
     capsule_next.reset();
 
-    // a draft that reads the cells of another context
-    if (cparams.ctx_other && capsule_get_store(*cparams.ctx_other)) {
+    // a draft that reads the cells of another context; others have cells of their own, and what they are given has seen the images
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && cparams.ctx_other && capsule_get_store(*cparams.ctx_other)) {
         LLAMA_LOG_WARN("%s: this context shares the cells of one with a capsule: it does not see compressed images, so fewer drafts are accepted\n", __func__);
     }
 
