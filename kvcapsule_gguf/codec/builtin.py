@@ -1,7 +1,7 @@
 """Tables for any model, from nothing but its head size: what is used where there is no capsule file.
 
 The mean is zero and there are no axes of channels; all layers, heads and groups share one table, of K and V alike. It comes from the spectrum of
-a usual tile, which three models agree on (docs/results/format-study.md), and from the error that each number of bits leaves.
+a usual tile, which three models agree on (docs/results/format-study-*.md), and from the error that each number of bits leaves.
 """
 
 from __future__ import annotations
