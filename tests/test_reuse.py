@@ -16,9 +16,10 @@ from conftest import ROOT
 from kvcapsule_gguf.reuse import container
 from kvcapsule_gguf.reuse.binding import binding
 from kvcapsule_gguf.reuse.container import Damaged
-from kvcapsule_gguf.reuse.digest import bytes_digest, file_digest, model_digest
+from kvcapsule_gguf.reuse.digest import file_digest, model_digest
 from kvcapsule_gguf.reuse.parts import ImagePart, cells, common, from_json, positions, prefix_keys, to_json
 from kvcapsule_gguf.reuse.store import Store
+from kvcapsule_gguf.runtime.digest import bytes_digest
 
 A, B = ImagePart("a" * 64, 4, 16), ImagePart("b" * 64, 4, 16)
 KEYS = [f"{i:064x}" for i in range(20)]

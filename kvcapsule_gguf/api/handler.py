@@ -17,12 +17,12 @@ from ..chat.fill import Work, fill
 from ..chat.prompt import Chunk, chunks
 from ..chat.stats import ImageUse
 from ..chat.template import CHATML
+from ..format.projector import check_projector, has_m_rope
 from ..reuse.prefixes import DEFAULT_MIB, Prefixes
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, Picture, decode, read
-from ..runtime.projector import check_projector, has_m_rope
 from .contents import LlamaContents, LlamaEngine
 from .forced import Form, answer_form
 from .messages import read_messages

@@ -17,11 +17,11 @@ from .. import native
 from ..chat import files
 from ..chat.args import DEFAULT_CTX
 from ..chat.stats import ImageUse
+from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
-from ..runtime.projector import check_projector, has_m_rope
 from . import pretrained
 from .handler import KVCapsuleChatHandler, PromptStats
 from .quiet import log, reasons, say

@@ -12,13 +12,13 @@ from functools import cached_property
 from pathlib import Path
 
 from .. import native
+from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
-from ..runtime.projector import check_projector, has_m_rope
 from . import files, hub
 from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
 from .devices import choose_devices

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..reuse.digest import bytes_digest
 from ..reuse.parts import ImagePart, Item
+from ..runtime.digest import bytes_digest
 from ..runtime.errors import KVCapsuleError
 from ..runtime.pictures import Picture, new_bitmap
 from .engine import Engine

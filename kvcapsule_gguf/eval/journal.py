@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .settings import Setting
-from .suites import Sample
+from .samples import Sample
 from .vlm import EvalError
 
 

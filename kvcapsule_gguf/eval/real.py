@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .suites import Asked, Draw, Sample
+from .samples import Asked, Draw, Sample
 
 PICTURES = Path(os.environ.get("KVCAPSULE_PICTURES") or Path(__file__).resolve().parents[2] / ".cache" / "real-pictures")
 

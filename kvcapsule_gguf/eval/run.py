@@ -14,7 +14,7 @@ from .cache import Cache
 from .journal import Journal, Seen, SeenBy
 from .prompts import Prompts
 from .settings import Setting
-from .suites import Asked, Sample
+from .samples import Asked, Sample
 from .vlm import Picture, Vlm
 
 MAX_WRITTEN = 48  # tokens of an answer that the model writes itself

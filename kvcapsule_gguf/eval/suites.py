@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from . import real
 from .pictures import from_folder, readable
+from .samples import Asked, Draw, Sample
 from .vlm import EvalError
-
-if TYPE_CHECKING:
-    from ..scenes import Scene
-
-
-Draw = Callable[["Scene"], Image.Image]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """answer None: whatever the model writes with its f16 cache."""
-
-    task: str
-    prompt: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Pictures shown one after the other, and what is asked about them."""
-
-    name: str
-    pictures: list[Image.Image]
-    questions: list[Asked]
 
 
 def scenes(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
@@ -108,15 +85,5 @@ class OwnPictures:
         self.questions = shown * len(self.prompts)
 
 
-def real(suite: str) -> Callable[..., Iterator[Sample]]:
-    """A suite of real pictures (real.py)."""
-    def read(n_questions: int, per_picture: int = 8, draw: Draw | None = None) -> Iterator[Sample]:
-        from .real import samples
-
-        return samples(suite, n_questions, per_picture, draw)
-
-    return read
-
-
 DRAWN = {"scenes": scenes, "strange": strange, "pairs": pairs}
-SUITES = {**DRAWN, **{name: real(name) for name in ("composites", "pages", "photographs", "several", "words")}}
+SUITES = {**DRAWN, **{name: partial(real.samples, name) for name in ("composites", "pages", "photographs", "several", "words")}}

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from .. import native
+from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.pictures import new_bitmap
-from ..runtime.projector import check_projector, has_m_rope
 
 MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from ..format.gguf_header import GGUFError, read_header
-from .errors import KVCapsuleError
+from ..runtime.errors import KVCapsuleError
+from .gguf_header import GGUFError, read_header
 
 # projector types whose models are sure to have, or not to have, positions of several dimensions (M-RoPE)
 M_ROPE = {

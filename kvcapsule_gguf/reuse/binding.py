@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from .digest import bytes_digest, file_digest, model_digest
+from ..runtime.digest import bytes_digest
+from .digest import file_digest, model_digest
 
 VERSION = 1
 

@@ -1,4 +1,4 @@
-"""Identity of files and pictures."""
+"""Identity of files."""
 
 from __future__ import annotations
 
@@ -33,15 +33,6 @@ def model_digest(path: Path) -> str:
     split = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
     parts = sorted(path.parent.glob(f"{_literal(split[1])}?????{split[2]}")) if split else [path]
     return ",".join(file_digest(part) for part in parts)
-
-
-def bytes_digest(*pieces: bytes | memoryview) -> str:
-    """Pieces are told apart by their lengths."""
-    hasher = hashlib.blake2b(digest_size=32)
-    for piece in pieces:
-        hasher.update(b"%d\n" % len(piece))
-        hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def _literal(text: str) -> str:

@@ -21,9 +21,9 @@ from ..format.base_model import read_base_model
 from ..format.capsule import CapsuleError
 from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
+from ..format.projector import check_projector
 from ..native.library import library_dir
 from ..runtime.errors import KVCapsuleError
-from ..runtime.projector import check_projector
 from ..runtime.scratch import Scratch
 from .args import DEFAULT_CTX, Options
 

@@ -17,7 +17,7 @@ from ..codec.types import legal, row_counts
 from ..eval.pictures import Picture
 from ..eval.run import Evaluation, evaluate
 from ..eval.settings import Setting
-from ..eval.suites import Asked, Sample
+from ..eval.samples import Asked, Sample
 from ..eval.vlm import Vlm
 from ..format.capsule import PCA, Capsule, Tier
 from ..format.writer import write_capsule

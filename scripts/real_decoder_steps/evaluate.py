@@ -30,7 +30,7 @@ def exact(model: Path, mmproj: Path, rows: Iterator[tuple[list[Picture], list[qu
     """By task, whether greedy decoding writes exactly the answer."""
     from kvcapsule_gguf.eval.run import evaluate
     from kvcapsule_gguf.eval.settings import rivals
-    from kvcapsule_gguf.eval.suites import Asked, Sample
+    from kvcapsule_gguf.eval.samples import Asked, Sample
     from kvcapsule_gguf.eval.vlm import Vlm
 
     vlm = Vlm(model, mmproj, threads)

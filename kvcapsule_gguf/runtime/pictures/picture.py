@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...reuse.digest import bytes_digest
+from ..digest import bytes_digest
 
 
 @dataclass(frozen=True, eq=False)
