@@ -44,10 +44,10 @@ def test_nothing_else_is_wrong_with_them(results):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_refused(results, name):
     path = FILES / f"{name}.gguf"
-    start = time.monotonic()
+    start = time.process_time()
     line = refusal(path)
     has_capsule(path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert len(line) < 400 and len(line.splitlines()) == 1 and line.isprintable()
     loaded = results[f"load {name}"]
     assert not loaded.error and not loaded.steps[0].values["loaded"]

@@ -517,7 +517,7 @@ def test_a_client_that_goes_away_ends_the_work(front: Running, path: str) -> Non
             while b"data: 1" not in client.recv(65536):
                 pass
         else:
-            time.sleep(0.2)
+            wait_until(lambda: bool(FakeHandler.seen))
     FakeHandler.go_on.set()
     assert FakeHandler.closed.wait(10)
     assert front.send("/health")[0] == 200

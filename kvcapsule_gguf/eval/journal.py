@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .settings import Setting
 from .samples import Sample
+from .settings import Setting
 from .vlm import EvalError
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from .cache import Cache
 from .journal import Journal, Seen, SeenBy
 from .prompts import Prompts
-from .settings import Setting
 from .samples import Asked, Sample
+from .settings import Setting
 from .vlm import Picture, Vlm
 
 MAX_WRITTEN = 48  # tokens of an answer that the model writes itself
