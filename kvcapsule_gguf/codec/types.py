@@ -57,11 +57,6 @@ def rows_bytes(counts: Sequence[int], d: int) -> int:
     return sum(int(n) * t.row_bytes(d) for t, n in zip(ROW_TYPES, counts, strict=True) if n)
 
 
-def type_of_rows(counts: Sequence[int]) -> np.ndarray:
-    """int [R]: the index into ROW_TYPES of every row of a list."""
-    return np.repeat(np.arange(len(ROW_TYPES)), np.asarray(counts, dtype=np.int64))
-
-
 def legal(counts: Sequence[int], d: int) -> RowCounts:
     """The same rows with types that fit d: what does not is moved up, q2_0 -> q4_0 -> q8_0 -> f16."""
     out = [int(n) for n in counts]
