@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import native
+from ..chat.args import CACHE_TYPES
 from ..reuse.memory import restore, state
 from ..runtime import interrupts
 from . import vision_cells
-from .settings import TYPES, Setting, dropped
+from .settings import Setting, dropped
 from .vlm import FLOATS, Encoded, EvalError, Picture, Vlm
 
 
@@ -37,7 +38,7 @@ class Cache:
         p.n_seq_max, p.kv_unified = n_questions + 1, True
         p.n_threads = p.n_threads_batch = vlm.threads
         p.flash_attn_type = 1 if flash_attn != setting.floor else 0
-        p.type_k, p.type_v = (1, 1) if setting.vision else (TYPES[setting.k], TYPES[setting.v])
+        p.type_k, p.type_v = (1, 1) if setting.vision else (CACHE_TYPES[setting.k], CACHE_TYPES[setting.v])
         p.no_perf = True
         if watch is not None:
             p.cb_eval = watch

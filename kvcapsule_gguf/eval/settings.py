@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5}
-TYPES = {"f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "iq4_nl": 20}  # of ggml
 VISION = "-vision"
 DROP = "drop"
 
