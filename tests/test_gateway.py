@@ -480,6 +480,13 @@ def test_when_it_is_not_there(front: Running) -> None:
         assert b"retry-after: 5" in client.recv(65536)
 
 
+def test_a_fault_of_the_front_is_said(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "finder", lambda path: {}[path])
+    assert front.raw(b"POST /tokenize HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")[0] == 500
+    assert FakeHandler.said == ["error: POST /tokenize failed in the front: KeyError('/tokenize')"]
+    assert front.send("/health")[0] == 200
+
+
 def test_a_stream_that_llama_server_does_not_finish_says_so(front: Running) -> None:
     """Without it a client could take what it has for the whole answer."""
     with start(front, "cut") as client:

@@ -135,6 +135,11 @@ class Front:
         except asyncio.CancelledError:
             self.cut = True
             raise
+        except httpx2.HTTPError:
+            raise  # an answer that llama-server broke off: uvicorn ends the connection
+        except Exception as error:  # a fault of this program, which uvicorn answers with 500
+            self.upstream.say(f"error: {scope['method']} {scope['raw_path'].decode()[:80]} failed in the front: {error!r}")
+            raise
 
     async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, taken: Taken) -> None:
         headers = _single(scope["headers"])
