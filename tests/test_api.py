@@ -254,6 +254,9 @@ def test_what_cannot_be_read_or_does_not_fit_is_a_value_error(folder: Path, tmp_
         KVCapsuleLlama(tmp_path / "no.gguf")
     with pytest.raises(ValueError, match="needs a vision projector"):
         KVCapsuleLlama(write_model(tmp_path / "tiny.gguf"), capsule=tmp_path / "c.gguf")
+    for wrong, words in (({"ratio": 2.0}, "ratio: 2.0 is not between 0 and 1"), ({"ratio": float("nan")}, "ratio: nan"), ({"hot": -1}, "hot: -1 is below 0")):
+        with pytest.raises(ValueError, match=words):
+            ours(folder, **wrong)
     (tmp_path / "damaged.gguf").write_bytes((folder / "llama" / "lossless.gguf").read_bytes()[:5000])
     with pytest.raises(native.CapsuleError, match="damaged"):
         ours(folder, capsule=tmp_path / "damaged.gguf")

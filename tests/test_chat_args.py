@@ -59,7 +59,7 @@ def test_the_variables_for_unmodified_programs_mean_the_same() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["m", "-hf", "a/b"], ["m", "-c", "-5"], ["m", "-n", "many"], ["m", "--ratio", "1.5"], ["m", "-fa", "maybe"], ["m", "-ctk", "q9"], ["m", "--nope"], ["m", "--temp", "-1"], ["m", "-st", "7"], ["m", "--see", "7"], ["m", "-t4"]],
+    [[], ["m", "-hf", "a/b"], ["m", "-c", "-5"], ["m", "-n", "many"], ["m", "--ratio", "1.5"], ["m", "-fa", "maybe"], ["m", "-ctk", "q9"], ["m", "--nope"], ["m", "--temp", "-1"], ["m", "-st", "7"], ["m", "--see", "7"], ["m", "-t4"], ["m", "--image", ""]],
 )
 def test_mistakes_are_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

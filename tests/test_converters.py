@@ -16,8 +16,9 @@ from PIL import Image
 from synthetic_kv import source
 
 from kvcapsule_gguf.codec.rope import apply_rope
-from kvcapsule_gguf.format.capsule import CapsuleError
+from kvcapsule_gguf.format.capsule import CapsuleError, CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
+from kvcapsule_gguf.format.embed import embed
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
 from kvcapsule_gguf.train.arrays import fit_capsule, interleave
@@ -189,9 +190,24 @@ def test_embedding_refuses(vlm, tmp_path):
     for arguments, reason in (
         ([model, capsule], "not a vision projector"), ([mmproj, mmproj], "not a capsule"), (["--extract", mmproj], "not a capsule"),
         ([mmproj, capsule, "--outfile", mmproj], "can not be written over"), ([tmp_path / "none", capsule], "No such file"),
+        ([mmproj, capsule, "--outfile", model], "not a vision projector"),
     ):  # fmt: skip
+        before = model.read_bytes(), mmproj.read_bytes()
         done = run("converters/embed_kvcapsule.py", *arguments, code=1)
         assert [line for line in done.stderr.splitlines() if "ERROR" in line and reason in line], done.stderr
+        assert before == (model.read_bytes(), mmproj.read_bytes())
+
+
+def test_a_capsule_replaces_nothing_but_a_capsule(vlm, tmp_path):
+    capsule = read_capsule(write_capsule(tmp_path / "c.gguf", read_capsule(random_capsule(vlm[0], tmp_path / "c.gguf"))))
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    embed(vlm[1], capsule, tmp_path / "mmproj-c.gguf")  # holds a capsule, but is a projector
+    for path in (*vlm, tmp_path / "mmproj-c.gguf", tmp_path / "notes", tmp_path / "link", tmp_path):
+        before = path.read_bytes() if path.is_file() else None
+        with pytest.raises(CapsuleFileError, match="is there already and is no capsule"):
+            write_capsule(path, capsule)
+        assert before == (path.read_bytes() if path.is_file() else None)
 
 
 # --- inspect ---

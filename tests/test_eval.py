@@ -370,6 +370,12 @@ def test_pictures_of_ones_own(tiny, tmp_path):
     assert data["settings"][0]["exact_match"] == 1
 
 
+@pytest.mark.parametrize("wrong", [("-n", "0"), ("--per-picture", "-1"), ("-t", "0"), ("--ratio", "x"), ("--ratio", "0.6,2"), ("--ratio", "nan")])
+def test_a_number_that_is_none(wrong):
+    status, lines = refused("model.gguf", *wrong)
+    assert status == 2 and len(lines) == 1 and f"argument {wrong[0]}" in lines[0] and f": {wrong[1]}" in lines[0]
+
+
 def test_questions_that_are_left(tiny, tmp_path):
     """A folder has as many questions as its readable pictures, whatever -n says; without any it is one line."""
     (tmp_path / "broken.png").write_bytes(b"no picture")

@@ -480,6 +480,8 @@ def command(*arguments, **env) -> subprocess.CompletedProcess:
         ([__file__, "--mmproj", __file__, "--images", "none"], "none is not a folder"),
         ([__file__, "--mmproj", __file__, "--n-images", "2"], "--n-images 2 is too few: at least 4"),
         ([__file__, "--mmproj", __file__, "-o", "/none/out.gguf"], "/none is not a folder"),
+        ([__file__, "--mmproj", __file__, "-o", __file__], f"capsule '{__file__}': is there already and is no capsule: choose another name, or remove it first"),
+        ([__file__, "--mmproj", __file__, "-o", "/"], "capsule '/': is there already and is no capsule: choose another name, or remove it first"),
     ],
 )
 def test_the_command_refuses_with_one_line(arguments, line):

@@ -90,6 +90,8 @@ class KVCapsuleLlama(Llama):
             raise ValueError("a capsule needs a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
         if kwargs.get("chat_format") is not None:
             raise ValueError("chat_format: the model's own chat template is used; leave this out, or give a chat_handler")
+        if hot < 0 or not 0 <= ratio <= 1:
+            raise ValueError(f"hot: {hot} is below 0" if hot < 0 else f"ratio: {ratio} is not between 0 and 1")
         self.capsule_path: Path | None = None
         self._attachment: native.Attachment | None = None
         self.hot, self.ratio = hot, ratio

@@ -94,8 +94,10 @@ def _number(kind: type, low: float, high: float = float("inf")):
 
 class _Images(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not (sources := split_listed(values)):
+            parser.error(f"argument {option_string}: no picture is named")
         images = namespace.images = getattr(namespace, "images", [])
-        images.extend(split_listed(values))
+        images.extend(sources)
 
 
 def _parser() -> tuple[Parser, dict[str, str]]:

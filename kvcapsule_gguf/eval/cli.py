@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("model", type=Path)
     p.add_argument("--mmproj", type=Path, help="default: beside the model")
     p.add_argument("--capsule", type=Path, action="append", default=[], help="may be given several times")
-    p.add_argument("--ratio", default="0.6,0.8", help="presets of the capsules, default %(default)s")
+    p.add_argument("--ratio", type=_ratios, default="0.6,0.8", help="presets of the capsules, default %(default)s")
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes")
     p.add_argument("--mixed-sizes", action="store_true", help="the suite's pictures in many sizes, 280 to 420 pixels each way, for models that take any")
@@ -37,16 +37,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default %(default)s; also q5_0 and iq4_nl, two types for keys and values (q8_0+q4_0), either for the vision cells alone (q4_0-vision). "
         "f16, the reference, is always first, then its floor: f16 again with attention summed in another order, so a KLD of that size is rounding",
     )  # fmt: skip
-    p.add_argument("-n", "--questions", type=int, default=1000)
-    p.add_argument("--per-picture", type=int, default=8)
+    p.add_argument("-n", "--questions", type=_count, default=1000)
+    p.add_argument("--per-picture", type=_count, default=8)
     p.add_argument("-c", "--ctx-size", type=int, default=1024, help="default %(default)s: a picture and its questions")
-    p.add_argument("-t", "--threads", type=int, default=min(4, os.cpu_count() or 1))
+    p.add_argument("-t", "--threads", type=_count, default=min(4, os.cpu_count() or 1))
     p.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on", help="a quantized cache needs it")
     p.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
     p.add_argument("--report", type=Path, help="a folder for eval.json, eval.md, eval.png and eval.jsonl; what the last one holds is not measured again")
     p.add_argument("--one-by-one", action="store_true", help="one context at a time, for models whose caches are large")
     p.add_argument("-v", "--verbose", action="store_true")
     return p.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def _ratios(text: str) -> list[float]:
+    """Raises ArgumentTypeError."""
+    try:
+        ratios = [float(ratio) for ratio in text.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise argparse.ArgumentTypeError(f"{text}: numbers between 0 and 1 with commas between them, such as 0.6,0.8")
+    return ratios
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +91,7 @@ def run(args: argparse.Namespace) -> dict:
     todo = [settings.Setting("f16"), settings.FLOOR, *settings.rivals(names)]
     guards = (True, False) if args.no_guard else (True,)
     for capsule in args.capsule:
-        todo += settings.capsules(capsule, [float(r) for r in args.ratio.split(",")], guards)
+        todo += settings.capsules(capsule, args.ratio, guards)
     if len({s.name for s in todo}) < len(todo):  # two files with the same codec
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
     if args.report:

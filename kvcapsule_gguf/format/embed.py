@@ -28,6 +28,8 @@ def embed(mmproj: Path, capsule: Capsule | None, out: Path) -> Path:
     _check(mmproj)
     if out.exists() and out.samefile(mmproj):
         raise MmprojError(mmproj, "can not be written over: choose another --outfile")
+    if out.exists():
+        _check(out)  # only a projector is replaced
     reader = gguf.GGUFReader(mmproj)
     with whole_file(out, str(reader.fields["general.architecture"].contents()), MmprojError) as writer:
         _copy(reader, writer)

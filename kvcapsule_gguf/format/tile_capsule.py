@@ -19,7 +19,7 @@ from .capsule import ROPE_TYPES, Base, CapsuleFileError
 from .gguf_header import GGUFError, Header, read_header
 from .schema import MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MAX_VALUE, tensor_name
 from .validate import Invalid, need
-from .writer import whole_file
+from .writer import check_place, whole_file
 
 VERSION = 2
 STORED = (0, *BITS, F16)
@@ -129,6 +129,7 @@ def validate_layers(c: TileCapsule) -> None:
 def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
     """Fills in how much smaller the tiers are, validates, and writes; the file appears only when it is complete. Raises CapsuleError."""
     path, v = Path(path), gguf.GGUFValueType
+    check_place(path)
     try:
         validate_layers(c)
         c.smaller = [c.f16_bytes() / max(c.slot_bytes(t), 1) for t in range(len(c.smaller))]

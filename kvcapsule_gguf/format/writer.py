@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from .capsule import VERSION, Capsule, CapsuleFileError
+from .gguf_header import GGUFError, read_header
 from .schema import layer_shapes, tensor_name
 from .validate import Invalid, validate
 
@@ -22,6 +23,7 @@ _DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32}
 def write_capsule(path: str | Path, capsule: Capsule) -> Path:
     """Fills in the tiers' ratios, validates, and writes; the file appears under its name only when it is complete. Raises CapsuleError."""
     path = Path(path)
+    check_place(path)
     capsule.set_ratios()
     try:
         validate(capsule)
@@ -31,6 +33,18 @@ def write_capsule(path: str | Path, capsule: Capsule) -> Path:
         add_metadata(writer, capsule)
         add_tensors(writer, capsule)
     return path
+
+
+def check_place(path: Path) -> None:
+    """A capsule takes the place of another one, but not of a model, a projector or anything else. Raises CapsuleError."""
+    if not os.path.lexists(path):
+        return
+    try:
+        kind = read_header(path, "adapter.type".__eq__).values.get("adapter.type") if path.is_file() else None
+    except (GGUFError, OSError):
+        kind = None
+    if kind is None or kind.data != "kvcapsule":
+        raise CapsuleFileError(path, "is there already and is no capsule: choose another name, or remove it first")
 
 
 @contextmanager

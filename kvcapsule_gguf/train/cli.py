@@ -16,7 +16,7 @@ from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES
 from ..format.schema import MAX_BLOCK, MAX_MLP, MAX_NEIGHBOURS, MIN_BLOCK
 from ..format.tile_capsule import write_tile_capsule
-from ..format.writer import write_capsule
+from ..format.writer import check_place, write_capsule
 from ..runtime import interrupts, program
 from ..runtime.timing import duration
 from .collect import LlamaSource
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or args.model.with_name(f"kvcapsule-{args.model.stem}.gguf")
     if not output.parent.is_dir():
         raise TrainError(f"{output.parent} is not a folder")
+    check_place(output)
     if args.images:
         pictures: Pictures = from_folder(args.images, args.n_images, args.seed)
     else:
