@@ -242,6 +242,8 @@ def test_many_odd_pictures_change_the_blocks_of_all(models):
     assert [s.number for s in plan(model, mixed, asked, said.append)[1]] == [0, 2, 4, 7] and "left out, 4 of 8" in said[1]
     with pytest.raises(TrainError, match="use --block raster:64"):
         plan(model, shapes(143, 143), asked, said.append)
+    with pytest.raises(TrainError, match="a picture of 576 tokens is no whole number of blocks of 49, .* use --block raster:49, or tile:8x8"):
+        plan(model, shapes(576, 576), BlockShape(49, 7), said.append)  # before hours of work: the file cannot say it
     grid = source(models(arch="qwen2vl")).model
     any_shape = [Shape(i, f"{i}.png", w * 9, w) for i, w in enumerate((9, 13, 40, 8))]
     assert plan(grid, [*any_shape, Shape(4, "tiny.png", 16, 4)], None, said.append) == (asked, any_shape) and len(said) == 3

@@ -28,6 +28,8 @@ def plan(model: BaseModel, shapes: Sequence[Shape], asked: BlockShape | None, sa
         block, odd = raster, []
     if len(odd) == len(shapes):
         raise TrainError(f"a picture of {tokens} tokens is not a square of one size for all pictures, as tiles need it without M-RoPE: use --block {raster}")
+    if tokens % block.size and any(needs_one_square(model, block, s) for s in shapes):
+        raise TrainError(f"a picture of {tokens} tokens is no whole number of blocks of {block.size}, as tiles need it without M-RoPE: use --block {raster}, or {choose_block(model, tokens, width)}")
     if odd:
         say(
             f"left out, {len(odd)} of {len(shapes)} pictures: blocks of {block} need squares of {tokens} tokens, "
