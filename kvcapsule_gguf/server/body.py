@@ -1,4 +1,4 @@
-"""The JSON of a request: read strictly, and written anew, so that llama-server reads what was checked here."""
+"""The JSON of a request is read strictly and written anew, so that llama-server reads exactly what was checked here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .errors import RequestError
 
 DEPTH = 100
-VALUES = 1_000_000  # list entries and keys: each takes far more memory than its characters
+VALUES = 1_000_000  # entries of lists and objects: each of them takes far more memory than its characters
 
 
 def parse(body: bytes) -> Any:

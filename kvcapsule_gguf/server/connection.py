@@ -1,4 +1,4 @@
-"""One connection of a client: strict framing is h11's, limits of time and number are these."""
+"""One connection of a client. h11 is strict about framing; this module limits the time and the number of connections."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import RequestError
 
-IDLE_S = 60.0  # for the head of a request, and between requests; a client that takes nothing for so long is gone
+IDLE_S = 60.0  # a client may take so long for the head of a request, between requests, and until it reads more of an answer
 MAX_CLIENTS = 512
-MAX_OF_ONE = 256  # from one address
+MAX_OF_ONE = 256  # one address may have so many connections
 
 
 class Connection(H11Protocol):
-    """When there are too many, the one of this client that has waited longest for a request makes room."""
+    """When there are too many connections, one without a request is closed: of the address that has most of them, the one that has been quiet longest."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -83,7 +83,7 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def _say(self, error: RequestError) -> None:
-        """Without h11, whose state may not allow an answer any more."""
+        """Writes the answer without h11, whose state may not allow one any more."""
         body = error.body()
         head = b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: %d\r\n\r\n"
         self.transport.write(head % (error.status, b"Bad Request" if error.status == 400 else b"Service Unavailable", len(body)) + body)

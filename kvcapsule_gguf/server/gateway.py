@@ -29,13 +29,13 @@ from .launch import Upstream
 from .media import Limits, prepare
 from .remote import fetch
 
-BODY_S = 120.0  # a whole body
-PIECE_S = 20.0  # from one part of it to the next
-TEXT_BYTES = 8 << 20  # of a request without its pictures: no context holds more
-TEXT_COPIES = 12  # of it, that llama-server makes
-SHORT_BYTES = 1 << 20  # text that is not counted
-ROOM_BYTES = 1 << 30  # for pixels and long texts of all requests whose answers have not begun
-READS, CHECKS = 4, 2  # requests whose JSON, and whose pictures, are worked on at a time: memory
+BODY_S = 120.0  # a body must be complete by then
+PIECE_S = 20.0  # the next part of a body must come by then
+TEXT_BYTES = 8 << 20  # a request may have so much beside its pictures: no context holds more
+TEXT_COPIES = 12  # llama-server makes so many copies of a text
+SHORT_BYTES = 1 << 20  # a text up to this size is not counted
+ROOM_BYTES = 1 << 30  # pixels and long texts of all requests whose answers have not begun may take so much
+READS, CHECKS = 4, 2  # the JSON of so many requests, and the pictures of so many, are worked on at a time: this bounds memory
 RETRY_S = 5
 TO_LLAMA = {"accept", "accept-encoding", "user-agent", "origin", "if-none-match", "access-control-request-method", "access-control-request-headers", "last-event-id"}
 NOT_TO_CLIENT = {"connection", "keep-alive", "transfer-encoding", "server", "date", "content-length"}
@@ -49,14 +49,14 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Room:
-    """For pixels and long texts, in files and in llama-server, as an estimate: who needs more than there is waits."""
+    """An estimate of the bytes that pixels and long texts take, in files and in llama-server. A request that needs more than is left waits."""
 
     def __init__(self) -> None:
         self._free = ROOM_BYTES
         self._changed = asyncio.Condition()
 
     async def take(self, size: int) -> int:
-        """What `give` gets back."""
+        """Returns the bytes that `give` has to get back."""
         size = min(size, ROOM_BYTES)
         async with self._changed:
             await self._changed.wait_for(lambda: size <= self._free)
@@ -71,7 +71,7 @@ class Room:
 
 @dataclass
 class Taken:
-    """What a request holds until its answer begins: files of pictures, and room for their pixels. held: bytes of its body and of what was fetched for it."""
+    """A request holds these until its answer begins. room: bytes for its pixels and text; held: bytes of its body and of what was fetched for it."""
 
     files: list[Path] = field(default_factory=list)
     room: int = 0
@@ -90,7 +90,7 @@ class Gateway:
         self._socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=128)
         self.server_address = self._socket.getsockname()[:2]
         self._front = Front(upstream, limits, api_keys, address[0])
-        for name in ("uvicorn", "asyncio"):  # what clients do wrong is told to them
+        for name in ("uvicorn", "asyncio"):  # they would log what clients do wrong, and clients are told by the answer
             logger = logging.getLogger(name)
             logger.addHandler(logging.NullHandler())
             logger.propagate = False
@@ -103,7 +103,7 @@ class Gateway:
         self._thread.start()
 
     def drain(self, seconds: float) -> bool:
-        """Takes nothing new, and waits until what is running has ended; False if that took too long."""
+        """Takes no new requests, and waits until the running ones have ended. Returns False if that took too long."""
         self._server.config.timeout_graceful_shutdown = seconds  # type: ignore[assignment]
         self._server.should_exit = True
         self._thread.join(seconds + 10)
@@ -115,7 +115,7 @@ class Front:
 
     def __init__(self, upstream: Upstream, limits: Limits, api_keys: list[str], host: str) -> None:
         self.upstream, self.limits, self.api_keys, self.host = upstream, limits, api_keys, host
-        self.cut = False  # the end did not wait for an answer
+        self.cut = False  # the server has ended before an answer was complete
         self._held = 0  # bytes of all bodies, and of what was fetched for them
         self._room = Room()
         self._reads, self._checks = asyncio.Semaphore(READS), asyncio.Semaphore(CHECKS)
@@ -128,7 +128,7 @@ class Front:
             async with self._taken() as taken:
                 await self._answer(scope, receive, send, taken)
         except RequestError as error:
-            waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # whether a body follows is then not known
+            waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # nobody knows then whether the body will follow
             await _answer_with(send, error.status, error.body(), close=waits)
         except Left:
             pass
@@ -179,7 +179,7 @@ class Front:
         return not self.api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.api_keys])
 
     def _refuse_web_pages(self, headers: Headers) -> None:
-        """Without a key, a page in a browser on this network must not be able to ask: neither under its own name, which it can point here, nor from its own origin."""
+        """Without a key, no web page may use this server. A page could point its own name at this address, or ask from its own origin: both are refused."""
         if self.api_keys:
             return
         host = headers.get("host", "")
@@ -206,7 +206,7 @@ class Front:
             raise RequestError(503, "too many large requests at once")
 
     async def _checked(self, parcel: list[bytes], find: Any, taken: Taken) -> bytes:
-        """The body as llama-server gets it."""
+        """Returns the body that llama-server gets. Raises RequestError."""
         async with self._reads:
             request, media, text = await asyncio.to_thread(_read, parcel.pop(), find, self.limits)
         if not media:
@@ -219,7 +219,7 @@ class Front:
             files.append(await fetch(medium.text, self.limits.pictures.file_bytes, partial(self._hold, taken)) if is_remote(medium.text) else None)
         async with self._checks:
             body, needs = await asyncio.to_thread(_write, request, list(zip(media, files)), self.limits, self.upstream, taken.files)
-            taken.room = await self._room.take(needs + text)  # those behind wait here as well, with their pictures still small
+            taken.room = await self._room.take(needs + text)  # the next requests wait for CHECKS meanwhile, and their pictures are not unpacked yet
             return body
 
     @asynccontextmanager
@@ -239,7 +239,7 @@ class Front:
     # --- the answer ---
 
     async def _unless_left(self, receive: Receive, work: Any) -> None:
-        """Closing our end of the inner connection cancels the work over there."""
+        """When the client goes away, the inner connection is closed, and llama-server ends its work. Raises Left then."""
         working = asyncio.create_task(work)
         leaving = asyncio.create_task(_until_left(receive))
         try:
@@ -266,7 +266,7 @@ class Front:
         try:
             reply = await self._llama.send(request, stream=True)
             try:
-                await self._let_go(taken)  # it has read them
+                await self._let_go(taken)  # llama-server has read the pictures
                 data = None
                 if reply.status_code >= 400 and "content-length" in reply.headers:
                     data = await reply.aread()
@@ -285,9 +285,9 @@ class Front:
             error = await self._broken(fault)
             if not started:
                 raise error from None
-            if events:  # so that a client can tell it from the end
+            if events:  # this tells a client that the answer is not complete
                 await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": True})
-            raise  # the missing end tells the others
+            raise  # other clients see that the end is missing
 
     def _to_client(self, reply: httpx2.Response) -> list[tuple[bytes, bytes]]:
         kept = [(name.lower(), value) for name, value in reply.headers.raw if name.decode().lower() not in NOT_TO_CLIENT]
@@ -306,7 +306,7 @@ class Front:
 
 
 def _read(body: bytes, find: Any, limits: Limits) -> tuple[Any, list[Any], int]:
-    """The request, its media, and the room that its text needs."""
+    """Returns the request, its media, and the bytes of room that its text needs. Raises RequestError."""
     request = json_body.parse(body)
     if not isinstance(request, dict):
         return request, [], 0  # a list of adapters; llama-server refuses it elsewhere
@@ -326,7 +326,7 @@ def _write(request: Any, media: list[Any], limits: Limits, upstream: Upstream, m
 
 
 def _single(raw: list[tuple[bytes, bytes]]) -> Headers:
-    """Raises RequestError when one that matters is there twice."""
+    """Raises RequestError when a header of ONCE is there twice."""
     headers: Headers = {}
     for name, value in raw:
         text = name.decode("latin-1").lower()
@@ -337,7 +337,7 @@ def _single(raw: list[tuple[bytes, bytes]]) -> Headers:
 
 
 def _check_kind(headers: Headers) -> None:
-    """Everything is read as JSON; what says that it is something else is refused. Raises RequestError."""
+    """Every body is read as JSON, so one that says it is something else is refused. Raises RequestError."""
     message = Message()
     message["Content-Type"] = headers.get("content-type", "application/json")
     kind = message.get_content_type()
@@ -355,7 +355,7 @@ def _is_address(name: str) -> bool:
 
 
 async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
-    """Of the request's body. Raises RequestError, Left."""
+    """Yields the parts of the request's body. Raises RequestError, Left."""
     end = asyncio.get_running_loop().time() + BODY_S
     more = True
     while more:
@@ -375,7 +375,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 async def _emptied(parcel: list[bytes]) -> AsyncIterator[bytes]:
-    """The body is let go when it is sent, not when the answer is complete."""
+    """Frees the body as soon as it is sent, and not only when the answer is complete."""
     yield parcel.pop()
 
 
