@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..chat.template import ChatTemplate
-from .vlm import MARKER, Vlm
+from ..runtime.marker import MARKER
+from .vlm import Vlm
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
+from ..runtime.marker import MARKER
 from ..runtime.pictures import new_bitmap
 
-MARKER = "<__media__>"
 FLOATS = c.POINTER(c.c_float)
 
 
@@ -65,6 +65,7 @@ class Vlm:
         params.print_timings = params.warmup = False
         params.n_threads = self.threads
         params.use_gpu = self.device != "cpu"
+        params.media_marker = MARKER.encode()
         self.projector = self.mtmd.mtmd_init_from_file(os.fsencode(self.mmproj), self.model, interrupts.stoppable(params))
         if not self.projector:
             raise EvalError(f"{self.mmproj} cannot be used as a vision projector of {self.path.name}")
