@@ -102,6 +102,16 @@ def test_damaged_files_are_refused_with_one_line(good, tmp_path):
             read_tile_capsule(path)
 
 
+@pytest.mark.parametrize("tier, size", [(-1, 0.0), (-1, -1.0), (-1, np.nan), (0, np.inf)])
+def test_a_tier_of_an_impossible_size_is_refused(capsule, good, tmp_path, tier, size):
+    data, said = good.read_bytes(), np.float32(capsule.smaller[tier]).tobytes()
+    assert data.count(said) == 1
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data.replace(said, np.float32(size).tobytes()))
+    with pytest.raises(CapsuleFileError, match="smaller"):
+        read_tile_capsule(path)
+
+
 def test_a_picture_without_a_tile(data):
     small = [type(s)([k[:40] for k in s.keys], [v[:40] for v in s.values], s.queries, 5) for s in data.samples]
     with pytest.raises(TrainError, match="8 x 8"):

@@ -99,7 +99,7 @@ def validate(c: TileCapsule) -> None:
     need(all(a > b for a, b in zip(c.smaller, c.smaller[1:])), f"{PREFIX}smaller does not fall")
     for t, smaller in enumerate(c.smaller):
         got = c.f16_bytes() / max(c.slot_bytes(t), 1)
-        need(abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
+        need(smaller > 0 and abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
 
 
 def validate_layers(c: TileCapsule) -> None:

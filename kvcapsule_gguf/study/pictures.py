@@ -71,9 +71,8 @@ def demo_items(suite: str) -> Iterator[Item]:
 
 
 def real_items(folder: Path, suite: str) -> Iterator[Item]:
-    """folder: the suites that scripts/real_decoder puts together."""
+    """folder: the suites that scripts/real_decoder puts together. A picture that is there in several sizes comes once."""
     folder = folder / "composites" / "calibration" if suite == "fit" else folder / suite / "test"
-    """A picture that is there in several sizes comes once."""
     seen = set()
     for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         name = re.sub(r"\d+x\d+", "", entry["name"])
