@@ -183,6 +183,16 @@ def test_undo_save_and_load_in_a_session(chat: Run, folder: Path, tmp_path: Path
     assert (again["images_encoded"], again["images_from_disk"], again["answer"]) == (0, 1, reports[0]["answer"])
 
 
+def test_a_name_that_no_file_can_have_ends_no_session(chat: Run, folder: Path, tmp_path: Path) -> None:
+    """The conversation goes on, with what the cache holds."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    names = ("~nobody-has-this-name/talk", tmp_path / "loop", tmp_path / ("x" * 300))
+    lines = "what?\n" + "".join(f"/save {name}\n/load {name}\n" for name in names) + "and?\n"
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "4", "--json", stdin=lines)
+    assert result.returncode == 1 and result.stderr.count("error: ") == 2 * len(names) and "Traceback" not in result.stderr, result.stderr
+    assert json.loads(result.stdout.splitlines()[1])["tokens_reused"] > 0
+
+
 # --- long text ---------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtime import interrupts
@@ -117,9 +118,13 @@ class Repl:
         elif name in ("/save", "/load") and not rest:
             self._failed(f"{name} needs a file")
         elif name == "/save":
-            note(saved.save(session, Path(unquoted(rest)).expanduser(), _yes if self.terminal else None))
+            with _file(rest) as path:
+                said = saved.save(session, path, _yes if self.terminal else None)
+            note(said)
         elif name == "/load":
-            note(saved.load(session, Path(unquoted(rest)).expanduser()))
+            with _file(rest) as path:
+                said = saved.load(session, path)
+            note(said)
             pending.clear()
             self._missing = False
         elif name == "/stats":
@@ -171,6 +176,17 @@ def _typed() -> bool:
     """Whether there was something in the line that Ctrl-C has ended."""
     readline = sys.modules.get("readline")
     return bool(readline and readline.get_line_buffer())
+
+
+@contextmanager
+def _file(text: str) -> Iterator[Path]:
+    """The file that `text` names. What is wrong with it is told, and the session goes on. Raises KVCapsuleError."""
+    try:
+        yield Path(unquoted(text)).expanduser()
+    except KVCapsuleError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # no such home, a loop of links, a name that is too long
+        raise KVCapsuleError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _yes(question: str) -> bool:
