@@ -376,6 +376,10 @@ def test_a_number_that_is_none(wrong):
     assert status == 2 and len(lines) == 1 and f"argument {wrong[0]}" in lines[0] and f": {wrong[1]}" in lines[0]
 
 
+def test_a_model_that_is_not_there():
+    assert refused("none.gguf") == (1, ["kvcapsule-eval: error: the model none.gguf does not exist"])
+
+
 def test_questions_that_are_left(tiny, tmp_path):
     """A folder has as many questions as its readable pictures, whatever -n says; without any it is one line."""
     (tmp_path / "broken.png").write_bytes(b"no picture")

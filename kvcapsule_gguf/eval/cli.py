@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..chat.files import find_mmproj
+from ..chat.files import check_model, find_mmproj
 from ..runtime import interrupts, program
 from ..runtime.timing import Progress
 from . import settings, suites
@@ -84,7 +84,7 @@ def _main(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    mmproj = find_mmproj(args.model, args.mmproj)
+    mmproj = find_mmproj(check_model(args.model), args.mmproj)
     if mmproj is None:
         raise EvalError("no projector: give it with --mmproj")
     names = [name for name in args.against.split(",") if name not in ("", "f16", settings.FLOOR.name)]
