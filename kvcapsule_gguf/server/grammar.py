@@ -20,7 +20,7 @@ GBNF = re.compile(
       | (?P<mark>[()|]) | (?P<times>[*+?] | \{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})""",
     re.VERBOSE | re.DOTALL,
 )
-REGEX = re.compile(r"(?P<char>\\. | \[(?:\\.|[^\]\\])*\]) | (?P<times>[*+?] | \{\d*(?:,\d*)?\}) | (?P<mark>\((?:\?[:=!])? | [)|]) | (?P<rule>(?!)) | (?P<name>(?!)) | (?P<other>.)", re.VERBOSE | re.DOTALL)
+REGEX = re.compile(r"(?P<char>\\. | \[(?:\\.|[^\]\\])*\]) | (?P<times>[*+?] | \{\d*(?:,\d*)?\}) | (?P<mark>\((?:\?[:=!])? | [)|]) | (?P<rule>(?!)) | (?P<name>(?!)) | (?P<other>[^\[])", re.VERBOSE | re.DOTALL)
 
 Item = tuple[Any, int, "int | None"]  # (None: characters, str: a rule, list: a group), least and most repetitions; None = no end
 Rule = list[list[Item]]  # alternatives of sequences
@@ -49,10 +49,10 @@ def check_schema(schema: Any) -> None:
                 if len(pattern) > PATTERN:
                     raise RequestError(400, f"a pattern of the JSON schema has {len(pattern)} characters, at most {PATTERN} are taken")
                 repeated += _check(pattern, REGEX, "a pattern of the JSON schema")
+        if repeated > ELEMENTS:
+            raise RequestError(400, f"the lengths in the JSON schema add up to more than {ELEMENTS}")
         if isinstance(value, (dict, list)):
             waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
-    if repeated > ELEMENTS:
-        raise RequestError(400, f"the lengths in the JSON schema add up to {repeated}, at most {ELEMENTS} are taken")
 
 
 def _check(text: str, syntax: re.Pattern[str], what: str) -> int:
@@ -69,13 +69,13 @@ def _check(text: str, syntax: re.Pattern[str], what: str) -> int:
     return elements
 
 
-def _tokens(text: str, syntax: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+def _tokens(text: str, syntax: re.Pattern[str], what: str) -> Iterator[tuple[str, str]]:
     """Raises RequestError."""
     at = 0
     while at < len(text):
         match = syntax.match(text, at)
         if match is None:
-            raise RequestError(400, f"the grammar cannot be read at its character {at}: {text[at : at + 20]!r}")
+            raise RequestError(400, f"{what} cannot be read at its character {at}: {text[at : at + 20]!r}")
         at = match.end()
         if match.lastgroup:
             yield match.lastgroup, match[match.lastgroup]
@@ -86,7 +86,7 @@ def _parse(text: str, syntax: re.Pattern[str], what: str) -> tuple[dict[str, Rul
     rules: dict[str, Rule] = {"": current}
     open_groups: list[Rule] = []
     elements = 0
-    for kind, token in _tokens(text, syntax):
+    for kind, token in _tokens(text, syntax, what):
         elements += 1
         if kind == "rule":
             open_groups.clear()
