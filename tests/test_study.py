@@ -190,7 +190,7 @@ def cells(line: str) -> list[str]:
     return [c.strip() for c in line[1:-1].split("|")]
 
 
-@pytest.mark.parametrize("axis", ["stock", "weight", "types", "hadamard", "axes", "scope", "pictures", "score", "quality", "builtin", "builtin-quality"])
+@pytest.mark.parametrize("axis", ["stock", "weight", "types", "hadamard", "axes", "scope", "pictures", "score", "limits", "quality", "builtin", "builtin-quality"])
 def test_every_axis_makes_its_table(bench, axis):
     from kvcapsule_gguf.study.axes import rows
 

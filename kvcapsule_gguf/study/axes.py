@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ..codec.builtin import SMALLER as BUILTIN
-from ..codec.quality import choose
+from ..codec.quality import BUILTIN_QUALITY, QUALITY, choose
 from ..codec.rope import pair_index
-from ..train.coded import Basis, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits
+from ..train.coded import N, Basis, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors
 from ..train.cross import cross_coded
 from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
@@ -27,6 +27,7 @@ from .measure import Measure, rotated
 from .pictures import Asked
 
 QUALITIES = (0.5, 0.7, 1.0, 2.0)
+LOGIT = 0.05
 
 Pick = Callable[[Coded], np.ndarray]
 
@@ -87,7 +88,9 @@ class Bench:
 
     def default(self) -> tuple[Coded, dict[str, Coded]]:
         if "default" not in self.kept:
-            self.kept["default"] = self.code(fit_basis(self.fit, self.model))
+            basis = fit_basis(self.fit, self.model)
+            tests = {name: Coded(self.model, s.samples, basis, types=TYPES) for name, s in self.suites.items()}
+            self.kept["default"] = cross_coded(self.model, self.fit, TYPES), tests
         return self.kept["default"]
 
     def head(self) -> str:
@@ -215,6 +218,25 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             for name, way in ways.items():
                 limit = matched(tables, way, next(iter(tests.values())), size)
                 yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
+    elif axis == "limits":
+        fitted, tests = bench.default()
+        part = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)[BY_QUALITY:]
+        query = [float(np.sqrt(np.mean([np.square(s.queries[i]).mean() for s in bench.fit]))) for i in layers]
+
+        def logit(c: Coded, t: Tables) -> np.ndarray:
+            """The mean square of the error of a logit over the square of LOGIT: rms of a key's error times rms of a query, since both have d channels and 1 / sqrt(d)."""
+            errors = tile_errors(c, t)
+            values = [N * model.head_count_kv[layer] * model.key_length[layer] for layer in model.kv_layers]
+            return np.mean([errors["k", i] / values[i] * (query[i] / LOGIT) ** 2 for i in layers], 0)
+
+        ways = {
+            "over q4_0's alone": rival_scores,
+            "over q4_0's, and over the energy at most 0.03": lambda c, t: quality_scores(c, t, fitted.energy),
+            f"over q4_0's, and of a logit at most {LOGIT}": lambda c, t: np.maximum(rival_scores(c, t), logit(c, t)),
+            f"of a logit alone, at most {LOGIT}": logit,
+        }
+        for name, way in ways.items():
+            yield bench.row(f"quality {QUALITY:g}, error {name}", tests, part, smallest(part, way, QUALITY))
     elif axis == "quality":
         fitted, tests = bench.default()
         tables = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)
@@ -259,10 +281,10 @@ def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_time
         samples = answers.samples()
         coded = Coded(decoder.model, samples, fit_basis(samples[:1], decoder.model, mean=False, v_axes="none"), types=TYPES)
         tables = [builtin_tables(decoder.model, x) for x in BUILTIN]
-        pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), 1)(coded)
+        pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), BUILTIN_QUALITY)(coded)
         read, rival = coded.read(tables, pick), rotated("q4_0")
         smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[pick].mean()
-        for name, size, way in (("built in, quality 1", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
+        for name, size, way in ((f"built in, quality {BUILTIN_QUALITY:g}", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
             kld, turned = answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, samples[n].keys[i], samples[n].values[i])))
             yield f"| {times} | {name} | {size:.2f}x | {kld.mean():.5f} | {100 * turned.mean():.1f} % |"
         for name in [n for n in decoder.w if n.endswith("attn_k.bias")]:

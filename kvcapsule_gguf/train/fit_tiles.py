@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.head import F16
-from ..codec.quality import QUALITY
 from ..format.base_model import BaseModel, base_of
 from ..format.tile_capsule import TileCapsule, TileLayer
 from .coded import SIDE, fit_basis
@@ -31,7 +30,7 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsu
     basis = fit_basis(samples, model)
     coded = cross_coded(model, samples, TYPES)
     tiers = fit_tables(coded, [16 / x for x in SMALLER])
-    smaller, builtin = sizes(coded, tiers[BY_QUALITY:], QUALITY)
+    smaller, builtin = sizes(coded, tiers[BY_QUALITY:])
     layers = []
     for i, index in enumerate(model.kv_layers):
         k, v = basis["k", i], basis["v", i]
@@ -39,4 +38,4 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsu
         axes = None if v.axes is None else v.axes.astype(np.float16)
         layers.append(TileLayer(index, model.layer_rope[index], k.mean, v.mean, *tables, coded.energy["k", i], coded.energy["v", i], axes))
     return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name,
-                       {"images": len(samples), "quality": QUALITY, "smaller": smaller, "builtin_smaller": builtin})
+                       {"images": len(samples), "smaller": smaller, "builtin_smaller": builtin})
