@@ -33,6 +33,13 @@ def library(kind: str) -> Path:
     pytest.skip(why)
 
 
+def require_server() -> None:
+    """Skips the test where llama-server is not built beside the patched library."""
+    folder = library("patched")
+    if not any((folder / name).is_file() for name in ("llama-server", "bin/llama-server")):
+        pytest.skip(f"no llama-server in {folder}: scripts/setup --tools builds it")
+
+
 @pytest.fixture(scope="module")
 def llama() -> Iterator[None]:
     """llama_cpp on our libraries, in this process; the environment that names them is put back."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import test_server as test_server_module
 from chat_model import write_folder
-from conftest import library
+from conftest import library, require_server
 from picture_files import base64_forms, encoded, lossless, lossy, sample, tiff
 from test_native import require_capsules
 
@@ -153,6 +153,7 @@ def test_training(folder: Path, bitmaps: list[np.ndarray]) -> None:
 
 def test_server(folder: Path) -> None:
     """llama-server knows a picture that it has seen by what it was given: were one bit of it another, its tokens would not be found in the cache."""
+    require_server()
     kinds = [kind for kind in lossless(SHOWN) if kind not in ("png", "bmp", "ppm")]
     first, last = SHOWN.copy(), SHOWN.copy()
     first[0, 0, 1] += 1

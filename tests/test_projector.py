@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chat_model import write_folder
-from conftest import ROOT, library
+from conftest import ROOT, library, require_server
 from test_native import require_capsules
 
 
@@ -29,8 +29,8 @@ def test_it_is_refused(folder: Path, program: str, model: str, other: str) -> No
         "eval": ["--capsule", str(capsule), "--images", str(folder)],
         "server": ["--port", "0"],
     }[program]
-    if program == "server" and not any(path.is_file() for path in (library("patched") / "bin" / "llama-server", library("patched") / "llama-server")):
-        pytest.skip("no llama-server: run scripts/setup --tools")
+    if program == "server":
+        require_server()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(library("patched"))}
     command = [sys.executable, "-c", f"from kvcapsule_gguf.{program}.cli import main; raise SystemExit(main())", str(file), "--mmproj", str(mmproj), *arguments]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

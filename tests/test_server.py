@@ -20,7 +20,7 @@ import openai
 import openai_client
 import pytest
 from chat_model import PATCH, TEMPLATE, write_mmproj, write_model, write_picture
-from conftest import ROOT, library
+from conftest import ROOT, library, require_server
 from make_capsule import random_capsule
 from PIL import Image
 
@@ -30,9 +30,7 @@ TOKENS = 24 * 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lib = library("patched")
-    if not any((lib / name).is_file() for name in ("llama-server", "bin/llama-server")):
-        pytest.skip(f"no llama-server in {lib}: scripts/setup --tools builds it")
+    require_server()
     root = tmp_path_factory.mktemp("server")
     model = write_model(root / "tiny.gguf", template=TEMPLATE)
     write_mmproj(root / "mmproj-tiny.gguf", image=IMAGE)
