@@ -168,11 +168,10 @@ void llama_capsule_store::encode_layer(const std::vector<block *> & blocks, uint
         }
 
         t.encode(x.data(), h, cur.slot.data());
-        if (!cur.errors[is_v].empty()) {
-            t.errors(x.data(), cur.slot.data(), h, n, cur.errors[is_v].data() + h*N());
-        }
+        const bool fits = cur.errors[is_v].empty() ? t.fits(cur.slot.data(), h) : t.errors(x.data(), cur.slot.data(), h, n, cur.errors[is_v].data() + h*N());
+
         // quantizers may take a NaN for nothing
-        if (!llama_capsule_finite(x.data(), N()*t.ld()) || !t.fits(cur.slot.data(), h)) {
+        if (!fits || !llama_capsule_finite(x.data(), N()*t.ld())) {
             cur.fits = false;
         }
     });

@@ -114,7 +114,7 @@ void llama_capsule_tile::encode_retain(const float * x, uint32_t i_head, uint8_t
     encode_rows(rows.data() + n_kept*ld, n_kept, n_rows() - n_kept, i_head, slot);
 }
 
-void llama_capsule_tile::errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const {
+bool llama_capsule_tile::errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const {
     static thread_local llama_capsule_buf<float>   hat;
     static thread_local llama_capsule_buf<float>   rotated;
     static thread_local llama_capsule_buf<float>   weights;
@@ -144,6 +144,9 @@ void llama_capsule_tile::errors(const float * x, const uint8_t * slot, uint32_t 
 
     hat.resize(codec.data.block_size*d);
     decode(slot, i_head, hat.data());
+
+    const bool res = llama_capsule_finite(hat.data(), codec.data.block_size*d);
+
     capsule_sub(hat.data(), x, hat.data(), n*d);
     measure(hat.data(), &llama_capsule_errors::slot);
 
@@ -165,4 +168,6 @@ void llama_capsule_tile::errors(const float * x, const uint8_t * slot, uint32_t 
         simd.hadamard(hat.data(), n_had, n*d);
     }
     measure(hat.data(), &llama_capsule_errors::q4);
+
+    return res;
 }

@@ -181,7 +181,11 @@ void llama_capsule_tile::decode(const uint8_t * slot, uint32_t i_head, float * o
 }
 
 bool llama_capsule_finite(const float * x, size_t n) {
-    return std::all_of(x, x + n, [](float v) { return fabsf(v) <= 65504.0f; });
+    bool res = true; // no way out of the loop: compilers make vectors of it
+    for (size_t i = 0; i < n; ++i) {
+        res &= fabsf(x[i]) <= 65504.0f;
+    }
+    return res;
 }
 
 bool llama_capsule_tile::fits(const uint8_t * slot, uint32_t i_head) const {

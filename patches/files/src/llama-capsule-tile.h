@@ -35,8 +35,8 @@ public:
     // is all that decode() gives finite, and does it fit f16?
     bool fits(const uint8_t * slot, uint32_t i_head) const;
 
-    // how well the slot holds the first n tokens of x; d() must fit q4_0
-    void errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const;
+    // how well the slot holds the first n tokens of x; d() must fit q4_0. Returns what fits() does
+    bool errors(const float * x, const uint8_t * slot, uint32_t i_head, uint32_t n, llama_capsule_errors * out) const;
 
     // basis [n_rows][ld_basis()], zero behind the N tokens of a row
     const float * basis()    const;
