@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def run(name: str, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         pass  # whoever read our output has seen enough
     except OSError as error:
-        _say(f"{name}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        where = error.filename or ("stdout" if error.errno == errno.EBADF else None)  # it was closed from the start
+        _say(f"{name}: error: {f'{where}: ' if where else ''}{error.strerror or error}")
     _give_up_stdout()
     return ERROR
 
@@ -51,10 +53,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _open_streams() -> None:
-    """Where a stream is closed from the start, its number would go to the next file that is opened."""
+    """Where a stream is closed from the start, its number would go to the next file that is opened. What is written to a closed stdout stays an error."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            while (fd := os.open(os.devnull, os.O_RDWR)) < number:
+            while (fd := os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)) < number:
                 pass
             setattr(sys, name, os.fdopen(fd, "r" if number == 0 else "w"))
     for stream in (sys.stdout, sys.stderr):
