@@ -239,6 +239,36 @@ def test_a_stream_that_has_not_begun_is_overtaken_too() -> None:
             next(stream)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_thread_in_the_middle_of_an_answer_is_refused(stream: bool) -> None:
+    with new() as llm:
+        inside, go_on, answers = threading.Event(), threading.Event(), []
+        evaluate = llm.eval
+
+        def slow(tokens: Any) -> None:
+            inside.set()
+            go_on.wait(60)
+            evaluate(tokens)
+
+        def first() -> None:
+            answer = llm.create_chat_completion(messages(1), temperature=0, max_tokens=8, stream=stream)
+            parts = [chunk["choices"][0]["delta"].get("content") or "" for chunk in answer] if stream else [answer["choices"][0]["message"]["content"]]
+            answers.append("".join(parts).strip())
+
+        llm.eval = slow
+        thread = threading.Thread(target=first)
+        thread.start()
+        try:
+            assert inside.wait(60)
+            llm.eval = evaluate
+            with pytest.raises(RuntimeError, match="answering another thread"):
+                ask(llm, 2)
+        finally:
+            go_on.set()
+            thread.join()
+        assert answers == ["yellow star"] and ask(llm) == "yellow star"
+
+
 def test_a_handler_is_for_one_llama() -> None:
     with new() as llm:
         assert ask(llm) == "yellow star"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,13 +60,28 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         self._contents: LlamaContents | None = None
         self._forms: dict[tuple[str, type], bool] = {}  # what the model's chat template takes, once it is known
         self._request = 0
+        self._in_use = threading.RLock()
         self.mtmd_ctx: Any = None
         self.stats = PromptStats()
 
-    def __call__(self, *, llama: Llama, messages: list[Any], functions: Any = None, function_call: Any = None, tools: Any = None, tool_choice: Any = None,
+    def __call__(self, **request: Any) -> Any:
+        """As MTMDChatHandler does it. Raises ValueError for requests that cannot be understood, and for pictures and prompts that cannot be read or do not fit;
+        RuntimeError while another thread is being answered."""
+        with self._alone():
+            return self._answer(**request)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("this Llama is answering another thread: use a lock around its calls and streams, or one Llama for each thread")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _answer(self, *, llama: Llama, messages: list[Any], functions: Any = None, function_call: Any = None, tools: Any = None, tool_choice: Any = None,
                  response_format: Any = None, grammar: Any = None, logprobs: Any = None, top_logprobs: Any = None, max_tokens: int | None = None, stream: bool = False,
                  **kwargs: Any) -> Any:  # fmt: skip
-        """As MTMDChatHandler does it. Raises ValueError for requests that cannot be understood, and for pictures and prompts that cannot be read or do not fit."""
         contents = self._open(llama)
         self._request += 1
         form = answer_form(llama, functions=functions, function_call=function_call, tools=tools, tool_choice=tool_choice, response_format=response_format, grammar=grammar)
@@ -210,12 +227,13 @@ class KVCapsuleChatHandler(MTMDChatHandler):
 
     def _only_while_current(self, chunks: Iterator[Any], request: int) -> Iterator[Any]:
         while True:
-            if self._request != request:
-                raise RuntimeError("this Llama has answered another request since, or is closed: a stream must be finished or closed first")
-            try:
-                chunk = next(chunks)
-            except StopIteration:
-                return
+            with self._alone():
+                if self._request != request:
+                    raise RuntimeError("this Llama has answered another request since, or is closed: a stream must be finished or closed first")
+                try:
+                    chunk = next(chunks)
+                except StopIteration:
+                    return
             yield chunk
 
 

@@ -75,7 +75,7 @@ class KVCapsuleLlama(Llama):
     one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
     what the model was trained with, if that is less. The rest goes to Llama.
 
-    One thread at a time. Close it, or use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
+    One thread at a time: create_chat_completion() and its streams refuse another thread with a RuntimeError. Close it, or use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
 
     _stack = ExitStack()  # of an object whose __init__ never began
 
