@@ -118,6 +118,11 @@ def test_a_picture_without_a_tile(data):
         fit_tile_capsule(data.model, small)
 
 
+def test_one_picture_gives_no_axes(data):
+    assert all(x.v_axes is None for x in fit_tile_capsule(data.model, data.samples[:1]).layers)
+    assert all(x.v_axes is not None for x in fit_tile_capsule(data.model, data.samples[:2]).layers)
+
+
 def test_training_writes_format_2(tmp_path):
     library("patched")
     from kvcapsule_gguf.chat.files import demo_folder, model_in

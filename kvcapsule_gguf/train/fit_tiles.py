@@ -13,7 +13,7 @@ from ..codec.head import F16
 from ..format.base_model import BaseModel, base_of
 from ..format.tile_capsule import TileCapsule, TileLayer
 from .coded import SIDE, fit_basis
-from .cross import cross_coded, sizes
+from .cross import axes_for, cross_coded, sizes
 from .source import KVSample, TrainError
 from .tables import fit_tables
 
@@ -27,7 +27,7 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsu
     samples = [s for s in samples if s.width >= SIDE and len(s.keys[0]) // s.width >= SIDE]
     if not samples:
         raise TrainError("no picture has a tile of 8 x 8 tokens to learn from")
-    basis = fit_basis(samples, model)
+    basis = fit_basis(samples, model, v_axes=axes_for(samples))
     coded = cross_coded(model, samples, TYPES)
     tiers = fit_tables(coded, [16 / x for x in SMALLER])
     smaller, builtin = sizes(coded, tiers[BY_QUALITY:])
