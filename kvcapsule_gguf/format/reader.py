@@ -11,7 +11,7 @@ from ..codec.types import ROW_TYPES
 from .capsule import VERSION, Base, Capsule, CapsuleFileError, Layer, Tier
 from .gguf_header import GGUFError, Header, padded, read_header
 from .schema import INFIX, KEYS, MAX_BLOCK, MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MIN_BLOCK, layer_shapes, tensor_name
-from .validate import Invalid, need, validate_metadata, validate_tensors
+from .validate import Invalid, need, read_tensor, validate_metadata, validate_tensors
 
 
 def read_capsule(path: str | Path) -> Capsule:
@@ -159,12 +159,7 @@ def _tensors(header: Header, capsule: Capsule, sidecar: bool) -> None:
         for short, (kind, shape) in layer_shapes(capsule, layer).items():
             name = tensor_name(layer.index, short)
             expected.add(name)
-            info = header.tensors.get(name)
-            need(info is not None, f"tensor {name} is missing")
-            need(info.type_name == kind, f"tensor {name} has type {info.type_name}, not {kind}")
-            ne = shape[::-1] + (1,) * (4 - len(shape))
-            need(info.ne4 == ne, f"tensor {name} has shape {list(info.ne4)}, not {list(ne)}")
-            setattr(layer, short, header.read(info).reshape(shape))
+            setattr(layer, short, read_tensor(header, name, kind, shape))
     for name in header.tensors:
         need(name in expected or not (sidecar or INFIX in name), f"unexpected tensor {name}")
 

@@ -18,7 +18,7 @@ from ..codec.scale import BITS
 from .capsule import ROPE_TYPES, Base, CapsuleFileError
 from .gguf_header import GGUFError, Header, read_header
 from .schema import MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MAX_VALUE, tensor_name
-from .validate import Invalid, need
+from .validate import Invalid, need, read_tensor
 from .writer import check_place, whole_file
 
 VERSION = 2
@@ -218,11 +218,7 @@ def _read(h: Header) -> TileCapsule:
         for short, (kind, shape) in shapes(c, x).items():
             tensor = tensor_name(x.index, short)
             expected.add(tensor)
-            info = h.tensors.get(tensor)
-            need(info is not None, f"tensor {tensor} is missing")
-            need(info.type_name == kind, f"tensor {tensor} has type {info.type_name}, not {kind}")
-            need(info.ne4 == shape[::-1] + (1,) * (4 - len(shape)), f"tensor {tensor} has shape {list(info.ne4)}, not {list(shape[::-1])}")
-            setattr(x, short, h.read(info).reshape(shape))
+            setattr(x, short, read_tensor(h, tensor, kind, shape))
         c.layers.append(x)
     for tensor in h.tensors:
         need(tensor in expected, f"unexpected tensor {tensor}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..codec.types import ROW_TYPES, total_rows
 from .capsule import BLOCK_SHAPES, GRID_ROPE_TYPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
+from .gguf_header import Header
 from .schema import MAX_BLOCK, MAX_HEAD, MAX_MEAN, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
 
 
@@ -20,6 +21,16 @@ class Invalid(ValueError):
 def need(ok: bool, reason: str) -> None:
     if not ok:
         raise Invalid(reason)
+
+
+def read_tensor(header: Header, name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of the tensor `name`, of this `shape` (numpy's order). Raises Invalid where it is missing, or of another type than `kind` or another shape."""
+    info = header.tensors.get(name)
+    need(info is not None, f"tensor {name} is missing")
+    need(info.type_name == kind, f"tensor {name} has type {info.type_name}, not {kind}")
+    ne = shape[::-1] + (1,) * (4 - len(shape))
+    need(info.ne4 == ne, f"tensor {name} has shape {list(info.ne4)}, not {list(ne)}")
+    return header.read(info).reshape(shape)
 
 
 def validate(c: Capsule) -> None:
