@@ -221,7 +221,7 @@ def test_ctrl_c_in_an_answer_keeps_what_was_said(folder: Path) -> None:
     said: list[str] = []
     with open_chat(folder, "llama", "-n", "12") as c:
         c.ask("what?", "a.png")
-        turn = c.session.ask("tell me", [], end_it)
+        turn = c.session.ask("tell me", [], end_it, keep_part=True)
         assert turn.finish_reason == "interrupted" and turn.answer == "".join(said) and len(said) == 3
         messages = list(c.session.messages)
         after = c.ask("and?").answer
@@ -269,6 +269,32 @@ def test_programs_end_at_any_moment(folder: Path, tmp_path: Path, name: str, arg
         done_before = process.returncode == 0 and name == "chat"
         assert process.returncode in (130, -signal.SIGINT) or done_before, said
         assert b"Traceback" not in said and b"ignored" not in said, said
+
+
+STOPPED = """
+import os, signal, sys, time
+from kvcapsule_gguf.chat import session
+from kvcapsule_gguf.runtime import start
+
+def chain(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+session.chain = chain
+sys.exit(getattr(start, sys.argv.pop(1))())
+"""
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("chat", (MODEL, "--capsule", "off", "-p", "Hello")),
+    ("bench", ("demo", "--images", "1", "-r", "1", "-s", "f16 FA")),
+    ("bench", ("compress", "demo", "-r", "1")),
+])  # fmt: skip
+def test_programs_end_in_the_moment_at_which_an_answer_begins(folder: Path, tmp_path: Path, name: str, arguments: tuple) -> None:
+    """A session goes on there; who only reads pictures must not."""
+    command = [sys.executable, "-c", STOPPED, name, *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), preexec_fn=default_signal, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert done.returncode == 130 and b"Traceback" not in done.stderr, done.stderr
 
 
 def test_a_reader_that_has_seen_enough_and_a_full_disk(folder: Path) -> None:

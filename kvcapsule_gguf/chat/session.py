@@ -67,16 +67,16 @@ class Session:
             self.state.text = ""
         return question.replace(MARKER, "")
 
-    def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None]) -> Turn:
-        """Streams the answer to `on_text`. Raises KVCapsuleError and KeyboardInterrupt; the conversation is then as it was before. Once the answer has begun,
-        Ctrl-C only ends it."""
+    def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None], keep_part: bool = False) -> Turn:
+        """Streams the answer to `on_text`. Raises KVCapsuleError and KeyboardInterrupt; the conversation is then as it was before. keep_part: once the answer
+        has begun, KeyboardInterrupt is not raised: it ends the answer, and what was said of it stays."""
         if pictures and self.engine.mtmd_ctx is None:
             raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         message = {"role": "user", "content": MARKER * len(pictures) + question}
         prompt = self.template.render([*self.messages, message], True)
         try:
             turn = self._fill(prompt, pictures)
-            self._generate(turn, on_text)
+            self._generate(turn, on_text, keep_part)
         except BaseException:
             if self.state.text.startswith(prompt):  # else nothing of it is left in the cache
                 self.state.settle()
@@ -136,7 +136,7 @@ class Session:
         turn.prefill_s = time.monotonic() - start - turn.compress_s
         return turn
 
-    def _generate(self, turn: Turn, on_text: Callable[[str], None]) -> None:
+    def _generate(self, turn: Turn, on_text: Callable[[str], None], keep_part: bool) -> None:
         engine, llama = self.engine, self.engine.llama
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         start = time.monotonic()
@@ -171,6 +171,8 @@ class Session:
             turn.finish_reason = "context"
             self.state.settle()
         except KeyboardInterrupt:
+            if not keep_part:
+                raise
             turn.finish_reason = "interrupted"
             self.state.settle()
         if rest := decoder.decode(b"", final=True):

@@ -18,8 +18,9 @@ ERROR = 1
 def run(name: str, body: Callable[[], int | None]) -> int:
     """Exit status: that of `body` (None = 0), 1 after an error (one line on stderr), also if stdout is closed or full, 130 after Ctrl-C."""
     _open_streams()
+    current = interrupts.Interrupts()
     try:
-        with interrupts.Interrupts() as current:
+        with current:
             try:
                 status = body() or 0
                 sys.stdout.flush()
