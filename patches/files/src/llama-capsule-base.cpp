@@ -13,7 +13,7 @@
 // what binds a capsule to a model
 //
 
-static const char * capsule_rope_name(llama_rope_type type) {
+const char * llama_capsule_rope_name(llama_rope_type type) {
     switch (type) {
         case LLAMA_ROPE_TYPE_NONE:   return "none";
         case LLAMA_ROPE_TYPE_NORM:   return "norm";
@@ -93,7 +93,7 @@ void llama_capsule_check_model(const llama_capsule_data & data, const llama_mode
         }
     }
 
-    if (base.rope_type != capsule_rope_name(hparams.rope_type)) {
+    if (base.rope_type != llama_capsule_rope_name(hparams.rope_type)) {
         mismatch("RoPE type " + base.rope_type);
     }
     for (const auto & layer : data.layers) {

@@ -122,6 +122,8 @@ llama_capsule_data_ptr llama_capsule_data_read(
 // the same from a file, for this model
 llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const char * path);
 
+const char * llama_capsule_rope_name(llama_rope_type type);
+
 // sha256 over what shapes the K and V of a model, as 64 hex digits
 std::string llama_capsule_model_fingerprint(const llama_model & model);
 

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_model;
+
+// what a capsule says, from a file of format v2 or built in: how many bits every block of coefficients gets, means and axes
+// shapes are numpy's; docs/format-v2.md and kvcapsule_gguf/format/tile_capsule.py of KVCapsule
+struct llama_capsule_tables {
+    static constexpr uint32_t N_ROWS = 33; // of a table: row blocks of a whole tile
+
+    struct layer {
+        uint32_t il;
+        bool     rope; // the keys are rotated
+
+        uint32_t n_head_kv;
+        uint32_t n_embd_head_k;
+        uint32_t n_embd_head_v;
+
+        std::vector<float> k_mean; // [n_head_kv][d_k]
+        std::vector<float> v_mean; // [n_head_kv][d_v]
+        std::vector<float> v_axes; // [n_head_kv][d_v][d_v], columns are axes; empty: none
+
+        std::vector<uint8_t> k_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of keys]
+        std::vector<uint8_t> v_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of values]
+
+        float k_energy = 0.0f; // of a usual tile around the mean; 0: not known (built in)
+        float v_energy = 0.0f;
+    };
+
+    std::string path; // "built in" without a file
+    bool        builtin = false;
+
+    uint64_t id = 0; // of the contents: a state is read only with the capsule that it was written with
+
+    // the model that it was made for
+    std::string architecture;
+    std::string fingerprint;
+    std::string rope_type;
+    uint32_t    block_count = 0;
+    uint32_t    n_rot       = 0; // channels of a key with RoPE, in the layers that have it
+
+    std::array<uint32_t, 4> rope_sections = {};
+
+    float quality = 0.0f; // the score that a tile may have, unless the program asks for another
+
+    std::vector<float> smaller; // per tier, falling: f16 bytes over slot bytes of a whole tile
+
+    uint32_t i_tier_first = 0; // the smallest tier that a quality may take
+
+    std::vector<layer> layers;
+
+    // values that a row has in each group of channels, codec/channels.py
+    std::vector<uint32_t> groups_k(const layer & l) const;
+    std::vector<uint32_t> groups_v(const layer & l) const;
+
+    // bytes of a slot of a whole tile, all layers, without units of allocation
+    size_t bytes_tile(uint32_t i_tier) const;
+
+    // of the same tile in f16
+    size_t bytes_tile_f16() const;
+
+    // the tier whose saved share of the bytes is nearest
+    uint32_t tier_for_ratio(float ratio) const;
+
+    // the smallest tier that a quality may take: one of about 6.5x
+    void init_tier_first();
+
+    // needs the model and the shapes of the layers; fills in the rest, as codec/builtin.py does
+    void init_builtin();
+};
+
+using llama_capsule_tables_ptr = std::shared_ptr<const llama_capsule_tables>;
+
+// for any supported model, without a file
+// throws std::runtime_error: the reason, in one line
+llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model);
+
+// from a file, checked, for this model
+// throws std::runtime_error: what is wrong and where; llama_capsule_mismatch if the file is for another model
+llama_capsule_tables_ptr llama_capsule_tables_load(const llama_model & model, const char * path);
+
+// throws llama_capsule_mismatch
+void llama_capsule_check_model(const llama_capsule_tables & tables, const llama_model & model);
