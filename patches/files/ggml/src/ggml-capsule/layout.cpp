@@ -1,0 +1,145 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <cstring>
+
+static int n_pair_groups(const ggml_capsule_channels & channels) {
+    return (channels.n_rot/2 + GGML_CAPSULE_LANES - 1)/GGML_CAPSULE_LANES;
+}
+
+int ggml_capsule_n_groups(const ggml_capsule_channels & channels) {
+    return n_pair_groups(channels) + (channels.d - channels.n_rot + 2*GGML_CAPSULE_LANES - 1)/(2*GGML_CAPSULE_LANES);
+}
+
+int ggml_capsule_n_lanes(const ggml_capsule_channels & channels, int group) {
+    const int n_paired = n_pair_groups(channels);
+    if (group < n_paired) {
+        return std::min(GGML_CAPSULE_LANES, channels.n_rot/2 - GGML_CAPSULE_LANES*group);
+    }
+    const int left = channels.d - channels.n_rot - 2*GGML_CAPSULE_LANES*(group - n_paired);
+    return std::min(GGML_CAPSULE_LANES, (left + 1)/2);
+}
+
+int ggml_capsule_channel(const ggml_capsule_channels & channels, int group, int reg, int lane) {
+    const int n_paired = n_pair_groups(channels);
+    if (group < n_paired) {
+        const int pair = GGML_CAPSULE_LANES*group + lane;
+        return channels.halves ? pair + reg*channels.n_rot/2 : 2*pair + reg;
+    }
+    const int first   = channels.n_rot + 2*GGML_CAPSULE_LANES*(group - n_paired);
+    const int channel = first + reg*ggml_capsule_n_lanes(channels, group) + lane;
+    return channel < channels.d ? channel : -1;
+}
+
+void ggml_capsule_row_order(int h, int w, uint8_t * order) {
+    for (int i = 0; i < h*w; ++i) {
+        order[i] = (uint8_t) i;
+    }
+    auto roughness = [=](int i) {
+        const int u = i/w*w;
+        const int v = i%w*h;
+        return u*u + v*v;
+    };
+    // ties: by u, which the numbers have already
+    std::stable_sort(order, order + h*w, [=](uint8_t a, uint8_t b) { return roughness(a) < roughness(b); });
+}
+
+void ggml_capsule_table_rows(int h, int w, uint8_t * rows) {
+    constexpr int side = GGML_CAPSULE_SIDE;
+
+    uint8_t whole[GGML_CAPSULE_MAX_ROWS];
+    uint8_t rank [GGML_CAPSULE_MAX_ROWS];
+    uint8_t order[GGML_CAPSULE_MAX_ROWS];
+
+    ggml_capsule_row_order(side, side, whole);
+    for (int i = 0; i < GGML_CAPSULE_MAX_ROWS; ++i) {
+        rank[whole[i]] = (uint8_t) i;
+    }
+    ggml_capsule_row_order(h, w, order);
+
+    // where the first row of a block is in the spectrum of a whole tile
+    rows[0] = 0;
+    for (int i = 1; i < ggml_capsule_n_blocks(h, w); ++i) {
+        const int u = order[2*i - 1]/w;
+        const int v = order[2*i - 1]%w;
+        rows[i] = (uint8_t) ((rank[(2*u + 1)*side/(2*h)*side + (2*v + 1)*side/(2*w)] + 1)/2);
+    }
+}
+
+size_t ggml_capsule_code_size(int bits, int n_rows, int n_lanes) {
+    const size_t n = (size_t) n_rows*n_lanes;
+    switch (bits) {
+        case 3:  return (n + 1)/2 + (n + 3)/4;
+        case 6:  return n + (n + 1)/2;
+        default: return (2*bits*n + 7)/8;
+    }
+}
+
+void ggml_capsule_plan_init(ggml_capsule_plan * plan, const ggml_capsule_channels & channels, const uint8_t * table, int h, int w) {
+    const int n_groups = ggml_capsule_n_groups(channels);
+    const int n_blocks = ggml_capsule_n_blocks(h, w);
+    const bool lone    = h*w % 2 == 0; // the last block is a row alone
+    const int n_pairs  = n_blocks - 1 - lone;
+
+    uint8_t rows[GGML_CAPSULE_MAX_BLOCKS];
+    ggml_capsule_table_rows(h, w, rows);
+
+    memset(plan, 0, ggml_capsule_plan_size(n_groups));
+    plan->n_groups = (uint16_t) n_groups;
+    plan->h        = (uint8_t) h;
+    plan->w        = (uint8_t) w;
+
+    size_t scale = 0;
+    for (int g = 0; g < n_groups; ++g) {
+        auto & group = plan->groups[g];
+        group.scale = (uint16_t) scale;
+        for (int i = 0; i < n_blocks; ++i) {
+            group.bits[i] = table[rows[i]*n_groups + g];
+            scale += group.bits[i] > 0 && group.bits[i] < GGML_CAPSULE_F16 ? sizeof(uint16_t) : 0;
+        }
+    }
+
+    size_t code = (scale + 7)/8*8;
+    for (int g = 0; g < n_groups; ++g) {
+        auto & group = plan->groups[g];
+        group.code    = (uint32_t) code;
+        group.n_lanes = (uint8_t) ggml_capsule_n_lanes(channels, g);
+        group.first   = group.bits[0];
+        group.last    = lone ? group.bits[n_blocks - 1] : 0;
+
+        int n = 0;
+        for (int b = 0; b < GGML_CAPSULE_N_BITS; ++b) {
+            for (int i = 1; i <= n_pairs; ++i) {
+                if (group.bits[i] == GGML_CAPSULE_BITS[b]) {
+                    group.pair[n++] = (uint8_t) i;
+                    group.n_pairs[b]++;
+                }
+            }
+            code += group.n_pairs[b]*ggml_capsule_code_size(GGML_CAPSULE_BITS[b], 2, group.n_lanes);
+        }
+        code += ggml_capsule_code_size(group.first, 1, group.n_lanes);
+        code += ggml_capsule_code_size(group.last,  1, group.n_lanes);
+    }
+    plan->size = (uint32_t) ((code + 7)/8*8);
+}
+
+size_t ggml_capsule_head_size(const ggml_capsule_channels & channels, const uint8_t * table, int h, int w) {
+    constexpr size_t most = sizeof(ggml_capsule_plan) + GGML_CAPSULE_MAX_GROUPS*sizeof(ggml_capsule_plan_group);
+
+    alignas(ggml_capsule_plan) uint8_t plan[most];
+    ggml_capsule_plan_init((ggml_capsule_plan *) plan, channels, table, h, w);
+    return ((const ggml_capsule_plan *) plan)->size;
+}
+
+size_t ggml_capsule_form_offsets(const ggml_capsule_form & form, int n_head_kv, uint32_t * k_offset, uint32_t * v_offset) {
+    size_t at = (n_head_kv*sizeof(float) + 7)/8*8;
+    for (int i = 0; i < n_head_kv; ++i) {
+        k_offset[i] = (uint32_t) at;
+        at += ggml_capsule_form_k(form, i)->size;
+    }
+    for (int i = 0; i < n_head_kv; ++i) {
+        v_offset[i] = (uint32_t) at;
+        at += ggml_capsule_form_v(form, i)->size;
+    }
+    return at;
+}

@@ -1,0 +1,126 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+//
+// The bytes of a slot: one tile of tokens, all KV heads of a layer (docs/format-v2.md). This is the only place that knows them.
+//
+//   slot    f32 step[n_head_kv], padded to 8 bytes, then the heads of K, then the heads of V
+//   head    scales, padded to 8 bytes, then codes, padded to 8 bytes
+//   scales  f16, of the blocks that have one (all but those of 0 and 16 bits): group after group, from smooth to rough
+//   codes   group after group: the constant row, then the pairs of rows from many bits to few (those of equal bits from
+//           smooth to rough), then the row that is left alone where their number is even
+//   block   a block of n rows has n*lanes elements; element lane*n + row holds the codes a and b of the two registers:
+//           1, 2, 4 bits: a plane of 2, 4, 8 bits an element, a | b << bits
+//           3 bits: a plane of 4 bits, a | (b >> 2) << 3, and one of 2 bits, b & 3
+//           6 bits: a plane of 8 bits, a | (b >> 4) << 6, and one of 4 bits, b & 15
+//           8 bits: a plane of 8 bits with all a, and one with all b
+//           16 bits (f16): register after register, the first row before the second
+//   plane   of less than 8 bits an element: byte k has the elements k, k + n, k + 2*n, ... if the plane has n bytes,
+//           from the lowest bits up
+//
+// Codes are stored as c + 2^(bits - 1), with 1 bit as (c + 1)/2.
+// The steps belong to the integer kernels: ggml_capsule_slot_seal() makes them from the rest when a slot is written or loaded.
+// Kernels read up to GGML_CAPSULE_PAD bytes behind the last slot of a pool; what is there does not matter.
+//
+
+constexpr int GGML_CAPSULE_SIDE       = 8;   // a tile has at most 8 x 8 tokens
+constexpr int GGML_CAPSULE_MAX_ROWS   = 64;
+constexpr int GGML_CAPSULE_MAX_BLOCKS = 33;  // of rows: the constant row, 31 pairs, the last row; the height of a table
+constexpr int GGML_CAPSULE_LANES      = 16;
+constexpr int GGML_CAPSULE_MAX_D      = 512;
+constexpr int GGML_CAPSULE_MAX_GROUPS = GGML_CAPSULE_MAX_D/(2*GGML_CAPSULE_LANES) + 1;
+constexpr int GGML_CAPSULE_PAD        = 64;
+constexpr int GGML_CAPSULE_F16        = 16;  // "bits" of a block that is stored as f16; 0: not stored
+
+// the numbers of bits that a block can have, in the order of the bytes
+constexpr int     GGML_CAPSULE_N_BITS = 7;
+constexpr uint8_t GGML_CAPSULE_BITS[GGML_CAPSULE_N_BITS] = { GGML_CAPSULE_F16, 8, 6, 4, 3, 2, 1 };
+
+// how the channels of a head of K or V lie in groups: a group is two registers of up to 16 lanes
+// K: the first members of 16 neighbouring RoPE pairs, and the second ones. V, and channels without RoPE: in their order
+struct ggml_capsule_channels {
+    int32_t d;      // head size, 1 .. 512
+    int32_t n_rot;  // how many of the first channels have RoPE; 0 for V
+    int32_t halves; // RoPE pairs are (i, i + n_rot/2), else (2*i, 2*i + 1)
+};
+
+int ggml_capsule_n_groups(const ggml_capsule_channels & channels);
+
+// lanes of a group, 1 .. 16
+int ggml_capsule_n_lanes(const ggml_capsule_channels & channels, int group);
+
+// the channel at a place, -1: none (the second register of an odd last channel)
+int ggml_capsule_channel(const ggml_capsule_channels & channels, int group, int reg, int lane);
+
+// the coefficients (u, v) of an h x w tile as u*w + v, from smooth to rough: [h*w]
+void ggml_capsule_row_order(int h, int w, uint8_t * order);
+
+inline int ggml_capsule_n_blocks(int h, int w) { return 1 + h*w/2; }
+
+// the row of a whole tile's table that each block of rows of an h x w tile uses: [ggml_capsule_n_blocks(h, w)]
+void ggml_capsule_table_rows(int h, int w, uint8_t * rows);
+
+// bytes of the codes of a block
+size_t ggml_capsule_code_size(int bits, int n_rows, int n_lanes);
+
+//
+// plan: where the blocks of one head are, for one table and one shape; plain data, its size depends on the number of groups
+//
+
+struct ggml_capsule_plan_group {
+    uint32_t code;     // offset of the first code from the head's first byte
+    uint16_t scale;    // offset of the first scale
+    uint8_t  n_lanes;
+    uint8_t  first;    // bits of the constant row
+    uint8_t  last;     // bits of the row that is left alone, 0 if there is none
+    uint8_t  n_pairs[GGML_CAPSULE_N_BITS]; // how many pairs have so many bits
+    uint8_t  pair[GGML_CAPSULE_MAX_BLOCKS - 2]; // the pairs in the order of their codes: pair i is the rows 2*i - 1 and 2*i
+    uint8_t  bits[GGML_CAPSULE_MAX_BLOCKS];     // of each block of rows
+};
+
+struct ggml_capsule_plan {
+    uint32_t size; // bytes of the head
+    uint16_t n_groups;
+    uint8_t  h;
+    uint8_t  w;
+    ggml_capsule_plan_group groups[1]; // [n_groups]
+};
+
+inline size_t ggml_capsule_plan_size(int n_groups) {
+    return sizeof(ggml_capsule_plan) + (n_groups - 1)*sizeof(ggml_capsule_plan_group);
+}
+
+// table: bits of each block, [33][n_groups]
+void ggml_capsule_plan_init(ggml_capsule_plan * plan, const ggml_capsule_channels & channels, const uint8_t * table, int h, int w);
+
+// bytes of one head in a slot
+size_t ggml_capsule_head_size(const ggml_capsule_channels & channels, const uint8_t * table, int h, int w);
+
+//
+// form: a tier and a shape, for all heads of a layer
+//
+
+struct ggml_capsule_form {
+    int32_t          h;
+    int32_t          w;
+    size_t           size;   // bytes of a slot
+    const uint8_t  * k_plan; // plan of head i at k_plan + i*k_stride
+    const uint8_t  * v_plan;
+    size_t           k_stride; // 0: all heads have one table
+    size_t           v_stride;
+    const uint32_t * k_offset; // offset of the bytes of head i in a slot
+    const uint32_t * v_offset;
+};
+
+inline const ggml_capsule_plan * ggml_capsule_form_k(const ggml_capsule_form & form, int head) {
+    return (const ggml_capsule_plan *) (form.k_plan + head*form.k_stride);
+}
+
+inline const ggml_capsule_plan * ggml_capsule_form_v(const ggml_capsule_form & form, int head) {
+    return (const ggml_capsule_plan *) (form.v_plan + head*form.v_stride);
+}
+
+// fills in the offsets [n_head_kv] of the heads from their plans, returns the bytes of a slot
+size_t ggml_capsule_form_offsets(const ggml_capsule_form & form, int n_head_kv, uint32_t * k_offset, uint32_t * v_offset);

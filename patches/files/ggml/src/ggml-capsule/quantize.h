@@ -1,0 +1,32 @@
+#pragma once
+
+#include "layout.h"
+
+//
+// From the K or V of a tile to the bytes of a head. The same coefficients give the same bytes as kvcapsule_gguf/codec does.
+//
+
+// what one head of K or V of a layer is coded with
+struct ggml_capsule_coder {
+    ggml_capsule_channels channels;
+    const float         * mean; // [d], NULL: zero
+    const float         * axes; // [d][d], column j is axis j; NULL: the channels themselves
+};
+
+// x: [h*w] tokens, line by line, `stride` floats apart -> coefficients f32 [h*w][d], from smooth to rough
+// work: ggml_capsule_rows_work(d) floats
+size_t ggml_capsule_rows_work(int d);
+void   ggml_capsule_rows(const ggml_capsule_coder & coder, int h, int w, const float * x, size_t stride, float * rows, float * work);
+
+// the values of a block as they are stored: f32 [2*n_rows][n_lanes]
+void ggml_capsule_block(const ggml_capsule_channels & channels, int group, int n_rows, const float * rows, float * block);
+
+// n values -> signed scale (an f16 number) and n codes of `bits` bits; the rule is in codec/scale.py
+float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes);
+
+// the squared error that each number of bits leaves in each block of rows and group, and with 0 bits: the energy
+// errors: f32 [ggml_capsule_n_blocks(h, w)][n_groups][n_bits], bits: [n_bits] with 0 and 16 among them as wanted
+void ggml_capsule_errors(const ggml_capsule_coder & coder, int h, int w, const float * rows, int n_bits, const uint8_t * bits, float * errors);
+
+// coefficients -> the bytes of a head; what is not finite is stored as some finite number
+void ggml_capsule_store(const ggml_capsule_channels & channels, const ggml_capsule_plan * plan, const float * rows, uint8_t * bytes);
