@@ -63,11 +63,11 @@ class Interrupts:
         self._main = threading.get_ident()
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        _current = self
         threading.Thread(target=self._watch, daemon=True).start()
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, _WAKE)}
+        _current = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
