@@ -1,0 +1,73 @@
+"""The pages: what they point at is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:\A|\n)\n(?:(?: {4}|\t).*\n?)+")
+LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"([^\"]+)\"")
+HEADING = re.compile(r"^#+ +(.*?) *#*$", re.MULTILINE)
+
+
+def pages() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def links(text: str) -> list[str]:
+    """Targets of the links of a page, not those in its code."""
+    prose = re.sub(r"`[^`\n]*`", "", INDENTED.sub("\n", FENCE.sub("", text)))
+    return [first or second for first, second in LINK.findall(prose)]
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may have behind #, by GitHub's rule: small letters, no punctuation, - for a space, -1, -2, ... where a heading is repeated."""
+    found: dict[str, int] = {}
+    out = set()
+    for heading in HEADING.findall(FENCE.sub("", text)):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        out.add(f"{slug}-{found[slug]}" if slug in found else slug)
+        found[slug] = found.get(slug, 0) + 1
+    return out
+
+
+def broken(page: Path) -> list[str]:
+    """The relative links of a page that lead nowhere: no such file, no such heading, or a place outside of the project."""
+    out = []
+    for target in links(page.read_text(encoding="utf-8")):
+        name, _, fragment = target.partition("#")
+        if re.match(r"[a-z][a-z0-9+.-]*:", target):
+            continue
+        path = (page.parent / name).resolve() if name else page
+        if not path.is_relative_to(ROOT) or not path.exists():
+            out.append(f"{target}: there is no such file")
+        elif fragment and path.suffix == ".md" and fragment not in anchors(path.read_text(encoding="utf-8")):
+            out.append(f"{target}: there is no such heading")
+    return out
+
+
+def test_links_lead_somewhere() -> None:
+    found = {str(page.relative_to(ROOT)): lines for page in pages() if (lines := broken(page))}
+    assert not found
+
+
+def test_what_counts_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_pages.ROOT", tmp_path)
+    (tmp_path / "other.md").write_text("# One `two`, [three](x.md)!\n# Twice\n# Twice\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n[a](other.md) [b](other.md#one-two-three) [c](#here) [d](https://example.org/x) [e](other.md#twice-1) <img src=\"other.md\">\n"
+        "```\n[in code](nowhere.md)\n```\nand `[so](nowhere.md)`\n\n    [indented](nowhere.md)\n"
+    )
+    assert broken(page) == []
+    page.write_text("[a](gone.md) [b](other.md#no-heading) [c](#here) [d](../outside.md) ![e](gone.png) <img src=\"gone.svg\"> [f](other.md#twice-2)\n")
+    assert [line.partition(":")[0] for line in broken(page)] == ["gone.md", "other.md#no-heading", "#here", "../outside.md", "gone.png", "gone.svg", "other.md#twice-2"]
