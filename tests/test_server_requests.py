@@ -25,7 +25,7 @@ from kvcapsule_gguf.server.body import parse, written
 from kvcapsule_gguf.server.caps import check_caps
 from kvcapsule_gguf.server.endpoints import ENDPOINTS, finder
 from kvcapsule_gguf.server.errors import RequestError
-from kvcapsule_gguf.server.grammar import check_grammar, check_schema
+from kvcapsule_gguf.server.grammar import check_grammar, check_schemas
 from kvcapsule_gguf.server.media import Limits, prepare
 
 LIMITS = Limits(1 << 20, pictures.Limits(1 << 20, 1_000_000, 3_000_000, 16), remote_images=False)
@@ -198,11 +198,23 @@ def deep(levels: int) -> Any:
 
 def test_schemas() -> None:
     for good in ({"type": "object", "properties": {"d": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}(T[0-9:]+(\.\d+)?Z?)?$", "maxLength": 2000}}}, deep(20), {"enum": ["("] * 999}):
-        check_schema(good)
+        check_schemas([good])
     for bad in (deep(100), {"pattern": "^(((((((a?){9}){9}){9}){9}){9}){9})$"}, {"pattern": "(" * 999}, {"pattern": "[" * 200_000}, {"enum": ["x" * 300_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 99},
                 {"anyOf": [{"pattern": "[" * 4096}] * 60}, {"type": "string", "maxLength": 1e9}, {"anyOf": [{"maxLength": 10**9}, {"minLength": -(10**9)}]}):  # fmt: skip
         with pytest.raises(RequestError):
-            check_schema(bad)
+            check_schemas([bad])
+
+
+@pytest.mark.parametrize("schema", [{"enum": ["x" * 10_000]}, {"anyOf": [{"type": "string", "maxLength": 2000}] * 2}, {"pattern": "^([0-9]{1,999}-){3}[a-f]{900}$"}], ids=["characters", "lengths", "patterns"])
+def test_the_schemas_of_a_request_share_one_budget(schema: Any) -> None:
+    """Each of these costs a small part of it, whatever place it stands in; so many tools of real clients cost nearly nothing."""
+    tools = [{"type": "function", "function": {"name": f"t{n}", "parameters": schema}} for n in range(60)]
+    check_caps({"tools": tools[:10], "response_format": {"json_schema": {"schema": schema}}})
+    for request in ({"tools": tools}, {"tools": [{"input_schema": schema} for _ in tools]}):
+        with pytest.raises(RequestError, match="schemas"):
+            check_caps(request)
+    usual = {"type": "object", "properties": {name: {"type": "string", "maxLength": 200, "description": "what it is " * 9} for name in "abcdef"}}
+    check_caps({"tools": [{"function": {"parameters": usual}}] * 60})
 
 
 @pytest.mark.parametrize(

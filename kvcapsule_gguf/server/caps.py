@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import RequestError
-from .grammar import check_grammar, check_schema
+from .grammar import check_grammar, check_schemas
 
 WINDOW = 1 << 17  # tokens that a penalty looks back
 NUMBERS = {"dry_penalty_last_n": WINDOW, "repeat_last_n": WINDOW, "n_probs": 100, "logprobs": 100, "top_logprobs": 100}
@@ -33,8 +33,7 @@ def check_caps(request: dict[str, Any]) -> None:
             raise RequestError(400, f"{name} has more than {STRINGS} characters")
     if isinstance(grammar := request.get("grammar"), str):
         check_grammar(grammar)
-    for schema in _schemas(request):
-        check_schema(schema)
+    check_schemas(_schemas(request))
 
 
 def _schemas(request: dict[str, Any]) -> list[Any]:

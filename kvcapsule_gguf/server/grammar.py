@@ -10,9 +10,9 @@ from typing import Any
 from .errors import RequestError
 
 DEPTH = 64  # brackets inside brackets
-BYTES = 1 << 18  # of a grammar or a schema
+BYTES = 1 << 18  # of a grammar, or of all schemas of a request
 PATTERN = 4096  # characters of a pattern in a schema
-ELEMENTS = 100_000  # after repetitions are written out
+ELEMENTS = 100_000  # after repetitions are written out; of a grammar, or of all schemas of a request
 STACKS = 1000  # ways to go on that are kept for every position
 
 GBNF = re.compile(
@@ -33,24 +33,24 @@ def check_grammar(text: str) -> None:
     _check(text, GBNF, "the grammar")
 
 
-def check_schema(schema: Any) -> None:
-    """Raises RequestError."""
-    size, repeated = len(json.dumps(schema)), 0
+def check_schemas(schemas: list[Any]) -> None:
+    """All those of a request, which share one budget. Raises RequestError."""
+    size, repeated = len(json.dumps(schemas)), 0
     if size > BYTES:
-        raise RequestError(400, f"the JSON schema has {size} characters, at most {BYTES} are taken")
-    waiting = [(schema, 1)]
+        raise RequestError(400, f"the JSON schemas have {size} characters, at most {BYTES} are taken in a request")
+    waiting = [(schema, 1) for schema in schemas]
     while waiting:
         value, depth = waiting.pop()
         if depth > DEPTH:
-            raise RequestError(400, f"the JSON schema is nested more than {DEPTH} deep")
+            raise RequestError(400, f"a JSON schema is nested more than {DEPTH} deep")
         if isinstance(value, dict):
             repeated += sum(int(max(0, n)) for key in ("minLength", "maxLength", "minItems", "maxItems") if isinstance(n := value.get(key), (int, float)))
             if isinstance(pattern := value.get("pattern"), str):
                 if len(pattern) > PATTERN:
-                    raise RequestError(400, f"a pattern of the JSON schema has {len(pattern)} characters, at most {PATTERN} are taken")
-                repeated += _check(pattern, REGEX, "a pattern of the JSON schema")
+                    raise RequestError(400, f"a pattern of a JSON schema has {len(pattern)} characters, at most {PATTERN} are taken")
+                repeated += _check(pattern, REGEX, "a pattern of a JSON schema")
         if repeated > ELEMENTS:
-            raise RequestError(400, f"the lengths in the JSON schema add up to more than {ELEMENTS}")
+            raise RequestError(400, f"the lengths and patterns in the JSON schemas of a request add up to more than {ELEMENTS}")
         if isinstance(value, (dict, list)):
             waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
 
