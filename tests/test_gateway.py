@@ -261,6 +261,31 @@ def test_oversized_and_malformed_requests(front: Running) -> None:
     assert FakeHandler.seen[-1][2] == b"{}"
 
 
+@pytest.mark.parametrize("closes", [{"Connection": "close"}, {"Expect": "100-continue", "Transfer-Encoding": "chunked"}], ids=["urllib", "curl"])
+def test_a_client_that_is_still_sending_sees_why_it_is_refused(front: Running, closes: dict[str, str]) -> None:
+    """Both send all they have before they read, and the answer ends the connection: without care they would see no more than its reset."""
+    size = 32 << 20
+    head, tail = (b"%x\r\n" % size, b"\r\n0\r\n\r\n") if "Transfer-Encoding" in closes else (b"", b"")
+    lengths = {} if head else {"Content-Length": str(size)}
+    with connect(front, HEAD + "".join(f"{name}: {value}\r\n" for name, value in {**closes, **lengths}.items()).encode() + b"\r\n") as client:
+        if head:
+            assert client.recv(100).startswith(b"HTTP/1.1 100")
+        client.sendall(head + bytes(size) + tail)
+        status, body = received(client)
+        assert status == 413 and json.loads(body)["error"]["code"] == 413 and client.recv(1) == b""
+
+
+def test_refused_requests_that_are_still_coming_make_room_for_others(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_OF_ONE", 4)
+    clients = [connect(front, HEAD + b"Content-Length: 99999999\r\n\r\n") for _ in range(4)]
+    try:
+        assert [received(client)[0] for client in clients] == [413] * 4
+        assert front.send("/health")[0] == 200
+    finally:
+        for client in clients:
+            client.close()
+
+
 def test_text_has_a_limit_of_its_own(front: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama-server takes twelve times its bytes."""
     monkeypatch.setattr(gateway, "TEXT_BYTES", 1000)

@@ -41,6 +41,11 @@ class Connection(H11Protocol):
 
     @property
     def busy(self) -> bool:
+        """A request that is still on its way when its answer begins is a refused one."""
+        return self._answering and not (self.cycle.more_body and self.cycle.response_started)
+
+    @property
+    def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -53,7 +58,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        if self.busy and self.cycle.more_body:  # a request that is still on its way
+        if self._answering and self.cycle.more_body:  # a request that is still on its way
             self.transport.abort()
         else:
             super().shutdown()

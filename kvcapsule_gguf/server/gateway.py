@@ -31,6 +31,7 @@ from .remote import fetch
 
 BODY_S = 120.0  # a body must be complete by then
 PIECE_S = 20.0  # the next part of a body must come by then
+REST_BYTES = 256 << 20  # of a body that is refused, so many are still read, and dropped
 TEXT_BYTES = 8 << 20  # a request may have so much beside its pictures: no context holds more
 TEXT_COPIES = 12  # llama-server makes so many copies of a text
 SHORT_BYTES = 1 << 20  # a text up to this size is not counted
@@ -82,6 +83,36 @@ class Left(Exception):
     """The client went away."""
 
 
+class Body:
+    """Of a request, as it comes."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = receive
+        self._more = True
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Those that have not been read. Raises RequestError, Left."""
+        end = asyncio.get_running_loop().time() + BODY_S
+        while self._more:
+            try:
+                message = await asyncio.wait_for(self.receive(), min(PIECE_S, max(0, end - asyncio.get_running_loop().time())))
+            except asyncio.TimeoutError:
+                raise RequestError(408, "the request did not arrive in time") from None
+            if message["type"] == "http.disconnect":
+                raise Left
+            self._more = message["more_body"]
+            yield message["body"]
+
+    async def drop(self) -> None:
+        """Reads what is left, up to a limit: a client that is still sending sees no answer if its connection is closed."""
+        left = REST_BYTES
+        with suppress(RequestError, Left):
+            async for piece in self.pieces():
+                left -= len(piece)
+                if left < 0:
+                    return
+
+
 class Gateway:
     """The front as a thread of its own, from `start` to `drain`."""
 
@@ -124,12 +155,13 @@ class Front:
         )
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        body = Body(receive)
         try:
             async with self._taken() as taken:
-                await self._answer(scope, receive, send, taken)
+                await self._answer(scope, body, send, taken)
         except RequestError as error:
             waits = any(name.lower() == b"expect" for name, _ in scope["headers"])  # nobody knows then whether the body will follow
-            await _answer_with(send, error.status, error.body(), close=waits)
+            await _answer_with(send, error.status, error.body(), close=waits, before_end=body.drop)
         except Left:
             pass
         except asyncio.CancelledError:
@@ -141,7 +173,7 @@ class Front:
             self.upstream.say(f"error: {scope['method']} {scope['raw_path'].decode()[:80]} failed in the front: {error!r}")
             raise
 
-    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send, taken: Taken) -> None:
+    async def _answer(self, scope: dict[str, Any], body: Body, send: Send, taken: Taken) -> None:
         headers = _single(scope["headers"])
         method, path = scope["method"], scope["raw_path"].decode()
         if method not in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
@@ -162,7 +194,7 @@ class Front:
             self._check_length(headers)
             try:
                 data = bytearray()
-                async for piece in _pieces(receive):
+                async for piece in body.pieces():
                     self._hold(taken, len(piece))
                     data += piece
                 parcel = [bytes(data)]
@@ -170,7 +202,7 @@ class Front:
                 parcel = [await self._checked(parcel, find, taken)]
             finally:
                 self._held -= taken.held
-        await self._unless_left(receive, self._forward(scope, headers, parcel, taken, allowed, send))
+        await self._unless_left(body.receive, self._forward(scope, headers, parcel, taken, allowed, send))
 
     # --- the request ---
 
@@ -354,21 +386,6 @@ def _is_address(name: str) -> bool:
     return False
 
 
-async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
-    """Yields the parts of the request's body. Raises RequestError, Left."""
-    end = asyncio.get_running_loop().time() + BODY_S
-    more = True
-    while more:
-        try:
-            message = await asyncio.wait_for(receive(), min(PIECE_S, max(0, end - asyncio.get_running_loop().time())))
-        except asyncio.TimeoutError:
-            raise RequestError(408, "the request did not arrive in time") from None
-        if message["type"] == "http.disconnect":
-            raise Left
-        more = message["more_body"]
-        yield message["body"]
-
-
 async def _until_left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass  # the body of a GET, which nobody asked for
@@ -379,11 +396,14 @@ async def _emptied(parcel: list[bytes]) -> AsyncIterator[bytes]:
     yield parcel.pop()
 
 
-async def _answer_with(send: Send, status: int, body: bytes, close: bool = False) -> None:
+async def _answer_with(send: Send, status: int, body: bytes, close: bool = False, before_end: Callable[[], Awaitable[None]] | None = None) -> None:
     headers = [(b"content-type", b"application/json; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     if status == 503:
         headers.append((b"retry-after", str(RETRY_S).encode()))
     if close:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if before_end is not None:
+        await before_end()
+    await send({"type": "http.response.body", "body": b""})
