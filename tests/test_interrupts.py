@@ -307,21 +307,10 @@ def test_a_reader_that_has_seen_enough_and_a_full_disk(folder: Path) -> None:
         assert (process.wait(), said) == (1, b"")
         with open("/dev/full", "wb") as full, start(name, *arguments, stdout=full, stderr=subprocess.PIPE) as process:
             said = process.stderr.read().decode()
-        assert process.wait() == 1 and said.splitlines() == [f"kvcapsule-{name}: error: No space left on device"]
+        assert process.wait() == 1 and said.splitlines() == [f"kvcapsule-{name}: error: stdout: No space left on device"]
         code = f"import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'kvcapsule_gguf.{name}.cli', *sys.argv[1:]])"
         closed = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=60)
         assert closed.returncode == 1 and closed.stderr.splitlines() == [f"kvcapsule-{name}: error: stdout: Bad file descriptor"]
-
-
-def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails() -> int:
-        raise ValueError("two\nlines")
-
-    assert program.run("p", lambda: None) == 0 and program.run("p", lambda: 3) == 3
-    assert program.run("p", fails) == 1 and capsys.readouterr().err == "p: error: two lines\n"
-    with pytest.raises(SystemExit) as stopped:
-        program.Parser(prog="p").parse_args(["--no-such"])
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 # --- a session at a terminal -------------------------------------------------------------------------------------------------------------------

@@ -13,20 +13,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..runtime.errors import InputError
 from .samples import Asked, Draw, Sample
 
 PICTURES = Path(os.environ.get("KVCAPSULE_PICTURES") or Path(__file__).resolve().parents[2] / ".cache" / "real-pictures")
 
 
 def samples(suite: str, n_questions: int, per_picture: int = 8, draw: Draw | None = None, part: str = "test") -> Iterator[Sample]:
-    """Until there are n_questions. Raises ValueError when the suite is not there."""
+    """Until there are n_questions. Raises InputError when the suite is not there."""
     if draw:
-        raise ValueError(f"--mixed-sizes is for drawn scenes; the pictures of {suite} have the sizes they have")
+        raise InputError(f"--mixed-sizes is for drawn scenes; the pictures of {suite} have the sizes they have")
     folder = PICTURES / suite / part
     try:
         listed = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"the suite {suite} is not in {PICTURES}: scripts/real_decoder suites puts it there, or name its folder in KVCAPSULE_PICTURES") from None
+    except (OSError, ValueError):
+        raise InputError(f"the suite {suite} is not in {PICTURES}: scripts/real_decoder suites puts it there, or name its folder in KVCAPSULE_PICTURES") from None
     left = n_questions
     for entry in listed:
         if left <= 0:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import InputError
+
 BITS = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5}
 VISION = "-vision"
 DROP = "drop"
@@ -37,7 +39,7 @@ FLOOR = Setting("floor", floor=True)
 def rivals(names: list[str]) -> list[Setting]:
     """A type ("q4_0"), two types for keys and values ("q8_0+q4_0"), either for the vision cells alone ("q4_0-vision"), or "drop" and a share ("drop0.6").
 
-    Raises ValueError."""
+    Raises InputError."""
     return [_rival(name) for name in names]
 
 
@@ -50,11 +52,11 @@ def _rival(name: str) -> Setting:
             return Setting(name, drop=share)
     except ValueError:
         pass
-    raise ValueError(f"--against {name}: a type of {', '.join(BITS)}, two such as q8_0+q4_0, either with {VISION} behind it, or drop0.6")
+    raise InputError(f"--against {name}: a type of {', '.join(BITS)}, two such as q8_0+q4_0, either with {VISION} behind it, or drop0.6")
 
 
 def capsules(path: Path, ratios: list[float], guards: tuple[bool, ...] = (True,)) -> list[Setting]:
-    """A capsule at its presets nearest to the ratios, named by its key codec. Raises ValueError for a file that is no capsule."""
+    """A capsule at its presets nearest to the ratios, named by its key codec. Raises CapsuleError."""
     from ..format.reader import read_capsule
 
     content = read_capsule(path)

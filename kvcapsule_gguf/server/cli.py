@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ..runtime import pictures
+from ..runtime import pictures, program
 from ..runtime.errors import KVCapsuleError
 from . import args
 from .args import Options
@@ -20,13 +20,10 @@ M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after a signal to stop, 1 error (one line on stderr), 2 wrong command line."""
+    """Exit status: 0 after a signal to stop, Ctrl-C included, 1 error (one line on stderr), 2 wrong command line."""
+    program.open_streams()
     options = args.parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(options)
-    except (KVCapsuleError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 1
+    return program.guarded("kvcapsule-server", lambda: run(options))
 
 
 def run(options: Options) -> int:
@@ -79,7 +76,7 @@ def serve(options: Options, stop: threading.Event) -> None:
 
 
 def say(text: str) -> None:
-    print(f"kvcapsule-server: {text}", file=sys.stderr, flush=True)
+    program.say(f"kvcapsule-server: {text}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..errors import KVCapsuleError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from .picture import Picture
 
 
-class PictureError(KVCapsuleError, ValueError):
+class PictureError(InputError):
     """A picture cannot be read. The text is one clear line for the user."""
 
 
