@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,15 @@ from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
 from ..format.projector import check_projector
 from ..native.library import library_dir
+from ..runtime import program
 from ..runtime.errors import KVCapsuleError
 from ..runtime.scratch import Scratch
 from .args import DEFAULT_CTX, Options
 
 STOP_S = 10.0
+STARTS = 5  # llama-server is given up when it has ended so many times in a row
+YOUNG_S = 10.0  # an end so soon after it was ready is one of a row
+PAUSE_S = 1.0  # before its second start in a row; before each further one twice as long
 KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH", "LLAMA_KVCAPSULE_SIMD")  # no flag says these
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 _libc = ctypes.CDLL(None) if os.name != "nt" else None
@@ -66,6 +71,9 @@ class Upstream:
         self.media.mkdir()
         self.lines: deque[str] = deque(maxlen=200)
         self.ready = False  # it has loaded the model, and answers
+        self._ready_since = 0.0
+        self._ends = 0  # in a row
+        self._next_start: float | None = None  # when it has ended
         try:
             self._start()
         except BaseException:
@@ -88,16 +96,31 @@ class Upstream:
 
     def tend(self) -> None:
         """To be called again and again, always by the thread that made this object: the kernel ties the process to it. Raises KVCapsuleError if it cannot be started."""
-        if self.process.poll() is None:
-            if not self.ready and self._answers():
-                self.lines.clear()  # what was said while it started explains no later end
-                self.ready = True
-        elif self.ready:
-            self.ready = False
-            self.say(f"llama-server {self.reason()}; it is started again")
-            self._start()
-        else:
-            raise KVCapsuleError(f"llama-server {self.reason()}")
+        now = time.monotonic()
+        if self._next_start is not None:
+            if now >= self._next_start:
+                self._next_start = None
+                self._start()
+        elif self.process.poll() is not None:
+            self._ended(now)
+        elif not self.ready and self._answers():
+            self.lines.clear()  # what was said while it started explains no later end
+            self.ready, self._ready_since = True, now
+
+    def _ended(self, now: float) -> None:
+        """Plans the next start. Raises KVCapsuleError if there is to be none: it has never been ready, or it ends again and again."""
+        if self.ready and now - self._ready_since >= YOUNG_S:
+            self._ends = 0
+        self.ready = False
+        self._ends += 1
+        reason = f"llama-server {self.reason()}"
+        if not self._ready_since:
+            raise KVCapsuleError(reason)
+        if self._ends == STARTS:
+            raise KVCapsuleError(f"{reason}; it is not started again, since it has ended {STARTS} times in a row")
+        pause = PAUSE_S * 2 ** (self._ends - 2) if self._ends > 1 else 0.0
+        self._next_start = now + pause
+        self.say(f"{reason}; it is started again{f' in {pause:g} s' if pause else ''}")
 
     def _answers(self) -> bool:
         try:
@@ -200,7 +223,7 @@ class Upstream:
             line = raw.decode("utf-8", "replace").rstrip()
             self.lines.append(line)
             if self.options.verbose:
-                print(line, file=sys.stderr, flush=True)
+                program.say(line)
 
 
 def _end_with_parent() -> None:
