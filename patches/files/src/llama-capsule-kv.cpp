@@ -243,6 +243,56 @@ void llama_capsule_kv::free(const std::vector<uint32_t> & idxs) {
     }
 }
 
+void llama_capsule_kv::set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok) {
+    auto & cells = kv.v_cells[0];
+
+    const auto & list = cells.seq_pos_get(seq_id);
+    for (auto it = list.lower_bound({ p0, 0 }); it != list.end() && it->first < p1; ++it) {
+        auto ext = cells.ext_get(it->second);
+        ext.tok = tok;
+        cells.ext_set(it->second, ext);
+    }
+}
+
+void llama_capsule_kv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    try {
+        // the KV cache itself forgets this if the state has no hot cells
+        if (seq_id != -1) {
+            kv.seq_rm(seq_id, -1, -1);
+        }
+        kv.state_read_sinfo(io, seq_id, flags, nullptr, nullptr);
+    } catch (...) {
+        kv.state_clear(seq_id);
+        throw;
+    }
+}
+
+const llama_model    & llama_capsule_kv::model() const { return kv.model; }
+const llama_kv_cells & llama_capsule_kv::cells() const { return kv.v_cells[0]; }
+
+uint32_t llama_capsule_kv::size()      const { return kv.get_size(); }
+uint32_t llama_capsule_kv::n_seq_max() const { return kv.n_seq_max; }
+uint32_t llama_capsule_kv::n_pos()     const { return kv.hparams.n_pos_per_embd(); }
+size_t   llama_capsule_kv::n_bytes()   const { return kv.size_k_bytes() + kv.size_v_bytes(); }
+
+bool llama_capsule_kv::has_cell_ext() const { return kv.has_cell_ext(); }
+
+int32_t llama_capsule_kv::layer_id(int32_t il) const {
+    const auto it = kv.map_layer_ids.find(il);
+
+    return it == kv.map_layer_ids.end() ? -1 : it->second;
+}
+
+ggml_tensor * llama_capsule_kv::k(int32_t il) const { return kv.layers[kv.map_layer_ids.at(il)].k; }
+ggml_tensor * llama_capsule_kv::v(int32_t il) const { return kv.layers[kv.map_layer_ids.at(il)].v; }
+
+ggml_type llama_capsule_kv::type_k() const { return kv.type_k(); }
+ggml_type llama_capsule_kv::type_v() const { return kv.type_v(); }
+
+bool llama_capsule_kv::v_trans() const { return kv.v_trans; }
+bool llama_capsule_kv::rot_k()   const { return kv.attn_rot_k; }
+bool llama_capsule_kv::rot_v()   const { return kv.attn_rot_v; }
+
 //
 // llama_capsule_kv::reader
 //

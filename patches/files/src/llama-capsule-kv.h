@@ -12,6 +12,7 @@ struct llama_context;
 struct llama_cparams;
 struct llama_model;
 
+class llama_io_read_i;
 class llama_kv_cache;
 class llama_kv_cells;
 
@@ -56,6 +57,36 @@ public:
 
     // free the given cells, whatever sequences they belong to
     void free(const std::vector<uint32_t> & idxs);
+
+    // says of the cells of a sequence in [p0, p1) what they hold: LLAMA_TOKEN_NULL is a vision token
+    void set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok);
+
+    // llama_kv_cache::state_read() without its hook; what is damaged leaves the sequence (or the cache) empty
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+    const llama_model    & model() const;
+    const llama_kv_cells & cells() const;
+
+    uint32_t size()      const; // cells
+    uint32_t n_seq_max() const;
+    uint32_t n_pos()     const; // components of a position
+    size_t   n_bytes()   const;
+
+    bool has_cell_ext() const; // does a saved state tell vision tokens from text?
+
+    // index of the layer whose K and V layer il reads, < 0: of none
+    int32_t layer_id(int32_t il) const;
+
+    // of all cells; V may be transposed
+    ggml_tensor * k(int32_t il) const;
+    ggml_tensor * v(int32_t il) const;
+
+    ggml_type type_k() const;
+    ggml_type type_v() const;
+
+    bool v_trans() const;
+    bool rot_k()   const; // are the keys of a quantized cache multiplied with a Hadamard matrix?
+    bool rot_v()   const;
 
     class reader;
 

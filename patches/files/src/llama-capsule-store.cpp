@@ -550,16 +550,7 @@ void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id
 }
 
 void llama_capsule_store::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    try {
-        // the KV cache itself forgets this if the state has no hot cells
-        if (seq_id != -1) {
-            kv.seq_rm(seq_id, -1, -1);
-        }
-        kv.state_read_sinfo(io, seq_id, flags, nullptr, nullptr);
-    } catch (...) {
-        kv.state_clear(seq_id);
-        throw;
-    }
+    hot.state_read(io, seq_id, flags);
 }
 
 void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) {
@@ -598,27 +589,16 @@ void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id se
     state_set_cold(state, seq_id, io);
 }
 
-void llama_capsule_store::set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok) {
-    auto & cells = kv.v_cells[0];
-
-    const auto & list = cells.seq_pos_get(seq_id);
-    for (auto it = list.lower_bound({ p0, 0 }); it != list.end() && it->first < p1; ++it) {
-        auto ext = cells.ext_get(it->second);
-        ext.tok = tok;
-        cells.ext_set(it->second, ext);
-    }
-}
-
 void llama_capsule_store::state_set_hot(const llama_capsule_state & state, llama_seq_id seq_id) {
     const bool one_seq = seq_id != -1;
 
     // the KV cache does not save if a cell holds text: the token itself does not matter
     if (!kv.has_cell_ext()) {
         for (llama_seq_id s = one_seq ? seq_id : 0; s < (one_seq ? seq_id + 1 : (llama_seq_id) kv.n_seq_max); ++s) {
-            set_token(s, 0, std::numeric_limits<llama_pos>::max(), 0);
+            hot.set_token(s, 0, std::numeric_limits<llama_pos>::max(), 0);
         }
         for (const auto & span : state.vision) {
-            set_token(one_seq ? seq_id : span.seq_id, span.p0, span.p1, LLAMA_TOKEN_NULL);
+            hot.set_token(one_seq ? seq_id : span.seq_id, span.p0, span.p1, LLAMA_TOKEN_NULL);
         }
     }
 
@@ -759,13 +739,15 @@ void llama_capsule_store::get_stats(llama_capsule_stats & stats) const {
     }
 }
 
-std::vector<llama_capsule_store::cold_token> llama_capsule_store::read(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t i_layer) const {
+std::vector<llama_capsule_memory::token> llama_capsule_store::read(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int32_t il) const {
+    const uint32_t i_layer = find_layer(il);
+
     const auto & layer = data().layers[i_layer];
 
     const size_t n_k = layer.n_head_kv*layer.n_embd_head_k;
     const size_t n_v = layer.n_head_kv*layer.n_embd_head_v;
 
-    std::vector<cold_token> res;
+    std::vector<token> res;
 
     std::vector<float> k(N()*n_k);
     std::vector<float> v(N()*n_v);

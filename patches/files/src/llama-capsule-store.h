@@ -1,5 +1,7 @@
 #pragma once
 
+#include "capsule/hooks.h"
+
 #include "llama-capsule-codec.h"
 #include "llama-capsule-kv.h"
 #include "llama-capsule-project.h"
@@ -66,7 +68,7 @@ enum llama_capsule_path {
 };
 
 // the slots of one llama_kv_cache: blocks of vision tokens, compressed for every layer
-class llama_capsule_store : public std::enable_shared_from_this<llama_capsule_store> {
+class llama_capsule_store : public llama_capsule_memory, public std::enable_shared_from_this<llama_capsule_store> {
 public:
     struct params {
         llama_capsule_data_ptr data;
@@ -78,55 +80,31 @@ public:
 
     llama_capsule_store(llama_context & lctx, llama_kv_cache & kv, const params & params);
 
-    //
-    // sequence operations, forwarded by llama_kv_cache
-    //
+    void clear() override;
 
-    void clear();
+    void seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
-    void seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
-    void seq_keep(llama_seq_id seq_id);
-    void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift);
-    void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d);
+    llama_pos seq_pos_min(llama_seq_id seq_id, llama_pos pos_hot) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id, llama_pos pos_hot) const override;
 
-    // min/max with the position of the hot cells, which is -1 if there are none
-    llama_pos seq_pos_min(llama_seq_id seq_id, llama_pos pos_hot) const;
-    llama_pos seq_pos_max(llama_seq_id seq_id, llama_pos pos_hot) const;
+    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const override;
 
-    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
+    void state_write_begin() const override;
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
+    void state_read (llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+    void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) override;
 
-    // before anything is read from the hot cells: their keys are rotated for the positions that they have now
-    void state_write_begin() const;
+    uint32_t compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
 
-    // after the state of the KV cache: what the hot cells hold, and the slots
-    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
+    void decode_begin(const llama_batch_ext & batch) override;
+    void decode_end  (const llama_batch_ext & batch) override;
 
-    // replaces llama_kv_cache::state_read(): a state that is damaged leaves the sequence (or the cache) empty
-    void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+    bool make_room(const llama_batch_ext & batch) override;
 
-    // the part that state_write() wrote; without one, all hot cells that were read hold text
-    void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots);
-
-    //
-    // compression
-    //
-
-    // moves whole blocks of the vision tokens of a sequence into slots, returns the number of tokens
-    uint32_t compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-
-    // automatic mode: an image is compressed when something else follows it
-    void decode_begin(const llama_batch_ext & batch);
-    void decode_end  (const llama_batch_ext & batch);
-
-    // the hot cache is full: compress what may be compressed, return true if that freed cells
-    bool make_room(const llama_batch_ext & batch);
-
-    //
-    // graph
-    //
-
-    // build_attn_mha over the hot cells (k, v, kq_mask) and the slots
     ggml_tensor * build_attn(
             const llm_graph_context & g,
                         ggml_tensor * q,
@@ -138,10 +116,18 @@ public:
                         ggml_tensor * k_rot,
                         ggml_tensor * v_rot,
                               float   kq_scale,
-                                int   il);
+                                int   il) override;
 
-    // upper bound of the nodes that build_attn() adds to a graph
-    uint32_t graph_nodes() const;
+    uint32_t graph_nodes() const override;
+    void     check_layers() const override;
+
+    void get_stats(llama_capsule_stats & stats) const override;
+
+    std::vector<token> read(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int32_t il) const override;
+
+    //
+    // graph
+    //
 
     uint64_t version() const;
 
@@ -163,27 +149,7 @@ public:
     int64_t op_rope_size (int i_table) const;
     int32_t op_rope_terms(int i_table) const;
 
-    //
-    // info
-    //
-
     const llama_capsule_data & data() const;
-
-    // throws if a layer did not pass through build_attn(): its images would be lost
-    void check_layers() const;
-
-    void get_stats(llama_capsule_stats & stats) const;
-
-    // K (without RoPE) and V of the cold cells of a sequence in [p0, p1), appended in the order of their positions
-    struct cold_token {
-        llama_pos pos;
-        llama_pos y;
-        llama_pos x;
-
-        std::vector<float> k;
-        std::vector<float> v;
-    };
-    std::vector<cold_token> read(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t i_layer) const;
 
 private:
     static constexpr int N_TIERS = 2; // economy, faithful
@@ -447,9 +413,6 @@ private:
     bool is_next (const span & sp, llama_pos pos) const;
     bool is_image(llama_seq_id seq_id, const span & sp) const;
 
-    // of the hot cells: LLAMA_TOKEN_NULL for a vision token
-    void set_token(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_token tok);
-
     void close_spans(const llama_batch_ext & batch);
     uint32_t compress_closed();
     uint32_t compress_rest();
@@ -554,25 +517,3 @@ private:
 
     friend class llm_graph_input_capsule;
 };
-
-// fails the creation of the context, see llama_capsule_last_error()
-[[noreturn]] void llama_capsule_refuse(const std::string & reason);
-
-// the memory of a new context, with a store attached to it if the thread or the environment asks for one
-llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params);
-
-// state: the number of streams carries a flag if slots follow, which makes unpatched readers refuse it
-static constexpr uint32_t LLAMA_CAPSULE_STATE_FLAG = 0x80000000;
-
-// strips the flag; throws if there are slots, but no store for them
-bool llama_capsule_state_check(const llama_capsule_store * store, uint32_t & n_stream);
-
-// hooks of llama_context::decode(), nothing happens without a store
-void llama_capsule_decode_begin(llama_context & lctx, const llama_batch_ext & batch);
-void llama_capsule_decode_end  (llama_context & lctx, const llama_batch_ext & batch);
-bool llama_capsule_make_room   (llama_context & lctx, const llama_batch_ext & batch);
-
-uint32_t llama_capsule_graph_nodes(const llama_context & lctx);
-
-// after the first graphs were built
-void llama_capsule_check_layers(const llama_context & lctx);

@@ -38,7 +38,7 @@ static void capsule_set_error(const std::string & what) {
     LLAMA_LOG_ERROR("%s\n", capsule_error.c_str());
 }
 
-static llama_capsule_store * capsule_get_store(const llama_context & lctx) {
+static llama_capsule_memory * capsule_get_store(const llama_context & lctx) {
     auto * kv = llama_capsule_find_kv(lctx.get_memory());
 
     return kv ? kv->capsule.get() : nullptr;
@@ -191,12 +191,12 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 // hooks
 //
 
-bool llama_capsule_state_check(const llama_capsule_store * store, uint32_t & n_stream) {
+bool llama_capsule_state_check(const llama_capsule_memory * memory, uint32_t & n_stream) {
     const bool res = (n_stream & LLAMA_CAPSULE_STATE_FLAG) != 0;
 
     n_stream &= ~LLAMA_CAPSULE_STATE_FLAG;
 
-    if (res && !store) {
+    if (res && !memory) {
         throw std::runtime_error("the state holds images in capsule slots, but no capsule is attached");
     }
 
@@ -378,11 +378,9 @@ static int32_t capsule_read_kv(
     const auto idxs = hot.find(seq_id, p0, p1);
 
     // with a capsule: the slots, decoded
-    std::vector<llama_capsule_store::cold_token> cold;
+    std::vector<llama_capsule_memory::token> cold;
     if (kv->capsule) {
-        const auto & layers = kv->capsule->data().layers;
-        const auto it = std::find_if(layers.begin(), layers.end(), [&](const auto & layer) { return (int) layer.il == il; });
-        cold = kv->capsule->read(seq_id, p0, p1, it - layers.begin());
+        cold = kv->capsule->read(seq_id, p0, p1, il);
     }
 
     const size_t n = idxs.size() + cold.size();
@@ -413,7 +411,7 @@ static int32_t capsule_read_kv(
     for (size_t i = 0; i < idxs.size(); ++i) {
         const auto & ext = cells.ext_get(idxs[i]);
 
-        llama_capsule_store::cold_token token = { cells.pos_get(idxs[i]), ext.y, ext.x, {}, {} };
+        llama_capsule_memory::token token = { cells.pos_get(idxs[i]), ext.y, ext.x, {}, {} };
         if (k) {
             token.k.assign(kh.begin() + i*n_k, kh.begin() + (i + 1)*n_k);
         }
