@@ -3,16 +3,12 @@
 
 #include "llama-capsule-store.h"
 
-#include <cstring>
 #include <dlfcn.h>
 
-static void * next_build_attn() {
-    auto    build_attn = &llama_capsule_store::build_attn;
-    void *  here;
+// the function of the library with the name of the caller
+__attribute__((noinline)) static void * next_of_caller() {
     Dl_info info;
-
-    memcpy(&here, &build_attn, sizeof(here)); // its first word is the address
-    dladdr(here, &info);
+    dladdr(__builtin_return_address(0), &info);
 
     return dlsym(RTLD_NEXT, info.dli_sname);
 }
@@ -31,7 +27,7 @@ ggml_tensor * llama_capsule_store::build_attn(
                         int   il) {
     using function = ggml_tensor * (*)(llama_capsule_store *, const llm_graph_context &, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                        ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, float, int);
-    static const auto next = (function) next_build_attn();
+    static const auto next = (function) next_of_caller();
 
     if (il == 1) {
         return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
