@@ -1,0 +1,134 @@
+#include "capsule/compress/cut.h"
+
+#include "llama-kv-cells.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+
+static constexpr int64_t  CAPSULE_SIDE = 8;
+static constexpr uint32_t CAPSULE_RUN  = 64;
+
+using cells_t = std::vector<uint32_t>;
+
+static void capsule_cut_run(const cells_t & cells, std::vector<llama_capsule_cut> & res) {
+    for (size_t i = 0; i < cells.size(); i += CAPSULE_RUN) {
+        const size_t n = std::min<size_t>(CAPSULE_RUN, cells.size() - i);
+
+        res.push_back({ 1, (uint8_t) n, { cells.begin() + i, cells.begin() + i + n } });
+    }
+}
+
+std::vector<llama_capsule_cut> llama_capsule_cut_grid(const std::vector<std::array<int32_t, 2>> & places) {
+    int64_t y0 = std::numeric_limits<int32_t>::max();
+    int64_t x0 = y0;
+    for (const auto & [y, x] : places) {
+        y0 = std::min<int64_t>(y0, y);
+        x0 = std::min<int64_t>(x0, x);
+    }
+
+    std::map<std::array<int64_t, 2>, cells_t> tiles;
+    for (size_t i = 0; i < places.size(); ++i) {
+        tiles[{ (places[i][0] - y0)/CAPSULE_SIDE, (places[i][1] - x0)/CAPSULE_SIDE }].push_back(i);
+    }
+
+    std::vector<llama_capsule_cut> res;
+    for (const auto & [_, cells] : tiles) {
+        const auto & [y, x] = places[cells.front()];
+
+        // if the tile is whole, its corners tell its sides
+        const int64_t h = (int64_t) places[cells.back()][0] - y + 1;
+        const int64_t w = (int64_t) places[cells.back()][1] - x + 1;
+
+        bool whole = w > 0 && h*w == (int64_t) cells.size();
+        for (size_t j = 0; j < cells.size() && whole; ++j) {
+            whole = places[cells[j]][0] == y + (int64_t) j/w && places[cells[j]][1] == x + (int64_t) j%w;
+        }
+        if (whole) {
+            res.push_back({ (uint8_t) h, (uint8_t) w, cells });
+        } else {
+            capsule_cut_run(cells, res);
+        }
+    }
+
+    return res;
+}
+
+// 0 if n is no square
+static int64_t capsule_square_side(int64_t n) {
+    int64_t side = 0;
+    while (side*side < n) {
+        ++side;
+    }
+    return side*side == n ? side : 0;
+}
+
+// cells: of one picture
+static std::vector<llama_capsule_cut> capsule_cut_image(const llama_capsule_kv & kv, const cells_t & cells, uint32_t n_image) {
+    const bool mrope = kv.n_pos() > 1;
+
+    const llama_pos first = kv.cells().pos_get(cells.front());
+    const llama_pos last  = kv.cells().pos_get(cells.back());
+
+    // where positions do not tell the place of a token, a picture with a square number of tokens is taken for a square
+    const int64_t side = mrope ? 0 : capsule_square_side(n_image > 0 ? n_image : (int64_t) last - first + 1);
+
+    std::vector<llama_capsule_cut> res;
+    if (!mrope && side == 0) {
+        capsule_cut_run(cells, res);
+        return res;
+    }
+
+    std::vector<std::array<int32_t, 2>> places;
+    for (uint32_t i : cells) {
+        if (mrope) {
+            const auto & ext = kv.cells().ext_get(i);
+            places.push_back({ ext.y, ext.x });
+        } else {
+            const int64_t dist = (int64_t) kv.cells().pos_get(i) - first;
+            places.push_back({ (int32_t) (dist/side), (int32_t) (dist%side) });
+        }
+    }
+
+    res = llama_capsule_cut_grid(places);
+    for (auto & cut : res) {
+        for (auto & i : cut.cells) {
+            i = cells[i];
+        }
+    }
+
+    return res;
+}
+
+std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(const llama_capsule_kv & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_image) {
+    const auto & cells = kv.cells();
+
+    std::vector<std::vector<llama_capsule_cut>> res;
+
+    cells_t image;
+
+    const auto finish = [&]() {
+        if (!image.empty()) {
+            res.push_back(capsule_cut_image(kv, image, n_image));
+            image.clear();
+        }
+    };
+
+    for (uint32_t i : kv.find(seq_id, p0, p1)) {
+        const llama_pos first = cells.pos_get(image.empty() ? i : image.front());
+        const llama_pos dist  = cells.pos_get(i) - first;
+
+        // M-RoPE: a new position is a new picture
+        if (kv.n_pos() > 1 ? dist > 0 : n_image > 0 && (uint32_t) dist >= n_image) {
+            finish();
+        }
+        if (cells.ext_get(i).tok == LLAMA_TOKEN_NULL) {
+            image.push_back(i);
+        } else {
+            finish();
+        }
+    }
+    finish();
+
+    return res;
+}
