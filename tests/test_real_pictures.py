@@ -15,6 +15,7 @@ from real_decoder_steps import suites, things  # noqa: E402
 
 from kvcapsule_gguf.eval import real  # noqa: E402
 from kvcapsule_gguf.eval import suites as of_eval  # noqa: E402
+from kvcapsule_gguf.study.pictures import real_items  # noqa: E402
 
 
 @pytest.fixture
@@ -47,6 +48,18 @@ def test_a_document_lies_in_one_part_and_parts_share_nothing(folder):
     assert sorted(i for found in parts.values() for i in found) == list(range(40))
     for found in parts.values():
         assert {i ^ 1 for i in found} == found  # both pages of a document
+
+
+def test_the_study_sees_the_sealed_part_only_where_it_is_told_to(folder):
+    for name in ("photographs", "pages"):
+        suites._write(entries(), folder / name)
+    parts = {name: {part: {int(s.name) for s in real.samples(name, 1000, part=part)} for part in ("test", "sealed")} for name in ("photographs", "pages")}
+
+    def shown(name: str, sealed: bool) -> set[int]:
+        return {int(np.asarray(image.convert("L"))[0, 0]) for image, _ in real_items(folder, name, sealed)}
+
+    assert shown("pages", False) == parts["pages"]["test"] and shown("pages", True) == parts["pages"]["sealed"]
+    assert shown("photographs", False) == set(range(40)) - parts["photographs"]["sealed"] and shown("photographs", True) == parts["photographs"]["sealed"]
 
 
 def test_what_is_missing_is_said(folder):

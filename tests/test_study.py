@@ -13,8 +13,8 @@ from kvcapsule_gguf.codec.builtin import builtin_table
 from kvcapsule_gguf.codec.channels import plain_groups
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.tiles import cut_grid
-from kvcapsule_gguf.study import grids
-from kvcapsule_gguf.train.coded import KINDS, TYPES, Coded, costs, fit_basis, rival_scores, scores, table_bits
+from kvcapsule_gguf.study import grids, methods
+from kvcapsule_gguf.train.coded import KINDS, TYPES, Coded, costs, fit_basis, rival_scores, scores, table_bits, worst_tokens
 from kvcapsule_gguf.study.measure import Measure, rotated
 from kvcapsule_gguf.train.cross import cross_coded
 from kvcapsule_gguf.train.tables import fit_tables
@@ -73,6 +73,54 @@ def test_scores_are_errors_in_units_of_q4_0(coded):
             ratios.append(each)
     assert rival_scores(test, tables) == pytest.approx(np.mean(ratios, 0), rel=1e-3)
 
+
+
+@pytest.mark.parametrize("options", [{"shape": (4, 8)}, {"shape": (1, 32)}, {"shape": (16, 16)}, {"rows": 1}, {"rows": 4}, {"learned": True}, {"k_axes": "4"}])
+def test_other_codings_lose_only_what_their_bits_lose(data, options):
+    basis = fit_basis(data.samples, data.model, **{k: v for k, v in options.items() if k not in ("rows",)})
+    coded = Coded(data.model, data.samples, basis, **{k: v for k, v in options.items() if k in ("shape", "rows")})
+    tables = {x: np.full(e.shape[1:4], 8) for x, e in coded.errors.items()}
+    read = coded.read([tables], np.zeros(coded.tiles, int))
+    values = 32 * options.get("rows", 2)
+    assert 8 + 16 / values <= table_bits(tables, coded.groups, coded.lengths) <= 8 + 2 * 16 / values
+    for s in data.samples:
+        for i in range(len(data.model.kv_layers)):
+            for x, got in zip((s.keys[i], s.values[i]), read[id(s.keys[i])]):
+                assert 0 < np.square(x - got).sum() < 1e-4 * np.square(x - x.mean(0)).sum()
+
+
+def test_the_worst_token_is_the_worst(coded):
+    fitted, test = coded
+    tables = fit_tables(fitted, [3.2])[0]
+    read = test.read([tables], np.zeros(test.tiles, int))
+    ratios = []
+    for i in range(len(test.model.kv_layers)):
+        for part in (0, 1):
+            each = []
+            for s in test.samples:
+                x, q = (s.keys[i], s.values[i])[part], rotated("q4_0")(i, s.keys[i], s.values[i])[part]
+                error, rival = (np.square(x - y).sum((1, 2)) for y in (read[id(s.keys[i])][part], q))
+                each += [error[at].max() / rival[at].mean() for *_, at in cut_grid(len(x) // s.width, s.width)]
+            ratios.append(each)
+    assert worst_tokens(test, tables) == pytest.approx(np.mean(ratios, 0), rel=1e-3)
+
+
+def test_the_paper_s_map_finds_tokens_that_make_the_others(models):
+    """With RoPE in the keys, and all tokens combinations of 60 of them, 102 of 256 tokens are enough."""
+    data = source(models(arch="llama"), 5)
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((256, 60)).astype(np.float32) / 8
+    maker = methods.Whole.__new__(methods.Whole)
+    maker.model = data.model
+    for s in data.samples:
+        for i in range(len(s.keys)):
+            heads, d = s.keys[i].shape[1:]
+            s.keys[i] = maker.turned(i, s, np.einsum("nr,rhd->nhd", mixed, rng.standard_normal((60, heads, d)).astype(np.float32)), inverse=True)
+            s.values[i] = np.einsum("nr,rhd->nhd", mixed, rng.standard_normal((60, heads, d)).astype(np.float32))
+    smaller, way = methods.Whole(data.model, data.samples[:4], 0.4)(data.samples[4:])
+    assert smaller == pytest.approx(2.5, abs=0.01)
+    for x, got in zip((data.samples[4].keys[0], data.samples[4].values[0]), way(0, data.samples[4].keys[0], data.samples[4].values[0])):
+        assert np.square(x - got).sum() < 0.1 * np.square(x).sum()
 
 
 def test_tables_keep_their_budget_and_more_bits_err_less(data, coded):

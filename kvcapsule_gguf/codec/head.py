@@ -21,9 +21,9 @@ F16 = 16
 RUN = (1, 64)
 
 
-def row_blocks(n: int) -> list[slice]:
-    """The rows of each block of a tile of n rows."""
-    return [slice(0, 1)] + [slice(i, min(i + 2, n)) for i in range(1, n, 2)]
+def row_blocks(n: int, rows: int = 2) -> list[slice]:
+    """The rows of each block of a tile of n rows; the format has two rows in a block."""
+    return [slice(0, 1)] + [slice(i, min(i + rows, n)) for i in range(1, n, rows)]
 
 
 def table_rows(height: int, width: int) -> np.ndarray:

@@ -15,19 +15,21 @@ import torch
 from ..codec.builtin import SMALLER as BUILTIN
 from ..codec.quality import BUILTIN_QUALITY, QUALITY, choose
 from ..codec.rope import pair_index
-from ..train.coded import N, Basis, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors
+from ..train.coded import N, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors, whole_tiles, worst_tokens
 from ..train.cross import cross_coded
 from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
 from ..train.tables import Tables, builtin_tables, fit_tables
-from . import stock
+from . import methods, stock
 from .decoder import Cache, Cells, Decoder
 from .divergence import Answers, paired, picture_only
-from .measure import Measure, rotated
+from .measure import Measure, RoundTrip, rotated
 from .pictures import Asked
 
 QUALITIES = (0.5, 0.7, 1.0, 2.0)
 LOGIT = 0.05
+# height and width of the tiles that are compared, where they divide the pictures
+SHAPES = ((4, 4), (4, 8), (8, 8), (12, 12), (8, 16), (16, 16), (8, 24), (1, 32), (1, 64), (1, 96), (1, 128), (1, 144))
 
 Pick = Callable[[Coded], np.ndarray]
 
@@ -82,15 +84,17 @@ class Bench:
     def model(self):  # noqa: ANN201
         return next(iter(self.suites.values())).answers.decoder.model
 
-    def code(self, basis: dict[tuple[str, int], Basis], fit: Sequence[KVSample] | None = None, **options: object) -> tuple[Coded, dict[str, Coded]]:
-        make = lambda s: Coded(self.model, s, basis, types=TYPES, **options)  # type: ignore[arg-type]  # noqa: E731
-        return make(self.fit if fit is None else fit), {name: make(s.samples) for name, s in self.suites.items()}
+    def code(self, basis: dict | None = None, fit: Sequence[KVSample] | None = None, **options: object) -> tuple[Coded, dict[str, Coded]]:
+        """What is fitted to in axes of the other pictures of it, and the suites in axes of them all. basis: options of fit_basis; options: of Coded."""
+        part, shape = self.fit if fit is None else fit, {k: options[k] for k in ("shape",) if k in options}
+        basis = shape | (basis or {})
+        found = fit_basis(part, self.model, **basis)
+        tests = {name: Coded(self.model, s.samples, found, types=TYPES, **options) for name, s in self.suites.items()}  # type: ignore[arg-type]
+        return cross_coded(self.model, part, TYPES, basis, **options), tests
 
     def default(self) -> tuple[Coded, dict[str, Coded]]:
         if "default" not in self.kept:
-            basis = fit_basis(self.fit, self.model)
-            tests = {name: Coded(self.model, s.samples, basis, types=TYPES) for name, s in self.suites.items()}
-            self.kept["default"] = cross_coded(self.model, self.fit, TYPES), tests
+            self.kept["default"] = self.code()
         return self.kept["default"]
 
     def head(self) -> str:
@@ -99,16 +103,20 @@ class Bench:
         return first + "".join(f" {n}: smaller | KLD |" for n in names[1:]) + "\n" + "|---" * (6 + 2 * (len(names) - 1)) + "|"
 
     def row(self, label: str, tests: dict[str, Coded], tables: Sequence[Tables], pick: Pick | None = None) -> str:
-        cells = []
-        for n, (name, coded) in enumerate(tests.items()):
+        stored = {}
+        for name, coded in tests.items():
             chosen = pick(coded) if pick else np.zeros(coded.tiles, int)
-            read, suite = coded.read(tables, chosen), self.suites[name]
+            read = coded.read(tables, chosen)
+            smaller = 16 / np.array([table_bits(t, coded.groups, coded.lengths) for t in tables])[chosen].mean()
+            stored[name] = smaller, lambda i, k, v, read=read: read[id(k)]
+        return self.line(label, stored)
 
-            def way(i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-                return read[id(k)]
-
+    def line(self, label: str, stored: dict[str, tuple[float, RoundTrip]]) -> str:
+        """stored: for each suite how many times smaller its pictures are, and what is read back."""
+        cells = []
+        for n, (name, (smaller, way)) in enumerate(stored.items()):
+            suite = self.suites[name]
             ratio, low, high = paired(suite.divergence(way), suite.rival)
-            smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[chosen].mean()
             cells.append(f"{smaller:.2f}x | {ratio:.2f} ({low:.2f} to {high:.2f})")
             if n == 0:
                 cells.append(" | ".join(f"{e:.2f}" for e in suite.measure(way)))
@@ -136,7 +144,7 @@ def smallest(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarr
 
 def matched(tables: Sequence[Tables], score: Callable[[Coded, Tables], np.ndarray], coded: Coded, smaller: float) -> float:
     """The limit with which `coded` gets so many times smaller."""
-    bits, low, high = np.array([table_bits(t, coded.groups) for t in tables]), 1e-6, 1e6
+    bits, low, high = np.array([table_bits(t, coded.groups, coded.lengths) for t in tables]), 1e-6, 1e6
     each = np.stack([score(coded, t) for t in tables])
     for _ in range(60):
         limit = (low * high) ** 0.5
@@ -171,18 +179,34 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for name, w in (("energy around the mean", None), ("q4_0's error", rival), ("attention's error", attention)):
             for per_layer in (False, True):
                 yield from fixed(f"{name}, {'the same bytes for each layer' if per_layer else 'over all layers'}", weight=w, per_layer=per_layer)
-        for times in (2, 4):
-            yield from fixed(f"energy, keys count {times} times", weight={x: times if x[0] == "k" else 1 for x in fitted.energy})
+    elif axis == "kinds":
+        fitted, _ = bench.default()
+        for times in (0.25, 0.5, 1, 2, 4):
+            yield from fixed(f"keys count {times:g} times", weight={x: times if x[0] == "k" else 1 for x in fitted.energy})
     elif axis == "types":
         for types in ((0, 2, 4, 8), (0, 2, 3, 4, 6), (0, 2, 3, 4, 6, 8), (0, 1, 2, 3, 4, 6, 8), TYPES):
             yield from fixed(", ".join(map(str, types[1:])) + " bits", types=types)
     elif axis == "hadamard":
         for n in (0, 4, 64):
-            yield from fixed(f"{n or 'no'} points", bench.default() if n == 4 else bench.code(fit_basis(bench.fit, model), hadamard=n))
+            yield from fixed(f"{n or 'no'} points", bench.default() if n == 4 else bench.code(hadamard=n))
     elif axis == "axes":
         for v, k in (("full", "full"), ("full", "16"), ("full", "4"), ("full", "none"), ("none", "none")):
-            coding = bench.default() if (v, k) == ("full", "none") else bench.code(fit_basis(bench.fit, model, v_axes=v, k_axes=k))
+            coding = bench.default() if (v, k) == ("full", "none") else bench.code({"v_axes": v, "k_axes": k})
             yield from fixed(f"V {v}, K {k}", coding, at=(*sizes, 8))
+    elif axis == "tiles":
+        whole = bench.fit[0]
+        for shape in SHAPES:
+            if whole_tiles(whole, shape).size == len(whole.keys[0]):
+                yield from fixed(f"runs of {shape[1]}" if shape[0] == 1 else "tiles of {} x {}".format(*shape), bench.code(shape=shape))
+    elif axis == "blocks":
+        for n in (1, 2, 4):
+            yield from fixed(f"blocks of {32 * n} values", bench.default() if n == 2 else bench.code(rows=n))
+    elif axis == "learned":
+        for learned in (False, True):
+            yield from fixed("a transform learned for each layer" if learned else "DCT", bench.code({"learned": True}) if learned else None, at=(*sizes, 8))
+    elif axis == "methods":
+        for label, make in methods.rows(model, bench.fit):
+            yield bench.line(label, {name: make(s.samples) for name, s in bench.suites.items()})
     elif axis == "scope":
         for scope in ("head", "layer", "model"):
             for groups in ("group", "row"):
@@ -195,13 +219,13 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for n in (1, 4, 12, 24):
             if n <= len(bench.fit):
                 part = bench.fit[:n]
-                same, tests = bench.code(fit_basis(part, model), part)
+                cross, tests = bench.code(fit=part)
+                same = Coded(model, part, next(iter(tests.values())).basis, types=TYPES, keep=False)
                 yield from fixed(f"{n}, tables from the same pictures as axes", (same, tests))
                 if n > 1:
-                    yield from fixed(f"{n}, tables from pictures that the axes do not know", (cross_coded(model, part, TYPES), tests))
+                    yield from fixed(f"{n}, tables from pictures that the axes do not know", (cross, tests))
     elif axis == "builtin":
-        zero = fit_basis(bench.fit, model, mean=False, v_axes="none")
-        fitted, tests = bench.code(zero)
+        fitted, tests = bench.code({"mean": False, "v_axes": "none"})
         for size in (3.5, 4, 4.25, 4.5, 5):
             yield bench.row("built in", tests, [builtin_tables(model, size)])
         yield from fixed("zero mean, no axes, tables fitted for each head", (fitted, tests), at=(4.25, 5))
@@ -218,6 +242,23 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             for name, way in ways.items():
                 limit = matched(tables, way, next(iter(tests.values())), size)
                 yield bench.row(f"tier of each tile by {name}, at most {limit:.3f}", tests, tables, smallest(tables, way, limit))
+    elif axis == "worst":
+        fitted, tests = bench.default()
+        tables = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)[BY_QUALITY:]
+        known: dict[tuple[int, int], np.ndarray] = {}
+
+        def worst(c: Coded, t: Tables) -> np.ndarray:
+            at = id(c), id(t)
+            if at not in known:
+                known[at] = worst_tokens(c, t)
+            return known[at]
+
+        for size in sizes:
+            for part in (None, 8, 4, 2, 1):
+                way = rival_scores if part is None else lambda c, t, part=part: np.maximum(rival_scores(c, t), worst(c, t) / part)
+                limit = matched(tables, way, next(iter(tests.values())), size)
+                label = f"the tile's error at most {limit:.2f}" + (f", its worst token's at most {part * limit:.2f}" if part else "")
+                yield bench.row(label, tests, tables, smallest(tables, way, limit))
     elif axis == "limits":
         fitted, tests = bench.default()
         part = fit_tables(fitted, [16 / x for x in SMALLER], types=TYPES)[BY_QUALITY:]

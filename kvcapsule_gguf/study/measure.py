@@ -27,16 +27,18 @@ def positions(model: BaseModel, sample: KVSample) -> np.ndarray:
     return sample.first_position + at
 
 
+def rope_of(model: BaseModel, sample: KVSample, i: int) -> dict[str, object]:
+    """How the image's keys of KV layer number i are turned: arguments of apply_rope."""
+    layer = model.kv_layers[i]
+    kind = model.rope_type if model.layer_rope[layer] else "none"
+    return {"positions": positions(model, sample), "rope_type": kind, "freq_base": model.freq_base[layer], "n": model.rope_dimensions,
+            "sections": model.rope_sections, "factors": model.freq_factors}
+
+
 def attention(model: BaseModel, sample: KVSample, i: int, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Output [T, heads, d_v] of the sample's queries over the image's keys and values [n, H, d] of KV layer number i."""
     layer = model.kv_layers[i]
-    rope = {
-        "rope_type": model.rope_type, "freq_base": model.freq_base[layer], "n": model.rope_dimensions, "sections": model.rope_sections,
-        "factors": model.freq_factors,
-    }  # fmt: skip
-    k = k.swapaxes(0, 1)  # [H, n, d]
-    if model.layer_rope[layer]:
-        k = apply_rope(k, positions(model, sample), **rope)
+    k = apply_rope(k.swapaxes(0, 1), **rope_of(model, sample, i))  # [H, n, d]
     group = model.head_count[layer] // model.head_count_kv[layer]
     q = sample.queries[i].swapaxes(0, 1)  # [heads, T, d]
     score = np.matmul(q, np.repeat(k, group, 0).swapaxes(1, 2)) / np.sqrt(k.shape[-1])

@@ -2,7 +2,8 @@
 
 Three models: the two demo models (drawn scenes), and the real decoder (scripts/real_decoder: photographs and named things).
 Suites: `fit` is what tables and axes are fitted to; the demo models have `like` (other pictures of the same kinds) and `unlike` (of other kinds);
-the real decoder has `composites`, the kind that is fitted to, and `photographs` and `pages`, which nothing is fitted to.
+the real decoder has `composites`, the kind that is fitted to, and `photographs` and `pages`, which nothing is fitted to. Of these the study sees the
+part `test`, and of photographs, which are few, `calibration` too; the sealed part is for the final table.
 """
 
 from __future__ import annotations
@@ -70,30 +71,34 @@ def demo_items(suite: str) -> Iterator[Item]:
             yield image, [(q, None) for q in QUESTIONS[:3]]
 
 
-def real_items(folder: Path, suite: str) -> Iterator[Item]:
-    """folder: the suites that scripts/real_decoder puts together. A picture that is there in several sizes comes once."""
-    folder = folder / "composites" / "calibration" if suite == "fit" else folder / suite / "test"
+def real_items(suites: Path, suite: str, sealed: bool) -> Iterator[Item]:
+    """suites: what scripts/real_decoder puts together. A picture that is there in several sizes comes once."""
+    parts = [("composites", "calibration")] if suite == "fit" else [(suite, "sealed" if sealed else "test")]
+    if suite == "photographs" and not sealed:
+        parts.append((suite, "calibration"))
     seen = set()
-    for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        name = re.sub(r"\d+x\d+", "", entry["name"])
-        if name in seen:
-            continue
-        seen.add(name)
-        yield Image.open(folder / entry["pictures"][0]), [(prompt, answer) for _, prompt, answer in entry["questions"]]
+    for folder in (suites / name / part for name, part in parts):
+        for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+            name = re.sub(r"\d+x\d+", "", entry["name"])
+            if name in seen:
+                continue
+            seen.add(name)
+            yield Image.open(folder / entry["pictures"][0]), [(prompt, answer) for _, prompt, answer in entry["questions"]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and where its pictures come from; side: pixels of every picture, 0 as it is."""
+    """A model and where its pictures come from; side: pixels of every picture, 0 as it is; sealed: the part that is opened once."""
 
     name: str
     decoder: Path
     mmproj: Path
     side: int
     real: Path | None = None
+    sealed: bool = False
 
     def items(self, suite: str) -> Iterator[Item]:
-        for image, questions in real_items(self.real, suite) if self.real else demo_items(suite):
+        for image, questions in real_items(self.real, suite, self.sealed) if self.real else demo_items(suite):
             image = image.convert("RGB")
             yield image.resize((self.side, self.side)) if self.side else image, questions
 

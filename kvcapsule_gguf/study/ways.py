@@ -171,10 +171,11 @@ def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small
     for near, h in ((4, 0),) if small else ((2, 0), (4, 0), (4, 8), (4, 16), (4, 32)):
         if h and not torch:
             continue
-        yield from _retain(fit(model, fitted, codec="retain", neighbours=near, mlp_width=h), near, h, rows[1])
+        for name, way in retain(fit(model, fitted, codec="retain", neighbours=near, mlp_width=h), near, h, rows[1]):
+            yield "retain", way
 
 
-def _retain(found: Sequence[FittedLayer], near: int, h: int, value_rows: list[RowCounts]) -> Iterator[tuple[str, Way]]:
+def retain(found: Sequence[FittedLayer], near: int, h: int, value_rows: list[RowCounts], order: np.ndarray | None = None) -> Iterator[tuple[str, Way]]:
     kept = found[0].layer.kept_count
     energy = np.mean([f.retain_energy for f in found], 0)
     mlp = f"MLP {h}" if h else "gates only"
@@ -182,4 +183,4 @@ def _retain(found: Sequence[FittedLayer], near: int, h: int, value_rows: list[Ro
     full = retain_rows(energy, kept, found[0].keys.d, 1 - (0.4 - value_bytes))  # together a fifth of f16
     for name, keys in (("residual", full), ("no residual, f16", row_counts(f16=kept)), ("no residual, q4_0", row_counts(q4_0=kept))):
         codecs = [[BlockCodec(f.layer, RETAIN, keys, v)] for f, v in zip(found, value_rows)]
-        yield "retain", Way(f"retain, {near} neighbours, {mlp}, {name}", codecs)
+        yield name, Way(f"retain, {near} neighbours, {mlp}, {name}", codecs, order=order)

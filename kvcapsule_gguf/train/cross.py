@@ -22,17 +22,18 @@ def axes_for(samples: Sequence[KVSample]) -> str:
     return "full" if len(samples) > 1 else "none"
 
 
-def cross_coded(model: BaseModel, samples: Sequence[KVSample], types: Sequence[int] = TYPES) -> Coded:
-    """Errors only, in axes as `axes_for` says. Every sample has a whole tile."""
+def cross_coded(model: BaseModel, samples: Sequence[KVSample], types: Sequence[int] = TYPES, basis: dict | None = None, **options: object) -> Coded:
+    """Errors only, in axes as `axes_for` says. Every sample has a whole tile. basis: other options of fit_basis, options: of Coded (the study's)."""
+    fitted = {"v_axes": axes_for(samples), **(basis or {})}
     folds = min(FOLDS, len(samples))
     parts = []
     for fold in range(folds):
         others = [s for n, s in enumerate(samples) if n % folds != fold or folds == 1]
-        parts.append(Coded(model, samples[fold::folds], fit_basis(others, model, v_axes=axes_for(samples)), types=tuple(types), keep=False))
+        parts.append(Coded(model, samples[fold::folds], fit_basis(others, model, **fitted), types=tuple(types), keep=False, **options))
     whole = copy(parts[0])
     whole.samples = [s for p in parts for s in p.samples]
     whole.errors, whole.rival = ({x: np.concatenate([getattr(p, name)[x] for p in parts]) for x in parts[0].errors} for name in ("errors", "rival"))
-    whole.energy = {(kind, i): energy_of(tiles_of(whole.samples, kind, i)) for kind, i in parts[0].errors}
+    whole.energy = {(kind, i): energy_of(tiles_of(whole.samples, kind, i, whole.shape)) for kind, i in parts[0].errors}
     return whole
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..codec.allocate import allocate
 from ..codec.builtin import builtin_table
 from ..format.base_model import BaseModel
-from .coded import KINDS, N, Coded, costs, groups_of
+from .coded import KINDS, Coded, costs, groups_of
 
 Tables = dict[tuple[str, int], np.ndarray]
 
@@ -29,7 +29,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
         banned = [t for t, b in enumerate(coded.types) if b not in types]
         for e in errors.values():
             e[..., banned] = np.inf
-    cost = {x: costs(coded.types, groups_of(coded.model, *x)) for x in keys}
+    cost = {x: costs(coded.types, groups_of(coded.model, *x), coded.lengths) for x in keys}
     out: list[Tables] = [{} for _ in bits]
     parts = [[("k", i), ("v", i)] for i in layers] if per_layer else [keys]
     for part in parts:
@@ -49,7 +49,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
             stacks.append(e)
             weights.append(c)
         flat_e, flat_c = (np.concatenate([x.reshape(-1, x.shape[-1]) for x in s]) for s in (stacks, weights))
-        total = sum(shape[x][0] * N * sum(g.size for g in groups_of(coded.model, *x)) for x in part)
+        total = sum(shape[x][0] * coded.n * sum(g.size for g in groups_of(coded.model, *x)) for x in part)
         for found, b in zip(out, bits):
             pick = allocate(flat_e, flat_c, b * total)
             at = 0

@@ -15,7 +15,8 @@ from .questions import Question
 
 TOKENS = 256  # of a picture
 NOTHING = -1e4
-EASY = ("how many", "which of two", "yes or no")  # these teach little about what is where: asked less often
+# how often a question is asked that teaches little about what is where; these also stand behind the others, of which a row holds so many
+SELDOM = {"how many": 0.5, "which of two": 0.25, "yes or no": 0.25}
 
 
 class Text:
@@ -69,11 +70,20 @@ class Rows:
         rows = []
         for _ in range(n_rows):
             n = int(rng.choice([1, 2, 3, 4], p=[0.7, 0.18, 0.07, 0.05]))
-            which = [int(i) for i in rng.integers(0, len(self.features), n)]
+            which = [self._picture(rng) for _ in range(n)]
             asked = self.ask(which, rng)
-            rows.append((which, ([q for q in asked if q.task not in EASY or rng.random() < 0.4] or asked)[:n_questions]))
+            some = [q for q in asked if rng.random() < SELDOM.get(q.task, 1)] or asked
+            rows.append((which, sorted(some, key=lambda q: q.task in SELDOM)[:n_questions]))
         sizes = [32 if len(which) < 3 else 16 for which, _ in rows]
         return self.build(rng, rows, sizes)
+
+    def _picture(self, rng: np.random.Generator) -> int:
+        """Half of them are of the newest quarter, since pictures that were seen often are known by heart; words and pages come a quarter as often as there are."""
+        n = len(self.features)
+        while True:
+            i = int(rng.integers(0 if rng.random() < 0.5 else 3 * n // 4, n))
+            if self.features.pictures[i].kind == "things" or rng.random() < 0.25:
+                return i
 
     def ask(self, which: list[int], rng: np.random.Generator) -> list[Question]:
         shown = [self.features.pictures[i] for i in which]

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--steps", type=int, default=0, help="end there (0: never)")
     train.add_argument("--decay", type=int, default=0, help="over the last so many steps the rate falls to a tenth")
     train.add_argument("--rank", type=int, default=16, help="of the LoRA; 0: the decoder stays as it is (%(default)s)")
-    train.add_argument("--pictures", type=int, default=4096, help="at most (%(default)s)")
+    train.add_argument("--pictures", type=int, default=8192, help="at most (%(default)s)")
     train.add_argument("--threads", type=int, default=1)
     keep = steps.add_parser("keep", help="writes what a checkpoint learned to the file that is committed")
     keep.add_argument("--name", default="run")

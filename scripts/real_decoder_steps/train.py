@@ -35,7 +35,7 @@ class Plan:
     decay: int = 0
     rank: int = 16
     rows: int = 8
-    pictures: int = 4096
+    pictures: int = 8192
     first: int = 1536
 
 
@@ -125,7 +125,7 @@ class Training:
         return loss.item(), (logits.argmax(-1) == labels).float().mean().item()
 
     @torch.no_grad()
-    def check(self, size: int = 64, n: int = CHUNK // 2) -> str:
+    def check(self, size: int = 64, n: int = CHUNK) -> str:
         """Share of the answers to held-out questions of which every token comes first, given those before it; by task."""
         rng = np.random.default_rng(1)
         right: dict[str, list[bool]] = {}
@@ -155,7 +155,7 @@ class Training:
                 self.say(f"step {self.step} loss {loss:.3f} right {right:.3f} pictures {len(self.features)} cpu {time.process_time() - cpu:.0f} s")
                 recent, cpu = [], time.process_time()
                 self.save()
-            if self.step % 25 == 0 and len(self.features) < plan.pictures:
+            if self.step % 16 == 0 and len(self.features) < plan.pictures:
                 self.features.add_chunk()
             if self.step % 200 == 0:
                 self.say(self.check())
