@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A capsule checkpoint (safetensors, layout in docs/converters.md) to a capsule GGUF, and back with --reverse."""
+"""A capsule checkpoint (safetensors, layout in docs/reference/converters.md) to a capsule GGUF, and back with --reverse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvcapsule_gguf.runtime.program import Parser
 logger = logging.getLogger("kvcapsule-to-gguf")
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
     p.add_argument("input", type=Path, help="checkpoint (.safetensors); with --reverse a capsule, or an mmproj with one inside")
     p.add_argument("--outfile", type=Path, help="{ftype} in it becomes the outtype; default: beside the input")
@@ -27,6 +27,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--base", type=Path, metavar="MODEL.gguf", help="check that the capsule is for this model")
     p.add_argument("--reverse", action="store_true", help="capsule GGUF to checkpoint")
     common.options(p)
+    return p
+
+
+def parse() -> argparse.Namespace:
+    p = parser()
     args = p.parse_args()
     if args.outtype == "f32" and not args.reverse:
         p.error("--outtype f32 is for --reverse: capsules hold gates and key MLPs in f16")

@@ -17,13 +17,18 @@ from kvcapsule_gguf.runtime.program import Parser
 logger = logging.getLogger("embed-kvcapsule")
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
     p.add_argument("mmproj", type=Path, help="vision projector; it is not changed")
     p.add_argument("capsule", type=Path, nargs="?", help="capsule GGUF to put in")
     p.add_argument("--extract", action="store_true", help="write the capsule inside the mmproj as a file of its own")
     p.add_argument("--outfile", type=Path, help="default: <mmproj>-kvcapsule.gguf, with --extract kvcapsule-<mmproj>.gguf")
     common.options(p)
+    return p
+
+
+def parse() -> argparse.Namespace:
+    p = parser()
     args = p.parse_args()
     if args.extract == (args.capsule is not None):
         p.error("either a capsule to put in, or --extract")

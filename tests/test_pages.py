@@ -1,9 +1,10 @@
-"""The pages: what they point at is there."""
+"""The pages: what they point at is there, and what follows from the programs is up to date."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"
 HEADING = re.compile(r"^#+ +(.*?) *#*$", re.MULTILINE)
 
 
-def pages() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "*.md"], cwd=ROOT, capture_output=True, text=True)
+CODE = ("", ".py", ".cpp", ".h", ".cu", ".cuh", ".m", ".patch")
+VARIABLE = re.compile(r"[\"']((?:LLAMA_)?KVCAPSULE(?:_[A-Z]+)*|GGML(?:_[A-Z]+)*_CAPSULE)[\"']")
+
+
+def files(*patterns: str) -> list[Path]:
+    """Those of the project, not what was built or installed into its folder."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", *patterns], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("this is no git checkout")
     return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
@@ -56,7 +62,7 @@ def broken(page: Path) -> list[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    found = {str(page.relative_to(ROOT)): lines for page in pages() if (lines := broken(page))}
+    found = {str(page.relative_to(ROOT)): lines for page in files("*.md") if (lines := broken(page))}
     assert not found
 
 
@@ -71,3 +77,19 @@ def test_what_counts_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert broken(page) == []
     page.write_text("[a](gone.md) [b](other.md#no-heading) [c](#here) [d](../outside.md) ![e](gone.png) <img src=\"gone.svg\"> [f](other.md#twice-2)\n")
     assert [line.partition(":")[0] for line in broken(page)] == ["gone.md", "other.md#no-heading", "#here", "../outside.md", "gone.png", "gone.svg", "other.md#twice-2"]
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from pages_steps import made
+
+    for path, text in made(ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.relative_to(ROOT)}: run scripts/pages"
+
+
+def test_every_environment_variable_is_described() -> None:
+    text = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    sources = [path for path in files("kvcapsule_gguf", "patches", "scripts", "tests") if path.suffix in CODE]
+    read = {name for path in sources for name in VARIABLE.findall(path.read_text(encoding="utf-8", errors="replace"))}
+    assert sorted(described) == sorted(read)

@@ -59,16 +59,16 @@ def parser() -> argparse.ArgumentParser:
         prog="kvcapsule-bench",
         description="Times decoding with compressed images against llama.cpp's own caches, in turns in one process. Weights and caches are random: speed does not depend on them.",
     )
-    sub = p.add_subparsers(dest="what", required=True)
+    sub = p.add_subparsers(dest="what", required=True, metavar="WHAT")
 
     def add(name: str, text: str, settings: Sequence[str], default: Sequence[str]) -> argparse.ArgumentParser:
         q = sub.add_parser(name, help=text, description=text)
-        q.add_argument("-s", "--settings", type=listed(settings), default=tuple(default), metavar="A,B,...", help="caches (default: %(default)s)")
+        q.add_argument("-s", "--settings", type=listed(settings), default=",".join(default), metavar="A,B,...", help="caches (default: %(default)s)")
         q.add_argument("-r", "--rounds", type=int, default=9, metavar="N", help="each of them once a round (default: %(default)s)")
         q.add_argument("--json", action="store_true", help="results as JSON instead of a table")
         if name != "demo":
             q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
-            q.add_argument("-t", "--threads", type=int, default=1, metavar="N")
+            q.add_argument("-t", "--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
             q.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on a GPU (default: none)")
             q.add_argument("--block", type=block, default=Run.shape, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
@@ -77,13 +77,13 @@ def parser() -> argparse.ArgumentParser:
         return q
 
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
-    q.add_argument("--tokens", type=numbers, default=(2048, 4096, 8192, 16384), metavar="N,...", help="vision tokens (default: %(default)s)")
+    q.add_argument("--tokens", type=numbers, default="2048,4096,8192,16384", metavar="N,...", help="vision tokens (default: %(default)s)")
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
     q.add_argument("--capsule", choices=COMPRESSED, default="pca", help="what they are compared with (default: %(default)s)")
-    q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
+    q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
     add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
-    q.add_argument("--images", type=numbers, default=(1, 4, 16), metavar="N,...", help="(default: %(default)s)")
+    q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
     q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
     return p
 

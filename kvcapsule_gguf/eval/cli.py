@@ -22,31 +22,31 @@ JOURNAL = "eval.jsonl"
 AGAINST = "q8_0,q4_0,drop0.6"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     p = program.Parser("kvcapsule-eval", description="Answers of a model with a compressed cache against its own with an f16 cache.")
-    p.add_argument("model", type=Path)
-    p.add_argument("--mmproj", type=Path, help="default: beside the model")
-    p.add_argument("--capsule", type=Path, action="append", default=[], help="may be given several times")
-    p.add_argument("--ratio", type=_ratios, default="0.6,0.8", help="presets of the capsules, default %(default)s")
+    p.add_argument("model", type=Path, metavar="MODEL", help="GGUF file of the model")
+    p.add_argument("--mmproj", type=Path, metavar="FILE", help="vision projector (default: mmproj*.gguf beside the model)")
+    p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE", help="a capsule to measure; may be given several times")
+    p.add_argument("--ratio", type=_ratios, default="0.6,0.8", metavar="R,R,...", help="presets of the capsules (default: %(default)s)")
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
-    p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes")
+    p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes", help="pictures and questions (default: %(default)s)")
     p.add_argument("--mixed-sizes", action="store_true", help="the suite's pictures in many sizes, 280 to 420 pixels each way, for models that take any")
     p.add_argument("--images", type=Path, metavar="DIR", help="pictures of your own instead; the answers with an f16 cache are the truth")
     p.add_argument(
-        "--against", default=AGAINST,
-        help="default %(default)s; also q5_0 and iq4_nl, two types for keys and values (q8_0+q4_0), either for the vision cells alone (q4_0-vision). "
+        "--against", default=AGAINST, metavar="NAME,...",
+        help="caches to compare with (default: %(default)s); also q5_0 and iq4_nl, two types for keys and values (q8_0+q4_0), either for the vision cells alone (q4_0-vision). "
         "f16, the reference, is always first, then its floor: f16 again with attention summed in another order, so a KLD of that size is rounding",
     )  # fmt: skip
-    p.add_argument("-n", "--questions", type=_count, default=1000)
-    p.add_argument("--per-picture", type=_count, default=8)
-    p.add_argument("-c", "--ctx-size", type=int, default=1024, help="default %(default)s: a picture and its questions")
-    p.add_argument("-t", "--threads", type=_count, default=min(4, os.cpu_count() or 1))
-    p.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on", help="a quantized cache needs it")
+    p.add_argument("-n", "--questions", type=_count, default=1000, metavar="N", help="how many questions (default: %(default)s)")
+    p.add_argument("--per-picture", type=_count, default=8, metavar="N", help="questions about each picture (default: %(default)s)")
+    p.add_argument("-c", "--ctx-size", type=int, default=1024, metavar="N", help="context, for a picture and its questions (default: %(default)s)")
+    p.add_argument("-t", "--threads", type=_count, default=min(4, os.cpu_count() or 1), metavar="N", help="CPU threads (default: 4, or as many cores as there are)")
+    p.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on", help="flash attention, which a quantized cache needs (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
-    p.add_argument("--report", type=Path, help="a folder for eval.json, eval.md, eval.png and eval.jsonl; what the last one holds is not measured again")
+    p.add_argument("--report", type=Path, metavar="DIR", help="a folder for eval.json, eval.md, eval.png and eval.jsonl; what the last one holds is not measured again")
     p.add_argument("--one-by-one", action="store_true", help="one context at a time, for models whose caches are large")
-    p.add_argument("-v", "--verbose", action="store_true")
-    return p.parse_args(argv)
+    p.add_argument("-v", "--verbose", action="store_true", help="show llama.cpp's own log")
+    return p
 
 
 def _count(text: str) -> int:
@@ -68,7 +68,7 @@ def _ratios(text: str) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return program.run("kvcapsule-eval", lambda: _main(parse(argv)))
+    return program.run("kvcapsule-eval", lambda: _main(parser().parse_args(argv)))
 
 
 def _main(args: argparse.Namespace) -> None:

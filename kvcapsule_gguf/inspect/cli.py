@@ -21,7 +21,7 @@ from . import tiles
 def parser() -> argparse.ArgumentParser:
     p = program.Parser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
     p.add_argument("file", type=Path, metavar="FILE", help="a capsule, or an mmproj with one inside")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="machine-readable, instead of the text")
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits and errors by layer")
     return p
 

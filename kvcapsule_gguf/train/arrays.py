@@ -1,4 +1,4 @@
-"""Fits a capsule to keys and values that were computed elsewhere, for instance in PyTorch (docs/converters.md has an example)."""
+"""Fits a capsule to keys and values that were computed elsewhere, for instance in PyTorch (docs/reference/converters.md has an example)."""
 
 from __future__ import annotations
 

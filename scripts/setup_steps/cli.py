@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/setup",
         description="Makes .venv with the Python packages, fetches and patches the pinned llama.cpp, and builds it into kvcapsule_gguf/lib/.",
@@ -36,14 +36,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="for the tests: also build the unpatched library, and install what llama_cpp.server needs")
     parser.add_argument("--backend", choices=native.BACKENDS, action="append", default=[], help="also build this backend of ggml; can be repeated, is remembered")
     parser.add_argument("--source", type=Path, metavar="DIR", help="use this checkout of the pinned llama.cpp commit (it is copied, not changed)")
-    parser.add_argument("--jobs", "-j", type=int, default=os.cpu_count() or 2, metavar="N", help="parallel compilers (default: %(default)s)")
+    parser.add_argument("--jobs", "-j", type=int, default=os.cpu_count() or 2, metavar="N", help="parallel compilers (default: as many as cores)")
     parser.add_argument("--no-build", action="store_true", help="stop before compiling")
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE", help="option for CMake")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    p = parser()
+    args = p.parse_args(argv)
     chosen = {name: value for backend in args.backend for name, value in native.BACKENDS[backend].items()}
-    args.defines = chosen | dict(_define(parser, text) for text in args.defines)
+    args.defines = chosen | dict(_define(p, text) for text in args.defines)
     if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
+        p.error("--jobs must be at least 1")
     return args
 
 
