@@ -87,7 +87,7 @@ def dense(x: np.ndarray, bits: int) -> np.ndarray:
     return best
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("kind", ["normal", "laplace", "student"])
 def test_near_the_best_scale_there_is(bits, kind):
     x = blocks(kind, 400)
@@ -106,7 +106,7 @@ def test_errors_fall_with_the_bits():
     for bits in BITS:
         scales, codes = search(x, bits)
         found[bits] = float(np.square(x - scales[:, None] * codes).mean() / np.square(x).mean())
-    assert {b: round(e, 4) for b, e in found.items()} == pytest.approx({1: 0.3574, 2: 0.1233, 3: 0.0315, 4: 0.0081, 5: 0.0021, 6: 0.0005, 8: 0.0}, abs=0.0006)
+    assert {b: round(e, 4) for b, e in found.items()} == pytest.approx({1: 0.3574, 2: 0.1233, 3: 0.0315, 4: 0.0081, 6: 0.0005, 8: 0.0}, abs=0.0006)
 
 
 def test_scales_are_finite_f16_numbers():

@@ -33,10 +33,15 @@ def test_every_token_of_a_grid_is_in_one_tile():
             for h, w, tokens in tiles:
                 y, x = np.divmod(tokens, width)
                 assert len(tokens) == h * w and np.ptp(y) == h - 1 and np.ptp(x) == w - 1
-    assert [w for _, w, _ in cut_run(150)] == [64, 64, 22]
 
 
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (8, 4), (1, 64), (1, 3), (1, 1)])
+def test_a_run_is_cut_in_lines_of_eight():
+    assert [(h, w) for h, w, _ in cut_run(150)] == [(8, 8), (8, 8), (2, 8), (1, 6)]
+    for n in (1, 8, 63, 64, 150):
+        assert np.concatenate([t for *_, t in cut_run(n)]).tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (8, 4), (1, 3), (1, 1)])
 def test_the_transform_is_a_cosine_transform(size):
     h, w = size
     x = RNG.standard_normal((h * w, 3)).astype(np.float32)
@@ -83,24 +88,28 @@ def test_planes(bits, shape):
 
 
 def test_where_a_code_lies():
-    """Three codes of a block of 64, by hand."""
-    codes = np.zeros((4, 16), int)
-    codes[2, 5] = 1  # stored as 3
-    assert pack(codes, 2)[5] == 0b10_11_10_10
-    assert pack(codes, 3)[5] == 0b10_10_10_10 and pack(codes, 3)[16 + (2 * 16 + 5) // 8] == 1 << 5
-    assert pack(codes, 4)[16 + 5] == 0x89
+    """A few codes of a block of 64, by hand: element 2 * lane + row, byte (element mod bytes of the plane)."""
+    codes = np.zeros((4, 16), int)  # a code c is stored as c + 2^(bits - 1)
+    codes[2, 5] = 1  # second row, first register, lane 5: a of element 11
+    assert pack(codes, 2)[11] == 0b10_10_10_11 and pack(codes, 2)[10] == 0b10_10_10_10
+    assert pack(codes, 4)[11] == 0x89
+    codes[3, 8] = 3  # second row, second register, lane 8: b of element 17
+    assert pack(codes, 3)[[1, 11]].tolist() == [0b1_100_1_100, 0b1_100_1_101]  # elements 1 and 17; 11 and 27
+    assert pack(codes, 3)[16 + 1] == 0b11 << 4
+    assert pack(codes, 6)[11] == 0b10_100001 and pack(codes, 6)[32 + 1] == 3 << 4
+    assert pack(codes, 8)[11] == 129 and pack(codes, 8)[32 + 17] == 131
 
 
 def head(d: int = 72, axes: bool = False, seed: int = 0) -> Head:
     rng = np.random.default_rng(seed)
     groups = key_groups(d, "neox", d)
-    table = rng.choice([0, 1, 2, 3, 4, 5, 6, 8], (33, len(groups)))
+    table = rng.choice([0, 1, 2, 3, 4, 6, 8], (33, len(groups)))
     table[0] = F16
     turned = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32) if axes else None
     return Head(rng.standard_normal(d).astype(np.float32), groups, table, turned)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 4), (8, 3), (1, 64), (1, 41)])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 4), (8, 3), (1, 6), (1, 1)])
 @pytest.mark.parametrize("axes", [False, True])
 def test_a_head_is_what_its_parts_say(size, axes):
     """Every block on its own, with the parts tested above: the same coefficients, and the bytes where the docs say."""
@@ -132,13 +141,13 @@ def test_a_head_is_what_its_parts_say(size, axes):
 def test_an_exact_table_is_nearly_exact():
     code = head()
     exact = Head(code.mean, code.groups, np.full_like(code.table, 8))
-    for size in ((8, 8), (6, 5), (1, 50)):
+    for size in ((8, 8), (6, 5), (1, 7)):
         x = RNG.standard_normal((1, size[0] * size[1], 72)).astype(np.float32)
         assert np.square(exact.decode(exact.encode(x, *size), *size) - x).mean() < 2e-4
 
 
 def test_short_tiles_use_the_whole_tile_s_table():
-    assert table_rows(8, 8).tolist() == list(range(33)) and table_rows(1, 64).tolist() == list(range(33))
+    assert table_rows(8, 8).tolist() == list(range(33))
     for h in range(1, 9):
         for w in range(1, 9):
             used = table_rows(h, w)

@@ -55,7 +55,7 @@ def test_the_short_cut_is_the_reference(coded):
                         bits += 8 * stored.size
                         assert got[tokens, n] == pytest.approx(head.decode(stored, h, w), abs=2e-4)
     values = sum(x.size for s in test.samples for x in (*s.keys, *s.values))
-    assert bits / values == pytest.approx(table_bits(tables, test.groups))
+    assert 0 <= bits / values - table_bits(tables, test.groups) < 0.03  # without padding
 
 
 def test_scores_are_errors_in_units_of_q4_0(coded):

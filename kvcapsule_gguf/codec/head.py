@@ -2,7 +2,8 @@
 
 A tile has h * w rows (codec/tiles.py). Row 0, the constant, is a block of its own; the others make blocks of two, (1, 2), (3, 4), ...; a last row may
 be left alone. A table says with how many bits a block of rows is stored in each group of channels: 0 is not stored, 16 is f16.
-The bytes: the scales (f16) of all stored blocks, then their codes; rows of blocks first, then groups. A block of 0 bits has neither, f16 no scale.
+The bytes: the scales (f16) of all stored blocks, then their codes, each padded to 8 bytes; a block of 0 bits has neither, f16 no scale. Both go group
+after group: scales from smooth to rough; codes of the constant row, then of the pairs from many bits to few, then of the row that is left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from .scale import search
 from .tiles import SIDE, inverse, row_order, transform
 
 F16 = 16
-RUN = (1, 64)
 
 
 def row_blocks(n: int, rows: int = 2) -> list[slice]:
@@ -29,13 +29,12 @@ def row_blocks(n: int, rows: int = 2) -> list[slice]:
 def table_rows(height: int, width: int) -> np.ndarray:
     """int [blocks]: the row of a whole tile's table that each block of this tile uses.
 
-    A table is made for 8 x 8 (or 1 x 64) tokens. Row (u, v) of a shorter tile uses what the whole tile has at the same place of the spectrum.
+    A table is made for 8 x 8 tokens. Row (u, v) of a shorter tile uses what the whole tile has at the same place of the spectrum.
     """
-    whole = (SIDE, SIDE) if height > 1 or width <= SIDE else RUN
     u, v = np.divmod(row_order(height, width), width)
-    near = (2 * u + 1) * whole[0] // (2 * height) * whole[1] + (2 * v + 1) * whole[1] // (2 * width)
-    rank = np.empty(whole[0] * whole[1], np.int64)
-    rank[row_order(*whole)] = np.arange(len(rank))
+    near = (2 * u + 1) * SIDE // (2 * height) * SIDE + (2 * v + 1) * SIDE // (2 * width)
+    rank = np.empty(SIDE * SIDE, np.int64)
+    rank[row_order(SIDE, SIDE)] = np.arange(len(rank))
     first = rank[near[[b.start for b in row_blocks(height * width)]]]
     out = (first + 1) // 2
     out[0] = 0
@@ -51,23 +50,29 @@ class Head:
     table: np.ndarray
     axes: np.ndarray | None = None
 
-    def plan(self, height: int, width: int) -> list[tuple[slice, np.ndarray, int]]:
-        """(rows, group, bits) of all stored blocks, in the order of the bytes."""
-        used = table_rows(height, width)
-        return [
-            (rows, group, int(self.table[used[i], g]))
-            for i, rows in enumerate(row_blocks(height * width))
-            for g, group in enumerate(self.groups)
-            if self.table[used[i], g]
-        ]
+    def plan(self, height: int, width: int) -> list[tuple[slice, np.ndarray, int, int]]:
+        """(rows, group, bits, number of the scale) of all stored blocks, in the order of their codes."""
+        used, blocks = table_rows(height, width), row_blocks(height * width)
+        out, scales = [], 0
+        for g, group in enumerate(self.groups):
+            bits = [int(b) for b in self.table[used, g]]
+            number = scales + np.cumsum([0 < b < F16 for b in bits]) - 1
+            scales = int(number[-1]) + 1
+            pairs = [i for i, rows in enumerate(blocks) if i and rows.stop - rows.start == 2]
+            order = [0, *sorted(pairs, key=lambda i: -bits[i]), *range(len(pairs) + 1, len(blocks))]
+            out += [(blocks[i], group, bits[i], int(number[i])) for i in order if bits[i]]
+        return out
+
+    def sizes(self, height: int, width: int) -> tuple[int, int]:
+        """Bytes of the scales, and of the codes, of a slot of this head."""
+        plan = self.plan(height, width)
+        scales = sum(2 for *_, bits, _ in plan if bits != F16)
+        codes = sum(_code_bytes((rows.stop - rows.start) * group.size, bits) for rows, group, bits, _ in plan)
+        return -(-scales // 8) * 8, -(-codes // 8) * 8
 
     def size(self, height: int, width: int) -> int:
         """Bytes of a slot of this head."""
-        total = 0
-        for rows, group, bits in self.plan(height, width):
-            values = (rows.stop - rows.start) * group.size
-            total += 2 * values if bits == F16 else 2 + code_bytes(bits, values)
-        return total
+        return sum(self.sizes(height, width))
 
     def rows(self, x: np.ndarray, height: int, width: int) -> np.ndarray:
         """f32 [..., height * width, d] -> its coefficients, same shape, in the head's axes."""
@@ -79,37 +84,35 @@ class Head:
         return self.store(self.rows(x, height, width), height, width)
 
     def store(self, rows: np.ndarray, height: int, width: int) -> np.ndarray:
-        lead, scales, codes = rows.shape[:-2], [], []
-        for block, group, bits in self.plan(height, width):
+        lead, (scale_bytes, code_bytes) = rows.shape[:-2], self.sizes(height, width)
+        scales, codes, at = np.zeros((*lead, scale_bytes // 2), "<f2"), np.zeros((*lead, code_bytes), np.uint8), 0
+        for block, group, bits, number in self.plan(height, width):
             x = gather(rows[..., block, :], group)
             x = mix(x.reshape(*lead, -1, x.shape[-1]))  # registers of all rows
             if bits == F16:
-                codes.append(_bytes(np.clip(x, -65504, 65504).reshape(*lead, -1)))
-                continue
-            d, c = search(x.reshape(-1, x.shape[-2] * x.shape[-1]), bits)
-            scales.append(_bytes(d.reshape(*lead, 1)))
-            codes.append(pack(c.reshape(x.shape), bits))
-        return np.concatenate([*scales, *codes, np.zeros((*lead, 0), np.uint8)], -1)
+                finite = np.clip(np.where(np.isnan(x), 0, x), -65504, 65504).reshape(*lead, -1)
+                data = np.ascontiguousarray(finite, "<f2").view(np.uint8)
+            else:
+                d, c = search(x.reshape(-1, x.shape[-2] * x.shape[-1]), bits)
+                scales[..., number] = d.reshape(lead)
+                data = pack(c.reshape(x.shape), bits)
+            codes[..., at : at + data.shape[-1]] = data
+            at += data.shape[-1]
+        return np.concatenate([scales.view(np.uint8), codes], -1)
 
     def load(self, data: np.ndarray, height: int, width: int) -> np.ndarray:
         """uint8 [..., size] -> coefficients f32 [..., height * width, d]."""
-        lead, plan = data.shape[:-1], self.plan(height, width)
+        lead, (at, _) = data.shape[:-1], self.sizes(height, width)
+        scales = _floats(data[..., :at])
         rows = np.zeros((*lead, height * width, len(self.mean)), np.float32)
-        at, code_at = 0, 2 * sum(bits != F16 for *_, bits in plan)
-        for block, group, bits in plan:
+        for block, group, bits, number in self.plan(height, width):
             n = block.stop - block.start
             shape = (2 * n, group.shape[1])
-            values = shape[0] * shape[1]
-            size = 2 * values if bits == F16 else code_bytes(bits, values)
-            raw = data[..., code_at : code_at + size]
-            code_at += size
-            if bits == F16:
-                x = _floats(raw).reshape(*lead, *shape)
-            else:
-                x = unpack(raw, bits, shape) * _floats(data[..., at : at + 2])[..., None]
-                at += 2
-            part = rows[..., block, :]
-            scatter(part, group, mix(x).reshape(*lead, n, 2, group.shape[1]))
+            size = _code_bytes(shape[0] * shape[1], bits)
+            raw = data[..., at : at + size]
+            at += size
+            x = _floats(raw).reshape(*lead, *shape) if bits == F16 else unpack(raw, bits, shape) * scales[..., number, None, None]
+            scatter(rows[..., block, :], group, mix(x).reshape(*lead, n, 2, group.shape[1]))
         return rows
 
     def decode(self, data: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -118,8 +121,8 @@ class Head:
         return inverse(rows if self.axes is None else rows @ self.axes.T, height, width) + self.mean
 
 
-def _bytes(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.astype("<f2")).view(np.uint8)
+def _code_bytes(values: int, bits: int) -> int:
+    return 2 * values if bits == F16 else code_bytes(bits, values)
 
 
 def _floats(data: np.ndarray) -> np.ndarray:

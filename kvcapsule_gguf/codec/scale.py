@@ -1,8 +1,8 @@
-"""Codes of 1, 2, 3, 4, 5, 6 or 8 bits with one searched scale for a block: one rule in integers, so that numpy, C++ and a GPU find the same codes and scale.
+"""Codes of 1, 2, 3, 4, 6 or 8 bits with one searched scale for a block: one rule in integers, so that numpy, C++ and a GPU find the same codes and scale.
 
 A value is d * c, with a signed f16 scale d and a code c of b bits: -2^(b-1) ... 2^(b-1) - 1, and -1 or +1 if b = 1. For a block x of n values:
 
-    amax = max |x_j|; if not amax >= 2^-20: d = 0 and all codes 0 (1 bit: -1); done
+    amax = max |x_j|; if not 2^-20 <= amax < infinity: d = 0 and all codes 0 (1 bit: -1); done
     y_j  = rint(x_j * (32767 / amax))                            f32, an IEEE division, halves to even; then int32
     for sign in (+1, -1), for t in STARTS[b]: try(sign, t << (10 - b))                    t: the code that amax would have, in 1/32
     twice, if there is a best: try(its sign, min((cc << (30 - b)) // xc, 61439))           its codes' own best scale; int64
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
-BITS = (1, 2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 6, 8)
 SMALLEST = np.float32(2.0**-20)
 LARGEST = np.float32(65504)
 ONE = np.float32(32767)
@@ -30,7 +30,6 @@ STARTS = {
     2: (32, 46, 67, 96),
     3: (96, 115, 139, 166),
     4: (218, 238, 258, 282),
-    5: (450, 475, 502, 530),
     6: (922, 961, 1002, 1044),
     8: (4080,),
 }
@@ -48,7 +47,7 @@ def search(blocks: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     amax = np.abs(x).max(1)
-    usable = amax >= SMALLEST
+    usable = (amax >= SMALLEST) & (amax < np.inf)
     safe = np.where(usable, amax, np.float32(1))
     y = np.rint(x * (ONE / safe)[:, None]).astype(np.int32)
     if bits == 1:

@@ -1,7 +1,7 @@
 """Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/format-v2.md).
 
 A picture of h x w tokens is cut into tiles of 8 x 8; what is left at the right and at the bottom makes shorter tiles.
-Where there is no grid, tiles are runs of 64 tokens; a run is a tile of one line.
+Where there is no grid, the tokens are cut as if they lay in lines of 8.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import lru_cache
 import numpy as np
 
 SIDE = 8
-RUN = 64
 
 
-def cut_side(n: int, side: int = SIDE) -> list[int]:
+def cut_side(n: int) -> list[int]:
     """Lengths of the tiles along a side of n tokens: 16 -> [8, 8], 20 -> [8, 8, 4]."""
-    return [side] * (n // side) + ([n % side] if n % side else [])
+    return [SIDE] * (n // SIDE) + ([n % SIDE] if n % SIDE else [])
 
 
 def cut_grid(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
@@ -33,11 +32,10 @@ def cut_grid(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
 
 
 def cut_run(n: int) -> list[tuple[int, int, np.ndarray]]:
-    """The same for n tokens without a grid."""
-    out, x = [], 0
-    for w in cut_side(n, RUN):
-        out.append((1, w, np.arange(x, x + w)))
-        x += w
+    """The same for n tokens without a grid: lines of 8, and a shorter last one. 150 -> 8 x 8, 8 x 8, 2 x 8, 1 x 6."""
+    out = cut_grid(n // SIDE, SIDE)
+    if n % SIDE:
+        out.append((1, n % SIDE, np.arange(n - n % SIDE, n)))
     return out
 
 

@@ -23,7 +23,7 @@ from ..codec.types import row_counts
 from ..format.base_model import BaseModel
 from .source import KVSample
 
-TYPES = (0, 1, 2, 3, 4, 5, 6, 8, F16)
+TYPES = (0, 1, 2, 3, 4, 6, 8, F16)
 N = SIDE * SIDE
 WHOLE = (SIDE, SIDE)
 ROWS = np.array([b.stop - b.start for b in row_blocks(N)])

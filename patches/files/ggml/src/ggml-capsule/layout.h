@@ -92,6 +92,32 @@ inline size_t ggml_capsule_plan_size(int n_groups) {
     return sizeof(ggml_capsule_plan) + (n_groups - 1)*sizeof(ggml_capsule_plan_group);
 }
 
+// calls f(first row, number of rows, bits, offset of the scale) for the stored blocks of a group in the order of their codes
+template<typename F>
+void ggml_capsule_plan_blocks(const ggml_capsule_plan * plan, int g, F f) {
+    const ggml_capsule_plan_group & group = plan->groups[g];
+
+    int scales[GGML_CAPSULE_MAX_BLOCKS]; // where the scale of each block is
+    int n = 0;
+    for (int i = 0; i < ggml_capsule_n_blocks(plan->h, plan->w); ++i) {
+        scales[i] = group.scale + 2*n;
+        n += group.bits[i] > 0 && group.bits[i] < GGML_CAPSULE_F16;
+    }
+
+    if (group.first > 0) {
+        f(0, 1, (int) group.first, scales[0]);
+    }
+    const uint8_t * pair = group.pair;
+    for (int b = 0; b < GGML_CAPSULE_N_BITS; ++b) {
+        for (int i = 0; i < group.n_pairs[b]; ++i, ++pair) {
+            f(2**pair - 1, 2, (int) GGML_CAPSULE_BITS[b], scales[*pair]);
+        }
+    }
+    if (group.last > 0) {
+        f(plan->h*plan->w - 1, 1, (int) group.last, scales[plan->h*plan->w/2]);
+    }
+}
+
 // table: bits of each block, [33][n_groups]
 void ggml_capsule_plan_init(ggml_capsule_plan * plan, const ggml_capsule_channels & channels, const uint8_t * table, int h, int w);
 

@@ -18,6 +18,12 @@ struct ggml_capsule_coder {
 size_t ggml_capsule_rows_work(int d);
 void   ggml_capsule_rows(const ggml_capsule_coder & coder, int h, int w, const float * x, size_t stride, float * rows, float * work);
 
+// the inverse: coefficients -> tokens; the same work
+void   ggml_capsule_inverse(const ggml_capsule_coder & coder, int h, int w, const float * rows, float * x, size_t stride, float * work);
+
+// Hadamard transform between the registers of a block, in place: [2*n_rows][n_lanes]; it is its own inverse
+void ggml_capsule_mix(float * block, int n_rows, int n_lanes);
+
 // the values of a block as they are stored: f32 [2*n_rows][n_lanes]
 void ggml_capsule_block(const ggml_capsule_channels & channels, int group, int n_rows, const float * rows, float * block);
 
