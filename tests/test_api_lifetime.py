@@ -63,6 +63,7 @@ ENDS = {
     "left open": "llm = new(); print(ask(llm))",
     "in a cycle": "llm = new(); llm.me = llm; print(ask(llm)); del llm",
     "in a module": "import json; json.llm = new(); print(ask(json.llm))",
+    "after a module": "from llama_cpp import mtmd_cpp; llm = new(); print(ask(llm)); mtmd_cpp.mtmd_free = None",
     "a stream that has begun": "llm = new(); print(ask(llm)); stream = llm.create_chat_completion(messages(1), stream=True); next(stream)",
     "a stream that has not": "llm = new(); print(ask(llm)); stream = llm.create_chat_completion(messages(1), stream=True); del llm",
     "a plain Llama": "from llama_cpp import Llama\nllm = Llama(str(MODEL), chat_handler=KVCapsuleChatHandler(str(DEMO / 'mmproj-kvdemo-8M-v1-F16.gguf')), n_ctx=1024, verbose=False)\nprint(ask(llm))",

@@ -153,6 +153,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         if self._mmproj is None or self.mtmd_ctx is not None:
             return
         libraries = native.load()
+        self._free = libraries.mtmd.mtmd_free  # when the process ends, Python may empty the module before the Llama goes
         try:
             check_projector(self._mmproj, has_m_rope(libraries.llama, llama_model.model))
         except KVCapsuleError as error:
@@ -176,7 +177,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         self._request += 1
         self._contents = None
         if self.mtmd_ctx is not None:
-            self._mtmd_cpp.mtmd_free(self.mtmd_ctx)
+            self._free(self.mtmd_ctx)
             self.mtmd_ctx = None
 
     def _render(self, llama: Llama, messages: list[dict[str, Any]], **values: Any) -> str:
