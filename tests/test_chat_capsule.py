@@ -98,7 +98,7 @@ def test_stats_of_a_session(chat: Run, folder: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in first.splitlines()[:3]}
     assert rows["total"][0] == str(2 * TOKENS)
     assert sum(map(int, rows["total"][1:3])) == 2 * TOKENS // N
-    assert "paid back after" in first and "paid back" not in second
+    assert "memory breaks even at" in first and "breaks even" not in second
 
 
 def test_many_pictures_go_through_a_hot_cache_that_holds_one(chat: Run, folder: Path) -> None:

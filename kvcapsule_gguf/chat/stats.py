@@ -108,7 +108,7 @@ def table(engine: Engine, images: list[ImageUse], cells: int) -> str:
     if engine.capsule is None:
         lines.append("no capsule: nothing is compressed")
     elif (count := break_even(use, images)) is not None:
-        lines.append(f"the hot cells and the scratch that a picture needs are paid back after {count} picture{'s' if count != 1 else ''}")
+        lines.append(f"memory breaks even at {count} picture{'s' if count != 1 else ''}")
     return "\n".join(lines)
 
 
