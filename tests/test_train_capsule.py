@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -356,11 +357,66 @@ def test_what_is_left_of_another_training_blocks_none(models, tmp_path, damage):
     other = train(ArraySource(whole.model, whole.samples[::-1]), TrainOptions(seed=3), said.append, work)  # other pictures
     assert write_capsule(tmp_path / "again.gguf", again).read_bytes() == fresh and other.provenance["images"] == 12
     assert not [line for line in said if "going on" in line]
+    assert [line for line in said if "starts anew" in line] == [
+        f"other pictures than in the unfinished training in {state}, so this one starts anew; different: sample-0, sample-1, sample-10 and 9 more"
+    ]
     train(whole, TrainOptions(seed=3), said.append, work)
     assert [line for line in said if f"going on after 9 of 12 pictures ({state})" in line]
     for path in work.glob("*/state.npz"):
         path.write_bytes(damage)
     assert write_capsule(tmp_path / "damaged.gguf", train(whole, TrainOptions(seed=4), work=work, **QUIET)).read_bytes() == fresh
+
+
+def test_a_picture_that_is_gone_or_another_one_is_never_mistaken(models, tmp_path):
+    """The model reads a folder; its training breaks off in the middle. What is resumed is bound to the names and contents of the pictures."""
+    from chat_model import write_mmproj, write_model
+
+    from kvcapsule_gguf import native
+    from kvcapsule_gguf.train.collect import LlamaSource
+
+    native.load(library("patched"))
+    model, mmproj, photos, work = write_model(tmp_path / "tiny.gguf"), write_mmproj(tmp_path / "mmproj-tiny.gguf"), tmp_path / "photos", tmp_path / "work"
+    photos.mkdir()
+    for i in range(6):
+        (photos / f"my {i}.ppm").write_bytes(b"P6 8 8 255\n" + np.random.default_rng(i).bytes(192))
+    options = TrainOptions(block=BlockShape(16), codec="pca")
+    gone = from_folder(photos, 9, 0).files[3]
+    data = gone.read_bytes()
+
+    def run(change=None) -> list[str]:
+        """What is said, an error included. change: what happens to the folder when the third picture has been read."""
+        said = []
+
+        def say(line: str) -> None:
+            said.append(line)
+
+        try:
+            with LlamaSource(model, mmproj, from_folder(photos, 9, 0), n_ctx=256, threads=1, device="cpu") as pictures:
+                read = pictures.read
+
+                def reading(numbers=None):
+                    for n, (number, taken) in enumerate(read(numbers)):
+                        yield number, taken
+                        if change and n == 2:
+                            change()
+
+                pictures.read = reading
+                said.append(write_capsule(tmp_path / "c.gguf", train(pictures, options, say, work)).read_bytes())
+        except KVCapsuleError as error:
+            said.append(str(error))
+        return said
+
+    assert run(gone.unlink)[-1] == f"{gone}: No such file or directory"  # in the middle: not left out in silence
+    (state,) = work.iterdir()
+    lines = run()
+    assert f"other pictures than in the unfinished training in {state}, so this one starts anew; different: {gone.name}" in lines and not [x for x in lines if "going on" in str(x)]
+    gone.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # as many bytes, another picture
+    assert f"other pictures than in the unfinished training in {state}, so this one starts anew; different: {gone.name}" in run()
+    gone.write_bytes(data)
+    resumed = run()
+    assert f"going on after 3 of 6 pictures ({state})" in resumed
+    shutil.rmtree(work)
+    assert run()[-1] == resumed[-1]
 
 
 KILLED = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +36,7 @@ class Pictures(Protocol):
 
     @property
     def identity(self) -> str:
-        """Other pictures have another one."""
+        """Other pictures have another one. Where it names them, a line each: a digest of the contents, and the name."""
         ...
 
     def __len__(self) -> int: ...
@@ -52,7 +52,7 @@ class Folder:
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256("".join(f"{p.resolve()} {p.stat().st_size}\n" for p in self.files).encode()).hexdigest()
+        return "\n".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.name}" for p in self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -77,9 +77,9 @@ def from_folder(folder: Path, count: int, seed: int) -> Folder:
     return Folder(tuple(files[i] for i in order[:count]))
 
 
-def readable(pictures: Pictures, numbers: Iterable[int] | None = None, say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[int, Picture]]:
-    """Those that can be read, of all or of some, with their numbers; names the others, and warns."""
-    for i in range(len(pictures)) if numbers is None else numbers:
+def readable(pictures: Pictures, say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[int, Picture]]:
+    """Those that can be read, with their numbers; names the others, and warns."""
+    for i in range(len(pictures)):
         try:
             picture = pictures[i]
         except UnreadablePicture as error:

@@ -44,7 +44,7 @@ class LlamaSource:
 
     @property
     def identity(self) -> str:
-        return f"{self.pictures.identity} {self.mmproj.name} {self.mmproj.stat().st_size}"
+        return f"{self.mmproj.stat().st_size} {self.mmproj.name}\n{self.pictures.identity}"
 
     def shapes(self, say: Callable[[str], None]) -> list[Shape]:
         found = []
@@ -59,7 +59,7 @@ class LlamaSource:
         tap = TensorTap(self.vlm.native, r"Qcur(_pos)?-\d+")
         cache = Cache(self.vlm, Setting("f16"), self.n_ctx, 1, flash_attn=False, watch=tap.callback)
         try:
-            for i, picture in readable(self.pictures, numbers):
+            for i, picture in readable(self.pictures) if numbers is None else ((i, self.pictures[i]) for i in numbers):
                 yield i, self._sample(cache, tap, picture)
         finally:
             cache.close()

@@ -47,7 +47,7 @@ class KVSource(Protocol):
 
     @property
     def identity(self) -> str:
-        """Another one for other samples."""
+        """Another one for other samples. Lines of two words: something that changes with the contents, and a name."""
         ...
 
     def shapes(self, say: Callable[[str], None]) -> list[Shape]:
@@ -55,12 +55,19 @@ class KVSource(Protocol):
         ...
 
     def read(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, KVSample]]:
-        """(number of the picture, sample); of all that can be read, unless some are named."""
+        """(number of the picture, sample); of all that can be read. If some are named, of exactly these: raises KVCapsuleError for one that is gone."""
         ...
 
     def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
         """f64 [L] of the keys and of the values: what a unit of relative error costs in each layer. Raises TrainError."""
         ...
+
+
+def _digest(sample: KVSample) -> str:
+    digest = hashlib.sha256()
+    for x in (*sample.keys, *sample.values):
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()
 
 
 @dataclass
@@ -72,11 +79,7 @@ class ArraySource:
 
     @property
     def identity(self) -> str:
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            for x in (*sample.keys, *sample.values):
-                digest.update(np.ascontiguousarray(x))
-        return digest.hexdigest()
+        return "\n".join(f"{_digest(sample)} sample-{i}" for i, sample in enumerate(self.samples))
 
     def shapes(self, say: Callable[[str], None]) -> list[Shape]:
         return [Shape(i, f"sample {i}", len(x.keys[0]), x.width) for i, x in enumerate(self.samples)]

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from .schedule import PRESETS, PROBE_PICTURES, Part, faithful_rows, probe_count,
 from .shapes import plan
 from .source import KVSource, TrainError
 from .speed import choose_codec
-from .store import MEMORY, BlockStore
+from .store import MEMORY, STATE, BlockStore, full
 
 FEW = 16  # pictures
+SETTINGS = "settings.json"  # of a state
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None],
     """The blocks of all pictures that fit (shapes.plan). Raises TrainError."""
     block, pictures = plan(source.model, source.shapes(say), options.block, say)
     numbers, total, start = [p.number for p in pictures], len(pictures), time.monotonic()
-    store = BlockStore(source.model, block, state_folder(work, source, options, block, numbers), expected=total, seed=options.seed, memory=options.memory)
+    folder = state_folder(work, source, options, block, numbers, say)
+    store = BlockStore(source.model, block, folder, expected=total, seed=options.seed, memory=options.memory)
     try:
         before = store.images
         if before:
@@ -86,11 +88,26 @@ def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None],
     return store
 
 
-def state_folder(work: Path, source: KVSource, options: TrainOptions, block: BlockShape, numbers: list[int]) -> Path:
-    """In `work`, of its own for everything that decides what is kept: a command that was put right starts anew, and the first one can still go on."""
-    model = source.model
-    decides = [model.architecture, model.name, base_of(model).fingerprint, source.identity, str(block), numbers, options.seed, options.memory]
-    return work / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+def state_folder(work: Path, source: KVSource, options: TrainOptions, block: BlockShape, numbers: list[int], say: Callable[[str], None]) -> Path:
+    """In `work`, of its own for everything that decides what is kept: a command that was put right starts anew, and the first one can still go on.
+    Says so where only the pictures are others, which may be by mistake. Raises TrainError."""
+    model, pictures = source.model, source.identity.splitlines()
+    command = [model.architecture, model.name, base_of(model).fingerprint, str(block), options.seed, options.memory]
+    text = json.dumps([command, numbers, pictures])
+    folder = work / hashlib.sha256(text.encode()).hexdigest()[:12]
+    for state in sorted(work.glob(f"*/{STATE}")) if not folder.exists() else ():
+        with suppress(OSError, ValueError):  # its settings were cut short, or are none of ours
+            its_command, _, its_pictures = json.loads(state.with_name(SETTINGS).read_text())
+            if its_command == command:
+                names = sorted({line.partition(" ")[2] for line in {*its_pictures} ^ {*pictures}}) or ["their number"]
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                say(f"other pictures than in the unfinished training in {state.parent}, so this one starts anew; different: {', '.join(names[:3])}{more}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(text)
+    except OSError as error:
+        raise full(folder, error) from None
+    return folder
 
 
 def _announce(store: BlockStore, tokens: int, total: int, seconds: float, options: TrainOptions, say: Callable[[str], None]) -> None:
