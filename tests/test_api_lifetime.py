@@ -270,6 +270,152 @@ def test_another_thread_in_the_middle_of_an_answer_is_refused(stream: bool) -> N
         assert answers == ["yellow star"] and ask(llm) == "yellow star"
 
 
+USES = {
+    "__call__": lambda llm: llm("hello", max_tokens=1), "create_completion": lambda llm: llm.create_completion("hello", max_tokens=1), "create_chat_completion": lambda llm: ask(llm, 2),
+    "create_embedding": lambda llm: llm.create_embedding("hello"), "embed": lambda llm: llm.embed("hello"), "eval": lambda llm: llm.eval([1]), "sample": lambda llm: llm.sample(),
+    "generate": lambda llm: next(llm.generate([1, 2])), "reset": lambda llm: llm.reset(), "save_state": lambda llm: llm.save_state(), "load_state": lambda llm: llm.load_state(STATE[0]),
+}  # fmt: skip
+STATE: list[Any] = []
+
+
+def in_a_thread(work: Any) -> Any:
+    """What it returns, or the exception."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start(), thread.join()
+    return found[0]
+
+
+def refuses_all(llm: Any, closes: bool = True) -> None:
+    """In a thread of its own."""
+    for name, use in (*USES.items(), *([("close", lambda llm: llm.close())] if closes else [])):
+        answer = in_a_thread(lambda: use(llm))
+        assert isinstance(answer, RuntimeError) and "another thread" in str(answer), (name, answer)
+
+
+def test_whatever_uses_the_context_is_refused_in_the_middle_of_an_answer() -> None:
+    """The thread that is being answered may do all of it, as callbacks do."""
+    with new() as llm:
+        assert ask(llm) == "yellow star"
+        STATE[:] = [llm.save_state()]
+
+        def look(ids: Any, logits: Any) -> Any:
+            refuses_all(llm)
+            assert in_a_thread(lambda: llm.tokenize(b"hello"))  # which needs the vocabulary only
+            assert llm.save_state().n_tokens
+            return logits
+
+        answer = llm.create_chat_completion(messages(1), temperature=0, max_tokens=2, logits_processor=[look])
+        assert answer["usage"]["completion_tokens"] == 2
+        for use in USES.values():
+            assert "another thread" not in str(in_a_thread(lambda: use(llm)))  # one after the other
+        assert ask(llm) == "yellow star"
+
+
+STREAMS = {
+    "a chat": lambda llm: llm.create_chat_completion(messages(1), temperature=0, max_tokens=8, stream=True),
+    "a completion": lambda llm: llm("hello", max_tokens=8, stream=True),
+    "tokens": lambda llm: llm.generate([1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_counts_until_it_ends_or_is_closed(kind: str) -> None:
+    with new() as llm:
+        assert ask(llm) == "yellow star"
+        STATE[:] = [llm.save_state()]
+        for begun in (False, True):
+            for end in ("closed", "dropped", "failed", "overtaken"):
+                stream = STREAMS[kind](llm)
+                if begun:
+                    next(stream)
+                llm.save_state()  # the same thread may, and the stream goes on
+                refuses_all(llm, closes=False)
+                if end == "closed":
+                    stream.close()
+                elif end == "dropped":
+                    del stream
+                elif end == "failed":
+                    with pytest.raises(ZeroDivisionError):
+                        stream.throw(ZeroDivisionError())
+                else:
+                    llm.reset()
+                    with pytest.raises(RuntimeError, match="another request"):
+                        next(stream)
+                assert in_a_thread(lambda: ask(llm)) == "yellow star", (begun, end)
+        # web servers read each part in the next free thread
+        stream, parts = STREAMS[kind](llm), 0
+        while not isinstance(in_a_thread(lambda: next(stream, None)), (Exception, type(None))) and parts < 2:
+            parts += 1
+        assert parts == 2
+        assert isinstance(in_a_thread(llm.close), type(None))  # a stream that nobody is reading ends with its Llama
+        with pytest.raises(RuntimeError, match="closed"):
+            next(stream)
+
+
+def test_threads_that_do_not_care_get_right_answers_or_a_refusal() -> None:
+    """Without the guard this ends in a crash or a wrong answer."""
+    with new() as llm:
+        expected = {n: ask(llm, n) for n in (1, 2)}
+        wrong: list[Any] = []
+
+        def work(seed: int) -> None:
+            rng = random.Random(seed)
+            for _ in range(25):
+                n, kind = rng.choice((1, 2)), rng.randrange(4)
+                try:
+                    if kind == 0 and ask(llm, n) != expected[n]:
+                        wrong.append(n)
+                    if kind == 1 and "".join(part["choices"][0]["delta"].get("content") or "" for part in llm.create_chat_completion(messages(n), temperature=0, max_tokens=8, stream=True)).strip() != expected[n]:
+                        wrong.append(-n)
+                    if kind == 2:
+                        llm.reset()
+                    if kind == 3:
+                        llm("hello", max_tokens=2)
+                except RuntimeError as error:
+                    if "another thread" not in str(error):
+                        wrong.append(error)
+                time.sleep(rng.random() / 100)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong and ask(llm) == expected[1]
+
+
+def test_what_is_said_of_one_model_is_not_told_of_another(tmp_path: Path) -> None:
+    """llama.cpp has one log for the process: here a model cannot be loaded, and another one, in the same thread or in another, goes on."""
+    from llama_cpp import llama_cpp
+
+    from kvcapsule_gguf.api.quiet import reasons
+
+    def fail(name: str) -> None:
+        assert not llama_cpp.llama_model_load_from_file(str(tmp_path / name).encode(), llama_cpp.llama_model_default_params())
+
+    with new() as llm:
+        assert ask(llm) == "yellow star"
+        with reasons() as outer:
+            fail("first.gguf")
+            with reasons() as inner:
+                fail("second.gguf")
+                in_a_thread(lambda: ask(llm))  # which listens for itself, and stops
+                assert "first" not in (said := inner.take()) and "second" in said
+            fail("third.gguf")
+            assert "first" in outer.take() and not inner.take()
+        assert llm.chat_handler._contents.engine.log.take() == ""
+        with reasons() as later:
+            assert later.take() == ""
+
+
 def test_a_handler_is_for_one_llama() -> None:
     with new() as llm:
         assert ask(llm) == "yellow star"

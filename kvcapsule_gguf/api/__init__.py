@@ -1,6 +1,6 @@
 """llama-cpp-python's own API on the patched library: a Llama that keeps pictures compressed, and reads each of them once.
 
-A Llama is one context: use it from one thread at a time, and finish (or close) a stream before the next request. Several of them may run in several
+A Llama is one context: it refuses a second thread, and a stream is finished (or closed) before the next request. Several of them may run in several
 threads. Importing this loads the library, so it comes before any other import of llama_cpp. Raises native.NativeError when that is impossible.
 """
 

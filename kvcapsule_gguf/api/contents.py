@@ -17,7 +17,7 @@ from ..chat.contents import Contents
 from ..reuse.binding import binding
 from ..reuse.parts import ImagePart, Item
 from ..reuse.prefixes import Prefixes
-from .quiet import log
+from .quiet import Said
 
 FILLER = 0  # at the positions of a picture, where Llama wants a token that exists
 
@@ -42,7 +42,7 @@ class LlamaEngine:
         names = {number: name for name, number in CACHE_TYPES.items()}
         params = llama.context_params
         self.options = SimpleNamespace(cache_type_k=names[params.type_k], cache_type_v=names[params.type_v])
-        self.log = log()
+        self.log = Said()  # empty: llama.cpp is heard in reasons() only
 
     def is_of(self, llama: Llama) -> bool:
         return self._owner() is llama

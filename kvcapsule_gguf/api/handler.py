@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
 from ..runtime.pictures import Budget, Picture, decode, read
+from .alone import Alone
 from .contents import LlamaContents, LlamaEngine
 from .forced import Form, answer_form
 from .messages import read_messages
@@ -59,31 +57,19 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         self._capsule_path = capsule_path
         self._contents: LlamaContents | None = None
         self._forms: dict[tuple[str, type], bool] = {}  # what the model's chat template takes, once it is known
-        self._request = 0
-        self._in_use = threading.RLock()
+        self._alone = Alone()  # for a plain Llama, of which nothing else is guarded
         self.mtmd_ctx: Any = None
         self.stats = PromptStats()
 
     def __call__(self, **request: Any) -> Any:
         """As MTMDChatHandler does it. Raises ValueError for requests that cannot be understood, and for pictures and prompts that cannot be read or do not fit;
         RuntimeError while another thread is being answered."""
-        with self._alone():
-            return self._answer(**request)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError("this Llama is answering another thread: use a lock around its calls and streams, or one Llama for each thread")
-        try:
-            yield
-        finally:
-            self._in_use.release()
+        return getattr(request.get("llama"), "_alone", self._alone).run(lambda: self._answer(**request))
 
     def _answer(self, *, llama: Llama, messages: list[Any], functions: Any = None, function_call: Any = None, tools: Any = None, tool_choice: Any = None,
                  response_format: Any = None, grammar: Any = None, logprobs: Any = None, top_logprobs: Any = None, max_tokens: int | None = None, stream: bool = False,
                  **kwargs: Any) -> Any:  # fmt: skip
         contents = self._open(llama)
-        self._request += 1
         form = answer_form(llama, functions=functions, function_call=function_call, tools=tools, tool_choice=tool_choice, response_format=response_format, grammar=grammar)
         known, urls = read_messages(messages, MARKER)
         if urls and self.mtmd_ctx is None:
@@ -110,9 +96,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         n_prompt = contents.n_cells
         with interrupts.Interrupts(guest=True):
             answer = llama.create_completion(prompt=llama.input_ids[: llama.n_tokens].tolist(), **sampling)
-        if sampling["stream"]:
-            answer = self._only_while_current(answer, self._request)
-        else:
+        if not sampling["stream"]:
             # Llama counts positions, of which an M-RoPE picture has few
             usage = answer["usage"]
             usage |= {"prompt_tokens": n_prompt, "total_tokens": n_prompt + usage["completion_tokens"]}
@@ -174,7 +158,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
 
     def _close(self) -> None:
         """With the Llama. Its streams end."""
-        self._request += 1
+        self._alone.end()
         self._contents = None
         if self.mtmd_ctx is not None:
             self._free(self.mtmd_ctx)
@@ -225,17 +209,6 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             stats = native.stats(contents.engine.ctx)
             room = min(room, stats.n_hot - stats.n_hot_used)
         return max(1, room if wanted is None or wanted <= 0 else min(room, wanted))
-
-    def _only_while_current(self, chunks: Iterator[Any], request: int) -> Iterator[Any]:
-        while True:
-            with self._alone():
-                if self._request != request:
-                    raise RuntimeError("this Llama has answered another request since, or is closed: a stream must be finished or closed first")
-                try:
-                    chunk = next(chunks)
-                except StopIteration:
-                    return
-            yield chunk
 
 
 def _takes(formatter: Jinja2ChatFormatter, role: str, kind: type) -> bool:

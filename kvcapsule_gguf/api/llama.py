@@ -23,8 +23,9 @@ from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from . import pretrained
+from .alone import Alone, alone
 from .handler import KVCapsuleChatHandler, PromptStats
-from .quiet import log, reasons, say
+from .quiet import reasons, say
 
 
 VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO")
@@ -75,9 +76,19 @@ class KVCapsuleLlama(Llama):
     one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
     what the model was trained with, if that is less. The rest goes to Llama.
 
-    One thread at a time: create_chat_completion() and its streams refuse another thread with a RuntimeError. Close it, or use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
+    One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
+    use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
 
-    _stack = ExitStack()  # of an object whose __init__ never began
+    create_chat_completion, create_completion = alone(Llama.create_chat_completion), alone(Llama.create_completion)
+    create_embedding, embed = alone(Llama.create_embedding), alone(Llama.embed)
+    eval, sample, generate, reset = alone(Llama.eval), alone(Llama.sample), alone(Llama.generate), alone(Llama.reset)
+    save_state, load_state = alone(Llama.save_state, ends_stream=False), alone(Llama.load_state)
+    close = alone(Llama.close, during_stream=True)
+
+    def __new__(cls, *arguments: Any, **options: Any) -> KVCapsuleLlama:
+        llama = super().__new__(cls)
+        llama._alone, llama._stack = Alone(), ExitStack()  # close() needs them, also where __init__ never began
+        return llama
 
     def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, ratio: float = 0.0,
                  image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
@@ -104,7 +115,7 @@ class KVCapsuleLlama(Llama):
             projector = str(self.mmproj) if self.mmproj is not None else None
             handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
         try:
-            with _without_environment(), reasons(), interrupts.Interrupts(guest=True), native.attached(lambda: self._attachment):
+            with reasons() as said, _without_environment(), interrupts.Interrupts(guest=True), native.attached(lambda: self._attachment):
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except BaseException as error:
             self.close()
@@ -112,7 +123,7 @@ class KVCapsuleLlama(Llama):
                 raise
             if self.capsule_path is not None and (reason := native.last_error()):
                 raise native.CapsuleError(reason) from error
-            raise ValueError(f"{error}: {reason}" if (reason := log().take()) else str(error)) from None
+            raise ValueError(f"{error}: {reason}" if (reason := said.take()) else str(error)) from None
         if isinstance(handler, KVCapsuleChatHandler):
             handler._capsule_path = self.capsule_path
         _open.add(self)

@@ -24,13 +24,22 @@ from ..runtime import interrupts
 say = logging.getLogger("kvcapsule_gguf").warning  # one line on stderr, unless the program sets logging up in another way
 
 
+class Said:
+    """What llama.cpp says in one thread, in one call of reasons()."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque(maxlen=16)
+        self.level = 0
+
+    take = Log.take
+
+
 class ThreadLog(Log):
-    """Errors are kept for the thread in which they happen. `verbose` is llama-cpp-python's: one setting for the process, the last Llama made sets it."""
+    """Errors go to the call of reasons() in whose thread they happen, and elsewhere nowhere. `verbose` is llama-cpp-python's: one setting for the process,
+    the last Llama made sets it."""
 
-    _kept = threading.local()
-
-    lines = property(lambda self: self._kept.__dict__.setdefault("lines", deque(maxlen=16)), lambda self, lines: setattr(self._kept, "lines", lines))
-    _level = property(lambda self: self._kept.__dict__.setdefault("level", 0), lambda self, level: setattr(self._kept, "level", level))
+    lines = property(lambda self: _said().lines, lambda self, lines: setattr(_said(), "lines", lines))
+    _level = property(lambda self: _said().level, lambda self, level: setattr(_said(), "level", level))
     verbose = property(lambda self: logger.level <= logging.DEBUG, lambda self, value: None)  # type: ignore[assignment]
 
     def detach(self) -> None:
@@ -40,7 +49,14 @@ class ThreadLog(Log):
         self._attach(kind() if self.verbose else ctypes.cast(_libc.abs, kind))
 
 
+_here = threading.local()
+_lock = threading.Lock()
+_inside = 0  # calls of reasons(), in all threads
 _libc = ctypes.CDLL("msvcrt") if os.name == "nt" else ctypes.CDLL(None)
+
+
+def _said() -> Said:
+    return getattr(_here, "said", None) or Said()
 
 
 @lru_cache
@@ -51,20 +67,27 @@ def log() -> ThreadLog:
 
 
 @contextmanager
-def reasons() -> Iterator[ThreadLog]:
-    """The log of what is done inside. A KeyboardInterrupt that comes meanwhile is raised at the end."""
+def reasons() -> Iterator[Said]:
+    """The log of what is done inside, in this thread. A KeyboardInterrupt that comes meanwhile is raised at the end."""
+    global _inside
     lost: list[Any] = []
     hook = sys.unraisablehook
     # no other thread gets one, and Interrupts sees to it where it is entered
     in_main = threading.current_thread() is threading.main_thread() and interrupts._here() is None
     if in_main:
         sys.unraisablehook = lambda what: lost.append(None) if what.exc_type is KeyboardInterrupt else hook(what)
-    log().attach()
-    log().take()
+    outer, _here.said = getattr(_here, "said", None), Said()
+    with _lock:
+        _inside += 1
+        log().attach()
     try:
-        yield log()
+        yield _here.said
     finally:
-        log().detach()
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                log().detach()
+        _here.said = outer
         if in_main:
             sys.unraisablehook = hook
     if lost:
