@@ -94,9 +94,9 @@ def test_where_a_code_lies():
     assert pack(codes, 2)[11] == 0b10_10_10_11 and pack(codes, 2)[10] == 0b10_10_10_10
     assert pack(codes, 4)[11] == 0x89
     codes[3, 8] = 3  # second row, second register, lane 8: b of element 17
-    assert pack(codes, 3)[[1, 11]].tolist() == [0b1_100_1_100, 0b1_100_1_101]  # elements 1 and 17; 11 and 27
-    assert pack(codes, 3)[16 + 1] == 0b11 << 4
-    assert pack(codes, 6)[11] == 0b10_100001 and pack(codes, 6)[32 + 1] == 3 << 4
+    assert pack(codes, 3)[[1, 11]].tolist() == [0b100_1_100_0, 0b100_0_101_0]  # elements 17 and 1; 27 and 11
+    assert pack(codes, 3)[16 + 1] == 0b10_11_10_10  # elements 25, 17, 9 and 1
+    assert pack(codes, 6)[[11, 17]].tolist() == [0b100001_00, 0b100000_11] and pack(codes, 6)[32 + 1] == 0x88
     assert pack(codes, 8)[11] == 129 and pack(codes, 8)[32 + 17] == 131
 
 

@@ -4,8 +4,8 @@ Codes are stored as c + 2^(bits - 1) (1 bit: 0 for -1, 1 for +1). A block of n r
 lane * n + row holds the codes a and b of the two registers:
 
     1, 2, 4 bits   a plane of 2, 4, 8 bits an element: a | b << bits
-    3 bits         a plane of 4 bits: a | (b >> 2) << 3, and one of 2 bits: b & 3
-    6 bits         a plane of 8 bits: a | (b >> 4) << 6, and one of 4 bits: b & 15
+    3 bits         a plane of 4 bits: b & 1 | a << 1, and one of 2 bits: b >> 1
+    6 bits         a plane of 8 bits: b & 3 | a << 2, and one of 4 bits: b >> 2
     8 bits         a plane of 8 bits with all a, and one with all b
 
 Byte k of a plane of m bytes has the elements k, k + m, k + 2 m, ..., from the lowest bits up. So 64 codes of b bits take 8 b bytes.
@@ -28,8 +28,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """int [..., 2 n, L] -> uint8 [..., bytes]."""
     u = (np.where(codes > 0, 1, 0) if bits == 1 else codes + (1 << bits - 1)).astype(np.uint16)
     a, b = (u[..., i::2, :].swapaxes(-1, -2).reshape(*u.shape[:-2], -1) for i in range(2))
-    whole, low = PLANES[bits][0] - bits, 2 * bits - PLANES[bits][0]  # bits of b in the first plane, and in the second
-    planes = [a | b >> low << bits if whole else a, *([b & (1 << low) - 1] if low else [])]
+    low = PLANES[bits][0] - bits  # bits of b in the first plane
+    planes = [a | b << bits] if low == bits else [a << low | b & (1 << low) - 1, b >> low]
     return np.concatenate([_pack_plane(p.astype(np.uint8), width) for p, width in zip(planes, PLANES[bits])], -1)
 
 
@@ -40,8 +40,11 @@ def unpack(data: np.ndarray, bits: int, shape: tuple[int, int]) -> np.ndarray:
         size = -(-n * width // 8)
         planes.append(_unpack_plane(data[..., at : at + size], width, n))
         at += size
-    low = 2 * bits - PLANES[bits][0]
-    a, b = planes[0] & (1 << bits) - 1, planes[0] >> bits << low | (planes[1] if low else 0)
+    low = PLANES[bits][0] - bits
+    if low == bits:
+        a, b = planes[0] & (1 << bits) - 1, planes[0] >> bits
+    else:
+        a, b = planes[0] >> low, planes[1] << low | planes[0] & (1 << low) - 1
     both = np.stack([x.reshape(*data.shape[:-1], shape[1], -1).swapaxes(-1, -2) for x in (a, b)], -2)  # [..., n, 2, L]
     u = both.reshape(*data.shape[:-1], *shape)
     return np.where(u > 0, 1, -1).astype(np.int16) if bits == 1 else (u - (1 << bits - 1)).astype(np.int16)

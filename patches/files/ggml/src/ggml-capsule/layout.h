@@ -13,8 +13,8 @@
 //           smooth to rough), then the row that is left alone where their number is even
 //   block   a block of n rows has n*lanes elements; element lane*n + row holds the codes a and b of the two registers:
 //           1, 2, 4 bits: a plane of 2, 4, 8 bits an element, a | b << bits
-//           3 bits: a plane of 4 bits, a | (b >> 2) << 3, and one of 2 bits, b & 3
-//           6 bits: a plane of 8 bits, a | (b >> 4) << 6, and one of 4 bits, b & 15
+//           3 bits: a plane of 4 bits, (b & 1) | a << 1, and one of 2 bits, b >> 1
+//           6 bits: a plane of 8 bits, (b & 3) | a << 2, and one of 4 bits, b >> 2
 //           8 bits: a plane of 8 bits with all a, and one with all b
 //           16 bits (f16): register after register, the first row before the second
 //   plane   of less than 8 bits an element: byte k has the elements k, k + n, k + 2*n, ... if the plane has n bytes,

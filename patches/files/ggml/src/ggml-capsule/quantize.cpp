@@ -297,21 +297,21 @@ static void put_codes(uint8_t * bytes, int bits, int n_rows, int n_lanes, const 
             b[i*n_rows + r] = (uint8_t) (bits == 1 ? c[n_lanes] > 0 : c[n_lanes] + (1 << (bits - 1)));
         }
     }
-    if (bits == 8) {
-        std::copy(a, a + n, bytes);
-        std::copy(b, b + n, bytes + n);
+    const int width = bits == 1 ? 2 : bits <= 3 ? 4 : 8; // of the first plane
+    const int low   = width - bits;                      // bits of b in it
+    if (low == bits) {
+        for (int j = 0; j < n; ++j) {
+            a[j] |= (uint8_t) (b[j] << bits);
+        }
+        put_plane(bytes, width, n, a);
         return;
     }
-    const int width = bits == 1 ? 2 : bits <= 3 ? 4 : 8; // of the first plane
-    const int low   = 2*bits - width;                    // of the second
     for (int j = 0; j < n; ++j) {
-        a[j] |= (uint8_t) (b[j] >> low << bits);
-        b[j] &= (uint8_t) ((1 << low) - 1);
+        a[j] = (uint8_t) (a[j] << low | (b[j] & ((1 << low) - 1)));
+        b[j] = (uint8_t) (b[j] >> low);
     }
     put_plane(bytes, width, n, a);
-    if (low > 0) {
-        put_plane(bytes + (width*n + 7)/8, low, n, b);
-    }
+    put_plane(bytes + (width*n + 7)/8, bits - low, n, b);
 }
 
 static void put_half(uint8_t * bytes, float x) {

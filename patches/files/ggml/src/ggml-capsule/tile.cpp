@@ -21,18 +21,18 @@ static void get_plane(const uint8_t * bytes, int width, int n, uint8_t * element
 static void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, int8_t * codes) {
     const int n     = n_rows*n_lanes;
     const int width = bits == 1 ? 2 : bits <= 3 ? 4 : 8; // of the first plane
-    const int low   = 2*bits - width;                    // of the second
+    const int low   = width - bits;                      // bits of b in it
     uint8_t first [MAX_N];
     uint8_t second[MAX_N] = {};
     get_plane(bytes, width, n, first);
-    if (low > 0) {
-        get_plane(bytes + (width*n + 7)/8, low, n, second);
+    if (low != bits) {
+        get_plane(bytes + (width*n + 7)/8, bits - low, n, second);
     }
     for (int r = 0; r < n_rows; ++r) {
         for (int i = 0; i < n_lanes; ++i) {
             const int j = i*n_rows + r;
-            const int a = first[j] & ((1 << bits) - 1);
-            const int b = (first[j] >> bits) << low | second[j];
+            const int a = low == bits ? first[j] & ((1 << bits) - 1) : first[j] >> low;
+            const int b = low == bits ? first[j] >> bits : second[j] << low | (first[j] & ((1 << low) - 1));
             int8_t * c = codes + 2*r*n_lanes + i;
             c[0]       = (int8_t) (bits == 1 ? 2*a - 1 : a - (1 << (bits - 1)));
             c[n_lanes] = (int8_t) (bits == 1 ? 2*b - 1 : b - (1 << (bits - 1)));
