@@ -64,7 +64,7 @@ bool llama_capsule_rope_params::operator==(const llama_capsule_rope_params & oth
         corr_dims[0] == other.corr_dims[0] && corr_dims[1] == other.corr_dims[1] && factors == other.factors;
 }
 
-void llama_capsule_rope_params::fill(const llama_capsule_pos & pos, bool scale, float * cs) const {
+void llama_capsule_rope_params::angles(const llama_capsule_pos & pos, float * angle) const {
     const uint32_t half   = n_rot/2;
     const int32_t  n_sect = sections[0] + sections[1] + sections[2] + sections[3];
 
@@ -91,21 +91,29 @@ void llama_capsule_rope_params::fill(const llama_capsule_pos & pos, bool scale, 
 
         const float extrap = factors.empty() ? theta[which] : theta[which]/factors[i];
 
-        float angle = freq_scale*extrap;
+        angle[i] = freq_scale*extrap;
         if (ext_factor != 0.0f) {
             const float ramp = ((float) i - corr_dims[0])/std::max(0.001f, corr_dims[1] - corr_dims[0]);
             const float mix  = (1.0f - std::min(1.0f, std::max(0.0f, ramp)))*ext_factor;
-            angle = angle*(1.0f - mix) + extrap*mix;
+            angle[i] = angle[i]*(1.0f - mix) + extrap*mix;
         }
-
-        const float m = scale ? mscale : 1.0f;
-
-        cs[norm ? 2*i     : i]        = cosf(angle)*m;
-        cs[norm ? 2*i + 1 : i + half] = sinf(angle)*m;
 
         for (float & t : theta) {
             t *= theta_scale;
         }
+    }
+}
+
+void llama_capsule_rope_params::fill(const llama_capsule_pos & pos, bool scale, float * cs) const {
+    const uint32_t half = n_rot/2;
+    const float    m    = scale ? mscale : 1.0f;
+
+    std::vector<float> angle(half);
+    angles(pos, angle.data());
+
+    for (uint32_t i = 0; i < half; ++i) {
+        cs[norm ? 2*i     : i]        = cosf(angle[i])*m;
+        cs[norm ? 2*i + 1 : i + half] = sinf(angle[i])*m;
     }
 }
 

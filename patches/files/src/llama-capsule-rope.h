@@ -43,6 +43,12 @@ struct llama_capsule_rope_params {
     // n_rot values: (cos, sin) per pair (norm), or all cos, then all sin; scale is that of YaRN, for tables that are used once per key
     void fill(const llama_capsule_pos & pos, bool scale, float * cs) const;
 
+    // n_rot/2 angles, by which the pairs are turned
+    void angles(const llama_capsule_pos & pos, float * angle) const;
+
+    // what a turned key is multiplied by (YaRN)
+    float scale() const { return mscale; }
+
     // undoes the rotation of fill(pos, true) and its scale
     void fill_inverse(const llama_capsule_pos & pos, float * cs) const;
 

@@ -32,3 +32,20 @@ int64_t capsule_pattern_size(const ggml_capsule_params & p);
 
 // where the rows of tier i are
 void capsule_tier_init(capsule_tier & tier, const ggml_capsule_params & p, int i);
+
+// where the sources of a node of tiles are
+enum capsule_tile_src {
+    CAPSULE_TILE_SRC_Q, // unpack: dst; combine: parts
+    CAPSULE_TILE_SRC_K,
+    CAPSULE_TILE_SRC_V,
+    CAPSULE_TILE_SRC_MASK,
+    CAPSULE_TILE_SRC_COLD,
+    CAPSULE_TILE_SRC_SEEN,
+    CAPSULE_TILE_SRC_POOL,
+    CAPSULE_TILE_SRC_SLOTS,
+    CAPSULE_TILE_SRC_TABLES,
+    CAPSULE_TILE_SRC_ANGLES,
+    CAPSULE_TILE_SRC_COUNT,
+};
+
+static constexpr int CAPSULE_TILE_SLOT_WORDS = 5;

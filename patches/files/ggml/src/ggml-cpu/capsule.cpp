@@ -14,6 +14,11 @@
 static constexpr int CAPSULE_CPU_THREADS = 64;
 
 void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tensor * dst) {
+    if (ggml_capsule_op_of(dst) >= GGML_CAPSULE_OP_TILE_ATTN) {
+        ggml_compute_forward_capsule_tiles(params, dst);
+        return;
+    }
+
     static thread_local std::vector<float> shared;
 
     capsule_args args;

@@ -97,6 +97,10 @@ void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
+    if (ggml_capsule_op_of(op) >= GGML_CAPSULE_OP_TILE_ATTN) {
+        return false;
+    }
+
     capsule_args args;
     capsule_ptrs ptrs;
     capsule_args_init(device, op, args, ptrs);

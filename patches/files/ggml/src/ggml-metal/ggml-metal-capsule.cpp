@@ -50,6 +50,10 @@ static ggml_metal_pipeline_with_params capsule_pipeline(ggml_metal_library_t lib
 }
 
 bool ggml_metal_capsule_supported(ggml_metal_device_t dev, const ggml_tensor * op) {
+    if (ggml_capsule_op_of(op) >= GGML_CAPSULE_OP_TILE_ATTN) {
+        return false;
+    }
+
     capsule_args args;
     capsule_ptrs ptrs;
     ggml_capsule_args_init(op, capsule_max_shared(dev), capsule_max_shared(dev), false, args, ptrs);

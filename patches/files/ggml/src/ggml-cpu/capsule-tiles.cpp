@@ -1,0 +1,615 @@
+#include "capsule.h"
+
+#include "ggml-capsule-layout.h"
+#include "ggml-capsule/attn.h"
+#include "ggml-capsule/tile.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+//
+// GGML_OP_CAPSULE on tiles: hot cells, the parts and their combination. Slots are read by ggml-capsule/
+//
+
+static constexpr int HOT_CELLS  = 8;   // of all heads at a time: the heads of a cell lie side by side, its neighbours far away
+static constexpr int HOT_COLS   = 64;  // scores at a time
+static constexpr int HOT_COLS_T = 512; // ... with V transposed: its rows are long
+
+namespace {
+
+// what a node reads, for one thread
+struct tile_node {
+    ggml_capsule_tile_params p;
+
+    ggml_capsule_channels ch_k;
+    ggml_capsule_channels ch_v;
+
+    const uint8_t * tables;
+    const uint8_t * pool;
+
+    int n_slots;
+
+    const ggml_capsule_slot * slots;
+    const int32_t           * patterns; // rows of angles
+
+    const float * angles;
+    size_t        ld_angles;
+
+    std::vector<ggml_capsule_form> forms;
+    std::vector<const ggml_capsule_rope *> ropes;
+
+    explicit tile_node(const ggml_tensor * dst);
+
+    const float * floats(int32_t offset) const { return offset == 0 ? nullptr : (const float *) (tables + offset); }
+
+    ggml_capsule_coder coder(int head, bool is_v) const;
+
+    // K (without RoPE) or V of a head of a slot, [h*w][d]
+    void read(int i_slot, int head, bool is_v, float * x, std::vector<float> & work) const;
+
+    // turns the pairs of n rows of ld values: those of row i by angles + i*step
+    void turn(float * x, size_t ld, int n, const float * angle, size_t step, bool back) const;
+
+private:
+    const ggml_capsule_tile_tables & head() const { return *(const ggml_capsule_tile_tables *) tables; }
+};
+
+tile_node::tile_node(const ggml_tensor * dst) {
+    memcpy(&p, dst->op_params, sizeof(p));
+
+    const int halves = !(p.flags & GGML_CAPSULE_FLAG_NORM);
+
+    ch_k = { p.d_k, p.n_rot, halves };
+    ch_v = { p.d_v, 0, halves };
+
+    const ggml_tensor * t = dst->src[CAPSULE_TILE_SRC_SLOTS];
+
+    tables   = (const uint8_t *) dst->src[CAPSULE_TILE_SRC_TABLES]->data;
+    pool     = (const uint8_t *) dst->src[CAPSULE_TILE_SRC_POOL]->data;
+    n_slots  = t->ne[0];
+    slots    = (const ggml_capsule_slot *) t->data;
+    patterns = (const int32_t *) (slots + n_slots);
+
+    const auto * list = (const ggml_capsule_tile_form *) (tables + head().forms);
+    for (int i = 0; i < head().n_forms; ++i) {
+        const auto & f = list[i];
+        forms.push_back({ f.h, f.w, (size_t) f.size, tables + f.k_plan, tables + f.v_plan, (size_t) f.k_stride, (size_t) f.v_stride,
+            (const uint32_t *) (tables + f.k_offset), (const uint32_t *) (tables + f.v_offset) });
+    }
+
+    angles    = nullptr;
+    ld_angles = 0;
+    if (const ggml_tensor * a = dst->src[CAPSULE_TILE_SRC_ANGLES]) {
+        angles    = (const float *) a->data;
+        ld_angles = ggml_capsule_angles_size(ch_k);
+
+        const size_t size = ggml_capsule_rope_size(ch_k);
+        for (size_t at = p.n_rows*ld_angles*sizeof(float); at + size <= ggml_nbytes(a); at += size) {
+            ropes.push_back((const ggml_capsule_rope *) ((const char *) a->data + at));
+        }
+    }
+}
+
+ggml_capsule_coder tile_node::coder(int i_head, bool is_v) const {
+    const auto & t = head();
+    const int    d = is_v ? p.d_v : p.d_k;
+
+    const float * mean = floats(is_v ? t.v_mean : t.k_mean);
+    const float * axes = is_v ? floats(t.v_axes) : nullptr;
+
+    return { is_v ? ch_v : ch_k, mean ? mean + i_head*d : nullptr, axes ? axes + (size_t) i_head*d*d : nullptr };
+}
+
+void tile_node::read(int i_slot, int i_head, bool is_v, float * x, std::vector<float> & work) const {
+    const auto & s = slots[i_slot];
+    const auto & f = forms[s.form];
+    const int    d = is_v ? p.d_v : p.d_k;
+
+    work.resize(f.h*f.w*d + ggml_capsule_rows_work(d));
+
+    ggml_capsule_read(coder(i_head, is_v), is_v ? ggml_capsule_form_v(f, i_head) : ggml_capsule_form_k(f, i_head),
+            pool + (size_t) s.offset*64 + (is_v ? f.v_offset : f.k_offset)[i_head], x, d, work.data(), work.data() + f.h*f.w*d);
+}
+
+void tile_node::turn(float * x, size_t ld, int n, const float * angle, size_t step, bool back) const {
+    const int half  = p.n_rot/2;
+    const int first = ch_k.halves ? 1    : 2; // from pair to pair
+    const int other = ch_k.halves ? half : 1; // from member to member
+
+    for (int j = 0; j < n; ++j, x += ld, angle += step) {
+        const float * cos = angle;
+        const float * sin = angle + ld_angles/2;
+
+        for (int i = 0; i < half; ++i) {
+            float & a = x[i*first];
+            float & b = x[i*first + other];
+
+            const float s = back ? -sin[i] : sin[i];
+            const float u = a*cos[i] - b*s;
+            const float v = a*s + b*cos[i];
+
+            a = u;
+            b = v;
+        }
+    }
+}
+
+// normalised, of runs of n values
+void hadamard(float * x, int n, int d) {
+    const float norm = 1.0f/sqrtf(n);
+
+    for (int i = 0; i < d; i += n) {
+        for (int h = 1; h < n; h *= 2) {
+            for (int j = i; j < i + n; j += 2*h) {
+                for (int k = j; k < j + h; ++k) {
+                    const float a = x[k];
+                    const float b = x[k + h];
+                    x[k]     = a + b;
+                    x[k + h] = a - b;
+                }
+            }
+        }
+    }
+    ggml_vec_scale_f32(d, x, norm);
+}
+
+void to_float(ggml_type type, const void * src, float * dst, int64_t n) {
+    switch (type) {
+        case GGML_TYPE_F32:  memcpy(dst, src, n*sizeof(float));                         break;
+        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);  break;
+        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, dst, n);  break;
+        default:             ggml_get_type_traits(type)->to_float(src, dst, n);         break;
+    }
+}
+
+void from_float(ggml_type type, const float * src, void * dst, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(dst, src, n*sizeof(float));
+    } else {
+        ggml_get_type_traits_cpu(type)->from_float(src, dst, n);
+    }
+}
+
+// what is not a number is the largest of all
+float max_of(float a, float b) {
+    return a >= b || a != a ? a : b;
+}
+
+//
+// unpack
+//
+
+void unpack(const ggml_compute_params * params, ggml_tensor * dst) {
+    static thread_local std::vector<float> work, x, angle, col;
+
+    const tile_node node(dst);
+
+    const auto & p = node.p;
+
+    const bool is_v  = p.flags & GGML_CAPSULE_FLAG_V;
+    const bool trans = is_v && (p.flags & GGML_CAPSULE_FLAG_V_TRANS);
+    const int  d     = is_v ? p.d_v : p.d_k;
+
+    // of a quantized cache, see llama_kv_cache::build_input_k_rot()
+    const int n_rot_cache = is_v ? (p.flags & GGML_CAPSULE_FLAG_ROT_V ? 64 : 0) : (p.flags & GGML_CAPSULE_FLAG_ROT_K ? d & -d : 0);
+
+    for (int item = params->ith; item < node.n_slots*p.n_head_kv; item += params->nth) {
+        const int    i    = item/p.n_head_kv;
+        const int    head = item%p.n_head_kv;
+        const auto & s    = node.slots[i];
+        const int    n    = node.forms[s.form].h*node.forms[s.form].w;
+
+        x.resize(n*d);
+        node.read(i, head, is_v, x.data(), work);
+
+        if (!is_v && p.n_rot > 0) {
+            node.turn(x.data(), d, n, node.angles + node.patterns[i]*node.ld_angles, node.ld_angles, false);
+            node.turn(x.data(), d, n, node.angles + i*node.ld_angles, 0, false);
+        }
+
+        if (trans) {
+            // a row for each channel
+            col.resize(n);
+            for (int c = 0; c < d; ++c) {
+                for (int j = 0; j < n; ++j) {
+                    col[j] = x[j*d + c];
+                }
+                from_float(dst->type, col.data(), (char *) dst->data + (head*d + c)*dst->nb[1] + s.token*dst->nb[0], n);
+            }
+            continue;
+        }
+        for (int j = 0; j < n; ++j) {
+            if (n_rot_cache > 0) {
+                hadamard(x.data() + j*d, n_rot_cache, d);
+            }
+            from_float(dst->type, x.data() + j*d, (char *) dst->data + (s.token + j)*dst->nb[1] + ggml_row_size(dst->type, head*d), d);
+        }
+    }
+}
+
+//
+// attention
+//
+
+// of a KV head in a part: rows j = token*n_gqa + i
+struct part_sums {
+    ggml_capsule_attn_sums sums;
+
+    // s: n scores -> weights
+    void add(int j, int d, float * s, const float * mask, int n) const;
+};
+
+void part_sums::add(int j, int d, float * s, const float * mask, int n) const {
+    float max = -INFINITY;
+    for (int i = 0; i < n; ++i) {
+        s[i] = mask[i] == -INFINITY ? -INFINITY : s[i] + mask[i];
+        max  = max_of(max, s[i]);
+    }
+    if (max == -INFINITY) {
+        std::fill(s, s + n, 0.0f);
+        return;
+    }
+
+    float & m = sums.max[j];
+    if (!(max <= m)) {
+        const float f = expf(m - max);
+
+        sums.sum[j] *= f;
+        ggml_vec_scale_f32(d, sums.out + j*d, f);
+        m = max;
+    }
+    sums.sum[j] += ggml_vec_soft_max_f32(n, s, s, m);
+}
+
+// one node of attention, in one thread
+struct attn_call {
+    const ggml_tensor * q;
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    const ggml_tensor * mask;
+
+    ggml_tensor * dst;
+
+    const tile_node & node;
+
+    int  n_tokens;
+    int  n_head;
+    int  n_gqa;
+    int  n_q;
+    bool trans;
+
+    ggml_capsule_attn_args args;
+
+    struct buffers {
+        std::vector<float>   q;    // [n_head][n_tokens][d_k], times the scale, as slots want them
+        std::vector<uint8_t> q_k;  // [heads][n_q], as cells want them
+        std::vector<float>   s;    // [heads][n_q][columns]
+        std::vector<float>   mask; // [n_tokens][columns]
+        std::vector<float>   x;
+        std::vector<uint8_t> w;    // weights of the type that V wants
+        std::vector<uint8_t> tiles;
+        std::vector<float>   work;
+    } & b;
+
+    attn_call(ggml_tensor * dst, const tile_node & node, buffers & b);
+
+    part_sums sums(int head, int part) const;
+
+    // parts of the slots and of the hot cells; heads h0 .. h1 - 1
+    void slots(int head, int part);
+    void cells(int h0, int h1, int part);
+
+private:
+    bool read_mask(int64_t col, int n, int ld);
+
+    void load_queries(int h0, int h1);
+    void scores  (int h0, int h1, int64_t col, int n, int ld);
+    void values  (int h0, int h1, int part, int64_t col, int n, int ld);
+    void values_t(int h0, int h1, int part, int64_t col, int n, int ld);
+
+    const float * query(int head, int j) const {
+        return (const float *) ((const char *) q->data + (head*n_gqa + j%n_gqa)*q->nb[1] + j/n_gqa*q->nb[2]);
+    }
+};
+
+attn_call::attn_call(ggml_tensor * dst, const tile_node & node, buffers & b) : dst(dst), node(node), b(b) {
+    q    = dst->src[CAPSULE_TILE_SRC_Q];
+    k    = dst->src[CAPSULE_TILE_SRC_K];
+    v    = dst->src[CAPSULE_TILE_SRC_V];
+    mask = dst->src[CAPSULE_TILE_SRC_MASK];
+
+    n_tokens = q->ne[2];
+    n_head   = q->ne[1];
+    n_gqa    = n_head/node.p.n_head_kv;
+    n_q      = n_gqa*n_tokens;
+    trans    = node.p.flags & GGML_CAPSULE_FLAG_V_TRANS;
+
+    const ggml_tensor * cold = dst->src[CAPSULE_TILE_SRC_COLD];
+    const ggml_tensor * seen = dst->src[CAPSULE_TILE_SRC_SEEN];
+
+    b.q.resize(n_head*n_tokens*node.p.d_k);
+
+    args = {};
+
+    args.k         = node.ch_k;
+    args.v         = node.ch_v;
+    args.n_head_kv = node.p.n_head_kv;
+    args.k_mean    = node.coder(0, false).mean;
+    args.v_mean    = node.coder(0, true).mean;
+    args.v_axes    = node.coder(0, true).axes;
+    args.pool      = node.pool;
+    args.unit      = 64;
+    args.forms     = node.forms.data();
+    args.slots     = node.slots;
+    args.ropes     = node.p.n_rot > 0 ? node.ropes.data() : nullptr;
+    args.angles    = node.angles;
+    args.n_tokens  = n_tokens;
+    args.n_gqa     = n_gqa;
+    args.q         = b.q.data();
+    args.q_token   = node.p.d_k;
+    args.q_head    = n_tokens*node.p.d_k;
+    args.seen      = (const uint8_t *) seen->data;
+    args.n_seen    = seen->nb[1];
+    args.mask      = (const uint16_t *) cold->data;
+    args.n_mask    = cold->nb[1]/sizeof(uint16_t);
+}
+
+part_sums attn_call::sums(int head, int part) const {
+    const int d = node.p.d_v;
+
+    float * out = (float *) ((char *) dst->data + part*dst->nb[2]) + head*n_q*(d + 2);
+
+    return { { out + n_q*d, out + n_q*(d + 1), out } };
+}
+
+void attn_call::slots(int head, int part) {
+    const auto & p   = node.p;
+    const auto   sum = sums(head, part).sums;
+
+    std::fill_n(sum.max, n_q, -INFINITY);
+    std::fill_n(sum.sum, n_q, 0.0f);
+    std::fill_n(sum.out, n_q*p.d_v, 0.0f);
+
+    for (int j = 0; j < n_q; ++j) {
+        float * to = b.q.data() + (head*n_gqa + j%n_gqa)*args.q_head + j/n_gqa*args.q_token;
+
+        const float * from = query(head, j);
+        for (int i = 0; i < p.d_k; ++i) {
+            to[i] = from[i]*p.scale;
+        }
+        // slots know nothing of the rotation of a quantized cache
+        if (p.flags & GGML_CAPSULE_FLAG_ROT_K) {
+            hadamard(to, p.d_k & -p.d_k, p.d_k);
+        }
+    }
+
+    b.tiles.resize(ggml_capsule_attn_work(&args) + 64);
+    void * work = (void *) GGML_PAD((uintptr_t) b.tiles.data(), 64);
+
+    ggml_capsule_attn_tiles(&args, head, (int64_t) node.n_slots*part/p.n_parts, (int64_t) node.n_slots*(part + 1)/p.n_parts, &sum, work);
+
+    if (p.flags & GGML_CAPSULE_FLAG_ROT_V) {
+        for (int j = 0; j < n_q; ++j) {
+            hadamard(sum.out + j*p.d_v, 64, p.d_v);
+        }
+    }
+}
+
+// what the tokens see of n columns; false: nothing
+bool attn_call::read_mask(int64_t col, int n, int ld) {
+    bool any = false;
+    for (int i = 0; i < n_tokens; ++i) {
+        float * to = b.mask.data() + i*ld;
+
+        to_float(mask->type, (const char *) mask->data + i*mask->nb[1] + col*mask->nb[0], to, n);
+        any = any || std::any_of(to, to + n, [](float x) { return x != -INFINITY; });
+    }
+    return any;
+}
+
+void attn_call::load_queries(int h0, int h1) {
+    const ggml_type type = ggml_get_type_traits_cpu(k->type)->vec_dot_type;
+    const size_t    size = ggml_row_size(type, node.p.d_k);
+
+    b.q_k.resize((h1 - h0)*n_q*size);
+    for (int h = h0; h < h1; ++h) {
+        for (int j = 0; j < n_q; ++j) {
+            from_float(type, query(h, j), b.q_k.data() + ((h - h0)*n_q + j)*size, node.p.d_k);
+        }
+    }
+}
+
+void attn_call::scores(int h0, int h1, int64_t col, int n, int ld) {
+    const auto * traits = ggml_get_type_traits_cpu(k->type);
+    const size_t size   = ggml_row_size(traits->vec_dot_type, node.p.d_k);
+
+    for (int c0 = 0; c0 < n; c0 += HOT_CELLS) {
+        const int c1 = std::min(c0 + HOT_CELLS, n);
+
+        for (int h = h0; h < h1; ++h) {
+            for (int c = c0; c < c1; ++c) {
+                const char * cell = (const char *) k->data + h*k->nb[1] + (col + c)*k->nb[2];
+
+                for (int j = 0; j < n_q; ++j) {
+                    const int row = (h - h0)*n_q + j;
+
+                    float s;
+                    traits->vec_dot(node.p.d_k, &s, 0, cell, 0, b.q_k.data() + row*size, 0, 1);
+                    b.s[row*ld + c] = s*node.p.scale;
+                }
+            }
+        }
+    }
+}
+
+void attn_call::values(int h0, int h1, int part, int64_t col, int n, int ld) {
+    const int d = node.p.d_v;
+
+    for (int c0 = 0; c0 < n; c0 += HOT_CELLS) {
+        const int c1 = std::min(c0 + HOT_CELLS, n);
+
+        for (int h = h0; h < h1; ++h) {
+            const auto sum = sums(h, part).sums;
+
+            for (int c = c0; c < c1; ++c) {
+                const float * w = b.s.data() + (h - h0)*n_q*ld + c;
+
+                to_float(v->type, (const char *) v->data + h*v->nb[1] + (col + c)*v->nb[2], b.x.data(), d);
+                for (int j = 0; j < n_q; ++j) {
+                    // a cell that nobody sees may hold anything
+                    if (w[j*ld] != 0.0f) {
+                        ggml_vec_mad_f32(d, sum.out + j*d, b.x.data(), w[j*ld]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// v: [n_kv, n_head_kv, d]
+void attn_call::values_t(int h0, int h1, int part, int64_t col, int n, int ld) {
+    const auto * traits = ggml_get_type_traits_cpu(v->type);
+    const size_t size   = ggml_row_size(traits->vec_dot_type, n);
+    const int    d      = node.p.d_v;
+
+    b.w.resize(n_q*size);
+    for (int h = h0; h < h1; ++h) {
+        const auto sum = sums(h, part).sums;
+
+        for (int j = 0; j < n_q; ++j) {
+            from_float(traits->vec_dot_type, b.s.data() + ((h - h0)*n_q + j)*ld, b.w.data() + j*size, n);
+        }
+        for (int i = 0; i < d; ++i) {
+            const char * row = (const char *) v->data + h*v->nb[1] + i*v->nb[2] + col*v->nb[0];
+
+            for (int j = 0; j < n_q; ++j) {
+                float x;
+                traits->vec_dot(n, &x, 0, row, 0, b.w.data() + j*size, 0, 1);
+                sum.out[j*d + i] += x;
+            }
+        }
+    }
+}
+
+void attn_call::cells(int h0, int h1, int part) {
+    const auto & p = node.p;
+
+    const int     ld      = trans ? HOT_COLS_T : HOT_COLS;
+    const int64_t n_kv    = k->ne[2];
+    const int64_t col_end = n_kv*(part + 1)/p.n_parts;
+
+    b.s   .resize((h1 - h0)*n_q*ld);
+    b.mask.resize(n_tokens*ld);
+    b.x   .resize(p.d_v);
+
+    load_queries(h0, h1);
+
+    for (int64_t col = n_kv*part/p.n_parts; col < col_end; col += ld) {
+        const int n = std::min<int64_t>(ld, col_end - col);
+
+        if (!read_mask(col, n, ld)) {
+            continue;
+        }
+        scores(h0, h1, col, n, ld);
+
+        for (int h = h0; h < h1; ++h) {
+            const auto sum = sums(h, part);
+            for (int j = 0; j < n_q; ++j) {
+                sum.add(j, p.d_v, b.s.data() + ((h - h0)*n_q + j)*ld, b.mask.data() + j/n_gqa*ld, n);
+            }
+        }
+        if (trans) {
+            values_t(h0, h1, part, col, n, ld);
+        } else {
+            values(h0, h1, part, col, n, ld);
+        }
+    }
+}
+
+// an item is a part and a KV head; a thread has neighbouring heads
+void attend(const ggml_compute_params * params, ggml_tensor * dst) {
+    static thread_local attn_call::buffers buffers;
+
+    const tile_node node(dst);
+
+    attn_call call(dst, node, buffers);
+
+    const int     n_head  = node.p.n_head_kv;
+    const int64_t n_items = (int64_t) n_head*node.p.n_parts;
+    const int64_t end     = n_items*(params->ith + 1)/params->nth;
+
+    for (int64_t item = n_items*params->ith/params->nth; item < end;) {
+        const int part = item/n_head;
+        const int h0   = item%n_head;
+        const int h1   = std::min<int64_t>(n_head, h0 + end - item);
+
+        for (int h = h0; h < h1; ++h) {
+            call.slots(h, part);
+        }
+        call.cells(h0, h1, part);
+
+        item += h1 - h0;
+    }
+}
+
+// parts -> the result
+void combine(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[CAPSULE_TILE_SRC_Q];
+
+    ggml_capsule_tile_params p;
+    memcpy(&p, dst->op_params, sizeof(p));
+
+    const int d        = p.d_v;
+    const int n_head   = dst->ne[0]/d;
+    const int n_tokens = dst->ne[1];
+    const int n_gqa    = n_head/p.n_head_kv;
+    const int n_q      = n_gqa*n_tokens;
+
+    for (int row = params->ith; row < n_head*n_tokens; row += params->nth) {
+        const int head = row%n_head;
+        const int j    = row/n_head*n_gqa + head%n_gqa;
+
+        // sums of a part, see attn_call::sums()
+        const auto first = [&](uint32_t part) { return (const float *) ((const char *) src->data + part*src->nb[2]) + head/n_gqa*n_q*(d + 2); };
+        const auto max   = [&](uint32_t part) { return first(part)[n_q*d + j]; };
+        const auto sum   = [&](uint32_t part) { return first(part)[n_q*(d + 1) + j]; };
+
+        float m = -INFINITY;
+        for (uint32_t part = 0; part < p.n_parts; ++part) {
+            m = max_of(m, max(part));
+        }
+
+        float * out = (float *) dst->data + row*d;
+        std::fill_n(out, d, 0.0f);
+
+        // a token that sees nothing gets zeros
+        float l = 0.0f;
+        for (uint32_t part = 0; part < p.n_parts && m != -INFINITY; ++part) {
+            const float f = expf(max(part) - m);
+
+            l += f*sum(part);
+            ggml_vec_mad_f32(d, out, first(part) + j*d, f);
+        }
+        if (l != 0.0f) {
+            ggml_vec_scale_f32(d, out, 1.0f/l);
+        }
+    }
+}
+
+} // namespace
+
+void ggml_compute_forward_capsule_tiles(const ggml_compute_params * params, ggml_tensor * dst) {
+    switch (ggml_capsule_op_of(dst)) {
+        case GGML_CAPSULE_OP_TILE_ATTN:    attend (params, dst); break;
+        case GGML_CAPSULE_OP_TILE_COMBINE: combine(params, dst); break;
+        case GGML_CAPSULE_OP_TILE_UNPACK:  unpack (params, dst); break;
+        default:                           GGML_ABORT("fatal error");
+    }
+}

@@ -1,0 +1,173 @@
+#pragma once
+
+#include "capsule/format/forms.h"
+#include "capsule/graph/angles.h"
+
+#include "ggml-capsule.h"
+#include "ggml-cpp.h"
+#include "llama-graph.h"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+struct llama_context;
+
+class llama_capsule_graph;
+class llama_capsule_kv;
+class llama_capsule_slots;
+
+//
+// what attention reads of the slots of one llama_kv_cache, as inputs of a graph
+//
+
+// every graph of a context with a capsule has one, also when there is no slot: it must not be reused when there is
+class llm_graph_input_tiles : public llm_graph_input_i {
+public:
+    llm_graph_input_tiles(std::shared_ptr<llama_capsule_graph> graph, bool causal_attn);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    const std::shared_ptr<llama_capsule_graph> graph;
+
+    const bool causal_attn;
+
+    // what the shapes and the pools of the graph depend on
+    std::vector<int64_t> shape;
+
+    // see ggml-capsule.h
+    ggml_tensor * slots     = nullptr; // I32 [n_slots, 5, n_layers]
+    ggml_tensor * seen      = nullptr; // I8 [n_slots, n_tokens]
+    ggml_tensor * mask_cold = nullptr; // F16 [n_cold, n_tokens]
+
+    // of stock attention
+    ggml_tensor * mask    = nullptr; // of the columns of the slots
+    ggml_tensor * mask_kq = nullptr; // of all columns
+
+    std::vector<ggml_tensor *> angles; // F32, by kind of RoPE; nullptr where no layer has asked yet
+};
+
+//
+// llama_capsule_graph
+//
+
+class llama_capsule_graph : public std::enable_shared_from_this<llama_capsule_graph> {
+public:
+    // throws if the slots of a layer can not be read; what it refers to must live as long as graphs are built and computed
+    llama_capsule_graph(llama_context & lctx, const llama_capsule_kv & kv, llama_capsule_forms & forms, const llama_capsule_slots & slots);
+
+    // where the pool of a layer belongs
+    ggml_backend_buffer_type_t pool_buft(uint32_t i_layer) const;
+
+    // room for all hot cells, n_cold cold ones and the forms that there are; false: there is no memory for it
+    bool reserve(uint32_t n_cold);
+
+    // graphs that are built from here on have room for so many slots and cold cells; (0, 0): for those that there are
+    void plan(uint32_t n_slots, uint32_t n_cold);
+
+    // build_attn_mha() over the hot cells (k, v, kq_mask) and the slots
+    ggml_tensor * build_attn(
+            const llm_graph_context & g,
+                        ggml_tensor * q,
+                        ggml_tensor * k,
+                        ggml_tensor * v,
+                        ggml_tensor * kq_b,
+                        ggml_tensor * kq_mask,
+                        ggml_tensor * sinks,
+                        ggml_tensor * k_rot,
+                        ggml_tensor * v_rot,
+                              float   kq_scale,
+                                int   il);
+
+    // an upper bound of the nodes that build_attn() adds to a graph
+    uint32_t graph_nodes() const;
+
+    // throws if a layer did not pass through build_attn(): its images would be lost
+    void check_layers() const;
+
+    // of the scratch and the tables
+    size_t n_bytes() const;
+    void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
+
+private:
+    friend class llm_graph_input_tiles;
+
+    // K and V of hot and cold cells side by side, for stock attention; the layers of a device take turns
+    struct scratch {
+        ggml_backend_buffer_type_t buft;
+
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+    };
+
+    struct layer {
+        int32_t il;
+        bool    host;    // the hot cells are in host memory: so are the slots, and the CPU reads them
+        int     i_kind;  // of RoPE, -1: none
+        size_t  i_scratch;
+        bool    checked; // see llama_capsule_check_rope()
+
+        ggml_capsule_tile_params params;
+
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+
+        ggml_tensor * tables = nullptr;
+    };
+
+    llama_context             & lctx;
+    const llama_capsule_kv    & kv;
+    llama_capsule_forms       & forms;
+    const llama_capsule_slots & slots;
+
+    std::vector<layer>   layers;
+    std::vector<scratch> scratches;
+
+    llama_capsule_angles angles;
+
+    // at least, see plan()
+    uint32_t n_slots_plan = 0;
+    uint32_t n_cold_plan  = 0;
+
+    uint32_t n_forms = 0; // in the tables
+
+    void init_layers();
+
+    bool update_tables();
+    bool reserve_scratch(scratch & s, uint32_t n_cold);
+
+    uint32_t find_layer(int il) const;
+
+    uint32_t n_slots()    const; // of a graph
+    uint32_t n_cold()     const; // columns of a graph
+    uint32_t n_cold_pad() const;
+
+    std::vector<int64_t> shape();
+
+    // as bytes: what each token sees of each column
+    std::vector<uint8_t> visible(const llama_ubatch & ubatch, bool causal_attn) const;
+
+    void set_slots (ggml_tensor * dst) const;
+    void set_angles(ggml_tensor * dst, uint32_t i_kind) const;
+    void set_mask  (ggml_tensor * dst, const std::vector<uint8_t> & visible) const;
+    void set_seen  (ggml_tensor * dst, const std::vector<uint8_t> & visible) const;
+
+    llm_graph_input_tiles * graph_input(const llm_graph_context & g, ggml_tensor * kq_mask);
+
+    ggml_tensor * layer_slots (const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer) const;
+    ggml_tensor * layer_angles(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer);
+
+    void check_rope(const llm_graph_context & g, const ggml_tensor * k, const ggml_tensor * k_rot, uint32_t i_layer, int il);
+
+    bool can_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b, const ggml_tensor * sinks) const;
+
+    ggml_tensor * build_attend(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
+            ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask, float kq_scale);
+
+    void build_unpack(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, ggml_tensor * dst, bool is_v);
+};
