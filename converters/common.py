@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvcapsule_gguf.format.capsule import Capsule  # noqa: E402
-from kvcapsule_gguf.runtime.errors import CapsuleError  # noqa: E402
+from kvcapsule_gguf.format.capsule import Capsule
+from kvcapsule_gguf.runtime.errors import CapsuleError
 
 
 def options(p: argparse.ArgumentParser) -> None:

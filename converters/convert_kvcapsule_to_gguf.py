@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+
 from kvcapsule_gguf.format.base_model import base_of, read_base_model
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint

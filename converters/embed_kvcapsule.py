@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+
 from kvcapsule_gguf.format.embed import embed, extract
 from kvcapsule_gguf.format.reader import has_capsule, read_capsule
 from kvcapsule_gguf.format.writer import write_capsule

@@ -54,7 +54,7 @@ class _Axes:
         self.x0, self.x1 = _wider(min(xs), max(xs))
         if panel.log_y:
             low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
-            self.y0, self.y1 = low, max(high, low + 1)
+            self.y0, self.y1 = float(low), float(max(high, low + 1))
         else:
             self.y0, self.y1 = 0.0, max(max(ys) * 1.08, 1e-9)
 
@@ -65,21 +65,23 @@ class _Axes:
 
     def draw(self) -> None:
         a, b, c, d = self.box
-        text = {"font": self.font, "fill": "black"}
-        self.pen.text(((a + c) / 2, TOP / 2), self.panel.title, anchor="mm", **text)
-        self.pen.text(((a + c) / 2, d + 28), self.panel.x, anchor="mm", **text)
-        self.pen.text((a - LEFT + 4, b - 20), self.panel.y, anchor="lm", **text)
+        self._text(((a + c) / 2, TOP / 2), self.panel.title, "mm")
+        self._text(((a + c) / 2, d + 28), self.panel.x, "mm")
+        self._text((a - LEFT + 4, b - 20), self.panel.y, "lm")
         for x in _ticks(self.x0, self.x1):
             at = self.at(x, 10**self.y0 if self.panel.log_y else self.y0)[0]
             self.pen.line([at, d, at, d + 4], fill="black")
-            self.pen.text((at, d + 14), f"{x:g}", anchor="mm", **text)
+            self._text((at, d + 14), f"{x:g}", "mm")
         for y in range(int(self.y0), int(self.y1) + 1) if self.panel.log_y else _ticks(self.y0, self.y1):
             at = self.at(self.x0, 10**y if self.panel.log_y else y)[1]
             self.pen.line([a, at, c, at], fill="#dddddd")
-            self.pen.text((a - 6, at), f"1e{y}" if self.panel.log_y else f"{y:g}", anchor="rm", **text)
+            self._text((a - 6, at), f"1e{y:g}" if self.panel.log_y else f"{y:g}", "rm")
         self.pen.rectangle(self.box, outline="black")
         for i, series in enumerate(self.panel.series):
             self._series(series, COLOURS[i % len(COLOURS)], i)
+
+    def _text(self, at: tuple[float, float], words: str, anchor: str) -> None:
+        self.pen.text(at, words, anchor=anchor, font=self.font, fill="black")
 
     def _series(self, series: Series, colour: str, i: int) -> None:
         points = [self.at(x, y) for x, y in series.points if not self.panel.log_y or y > 0]
@@ -90,7 +92,7 @@ class _Axes:
         a, _, c, _ = self.box
         x, y = a + (i % 2) * (c - a) / 2, HEIGHT + 2 + i // 2 * LEGEND_LINE
         self.pen.rectangle([x, y - 5, x + 10, y + 5], fill=colour)
-        self.pen.text((x + 16, y), series.name, anchor="lm", font=self.font, fill="black")
+        self._text((x + 16, y), series.name, "lm")
 
 
 def _wider(low: float, high: float) -> tuple[float, float]:

@@ -131,5 +131,5 @@ def _main(args: argparse.Namespace) -> None:
     rows = run(args)
     if getattr(args, "plot", None):
         (report.op_plot if args.what == "op" else report.whole_plot)(rows, args.plot)
-    tables = {"op": report.op_table, "model": report.whole_table, "compress": report.compress_table, "demo": report.demo_table}
+    tables: dict[str, Callable[[list[Any]], str]] = {"op": report.op_table, "model": report.whole_table, "compress": report.compress_table, "demo": report.demo_table}
     print(json.dumps([asdict(r) for r in rows], indent=1) if args.json else tables[args.what](rows))

@@ -62,7 +62,7 @@ class Image:
         p.type_k = p.type_v = CACHE_TYPES[setting.cache]
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
-        self.ctx = native.init_context(bench.model, interrupts.stoppable(p), native.Attachment(self.capsule, n_hot=p.n_ctx, auto_compress=False))
+        self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), native.Attachment(self.capsule, n_hot=p.n_ctx, auto_compress=False)) or 0
         if not self.ctx:
             raise BenchError(f"no context for {setting.name}: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)

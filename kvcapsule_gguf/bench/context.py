@@ -82,7 +82,7 @@ class Context:
         p.n_threads = p.n_threads_batch = bench.run.threads
         hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
         wanted = native.Attachment(bench.capsule(setting) if setting.capsule else None, n_hot=hot, auto_compress=False, guard=False)
-        self.ctx = native.init_context(bench.model, interrupts.stoppable(p), wanted)
+        self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..runtime.errors import KVCapsuleError
 
@@ -87,7 +88,7 @@ def _bits(name: str) -> int:
     return int(match[1] or match[2]) if match else 16
 
 
-def repository(repo: str, spec: str, **where: str) -> tuple[list[str], Callable[[str], Path]]:
+def repository(repo: str, spec: str, **where: Any) -> tuple[list[str], Callable[[str], Path]]:
     """Names of all files, and a function that fetches one; from the local cache when the Hub cannot be reached. A folder is a repository too.
 
     spec: what the user wrote, for messages; where: local_dir, cache_dir of huggingface_hub. Raises KVCapsuleError."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..scenes import TRAIN, make_scene
 from .config import VisionConfig
-from .labels import LABELS, patch_labels
+from .labels import patch_labels
 from .optim import Optimisers, schedule
 from .threads import spare_threads
 from .vision import PatchHeads, Vision

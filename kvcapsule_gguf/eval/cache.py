@@ -45,7 +45,7 @@ class Cache:
         self.n_batch = p.n_batch
         capsule = vlm.capsule(setting.capsule) if setting.capsule else None
         wanted = native.Attachment(capsule, n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
-        self.ctx = native.init_context(vlm.model, interrupts.stoppable(p), wanted)
+        self.ctx: int = native.init_context(vlm.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             reason = native.last_error() if setting.capsule else "see the log (-v)"
             raise EvalError(f"{setting.name}: the context cannot be created: {reason}")
@@ -168,10 +168,10 @@ class Cache:
             rc = self.llama.llama_decode(self.ctx, batch)
             if rc != 0:
                 raise EvalError(f"{self.setting.name}: llama_decode returned {rc}")
-            wanted = sum(row[3] for row in rows)
-            if not wanted:
+            n_wanted = sum(row[3] for row in rows)
+            if not n_wanted:
                 return np.empty((0, self.vlm.n_vocab), np.float32)
             found = c.cast(self.llama.llama_get_logits(self.ctx), FLOATS)
-            return np.array(np.ctypeslib.as_array(found, (wanted, self.vlm.n_vocab)))
+            return np.array(np.ctypeslib.as_array(found, (n_wanted, self.vlm.n_vocab)))
         finally:
             self.llama.llama_batch_free(batch)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from .samples import Sample
 from .settings import Setting
@@ -40,7 +41,8 @@ class Journal:
 
     def __init__(self, path: Path | None, model: Path, settings: list[Setting], how: tuple) -> None:
         """how: whatever else changes the numbers. Raises EvalError for a file of another run."""
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None
         self.run = [model.name, model.stat().st_size, *how]
         self.names = {s: _identity(s) for s in settings}
         self.seen: dict[str, Seen] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Setting:
     drop: float = 0.0  # share of the vision tokens that is removed, evenly spread
     floor: bool = False  # flash attention on where the others have it off, or the other way round
 
-    def bytes_per_token(self, shapes: list[tuple[int, int, int]]) -> float:
+    def bytes_per_token(self, shapes: Sequence[tuple[int, int, int]]) -> float:
         """shapes: (KV heads, key length, value length) of each layer."""
         return sum(n * (d_k * BITS[self.k] + d_v * BITS[self.v]) for n, d_k, d_v in shapes) / 8
 

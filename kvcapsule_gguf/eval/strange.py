@@ -95,8 +95,8 @@ def _mask(item: Item, font: int, rng: np.random.Generator) -> Image.Image:
         _text(mask, item, r * BIG, font)
     else:
         _outline(ImageDraw.Draw(mask), item.kind, tile / 2, r * BIG)
-    turned = mask.rotate(rng.uniform(-14, 14) if item.kind != "word" else rng.uniform(-6, 6), Image.BICUBIC)
-    return turned.resize((tile // BIG, tile // BIG), Image.LANCZOS)
+    turned = mask.rotate(rng.uniform(-14, 14) if item.kind != "word" else rng.uniform(-6, 6), Image.Resampling.BICUBIC)
+    return turned.resize((tile // BIG, tile // BIG), Image.Resampling.LANCZOS)
 
 
 def _text(mask: Image.Image, item: Item, r: float, font: int) -> None:
@@ -111,12 +111,12 @@ def _text(mask: Image.Image, item: Item, r: float, font: int) -> None:
     else:
         pen.text(at, item.text, fill=255, font=small, stroke_width=2 if font == 1 else 0, stroke_fill=255)
     if font == 1:
-        glyphs = glyphs.transform(glyphs.size, Image.AFFINE, (1, 0.25, -0.125 * glyphs.height, 0, 1, 0), Image.BICUBIC)
+        glyphs = glyphs.transform(glyphs.size, Image.Transform.AFFINE, (1, 0.25, -0.125 * glyphs.height, 0, 1, 0), Image.Resampling.BICUBIC)
     box = glyphs.getbbox()
     glyphs = glyphs.crop(box) if box else glyphs
     zoom = 2 * r / (glyphs.width if item.kind == "word" else glyphs.height)
     zoom = min(zoom, 2.2 * r / glyphs.width, 1.6 * r / glyphs.height if item.kind == "word" else zoom)
-    glyphs = glyphs.resize((max(1, round(glyphs.width * zoom)), max(1, round(glyphs.height * zoom))), Image.NEAREST if font == 0 else Image.BICUBIC)
+    glyphs = glyphs.resize((max(1, round(glyphs.width * zoom)), max(1, round(glyphs.height * zoom))), Image.Resampling.NEAREST if font == 0 else Image.Resampling.BICUBIC)
     mask.paste(glyphs, ((mask.width - glyphs.width) // 2, (mask.height - glyphs.height) // 2))
 
 

@@ -65,7 +65,7 @@ def mixed_sizes(suite: str) -> Draw:
 class OwnPictures:
     """Pictures of one's own; the model's answers with its f16 cache are the truth. Those that cannot be read are left out."""
 
-    prompts = ("Describe the picture.", "What is in the picture?")
+    prompts: tuple[str, ...] = ("Describe the picture.", "What is in the picture?")
 
     def __init__(self, path: Path, limit: int, per_picture: int, say: Callable[[str], None]) -> None:
         """limit: of the questions. Raises EvalError."""

@@ -10,7 +10,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, TypeAlias
 
 from ..runtime.errors import KVCapsuleError
 
@@ -20,7 +20,7 @@ PREFIX = struct.Struct("<8sII")  # magic, version, length of the header
 MAX_HEADER = 64 << 20
 CHECKSUM = 32
 
-Blob = Union[bytes, bytearray, memoryview]
+Blob: TypeAlias = bytes | bytearray | memoryview
 
 
 class Damaged(KVCapsuleError):

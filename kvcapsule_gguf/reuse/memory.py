@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from types import ModuleType
-from typing import Union
 
 
 def state(llama: ModuleType, ctx: int, seq: int) -> bytearray | None:
@@ -23,7 +22,7 @@ def state(llama: ModuleType, ctx: int, seq: int) -> bytearray | None:
     return data
 
 
-def restore(llama: ModuleType, ctx: int, seq: int, data: Union[bytearray, memoryview], pos_max: int) -> bool:
+def restore(llama: ModuleType, ctx: int, seq: int, data: bytearray | memoryview, pos_max: int) -> bool:
     """Replaces the sequence; it is empty when that fails. pos_max: the last position it must have then."""
     memory = llama.llama_get_memory(ctx)
     llama.llama_memory_seq_rm(memory, seq, -1, -1)
@@ -50,5 +49,5 @@ def rewind(llama: ModuleType, ctx: int, model: int, seq: int, n_past: int) -> bo
     return n_past == 0
 
 
-def _buffer(data: Union[bytearray, memoryview]) -> ctypes.Array:
+def _buffer(data: bytearray | memoryview) -> ctypes.Array:
     return (ctypes.c_uint8 * len(data)).from_buffer(data)

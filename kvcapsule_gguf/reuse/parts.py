@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ImagePart:
     n_tokens: int
 
 
-Item: TypeAlias = Union[int, ImagePart]
+Item: TypeAlias = int | ImagePart
 
 
 def positions(items: Iterable[Item]) -> int:

@@ -19,7 +19,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _resize(field: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(field.astype(np.float32)).resize((side, side), Image.BICUBIC))
+    return np.asarray(Image.fromarray(field.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Drawn:
         size = tuple(map(int, rng.integers(*SIDES, 2, endpoint=True))) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
         if i % 2 == 0:
             scene = _make_scene(rng)
-            return Picture(scene.draw().resize(size, Image.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)
+            return Picture(scene.draw().resize(size, Image.Resampling.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)
         return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size), name=name)
 
 
@@ -46,7 +46,7 @@ def _make_scene(rng: np.random.Generator) -> Scene:
 
 
 def _scene(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    return _make_scene(rng).draw().resize(size, Image.BICUBIC)
+    return _make_scene(rng).draw().resize(size, Image.Resampling.BICUBIC)
 
 
 def _page(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
@@ -71,7 +71,7 @@ def _page(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 def _noise(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.ndarray:
     small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-    return np.asarray(small.resize(size, Image.BICUBIC if rng.random() < 0.6 else Image.NEAREST), dtype=np.float32)
+    return np.asarray(small.resize(size, Image.Resampling.BICUBIC if rng.random() < 0.6 else Image.Resampling.NEAREST), dtype=np.float32)
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:

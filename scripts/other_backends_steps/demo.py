@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend_cases import Device
-
 from setup_steps.common import ROOT
 
 DEMO = ROOT / "kvcapsule_gguf" / "demo"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from backend_cases import Row
-
 from setup_steps.common import ROOT
 
 from .demo import QUESTIONS, Answers

@@ -29,8 +29,8 @@ def asked(n: int, sources: Sources, unseen_names: bool = False, several: bool = 
 def exact(model: Path, mmproj: Path, rows: Iterator[tuple[list[Picture], list[questions.Question]]], threads: int = 1, say=print) -> dict[str, list[bool]]:
     """By task, whether greedy decoding writes exactly the answer."""
     from kvcapsule_gguf.eval.run import evaluate
-    from kvcapsule_gguf.eval.settings import rivals
     from kvcapsule_gguf.eval.samples import Asked, Sample
+    from kvcapsule_gguf.eval.settings import rivals
     from kvcapsule_gguf.eval.vlm import Vlm
 
     vlm = Vlm(model, mmproj, threads)

@@ -100,7 +100,7 @@ def sync(series: Series, pristine: Path, tree: Path) -> bool:
     for name in before.keys() - contents.keys():
         contents[name] = (pristine / name).read_bytes() if (pristine / name).is_file() else None
     # until all is written, any of these may hold its old or its new content
-    _write_stamp(tree, origin, "", {name: "*" for name in contents})
+    _write_stamp(tree, origin, "", dict.fromkeys(contents, "*"))
     changed = [name for name, data in contents.items() if _put(tree / name, data)]
     _write_stamp(tree, origin, series.digest(), {name: _hash(data) for name, data in contents.items()})
     say(f"llama.cpp patched: {len(series.patches)} patches, {len(series.files)} new files, {len(changed)} files changed")
