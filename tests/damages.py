@@ -121,7 +121,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "noise in the keys": (raw(lambda b: b[:100] + bytes(np.random.default_rng(0).integers(0, 256, 300, np.uint8)) + b[400:]), "capsule"),
     # not a capsule of this version
     "another adapter": (key("adapter.type", "lora", STR), "capsule"),
-    "a newer format": (key("kvcapsule.version", 2), "version 2"),
+    "a newer format": (key("kvcapsule.version", 3), "version 3"),
+    "format 2": (key("kvcapsule.version", 2), "layer_rope|smaller"),
     "no version": (without("kvcapsule.version"), "version"),
     "version is a string": (key("kvcapsule.version", "1", STR), "version"),
     # another model

@@ -22,9 +22,11 @@ from damages import ACCEPTED, DAMAGES, RETAIN_DAMAGES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_capsule import random_capsule
+from make_tile_capsule import MIXED, random_tile_capsule
+from tile_damages import TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import Capsule, CapsuleError
-from kvcapsule_gguf.format.reader import read_capsule
+from kvcapsule_gguf.format.tile_capsule import TileCapsule, read_any_capsule
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -71,12 +73,21 @@ def test_the_driver_finds(compiler, tmp_path):
 # --- both readers ---
 
 
+def text(s: str) -> bytes:
+    return struct.pack("<I", len(s)) + s.encode()
+
+
+def packed_tiles(c: TileCapsule) -> bytes:
+    """As print_capsule.cpp writes it."""
+    out = [text(c.base.architecture), struct.pack("<I", c.base.block_count), text(c.base.rope_type), text(c.base.fingerprint)]
+    out.append(struct.pack(f"<5I{len(c.smaller)}f", c.rotated, *c.base.rope_sections, *c.smaller))
+    for x in c.layers:
+        out.append(struct.pack("<5I2f", x.index, x.rope, *x.k_mean.shape, x.v_mean.shape[1], x.k_energy, x.v_energy))
+    return b"".join(out)
+
+
 def packed(c: Capsule) -> bytes:
     """As print_capsule.cpp writes it."""
-
-    def text(s: str) -> bytes:
-        return struct.pack("<I", len(s)) + s.encode()
-
     out = [text(c.base.architecture), struct.pack("<I", c.base.block_count), text(c.base.rope_type), text(c.base.fingerprint)]
     out += [struct.pack("<4I", *c.base.rope_sections), text(c.block_shape)]
     out.append(struct.pack("<4If", c.block_size, c.block_width, c.image_tokens, c.neighbour_count, c.default_ratio))
@@ -98,10 +109,15 @@ FLOATS = ("k_mean", "v_mean", "k_basis", "v_basis", "k_query_weight", "k_gate", 
 
 def as_python_reads(path: Path) -> dict:
     try:
-        c = read_capsule(path)
+        c = read_any_capsule(path)
     except CapsuleError as e:
         return {"refused": str(e)}
     tensors = []
+    if isinstance(c, TileCapsule):
+        for x in c.layers:
+            tensors += [digest(b"" if a is None else a.astype("<f4").tobytes()) for a in (x.k_mean, x.v_mean, x.v_axes)]
+            tensors += [digest(a.tobytes()) for a in (x.k_table, x.v_table)]
+        return {"metadata": digest(packed_tiles(c)), "tensors": tensors}
     for x in c.layers:
         arrays = [getattr(x, name) for name in FLOATS]
         tensors += [digest(b"" if a is None else a.astype("<f4").tobytes()) for a in arrays]
@@ -134,13 +150,15 @@ def test_both_readers_agree_on_the_damaged(printer, models, tmp_path):
     model = models(arch="llama")
     pca = random_capsule(model, tmp_path / "pca.gguf", block_size=16)
     retain = random_capsule(model, tmp_path / "retain.gguf", block_size=16, key_codec="retain", mlp_width=8)
-    damages = [(pca, d) for d, _ in DAMAGES.values()] + [(retain, d) for d, _ in RETAIN_DAMAGES.values()] + [(pca, d) for d in ACCEPTED.values()]
+    tiles = random_tile_capsule(model, tmp_path / "tiles.gguf", tiers=[(0, 1, 2, 3), MIXED, 32])
+    damages = [(tiles, d) for d, _ in TILE_DAMAGES.values()] + [(tiles, d) for d in TILE_ACCEPTED.values()]
+    damages += [(pca, d) for d, _ in DAMAGES.values()] + [(retain, d) for d, _ in RETAIN_DAMAGES.values()] + [(pca, d) for d in ACCEPTED.values()]
     paths = []
     for i, (good, damage) in enumerate(damages):
         paths.append(tmp_path / f"{i}.gguf")
         damage(good, paths[-1])
     # those that only do not fit the model, and the strange ones
-    assert compare(printer, [pca, retain, *CORPUS, *FILES.iterdir(), *paths]) >= 2 + len(CORPUS) + len(ACCEPTED)
+    assert compare(printer, [pca, retain, tiles, *CORPUS, *FILES.iterdir(), *paths]) >= 3 + len(CORPUS) + len(ACCEPTED) + len(TILE_ACCEPTED)
 
 
 def test_both_readers_agree_on_the_mutated(printer, tmp_path):
@@ -180,7 +198,7 @@ def test_python_reader(tmp_path, data):
     path.write_bytes(bytes(file) if data.draw(st.booleans()) else bytes(file)[: data.draw(st.integers(0, len(file)))])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        read_capsule(path)
+        read_any_capsule(path)
     except CapsuleError as e:
         assert len(str(e).splitlines()) == 1 and str(e).isprintable()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 
 import gguf
 import numpy as np
 import pytest
 from conftest import library
-from synthetic_kv import source
+from make_tile_capsule import LOSSLESS, MIXED, random_tile_capsule
+from synthetic_kv import field, source
+from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
-from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_any_capsule, read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.train.fit_tiles import SMALLER, fit_tile_capsule
 from kvcapsule_gguf.train.source import TrainError
 
@@ -70,8 +73,8 @@ def test_the_keys_through_gguf_py(good):
     (lambda x: x.k_mean.__setitem__((0, 0), np.inf), "not finite"),
     (lambda x: x.v_mean.__setitem__((0, 0), 1e6), "too large"),
     (lambda x: x.v_axes.__setitem__((0, 0, 0), 3), "orthonormal"),
-    (lambda x: setattr(x, "k_energy", 0.0), "k_energy"),
-    (lambda x: setattr(x, "v_energy", float("nan")), "v_energy"),
+    (lambda x: setattr(x, "k_energy", 0.0), "key_energy"),
+    (lambda x: setattr(x, "v_energy", float("nan")), "value_energy"),
 ])  # fmt: skip
 def test_nothing_damaged_is_written(good, tmp_path, change, reason):
     capsule = read_tile_capsule(good)
@@ -102,14 +105,30 @@ def test_damaged_files_are_refused_with_one_line(good, tmp_path):
             read_tile_capsule(path)
 
 
-@pytest.mark.parametrize("tier, size", [(-1, 0.0), (-1, -1.0), (-1, np.nan), (0, np.inf)])
-def test_a_tier_of_an_impossible_size_is_refused(capsule, good, tmp_path, tier, size):
-    data, said = good.read_bytes(), np.float32(capsule.smaller[tier]).tobytes()
-    assert data.count(said) == 1
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(data.replace(said, np.float32(size).tobytes()))
-    with pytest.raises(CapsuleFileError, match="smaller"):
-        read_tile_capsule(path)
+@pytest.mark.parametrize("name", [*TILE_DAMAGES, *TILE_ACCEPTED])
+def test_what_is_wrong_is_named(models, tmp_path, name):
+    good, path = random_tile_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32]), tmp_path / "bad.gguf"
+    damage, reason = TILE_DAMAGES.get(name) or (TILE_ACCEPTED[name], None)
+    damage(good, path)
+    if reason is None or name in NEEDS_THE_MODEL:
+        assert len(read_any_capsule(path).layers) == 2
+        return
+    with pytest.raises(CapsuleFileError) as e:
+        read_any_capsule(path)
+    assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2vl", "smollm3"])
+def test_lossless_tables_store_a_tile_as_it_is(models, tmp_path, arch):
+    capsule = read_tile_capsule(random_tile_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS))
+    assert capsule.smaller == [0.5]
+    rng = np.random.default_rng(0)
+    for kind in "kv":
+        for head in capsule.heads(1, kind, 0):
+            for h, w in ((8, 8), (3, 5), (1, 64), (1, 1)):
+                x = field(rng, 8, (len(head.mean),))[: h * w]
+                data = head.encode(x, h, w)
+                assert len(data) == 4 * x.size and head.decode(data, h, w) == pytest.approx(x, abs=1e-5)
 
 
 def test_a_picture_without_a_tile(data):

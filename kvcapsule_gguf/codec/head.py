@@ -1,8 +1,9 @@
 """One head of one tile: K or V -> the bytes of a slot -> what is read back (format v2).
 
 A tile has h * w rows (codec/tiles.py). Row 0, the constant, is a block of its own; the others make blocks of two, (1, 2), (3, 4), ...; a last row may
-be left alone. A table says with how many bits a block of rows is stored in each group of channels: 0 is not stored, 16 is f16.
-The bytes: the scales (f16) of all stored blocks, then their codes, each padded to 8 bytes; a block of 0 bits has neither, f16 no scale. Both go group
+be left alone. A table says with how many bits a block of rows is stored in each group of channels: 0 is not stored, 16 is f16, 32 is
+f32 (for tests).
+The bytes: the scales (f16) of all stored blocks, then their codes, each padded to 8 bytes; a block of 0 bits has neither, f16 and f32 no scale. Both go group
 after group: scales from smooth to rough; codes of the constant row, then of the pairs from many bits to few, then of the row that is left alone.
 """
 
@@ -18,7 +19,8 @@ from .registers import mix
 from .scale import search
 from .tiles import SIDE, inverse, row_order, transform
 
-F16 = 16
+F16, F32 = 16, 32
+FLOATS = {F16: "<f2", F32: "<f4"}  # the types of blocks without a scale
 
 
 def row_blocks(n: int, rows: int = 2) -> list[slice]:
@@ -66,7 +68,7 @@ class Head:
     def sizes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of the scales, and of the codes, of a slot of this head."""
         plan = self.plan(height, width)
-        scales = sum(2 for *_, bits, _ in plan if bits != F16)
+        scales = sum(2 for *_, bits, _ in plan if bits not in FLOATS)
         codes = sum(_code_bytes((rows.stop - rows.start) * group.size, bits) for rows, group, bits, _ in plan)
         return -(-scales // 8) * 8, -(-codes // 8) * 8
 
@@ -89,9 +91,9 @@ class Head:
         for block, group, bits, number in self.plan(height, width):
             x = gather(rows[..., block, :], group)
             x = mix(x.reshape(*lead, -1, x.shape[-1]))  # registers of all rows
-            if bits == F16:
-                finite = np.clip(np.where(np.isnan(x), 0, x), -65504, 65504).reshape(*lead, -1)
-                data = np.ascontiguousarray(finite, "<f2").view(np.uint8)
+            if bits in FLOATS:
+                finite = np.clip(np.where(np.isnan(x), 0, x), -65504, 65504) if bits == F16 else x
+                data = np.ascontiguousarray(finite.reshape(*lead, -1), FLOATS[bits]).view(np.uint8)
             else:
                 d, c = search(x.reshape(-1, x.shape[-2] * x.shape[-1]), bits)
                 scales[..., number] = d.reshape(lead)
@@ -111,7 +113,7 @@ class Head:
             size = _code_bytes(shape[0] * shape[1], bits)
             raw = data[..., at : at + size]
             at += size
-            x = _floats(raw).reshape(*lead, *shape) if bits == F16 else unpack(raw, bits, shape) * scales[..., number, None, None]
+            x = _floats(raw, bits).reshape(*lead, *shape) if bits in FLOATS else unpack(raw, bits, shape) * scales[..., number, None, None]
             scatter(rows[..., block, :], group, mix(x).reshape(*lead, n, 2, group.shape[1]))
         return rows
 
@@ -122,8 +124,8 @@ class Head:
 
 
 def _code_bytes(values: int, bits: int) -> int:
-    return 2 * values if bits == F16 else code_bytes(bits, values)
+    return bits // 8 * values if bits in FLOATS else code_bytes(bits, values)
 
 
-def _floats(data: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+def _floats(data: np.ndarray, bits: int = F16) -> np.ndarray:
+    return np.ascontiguousarray(data).view(FLOATS[bits]).astype(np.float32)

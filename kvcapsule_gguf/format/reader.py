@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def capsule_version(path: str | Path) -> Any:
     return value and value.data
 
 
-def _read(path: Path) -> Capsule:
+def read_keys(path: Path, keys: Mapping[str, tuple[str, bool]], version: int) -> tuple[Header, bool]:
+    """The header of a capsule of this format version, and whether it is a sidecar; keys: name -> (type, is an array), the version first. Raises GGUFError, Invalid."""
     header = read_header(path, lambda key: key.startswith(("kvcapsule.", "general.", "adapter.")))
     sidecar = "adapter.type" in header.values
     if sidecar:
@@ -50,23 +52,28 @@ def _read(path: Path) -> Capsule:
     need(header.end <= MAX_HEADER, "a header of more than 64 MiB")
     if sidecar:
         for key, wanted in (("general.type", "adapter"), ("adapter.type", "kvcapsule")):
-            need(_is_string(header, key) and header.values[key].data == wanted, f"not a capsule: key {key} is not '{wanted}'")
-    for key in KEYS:
-        _check_type(header, key)
+            need(is_string(header, key) and header.values[key].data == wanted, f"not a capsule: key {key} is not '{wanted}'")
+    for key, (kind, array) in keys.items():
+        _check_type(header, key, kind, array)
         if key == "kvcapsule.version":
-            version = header.values[key].data
-            need(version == VERSION, f"kvcapsule.version: format version {version}, this program reads version {VERSION}: update it")
+            found = header.values[key].data
+            need(found == version, f"kvcapsule.version: format version {found}, this program reads versions 1 and 2: update it")
     for key in sorted(header.values):
-        known = key in KEYS or key.startswith("kvcapsule.train.") or not key.startswith("kvcapsule.")
+        known = key in keys or key.startswith("kvcapsule.train.") or not key.startswith("kvcapsule.")
         need(known, f"unknown key {key}")
     if sidecar:
         arch = _get(header, "kvcapsule.base.architecture")
         need(
-            _is_string(header, "general.architecture") and header.values["general.architecture"].data == arch,
+            is_string(header, "general.architecture") and header.values["general.architecture"].data == arch,
             "general.architecture is not kvcapsule.base.architecture",
         )
+    return header, sidecar
+
+
+def _read(path: Path) -> Capsule:
+    header, sidecar = read_keys(path, KEYS, VERSION)
     capsule = _metadata(header)
-    if sidecar and _is_string(header, "general.name"):
+    if sidecar and is_string(header, "general.name"):
         capsule.name = header.values["general.name"].data
     validate_metadata(capsule)
     _tensors(header, capsule, sidecar)
@@ -74,13 +81,12 @@ def _read(path: Path) -> Capsule:
     return capsule
 
 
-def _is_string(header: Header, key: str) -> bool:
+def is_string(header: Header, key: str) -> bool:
     value = header.values.get(key)
     return value is not None and (value.type, value.array) == ("str", False)
 
 
-def _check_type(header: Header, key: str) -> None:
-    kind, array = KEYS[key]
+def _check_type(header: Header, key: str, kind: str, array: bool) -> None:
     value = header.values.get(key)
     need(value is not None, f"key {key} is missing")
     wanted = f"an array of {kind}" if array else kind
@@ -92,7 +98,8 @@ def _get(header: Header, key: str) -> Any:
     return header.values[key].data
 
 
-def _array(header: Header, key: str, n: int) -> Any:
+def array_of(header: Header, key: str, n: int) -> Any:
+    """The elements of an array that has to have `n` of them. Raises Invalid."""
     data = _get(header, key)
     need(len(data) == n, f"key {key} has {len(data)} elements, not {n}")
     return data
@@ -105,15 +112,15 @@ def _metadata(h: Header) -> Capsule:
     n = _get(h, "kvcapsule.block_size")
     need(MIN_BLOCK <= n <= MAX_BLOCK, f"kvcapsule.block_size is {n}, not in {MIN_BLOCK}..{MAX_BLOCK}")
     n_layers = len(layers)
-    sections = tuple(_array(h, "kvcapsule.base.rope.sections", 4).tolist())
+    sections = tuple(array_of(h, "kvcapsule.base.rope.sections", 4).tolist())
 
     def per_layer(key: str) -> list[Any]:
-        return _array(h, key, n_layers).tolist()
+        return array_of(h, key, n_layers).tolist()
 
     rope, freq = per_layer("kvcapsule.layer_rope"), per_layer("kvcapsule.base.rope.freq_base")
     heads, d_k, d_v = (per_layer(f"kvcapsule.base.{x}") for x in ("head_count_kv", "key_length", "value_length"))
     kept, mlp = per_layer("kvcapsule.kept_count"), per_layer("kvcapsule.mlp_width")
-    order = _array(h, "kvcapsule.token_order", n_layers * n).reshape(n_layers, n)
+    order = array_of(h, "kvcapsule.token_order", n_layers * n).reshape(n_layers, n)
     none = np.empty(0, np.float32)
     return Capsule(
         base=Base(
@@ -141,10 +148,10 @@ def _tiers(h: Header, names: list[str], n_layers: int) -> list[Tier]:
     n = len(names)
     need(2 <= n <= MAX_TIERS, f"kvcapsule.tier.name has {n} tiers, not 2..{MAX_TIERS}")
     types = len(ROW_TYPES)
-    codec = _array(h, "kvcapsule.tier.key_codec", n * n_layers).reshape(n, n_layers).tolist()
-    kappa = _array(h, "kvcapsule.tier.kappa", n * n_layers).reshape(n, n_layers).tolist()
-    rows = [_array(h, f"kvcapsule.tier.{x}_rows", n * n_layers * types).reshape(n, n_layers, types).tolist() for x in ("key", "value")]
-    ratio = _array(h, "kvcapsule.tier.ratio", n).tolist()
+    codec = array_of(h, "kvcapsule.tier.key_codec", n * n_layers).reshape(n, n_layers).tolist()
+    kappa = array_of(h, "kvcapsule.tier.kappa", n * n_layers).reshape(n, n_layers).tolist()
+    rows = [array_of(h, f"kvcapsule.tier.{x}_rows", n * n_layers * types).reshape(n, n_layers, types).tolist() for x in ("key", "value")]
+    ratio = array_of(h, "kvcapsule.tier.ratio", n).tolist()
     return [
         Tier(names[i], codec[i], [tuple(r) for r in rows[0][i]], [tuple(r) for r in rows[1][i]], kappa[i], ratio[i]) for i in range(n)
     ]
@@ -153,19 +160,24 @@ def _tiers(h: Header, names: list[str], n_layers: int) -> list[Tier]:
 def _tensors(header: Header, capsule: Capsule, sidecar: bool) -> None:
     """Fills in the layers' tensors; refuses any other tensor, and (in a sidecar) bytes that belong to none."""
     if sidecar:
-        _check_cover(header)
+        check_cover(header)
     expected = set()
     for layer in capsule.layers:
         for short, (kind, shape) in layer_shapes(capsule, layer).items():
             name = tensor_name(layer.index, short)
             expected.add(name)
             setattr(layer, short, read_tensor(header, name, kind, shape))
-    for name in header.tensors:
+    check_names(header, expected, sidecar)
+
+
+def check_names(h: Header, expected: Container[str], sidecar: bool) -> None:
+    """No other tensor is there; those of an mmproj are not looked at. Raises Invalid."""
+    for name in h.tensors:
         need(name in expected or not (sidecar or INFIX in name), f"unexpected tensor {name}")
 
 
-def _check_cover(h: Header) -> None:
-    """The bytes of a sidecar are all accounted for: nothing but zeros between and behind the tensors."""
+def check_cover(h: Header) -> None:
+    """The bytes of a sidecar are all accounted for: nothing but zeros between and behind the tensors. Raises Invalid."""
     ends = [t.offset + t.nbytes for t in h.tensors.values()]
     last = max(ends, default=h.end)
     need(last <= h.size, "the tensors reach behind the end of the file, it is incomplete")

@@ -1,10 +1,12 @@
 """A capsule of format v2: means, axes of values and tables of bits, as plain data and as a GGUF sidecar (docs/format-v2.md).
 
-Nothing reads it yet but the reference and the study; the native code follows. Shapes are numpy's (reversed ggml `ne`).
+Shapes are numpy's (reversed ggml `ne`). The C++ reader (src/capsule/format) refuses the same files with the same lines.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,16 @@ import gguf
 import numpy as np
 
 from ..codec.channels import key_groups, plain_groups
-from ..codec.head import F16, Head
-from ..codec.scale import BITS
-from .capsule import ROPE_TYPES, Base, CapsuleFileError
-from .gguf_header import GGUFError, Header, read_header
-from .schema import MAX_FILE, MAX_HEADER, MAX_KV, MAX_TIERS, MAX_VALUE, tensor_name
+from ..codec.head import F16, F32, Head
+from .capsule import ROPE_TYPES, Base, Capsule, CapsuleFileError
+from .gguf_header import GGUFError
+from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
+from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
 from .validate import Invalid, need, read_tensor
 from .writer import check_place, whole_file
 
 VERSION = 2
-STORED = (0, *BITS, F16)
+STORED = (0, 1, 2, 3, 4, 6, 8, F16, F32)
 ROWS = 33  # of a table
 PREFIX = "kvcapsule."
 
@@ -78,52 +80,78 @@ class TileCapsule:
         return sum(2 * 64 * (x.k_mean.size + x.v_mean.size) for x in self.layers)
 
 
-def shapes(c: TileCapsule, x: TileLayer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Short name -> (ggml type, numpy shape) of the tensors of a layer."""
-    heads, d_k = x.k_mean.shape
-    d_v = x.v_mean.shape[1]
-    groups = len(key_groups(d_k, c.base.rope_type if x.rope else "none", c.rotated)), len(plain_groups(d_v))
+def shapes(c: TileCapsule, rope: bool, heads: int, d_k: int, d_v: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Short name -> (ggml type, numpy shape) of the tensors of a layer; the last one, v_axes, may be missing."""
+    groups = len(key_groups(d_k, c.base.rope_type if rope else "none", c.rotated)), len(plain_groups(d_v))
     tiers = len(c.smaller)
-    out: dict[str, tuple[str, tuple[int, ...]]] = {
+    return {
         "k_mean": ("f32", (heads, d_k)), "v_mean": ("f32", (heads, d_v)),
         "k_table": ("i8", (tiers, heads, ROWS, groups[0])), "v_table": ("i8", (tiers, heads, ROWS, groups[1])),
+        "v_axes": ("f16", (heads, d_v, d_v)),
     }  # fmt: skip
-    if x.v_axes is not None:
-        out["v_axes"] = ("f16", (heads, d_v, d_v))
-    return out
 
 
-def validate(c: TileCapsule) -> None:
-    """Raises Invalid."""
-    validate_layers(c)
-    need(all(a > b for a, b in zip(c.smaller, c.smaller[1:])), f"{PREFIX}smaller does not fall")
-    for t, smaller in enumerate(c.smaller):
-        got = c.f16_bytes() / max(c.slot_bytes(t), 1)
-        need(smaller > 0 and abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
-
-
-def validate_layers(c: TileCapsule) -> None:
-    """Everything but the sizes of the tiers. Raises Invalid."""
+def validate_base(c: TileCapsule, n_layers: int) -> None:
+    """Everything but layers and tensors. Raises Invalid."""
     need(c.base.rope_type in ROPE_TYPES, f"{PREFIX}base.rope.type is not one of {', '.join(ROPE_TYPES)}")
+    need(re.fullmatch("[0-9a-f]{64}", c.base.fingerprint) is not None, f"{PREFIX}base.fingerprint is not 64 hex digits")
     need(1 <= len(c.smaller) <= MAX_TIERS, f"{PREFIX}smaller has {len(c.smaller)} tiers, not 1..{MAX_TIERS}")
-    need(1 <= len(c.layers) <= c.base.block_count, f"{PREFIX}layers has {len(c.layers)} layers of a model of {c.base.block_count}")
+    for t, smaller in enumerate(c.smaller):
+        need(0 < smaller < math.inf, f"{PREFIX}smaller of tier {t} is not a positive number")
+        need(t == 0 or smaller < c.smaller[t - 1], f"{PREFIX}smaller does not fall")
+    need(1 <= n_layers <= c.base.block_count, f"{PREFIX}layers has {n_layers} layers of a model of {c.base.block_count}")
+
+
+def validate_layer(c: TileCapsule, i: int, heads: int, d_k: int, d_v: int) -> None:
+    """Layer number i of the file, without its tensors. Raises Invalid."""
+    x = c.layers[i]
+    at = f"of layer {x.index}"
+    need(i == 0 or x.index > c.layers[i - 1].index, f"{PREFIX}layers does not ascend")
+    need(x.index < c.base.block_count, f"{PREFIX}layers names layer {x.index} of a model of {c.base.block_count}")
+    for key, value, most in (("head_count_kv", heads, MAX_HEADS), ("key_length", d_k, MAX_HEAD), ("value_length", d_v, MAX_HEAD)):
+        need(1 <= value <= most, f"{PREFIX}base.{key} {at} is {value}")
+    need(c.rotated <= d_k and c.rotated % 2 == 0, f"{PREFIX}base.rope.dimension_count {c.rotated} does not fit layer {x.index}")
+    for key, value in (("key_energy", x.k_energy), ("value_energy", x.v_energy)):
+        need(0 < value < 1e30, f"{PREFIX}{key} {at} is not a positive number")
+
+
+def validate_tensor(name: str, short: str, array: np.ndarray) -> None:
+    """Raises Invalid."""
+    if short.endswith("table"):
+        need(bool(np.isin(array, STORED).all()), f"tensor {name} has a number of bits that is not one of {', '.join(map(str, STORED))}")
+        return
+    need(bool((np.abs(array) <= MAX_VALUE).all()), f"tensor {name} has values that are not finite or too large for f16")
+    if short.endswith("mean"):
+        need(bool((np.abs(array) <= MAX_MEAN).all()), f"tensor {name} has values beyond +-{MAX_MEAN:.0f}: keys and values could overflow f16")
+    else:
+        a = array.astype(np.float32)
+        off = np.abs(a.swapaxes(1, 2) @ a - np.eye(a.shape[1], dtype=np.float32)).max()
+        need(off <= 0.01, f"tensor {name} is not orthonormal")
+
+
+def validate_sizes(c: TileCapsule) -> None:
+    """The tiers are as small as they say. Raises Invalid."""
+    for t, smaller in enumerate(c.smaller):
+        size = c.slot_bytes(t)
+        need(size > 0, f"tier {t} stores nothing")
+        got = c.f16_bytes() / size
+        need(abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
+
+
+def _complete(c: TileCapsule) -> None:
+    """Fills in how much smaller the tiers are. Raises Invalid for what no reader would take."""
     for i, x in enumerate(c.layers):
-        need(i == 0 or x.index > c.layers[i - 1].index, f"{PREFIX}layers does not ascend")
-        need(x.index < c.base.block_count, f"{PREFIX}layers names layer {x.index} of a model of {c.base.block_count}")
-        need(0 <= c.rotated <= x.k_mean.shape[1] and c.rotated % 2 == 0, f"{PREFIX}base.rope.dimension_count {c.rotated} does not fit layer {x.index}")
-        for short in ("k_energy", "v_energy"):
-            need(0 < getattr(x, short) < 1e30, f"{PREFIX}{short} of layer {x.index} is not a positive number")
-        for short, (_, shape) in shapes(c, x).items():
+        sizes = (*x.k_mean.shape, x.v_mean.shape[1])
+        validate_layer(c, i, *sizes)
+        for short, (_, shape) in shapes(c, x.rope, *sizes).items():
             array, name = getattr(x, short), tensor_name(x.index, short)
+            if short == "v_axes" and array is None:
+                continue
             need(array.shape == shape, f"tensor {name} has shape {list(array.shape[::-1])}, not {list(shape[::-1])}")
-            if short.endswith("table"):
-                need(bool(np.isin(array, STORED).all()), f"tensor {name} has a number of bits that is not one of {', '.join(map(str, STORED))}")
-            else:
-                need(bool((np.abs(array) <= MAX_VALUE).all()), f"tensor {name} has values that are not finite or too large for f16")
-        if x.v_axes is not None:
-            a = x.v_axes.astype(np.float32)
-            off = np.abs(a.swapaxes(1, 2) @ a - np.eye(a.shape[1], dtype=np.float32)).max()
-            need(off <= 0.01, f"tensor {tensor_name(x.index, 'v_axes')} is not orthonormal")
+            validate_tensor(name, short, array)
+    c.smaller = [c.f16_bytes() / max(c.slot_bytes(t), 1) for t in range(len(c.smaller))]
+    validate_base(c, len(c.layers))
+    validate_sizes(c)
 
 
 def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
@@ -131,9 +159,7 @@ def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
     path, v = Path(path), gguf.GGUFValueType
     check_place(path)
     try:
-        validate_layers(c)
-        c.smaller = [c.f16_bytes() / max(c.slot_bytes(t), 1) for t in range(len(c.smaller))]
-        validate(c)
+        _complete(c)
     except Invalid as e:
         raise CapsuleFileError(path, str(e)) from None
     types = {"u32": v.UINT32, "f32": v.FLOAT32, "bool": v.BOOL, "str": v.STRING}
@@ -149,8 +175,9 @@ def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
             kind = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
             w.add_key_value(f"{PREFIX}train.{key}", str(value) if kind is v.STRING else value, kind)
         for x in c.layers:
-            for short, (kind, _) in shapes(c, x).items():
-                w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(getattr(x, short), {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
+            for short, (kind, _) in shapes(c, x.rope, *x.k_mean.shape, x.v_mean.shape[1]).items():
+                if (array := getattr(x, short)) is not None:
+                    w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(array, {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
     return path
 
 
@@ -166,61 +193,52 @@ def _values(c: TileCapsule) -> dict[str, Any]:
 
 
 def read_tile_capsule(path: str | Path) -> TileCapsule:
-    """Checks everything that can be checked without the base model. Raises CapsuleError."""
+    """A sidecar, or the capsule inside an mmproj file; checks everything that can be checked without the base model. Raises CapsuleError."""
     path = Path(path)
     try:
-        return _read(read_header(path, lambda key: key.startswith((PREFIX, "general.", "adapter."))))
+        return _read(path)
     except (GGUFError, Invalid) as e:
         raise CapsuleFileError(path, str(e)) from None
     except OSError as e:
         raise CapsuleFileError(path, f"can not be read: {e.strerror or e}") from None
 
 
-def _read(h: Header) -> TileCapsule:
-    need(h.size <= MAX_FILE, f"the file has {h.size} bytes, more than 1 GiB")
-    need(h.n_kv <= MAX_KV and h.end <= MAX_HEADER, "a header that is too large")
-    need(not h.skipped, f"unknown key {h.skipped}")
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "kvcapsule")):
-        value = h.values.get(key)
-        need(value is not None and (value.type, value.array, value.data) == ("str", False, wanted), f"not a capsule: key {key} is not '{wanted}'")
-    get: dict[str, Any] = {}
-    for key, (kind, array) in KEYS.items():
-        value = h.values.get(PREFIX + key)
-        need(value is not None, f"key {PREFIX}{key} is missing")
-        need((value.type, value.array) == (kind, array), f"key {PREFIX}{key} is not {'an array of ' if array else ''}{kind}")
-        get[key] = value.data.tolist() if isinstance(value.data, np.ndarray) else value.data
-        if key == "version":
-            need(get[key] == VERSION, f"{PREFIX}version: format version {get[key]}, this program reads version {VERSION}")
-    for key in sorted(h.values):
-        short = key.removeprefix(PREFIX)
-        need(short in KEYS or short.startswith("train.") or not key.startswith(PREFIX), f"unknown key {key}")
+def read_any_capsule(path: str | Path) -> Capsule | TileCapsule:
+    """Of the format version that the file says it has. Raises CapsuleError."""
+    return read_tile_capsule(path) if capsule_version(path) == VERSION else read_capsule(path)
+
+
+def _read(path: Path) -> TileCapsule:
+    h, sidecar = read_keys(path, {PREFIX + key: kind for key, kind in KEYS.items()}, VERSION)
+    get = {key: h.values[PREFIX + key].data for key in KEYS}
     n = len(get["layers"])
-    for key in ("layer_rope", "key_energy", "value_energy", "base.head_count_kv", "base.key_length", "base.value_length"):
-        need(len(get[key]) == n, f"key {PREFIX}{key} has {len(get[key])} elements, not {n}")
-    need(len(get["base.rope.sections"]) == 4, f"key {PREFIX}base.rope.sections has not 4 elements")
-    need(1 <= len(get["smaller"]) <= MAX_TIERS, f"{PREFIX}smaller has {len(get['smaller'])} tiers, not 1..{MAX_TIERS}")
-    base = Base(get["base.architecture"], get["base.block_count"], get["base.fingerprint"], get["base.rope.type"], tuple(get["base.rope.sections"]))
-    name = h.values.get("general.name")
-    c = TileCapsule(base, get["base.rope.dimension_count"], get["smaller"], [], name.data if name is not None and name.type == "str" else "")
+
+    def per_layer(key: str) -> list[Any]:
+        return array_of(h, PREFIX + key, n).tolist()
+
+    sections = tuple(array_of(h, f"{PREFIX}base.rope.sections", 4).tolist())
+    base = Base(get["base.architecture"], get["base.block_count"], get["base.fingerprint"], get["base.rope.type"], sections)
+    name = h.values["general.name"].data if sidecar and is_string(h, "general.name") else ""
+    c = TileCapsule(base, get["base.rope.dimension_count"], get["smaller"].tolist(), [], name)
     c.provenance = {k.removeprefix(f"{PREFIX}train."): x.data for k, x in h.values.items() if k.startswith(f"{PREFIX}train.")}
-    need(base.rope_type in ROPE_TYPES, f"{PREFIX}base.rope.type is not one of {', '.join(ROPE_TYPES)}")
+    validate_base(c, n)
+    rope, k_energy, v_energy = (per_layer(key) for key in ("layer_rope", "key_energy", "value_energy"))
+    heads, d_k, d_v = (per_layer(f"base.{x}") for x in ("head_count_kv", "key_length", "value_length"))
+    none = np.empty(0, np.float32)
+    c.layers = [TileLayer(int(index), rope[i], none, none, none, none, k_energy[i], v_energy[i]) for i, index in enumerate(get["layers"])]
+    for i, x in enumerate(c.layers):
+        validate_layer(c, i, heads[i], d_k[i], d_v[i])
+    if sidecar:
+        check_cover(h)
     expected = set()
-    for i in range(n):
-        heads, d_k, d_v = (get[f"base.{x}"][i] for x in ("head_count_kv", "key_length", "value_length"))
-        need(1 <= heads <= 4096 and 1 <= d_k <= 65536 and 1 <= d_v <= 65536, f"the heads of layer {get['layers'][i]} are not possible")
-        need(c.rotated <= d_k and c.rotated % 2 == 0, f"{PREFIX}base.rope.dimension_count {c.rotated} does not fit layer {get['layers'][i]}")
-        none = np.zeros((heads, 0), np.float32)
-        x = TileLayer(
-            get["layers"][i], get["layer_rope"][i], np.zeros((heads, d_k), np.float32), np.zeros((heads, d_v), np.float32), none, none,
-            get["key_energy"][i], get["value_energy"][i],
-        )  # fmt: skip
-        x.v_axes = none if tensor_name(x.index, "v_axes") in h.tensors else None
-        for short, (kind, shape) in shapes(c, x).items():
+    for x, *sizes in zip(c.layers, heads, d_k, d_v):
+        for short, (kind, shape) in shapes(c, x.rope, *sizes).items():
             tensor = tensor_name(x.index, short)
+            if short == "v_axes" and tensor not in h.tensors:
+                continue
             expected.add(tensor)
             setattr(x, short, read_tensor(h, tensor, kind, shape))
-        c.layers.append(x)
-    for tensor in h.tensors:
-        need(tensor in expected, f"unexpected tensor {tensor}")
-    validate(c)
+            validate_tensor(tensor, short, getattr(x, short))
+    check_names(h, expected, sidecar)
+    validate_sizes(c)
     return c

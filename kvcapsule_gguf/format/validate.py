@@ -11,7 +11,7 @@ import numpy as np
 from ..codec.types import ROW_TYPES, total_rows
 from .capsule import BLOCK_SHAPES, GRID_ROPE_TYPES, PCA, RETAIN, ROPE_TYPES, Capsule, Layer, Tier
 from .gguf_header import Header
-from .schema import MAX_BLOCK, MAX_HEAD, MAX_MEAN, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
+from .schema import MAX_BLOCK, MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_MLP, MAX_NEIGHBOURS, MAX_TIERS, MAX_VALUE, MIN_BLOCK, layer_shapes, tensor_name
 
 
 class Invalid(ValueError):
@@ -98,7 +98,7 @@ def _base(c: Capsule) -> None:
 
 def _layer(c: Capsule, layer: Layer) -> None:
     at, n = f"layer {layer.index}", c.block_size
-    for key, value, most in (("head_count_kv", layer.head_count_kv, 4096), ("key_length", layer.key_length, MAX_HEAD), ("value_length", layer.value_length, MAX_HEAD)):
+    for key, value, most in (("head_count_kv", layer.head_count_kv, MAX_HEADS), ("key_length", layer.key_length, MAX_HEAD), ("value_length", layer.value_length, MAX_HEAD)):
         need(1 <= value <= most, f"kvcapsule.base.{key} of {at} is {value}")
     need(math.isfinite(layer.freq_base) and layer.freq_base >= 0, f"kvcapsule.base.rope.freq_base of {at} is negative or not finite")
     need(0 <= layer.kept_count < n, f"kvcapsule.kept_count of {at} is {layer.kept_count} in a block of {n}")

@@ -18,7 +18,10 @@ HARNESSES = ROOT / "tests" / "fuzz"
 OUT = ROOT / ".cache" / "fuzz"
 
 GGML = ("ggml/src/ggml.c", "ggml/src/ggml-quants.c", "ggml/src/ggml-threading.cpp", "ggml/src/gguf.cpp")
-LOADER = ("src/llama-capsule-file.cpp", "src/llama-capsule-grid.cpp", "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp")
+LOADER = (
+    "src/capsule/format/reader.cpp", "src/capsule/format/tables.cpp", "src/llama-capsule-file.cpp", "src/llama-capsule-grid.cpp",
+    "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp",
+)  # fmt: skip
 # target -> sources of llama.cpp's tree; the harness is tests/fuzz/<target>.cpp
 TARGETS = {
     "capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
@@ -26,7 +29,7 @@ TARGETS = {
     "print_capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
 }
 # targets that need all of libllama: the other objects and ggml are those of the ordinary build
-IN_LIBRARY = {"context": ("src/llama-capsule*.cpp", "src/llama-context.cpp", "src/llama-kv-cache.cpp")}
+IN_LIBRARY = {"context": ("src/llama-capsule*.cpp", "src/capsule/*/*.cpp", "src/llama-context.cpp", "src/llama-kv-cache.cpp")}
 PROGRAMS = ("print_capsule",)  # with a main() of their own
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

@@ -1,5 +1,7 @@
 // the capsule loader without a model: any bytes are a capsule or one line, and what is accepted can be used
 
+#include "capsule/format/reader.h"
+
 #include "llama-capsule-file.h"
 #include "memory_source.h"
 
@@ -23,16 +25,38 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     return 0;
 }
 
+static void read_data(memory_source & source) {
+    const auto capsule = llama_capsule_data_read(source, "fuzz", nullptr);
+
+    for (uint32_t i = 0; i < capsule->tiers.size(); ++i) {
+        require(capsule->bytes_slot(i) > 0, "a tier without bytes");
+    }
+    require(capsule->tier_for_ratio(0.5f) < capsule->tiers.size(), "a tier that does not exist");
+}
+
+static void read_tables(memory_source & source) {
+    const auto tables = llama_capsule_tables_read(source, "fuzz", nullptr);
+
+    for (uint32_t i = 0; i < tables->smaller.size(); ++i) {
+        require(tables->bytes_tile(i) > 0, "a tier without bytes");
+    }
+    require(tables->tier_for_ratio(0.5f) < tables->smaller.size() && tables->i_tier_first < tables->smaller.size(), "a tier that does not exist");
+
+    for (const auto & l : tables->layers) {
+        const size_t n = tables->smaller.size()*l.n_head_kv*llama_capsule_tables::N_ROWS;
+        require(l.k_table.size() == n*tables->groups_k(l).size() && l.v_table.size() == n*tables->groups_v(l).size(), "a table of another size");
+    }
+}
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     memory_source source(data, size);
 
     try {
-        const auto capsule = llama_capsule_data_read(source, "fuzz", nullptr);
-
-        for (uint32_t i = 0; i < capsule->tiers.size(); ++i) {
-            require(capsule->bytes_slot(i) > 0, "a tier without bytes");
+        if (llama_capsule_file_version(source) == 2) {
+            read_tables(source);
+        } else {
+            read_data(source);
         }
-        require(capsule->tier_for_ratio(0.5f) < capsule->tiers.size(), "a tier that does not exist");
     } catch (const std::runtime_error & err) {
         for (const char * c = err.what(); *c; ++c) {
             require(*c >= 0x20 && *c < 0x7f, "a line with control characters");

@@ -16,6 +16,7 @@ from tiny_gguf import rewrite  # noqa: E402
 
 from kvcapsule_gguf.codec.types import row_counts  # noqa: E402
 from kvcapsule_gguf.format.capsule import PCA, RETAIN, Base, Capsule, Layer, Tier  # noqa: E402
+from kvcapsule_gguf.format.tile_capsule import ROWS, TileCapsule, TileLayer, write_tile_capsule  # noqa: E402
 from kvcapsule_gguf.format.writer import write_capsule  # noqa: E402
 
 STR = gguf.GGUFValueType.STRING
@@ -55,6 +56,21 @@ def capsule(layers: list[Layer], rows: list[int], **options) -> Capsule:
     return Capsule(base, N, layers, tiers, neighbour_count=K if retain else 0, provenance={"tool": "fuzz"}, **options)
 
 
+def tile_layer(index: int, d: int, axes: bool) -> TileLayer:
+    """Two channels of a key have RoPE; tiers of 2, 16 and 32 bits."""
+    tables = []
+    for groups in (1 + -(-(d - 2) // 32), -(-d // 32)):
+        table = np.repeat(np.array([2, 16, 32], np.uint8), ROWS * groups).reshape(3, 1, ROWS, groups)
+        table[0, 0, 0] = 16
+        tables.append(table)
+    means = np.full((1, d), 0.5, np.float32), np.zeros((1, d), np.float32)
+    return TileLayer(index, True, *means, *tables, 1.0, 2.0, np.eye(d, dtype=np.float16)[None] if axes else None)
+
+
+def tiles(layers: list[TileLayer]) -> TileCapsule:
+    return TileCapsule(Base("llama", 4, "0123456789abcdef" * 4, "neox"), 2, [0.0] * 3, layers, provenance={"tool": "fuzz"})
+
+
 def capsules(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     one = write_capsule(folder / "pca.gguf", capsule([layer(0, 2, False)], [8, 4]))
@@ -62,6 +78,9 @@ def capsules(folder: Path) -> None:
     write_capsule(folder / "layers.gguf", capsule([layer(0, 2, False), layer(3, 4, False)], [8, 6, 4], block_shape="tile", block_width=4, image_tokens=64))
     kv = {"general.type": ("mmproj", STR), "adapter.type": None, "general.architecture": ("clip", STR)}
     rewrite(one, folder / "mmproj.gguf", kv=kv, add=[("v.weight", np.ones(4, np.float32))])
+    two = write_tile_capsule(folder / "tiles.gguf", tiles([tile_layer(0, 2, True)]))
+    write_tile_capsule(folder / "tiles-layers.gguf", tiles([tile_layer(1, 34, False), tile_layer(3, 4, True)]))
+    rewrite(two, folder / "tiles-mmproj.gguf", kv=kv, add=[("v.weight", np.ones(4, np.float32))])
 
 
 def cell(pos: int, x: int = 0, y: int = 0, seqs: list[int] = []) -> bytes:  # noqa: B006

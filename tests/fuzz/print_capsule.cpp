@@ -1,5 +1,7 @@
 // print_capsule FILE...: what the C++ loader makes of each file, one JSON object a line: its refusal, or a hash of each part of the contents
 
+#include "capsule/format/reader.h"
+
 #include "llama-capsule-file.h"
 #include "llama-capsule-sha256.h"
 #include "memory_source.h"
@@ -80,6 +82,64 @@ static std::string metadata(const llama_capsule_data & c) {
     return hash(out.data);
 }
 
+static std::string metadata(const llama_capsule_tables & c) {
+    content out;
+
+    out.str(c.architecture);
+    out.u32(c.block_count);
+    out.str(c.rope_type);
+    out.str(c.fingerprint);
+    out.u32(c.n_rot);
+    for (uint32_t x : c.rope_sections) {
+        out.u32(x);
+    }
+    for (float x : c.smaller) {
+        out.f32(x);
+    }
+
+    for (const auto & l : c.layers) {
+        for (uint32_t x : { l.il, (uint32_t) l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v }) {
+            out.u32(x);
+        }
+        out.f32(l.k_energy);
+        out.f32(l.v_energy);
+    }
+
+    return hash(out.data);
+}
+
+static void print(const std::string & metadata, const std::vector<std::string> & tensors) {
+    printf("{\"metadata\": \"%s\", \"tensors\": [", metadata.c_str());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        printf("%s\"%s\"", i > 0 ? ", " : "", tensors[i].c_str());
+    }
+    printf("]}\n");
+}
+
+static void print(const llama_capsule_data & c) {
+    std::vector<std::string> tensors;
+    for (const auto & l : c.layers) {
+        for (const auto * x : { &l.k_mean, &l.v_mean, &l.k_basis, &l.v_basis, &l.k_query_weight, &l.k_gate, &l.k_mlp_up, &l.k_mlp_up_bias, &l.k_mlp_down }) {
+            tensors.push_back(hash(*x));
+        }
+        tensors.push_back(hash(l.token_order));
+        tensors.push_back(hash(l.k_neighbours));
+    }
+    print(metadata(c), tensors);
+}
+
+static void print(const llama_capsule_tables & c) {
+    std::vector<std::string> tensors;
+    for (const auto & l : c.layers) {
+        for (const auto * x : { &l.k_mean, &l.v_mean, &l.v_axes }) {
+            tensors.push_back(hash(*x));
+        }
+        tensors.push_back(hash(l.k_table));
+        tensors.push_back(hash(l.v_table));
+    }
+    print(metadata(c), tensors);
+}
+
 static std::string quoted(const std::string & s) {
     std::string res;
     for (char c : s) {
@@ -98,18 +158,11 @@ int main(int argc, char ** argv) {
         memory_source source(data.data(), data.size());
 
         try {
-            const auto c = llama_capsule_data_read(source, argv[i], nullptr);
-
-            printf("{\"metadata\": \"%s\", \"tensors\": [", metadata(*c).c_str());
-            const char * sep = "";
-            for (const auto & l : c->layers) {
-                for (const auto * x : { &l.k_mean, &l.v_mean, &l.k_basis, &l.v_basis, &l.k_query_weight, &l.k_gate, &l.k_mlp_up, &l.k_mlp_up_bias, &l.k_mlp_down }) {
-                    printf("%s\"%s\"", sep, hash(*x).c_str());
-                    sep = ", ";
-                }
-                printf(", \"%s\", \"%s\"", hash(l.token_order).c_str(), hash(l.k_neighbours).c_str());
+            if (llama_capsule_file_version(source) == 2) {
+                print(*llama_capsule_tables_read(source, argv[i], nullptr));
+            } else {
+                print(*llama_capsule_data_read(source, argv[i], nullptr));
             }
-            printf("]}\n");
         } catch (const std::runtime_error & err) {
             printf("{\"refused\": %s}\n", quoted(err.what()).c_str());
         }

@@ -133,13 +133,16 @@ struct capsule_file : llama_capsule_source {
     }
 };
 
-llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const char * path) {
-    std::unique_ptr<capsule_file> file;
+std::unique_ptr<llama_capsule_source> llama_capsule_open(const char * path) {
     try {
-        file = std::make_unique<capsule_file>(path);
+        return std::make_unique<capsule_file>(path);
     } catch (const std::exception &) {
         throw std::runtime_error(format("can not open capsule '%s'", path));
     }
+}
+
+llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const char * path) {
+    const auto file = llama_capsule_open(path);
 
     auto data = llama_capsule_data_read(*file, path, [&](const llama_capsule_data & data) { llama_capsule_check_model(data, model); });
 

@@ -178,7 +178,7 @@ void capsule_reader::check_keys() {
 
         if (it->first == "kvcapsule.version") {
             const uint32_t version = get_u32(key);
-            need(version == 1, format("kvcapsule.version: format version %u, this program reads version 1: update it", version));
+            need(version == 1, format("kvcapsule.version: format version %u, this program reads versions 1 and 2: update it", version));
         }
     }
 

@@ -119,6 +119,9 @@ llama_capsule_data_ptr llama_capsule_data_read(
 // llama-capsule-base.cpp
 //
 
+// throws std::runtime_error if it can not be opened
+std::unique_ptr<llama_capsule_source> llama_capsule_open(const char * path);
+
 // the same from a file, for this model
 llama_capsule_data_ptr llama_capsule_data_load(const llama_model & model, const char * path);
 

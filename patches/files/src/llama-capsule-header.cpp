@@ -234,7 +234,11 @@ llama_capsule_header::llama_capsule_header(llama_capsule_source & source) {
 
         const uint64_t at = c.at;
 
-        const key value = c.value(name, own);
+        key value = c.value(name, own);
+        if (value.type == GGUF_TYPE_UINT32 && !value.is_array) {
+            c.at = at + sizeof(uint32_t);
+            value.u32 = c.get<uint32_t>();
+        }
         if (own) {
             keys.emplace(name, value);
         } else if (foreign.empty()) {
@@ -242,15 +246,10 @@ llama_capsule_header::llama_capsule_header(llama_capsule_source & source) {
         }
 
         if (name == GGUF_KEY_GENERAL_ALIGNMENT) {
-            uint32_t v = 0;
-            if (value.type == GGUF_TYPE_UINT32 && !value.is_array) {
-                c.at = at + sizeof(uint32_t);
-                v = c.get<uint32_t>();
-            }
-            if (v < 1 || v > HEADER_MAX_ALIGNMENT || (v & (v - 1)) != 0) {
+            alignment = value.u32;
+            if (alignment < 1 || alignment > HEADER_MAX_ALIGNMENT || (alignment & (alignment - 1)) != 0) {
                 fail("general.alignment is not a power of two up to 65536");
             }
-            alignment = v;
         }
     }
 

@@ -27,6 +27,7 @@ struct llama_capsule_header {
         gguf_type type; // of the elements of an array
         bool      is_array;
         uint64_t  n;
+        uint32_t  u32 = 0; // the value, if it is a single one of this type
     };
 
     struct tensor {

@@ -1,6 +1,6 @@
 // what binds tables to a model
 
-#include "capsule/format/tables.h"
+#include "capsule/format/reader.h"
 
 #include "llama-arch.h"
 #include "llama-capsule-file.h"
@@ -9,8 +9,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-
-static constexpr uint32_t CAPSULE_MAX_HEAD = 512;
 
 llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model) {
     const auto & hparams = model.hparams;
@@ -38,8 +36,9 @@ llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model)
         l.n_embd_head_k = hparams.n_embd_head_k(il);
         l.n_embd_head_v = hparams.n_embd_head_v(il);
 
-        if (std::max(l.n_embd_head_k, l.n_embd_head_v) > CAPSULE_MAX_HEAD) {
-            throw std::runtime_error(format("heads of %u channels are not supported, at most %u are", std::max(l.n_embd_head_k, l.n_embd_head_v), CAPSULE_MAX_HEAD));
+        const uint32_t d = std::max(l.n_embd_head_k, l.n_embd_head_v);
+        if (d > llama_capsule_tables::MAX_HEAD) {
+            throw std::runtime_error(format("heads of %u channels are not supported, at most %u are", d, llama_capsule_tables::MAX_HEAD));
         }
         if (l.rope) {
             res->n_rot = hparams.n_rot(il);
@@ -102,4 +101,10 @@ void llama_capsule_check_model(const llama_capsule_tables & tables, const llama_
     if (tables.fingerprint != llama_capsule_model_fingerprint(model)) {
         mismatch("fingerprint (train one for this model with kvcapsule-train)");
     }
+}
+
+llama_capsule_tables_ptr llama_capsule_tables_load(const llama_model & model, const char * path) {
+    const auto source = llama_capsule_open(path);
+
+    return llama_capsule_tables_read(*source, path, [&](const llama_capsule_tables & tables) { llama_capsule_check_model(tables, model); });
 }

@@ -32,29 +32,23 @@ std::vector<uint32_t> llama_capsule_tables::groups_v(const layer & l) const {
     return capsule_groups(l.n_embd_head_v, 0);
 }
 
-// codes in planes of 8, 4, 2 and 1 bits, and a scale; f16 and f32 values as they are
-static size_t capsule_block_bytes(uint32_t bits, uint32_t n_values) {
-    if (bits == 0 || bits >= 16) {
-        return n_values*bits/8;
-    }
-
-    size_t res = 2;
-    for (uint32_t plane : { 8, 4, 2, 1 }) {
-        res += bits & plane ? (n_values*plane + 7)/8 : 0;
-    }
-    return res;
-}
-
-static size_t capsule_table_bytes(const uint8_t * table, const std::vector<uint32_t> & groups) {
-    size_t res = 0;
+// of a head: scales, then codes in planes of 8, 4, 2 and 1 bits, each padded to 8 bytes; f16 and f32 values need no scale
+static size_t capsule_head_bytes(const uint8_t * table, const std::vector<uint32_t> & groups) {
+    size_t n_scales = 0;
+    size_t n_codes  = 0;
     for (uint32_t i = 0; i < llama_capsule_tables::N_ROWS; ++i) {
         // the first and the last row are alone
         const uint32_t n_rows = i == 0 || i == llama_capsule_tables::N_ROWS - 1 ? 1 : 2;
         for (uint32_t n : groups) {
-            res += capsule_block_bytes(*table++, n_rows*n);
+            const uint32_t bits = *table++;
+
+            n_scales += bits > 0 && bits < 16 ? sizeof(ggml_fp16_t) : 0;
+            for (uint32_t plane : { 32, 16, 8, 4, 2, 1 }) {
+                n_codes += bits & plane ? (n_rows*n*plane + 7)/8 : 0;
+            }
         }
     }
-    return res;
+    return GGML_PAD(n_scales, 8) + GGML_PAD(n_codes, 8);
 }
 
 size_t llama_capsule_tables::bytes_tile(uint32_t i_tier) const {
@@ -64,8 +58,8 @@ size_t llama_capsule_tables::bytes_tile(uint32_t i_tier) const {
         const auto g_v = groups_v(l);
 
         for (size_t h = i_tier*l.n_head_kv; h < (i_tier + 1)*l.n_head_kv; ++h) {
-            res += capsule_table_bytes(l.k_table.data() + h*N_ROWS*g_k.size(), g_k);
-            res += capsule_table_bytes(l.v_table.data() + h*N_ROWS*g_v.size(), g_v);
+            res += capsule_head_bytes(l.k_table.data() + h*N_ROWS*g_k.size(), g_k);
+            res += capsule_head_bytes(l.v_table.data() + h*N_ROWS*g_v.size(), g_v);
         }
     }
     return res;

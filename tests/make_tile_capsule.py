@@ -1,0 +1,44 @@
+"""Capsules of format v2 for tests: valid files for any base GGUF, with random contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvcapsule_gguf.codec.channels import key_groups, plain_groups
+from kvcapsule_gguf.codec.head import F16, F32
+from kvcapsule_gguf.format.base_model import base_of, read_base_model
+from kvcapsule_gguf.format.tile_capsule import ROWS, TileCapsule, TileLayer, write_tile_capsule
+
+LOSSLESS = (F32,)
+MIXED = (0, 1, 2, 3, 4, 6, 8, F16)
+
+
+def exact_axes(d: int, rng: np.random.Generator) -> np.ndarray:
+    """f16 [d, d], orthonormal without rounding: four channels are mixed at a time, or swapped if d is no multiple of four."""
+    four = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    blocks = np.kron(np.eye(d // 4), four) if d % 4 == 0 else np.eye(d)
+    return (rng.choice([-1, 1], d) * blocks[rng.permutation(d)][:, rng.permutation(d)]).astype(np.float16)
+
+
+def random_tile_capsule(model_gguf: Path | str, path: Path | str, *, tiers: Sequence[int | Sequence[int]] = LOSSLESS, axes: bool = True, energy: float = 1e6, seed: int = 1) -> Path:
+    """Writes `path` and returns it. tiers, from the smallest: the bits of all blocks, or those to draw the bits of each block from.
+
+    LOSSLESS decodes a tile to itself up to rounding. `energy` of a usual tile is so large that the second limit of the score never counts.
+    """
+    base, rng = read_base_model(model_gguf), np.random.default_rng(seed)
+
+    def table(heads: int, groups: int) -> np.ndarray:
+        return np.stack([rng.choice(np.atleast_1d(bits), (heads, ROWS, groups)) for bits in tiers]).astype(np.uint8)
+
+    layers = []
+    for i in base.kv_layers:
+        heads, d_k, d_v = base.head_count_kv[i], base.key_length[i], base.value_length[i]
+        groups = len(key_groups(d_k, base.rope_type if base.layer_rope[i] else "none", base.rope_dimensions)), len(plain_groups(d_v))
+        means = [(0.3 * rng.standard_normal((heads, d))).astype(np.float32) for d in (d_k, d_v)]
+        turn = np.stack([exact_axes(d_v, rng) for _ in range(heads)]) if axes else None
+        layers.append(TileLayer(i, base.layer_rope[i], *means, *(table(heads, g) for g in groups), energy, energy, turn))
+    name = f"random capsule for {base.name}"
+    return write_tile_capsule(path, TileCapsule(base_of(base), base.rope_dimensions, [0.0] * len(tiers), layers, name, {"tool": "tests/make_tile_capsule.py"}))
