@@ -23,15 +23,17 @@ FLOAT_P = ctypes.POINTER(ctypes.c_float)
 
 
 class ContextParams(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("ratio", ctypes.c_float),
-                ("auto_compress", ctypes.c_bool), ("guard", ctypes.c_bool)]
+    _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("image_tokens", ctypes.c_uint32),
+                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("guard", ctypes.c_bool)]
 
 
 class Stats(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("block_size", ctypes.c_uint32), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32),
                 ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32), ("n_slots", ctypes.c_uint32 * 2),
                 ("bytes_slot", ctypes.c_uint64 * 2), ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
-                ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64)]
+                ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64),
+                ("n_tiers", ctypes.c_uint32), ("n_slots_tier", ctypes.c_uint32 * 16), ("n_cold_tier", ctypes.c_uint32 * 16),
+                ("bytes_tier", ctypes.c_uint64 * 16), ("smaller", ctypes.c_float * 16)]
 
     def as_dict(self) -> dict[str, Any]:
         out = {}
@@ -46,7 +48,7 @@ def declare_capsule_api() -> bool:
         return False
     p, s, i, u = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_uint32
     for name, result, args in [
-        ("load_from_file", p, [p, s]), ("free", None, [p]), ("context_default_params", ContextParams, []),
+        ("load_from_file", p, [p, s]), ("init_default", p, [p]), ("free", None, [p]), ("context_default_params", ContextParams, []),
         ("init_from_model", L.llama_context_p_ctypes, [L.llama_model_p_ctypes, L.llama_context_params, ContextParams]), ("is_attached", ctypes.c_bool, [p]), ("compress", i, [p, i, i, i]),
         ("get_stats", i, [p, ctypes.POINTER(Stats)]), ("read_kv", i, [p, i, i, i, i, FLOAT_P, FLOAT_P, u]),
         ("fingerprint", i, [p, s, ctypes.c_size_t]), ("last_error", s, []),
@@ -54,6 +56,11 @@ def declare_capsule_api() -> bool:
         f = getattr(LIB, "llama_capsule_" + name)
         f.restype, f.argtypes = result, args
     return True
+
+
+def open_capsule(model: int, path: str) -> int | None:
+    """auto: the built-in one."""
+    return LIB.llama_capsule_init_default(model) if path == "auto" else LIB.llama_capsule_load_from_file(model, path.encode())
 
 
 def last_error() -> str:
@@ -152,7 +159,7 @@ class Process:
     def capsule(self, model: int, path: str) -> int:
         key = (model, path)
         if key not in self.capsules:
-            capsule = LIB.llama_capsule_load_from_file(model, path.encode())
+            capsule = open_capsule(model, path)
             if not capsule:
                 raise Failed(f"{path}: {last_error()}")
             self.capsules[key] = capsule
@@ -219,7 +226,7 @@ class Context:
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
             c.capsule = process.capsule(self.model, case["capsule"])
-            for name in ("n_hot", "ratio", "auto_compress", "guard"):
+            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "guard"):
                 setattr(c, name, case[name])
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}
@@ -474,7 +481,7 @@ class Context:
         return rc
 
     def do_load_capsule(self, values, found, path):
-        capsule = LIB.llama_capsule_load_from_file(self.model, path.encode())
+        capsule = open_capsule(self.model, path)
         values["loaded"] = bool(capsule)
         values["last_error"] = last_error()
         if capsule:

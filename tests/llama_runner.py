@@ -175,8 +175,10 @@ class Case:
     type_k: str = "f16"
     type_v: str = "f16"
     kv_unified: bool = True
-    capsule: Path | None = None
+    capsule: Path | None = None  # "auto": the built-in one
     n_hot: int = 0
+    image_tokens: int = 0
+    quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = False
     guard: bool = False

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ from .structs import CapsuleContextParams, CapsuleStatsStruct
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """Slots of one tier. smaller: f16 bytes over those of a slot of 8 x 8 tokens; size: bytes of the slots in use, all layers."""
+
+    smaller: float
+    slots: int
+    tokens: int
+    size: int
+
+
+@dataclass(frozen=True)
 class CapsuleStats:
-    """What llama_capsule_get_stats() counts. Pairs are (economy, faithful); sizes in bytes, all layers."""
+    """What llama_capsule_get_stats() counts; sizes in bytes, all layers. Pairs are (economy, faithful), of format v1 alone; tiers are from the smallest, v1 has none."""
 
     block_size: int
     n_hot: int
@@ -34,6 +44,7 @@ class CapsuleStats:
     bytes_scratch: int
     bytes_hot: int
     bytes_f16_token: int
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def vision_tokens(self) -> int:
@@ -56,7 +67,7 @@ class CapsuleStats:
 
 
 class Capsule:
-    """A capsule file bound to a model. It may be closed before the contexts that use it."""
+    """A capsule file bound to a model, or the built-in capsule. It may be closed before the contexts that use it."""
 
     def __init__(self, handle: int) -> None:
         self.handle: int | None = handle
@@ -67,6 +78,14 @@ class Capsule:
         handle = _lib().llama_capsule_load_from_file(model, os.fsencode(path))
         if not handle:
             raise CapsuleError(last_error() or f"{os.fspath(path)}: cannot be loaded as a capsule")
+        return cls(handle)
+
+    @classmethod
+    def builtin(cls, model: int) -> Capsule:
+        """Needs no file. Raises CapsuleError if the model is not supported."""
+        handle = _lib().llama_capsule_init_default(model)
+        if not handle:
+            raise CapsuleError(last_error() or "this model has no built-in capsule")
         return cls(handle)
 
     def close(self) -> None:
@@ -83,11 +102,12 @@ class Capsule:
 
 @dataclass(frozen=True)
 class Attachment:
-    """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; ratio: economy preset, 0 = default of the file;
-    guard: distorted blocks go to the faithful tier."""
+    """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
+    q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality (format v1: by the file); guard, of format v1: distorted blocks go to the faithful tier."""
 
     capsule: Capsule | None
     n_hot: int = 0
+    quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = True
     guard: bool = True
@@ -101,7 +121,7 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw = lib.llama_capsule_context_default_params()
     raw.size = c.sizeof(CapsuleContextParams)
     raw.capsule = wanted.capsule.handle
-    raw.n_hot, raw.ratio = wanted.n_hot, wanted.ratio
+    raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
     raw.auto_compress, raw.guard = wanted.auto_compress, wanted.guard
     return lib.llama_capsule_init_from_model(model, params, raw)
 
@@ -151,10 +171,10 @@ def stats(ctx: int) -> CapsuleStats:
     """Raises CapsuleError if no capsule is attached."""
     raw = CapsuleStatsStruct(size=c.sizeof(CapsuleStatsStruct))
     _check(-abs(_lib().llama_capsule_get_stats(ctx, c.byref(raw))), "no capsule is attached")
-    values = {name: getattr(raw, name) for name, _ in CapsuleStatsStruct._fields_ if name != "size"}
-    values["n_slots"] = tuple(values["n_slots"])
-    values["bytes_slot"] = tuple(values["bytes_slot"])
-    return CapsuleStats(**values)
+    values = {f.name: getattr(raw, f.name) for f in fields(CapsuleStats) if f.name != "tiers"}
+    values |= {name: tuple(values[name]) for name in ("n_slots", "bytes_slot")}
+    tiers = (TierStats(raw.smaller[i], raw.n_slots_tier[i], raw.n_cold_tier[i], raw.bytes_tier[i]) for i in range(raw.n_tiers))
+    return CapsuleStats(**values, tiers=tuple(tiers))
 
 
 def read_kv(ctx: int, layer: int, shape: tuple[int, int, int], *, seq: int = 0, p0: int = 0, p1: int = -1, n_max: int | None = None) -> tuple[np.ndarray, np.ndarray]:

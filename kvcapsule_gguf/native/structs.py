@@ -12,10 +12,15 @@ class CapsuleContextParams(c.Structure):
         ("size", c.c_size_t),
         ("capsule", c.c_void_p),
         ("n_hot", c.c_uint32),
+        ("image_tokens", c.c_uint32),
+        ("quality", c.c_float),
         ("ratio", c.c_float),
         ("auto_compress", c.c_bool),
         ("guard", c.c_bool),
     ]
+
+
+MAX_TIERS = 16  # LLAMA_CAPSULE_MAX_TIERS
 
 
 class CapsuleStatsStruct(c.Structure):
@@ -35,6 +40,11 @@ class CapsuleStatsStruct(c.Structure):
         ("bytes_scratch", c.c_uint64),
         ("bytes_hot", c.c_uint64),
         ("bytes_f16_token", c.c_uint64),
+        ("n_tiers", c.c_uint32),
+        ("n_slots_tier", c.c_uint32 * MAX_TIERS),
+        ("n_cold_tier", c.c_uint32 * MAX_TIERS),
+        ("bytes_tier", c.c_uint64 * MAX_TIERS),
+        ("smaller", c.c_float * MAX_TIERS),
     ]
 
 
@@ -45,6 +55,7 @@ def bind(lib: c.CDLL, model_p: type, context_p: type, params: type) -> bool:
     floats = c.POINTER(c.c_float)
     signatures = {
         "llama_capsule_load_from_file": (c.c_void_p, [model_p, c.c_char_p]),
+        "llama_capsule_init_default": (c.c_void_p, [model_p]),
         "llama_capsule_free": (None, [c.c_void_p]),
         "llama_capsule_context_default_params": (CapsuleContextParams, []),
         "llama_capsule_init_from_model": (context_p, [model_p, params, CapsuleContextParams]),

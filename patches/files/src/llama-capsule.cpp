@@ -1,5 +1,7 @@
 #include "llama-capsule.h"
 
+#include "capsule/format/reader.h"
+
 #include "llama-capsule-store.h"
 
 #include "llama-context.h"
@@ -14,15 +16,23 @@
 #include <optional>
 #include <tuple>
 
+// one of them
 struct llama_capsule {
-    llama_capsule_data_ptr data;
+    llama_capsule_data_ptr   data;   // format v1
+    llama_capsule_tables_ptr tables; // format v2, or built in
+
+    void check_model(const llama_model & model) const {
+        data ? llama_capsule_check_model(*data, model) : llama_capsule_check_model(*tables, model);
+    }
 };
 
 // what the context that is being created gets
 struct capsule_request {
-    llama_capsule_data_ptr data;
+    llama_capsule capsule;
 
     uint32_t n_hot;
+    uint32_t image_tokens;
+    float    quality;
     float    ratio;
     bool     auto_compress;
     bool     guard;
@@ -48,29 +58,58 @@ static llama_capsule_memory * capsule_get_store(const llama_context & lctx) {
 // creation
 //
 
-// LLAMA_KVCAPSULE=FILE, LLAMA_KVCAPSULE_HOT=N, LLAMA_KVCAPSULE_RATIO=R: for programs that know nothing of capsules
+static llama_capsule capsule_load(const llama_model & model, const char * path) {
+    if (llama_capsule_file_version(*llama_capsule_open(path)) == 2) {
+        return { nullptr, llama_capsule_tables_load(model, path) };
+    }
+    return { llama_capsule_data_load(model, path), nullptr };
+}
+
+static void capsule_check_request(const capsule_request & req) {
+    if (!std::isfinite(req.ratio) || !std::isfinite(req.quality) || req.quality < 0.0f) {
+        throw std::runtime_error(std::isfinite(req.ratio) ? "the quality is not a positive number" : "the ratio is not a finite number");
+    }
+    if (req.quality > 0.0f && req.ratio > 0.0f) {
+        throw std::runtime_error("a quality and a ratio are given: a ratio is one tier for everything, so give one of them");
+    }
+    if (req.quality > 0.0f && req.capsule.data) {
+        throw std::runtime_error(format("capsule '%s' is of format v1, which has no quality: give a ratio, or train it anew", req.capsule.data->path.c_str()));
+    }
+}
+
+// for programs that know nothing of capsules: LLAMA_KVCAPSULE=auto|FILE, _HOT=N, _QUALITY=Q or _RATIO=R
 static std::optional<capsule_request> capsule_request_from_env(const llama_model & model) {
     const char * path = getenv("LLAMA_KVCAPSULE");
     if (!path || !*path) {
         return {};
     }
 
-    const char * hot   = getenv("LLAMA_KVCAPSULE_HOT");
-    const char * ratio = getenv("LLAMA_KVCAPSULE_RATIO");
+    auto number = [](const char * name) {
+        const char * value = getenv(name);
+        return value ? (float) atof(value) : 0.0f;
+    };
+
+    capsule_request res = { {}, 0, 0, number("LLAMA_KVCAPSULE_QUALITY"), number("LLAMA_KVCAPSULE_RATIO"), true, true };
+
+    if (const char * hot = getenv("LLAMA_KVCAPSULE_HOT")) {
+        res.n_hot = std::max(0, atoi(hot));
+    }
 
     try {
-        return capsule_request {
-            llama_capsule_data_load(model, path),
-            hot   ? (uint32_t) std::max(0, atoi(hot)) : 0,
-            ratio ? (float) atof(ratio) : 0.0f,
-            true, true,
-        };
+        if (strcmp(path, "auto") == 0) {
+            res.capsule.tables = llama_capsule_tables_builtin(model);
+        } else {
+            res.capsule = capsule_load(model, path);
+        }
     } catch (const llama_capsule_mismatch & err) {
         // draft and embedding models live in the same process
         LLAMA_LOG_INFO("%s: %s, continuing without it\n", __func__, err.what());
+        return {};
     }
 
-    return {};
+    capsule_check_request(res);
+
+    return res;
 }
 
 void llama_capsule_refuse(const std::string & reason) {
@@ -82,7 +121,8 @@ void llama_capsule_refuse(const std::string & reason) {
 // logical cells -> cells of the hot cache
 static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams & hparams, const llama_cparams & cparams) {
     const uint32_t n_ctx   = cparams.n_ctx_seq;
-    const uint32_t n_image = req.data->image_tokens > 0 ? req.data->image_tokens : 4096;
+    const uint32_t n_known = req.capsule.data ? req.capsule.data->image_tokens : req.image_tokens;
+    const uint32_t n_image = n_known > 0 ? n_known : 4096;
 
     uint32_t n_hot = std::min(n_ctx, req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4));
 
@@ -94,23 +134,55 @@ static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams &
     return std::min(n_ctx, GGML_PAD(n_hot, 256));
 }
 
-// "" if they fit
-static std::string capsule_check_layers(const llama_capsule_data & data, const llama_kv_cache & kv) {
+// "" if they fit; layers: of either format
+template<typename T>
+static std::string capsule_check_layers(const std::vector<T> & layers, const llama_kv_cache & kv) {
     const auto ids = kv.get_layer_ids();
 
-    if (ids.size() != data.layers.size()) {
+    if (ids.size() != layers.size()) {
         return "the capsule does not cover all layers of the KV cache";
     }
     for (size_t i = 0; i < ids.size(); ++i) {
-        const auto & layer = data.layers[i];
+        const auto & layer = layers[i];
         if (ids[i] != layer.il) {
             return "the capsule does not cover all layers of the KV cache";
         }
-        if (layer.n_embd_head_k != data.layers[0].n_embd_head_k || layer.n_embd_head_v != data.layers[0].n_embd_head_v) {
+        if (layer.n_embd_head_k != layers[0].n_embd_head_k || layer.n_embd_head_v != layers[0].n_embd_head_v) {
             return "head sizes that differ between the layers with full attention are not supported";
         }
     }
     return "";
+}
+
+// return what they attach, for the log
+
+static std::string capsule_attach_data(llama_context & lctx, llama_kv_cache & kv, const capsule_request & req) {
+    const auto & data = req.capsule.data;
+
+    const uint32_t i_tier = data->tier_for_ratio(req.ratio);
+
+    kv.capsule = std::make_shared<llama_capsule_store>(lctx, kv, llama_capsule_store::params { data, i_tier, req.auto_compress, req.guard });
+
+    return format("capsule '%s', tier '%s' (ratio %.3f)", data->path.c_str(), data->tiers[i_tier].name.c_str(), data->tiers[i_tier].ratio);
+}
+
+static std::string capsule_attach_tables(llama_context & lctx, llama_kv_cache & kv, const capsule_request & req) {
+    const auto & tables = req.capsule.tables;
+
+    const bool  by_ratio = req.ratio > 0.0f;
+    const float quality  = req.quality > 0.0f ? req.quality : tables->quality;
+
+    const int32_t i_tier = by_ratio ? (int32_t) tables->tier_for_ratio(req.ratio) : -1;
+
+    GGML_UNUSED(lctx);
+    GGML_UNUSED(kv);
+    llama_capsule_refuse("this version of the library reads format v2, but does not compress by it yet");
+
+    const std::string name = tables->builtin ? "the built-in capsule" : "capsule '" + tables->path + "'";
+    if (by_ratio) {
+        return name + format(", %.2f times smaller", tables->smaller[i_tier]);
+    }
+    return name + format(", quality %.2f (%.2f to %.2f times smaller)", quality, tables->smaller[tables->i_tier_first], tables->smaller.back());
 }
 
 llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_memory_params & params) {
@@ -138,7 +210,7 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     if (!from_env) {
         try {
-            llama_capsule_check_model(*req->data, model);
+            req->capsule.check_model(model);
         } catch (const llama_capsule_mismatch & err) {
             llama_capsule_refuse(err.what());
         }
@@ -157,7 +229,7 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     auto * kv = llama_capsule_resolve(lctx, memory.get(), reason);
     if (kv) {
-        reason = capsule_check_layers(*req->data, *kv);
+        reason = req->capsule.data ? capsule_check_layers(req->capsule.data->layers, *kv) : capsule_check_layers(req->capsule.tables->layers, *kv);
     }
 
     if (!reason.empty()) {
@@ -170,16 +242,9 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
         return model.create_memory(params, cparams);
     }
 
-    const llama_capsule_store::params p = {
-        req->data,
-        req->data->tier_for_ratio(req->ratio),
-        req->auto_compress,
-        req->guard,
-    };
-    kv->capsule = std::make_shared<llama_capsule_store>(lctx, *kv, p);
+    const std::string what = req->capsule.data ? capsule_attach_data(lctx, *kv, *req) : capsule_attach_tables(lctx, *kv, *req);
 
-    LLAMA_LOG_INFO("%s: capsule '%s', %u hot cells of %u, tier '%s' (ratio %.3f)\n", __func__, req->data->path.c_str(),
-            kv->get_size(), cparams.n_ctx_seq, req->data->tiers[p.i_economy].name.c_str(), req->data->tiers[p.i_economy].ratio);
+    LLAMA_LOG_INFO("%s: %s, %u hot cells of %u\n", __func__, what.c_str(), kv->get_size(), cparams.n_ctx_seq);
     if (params.swa_full && model.hparams.is_swa_any()) {
         LLAMA_LOG_INFO("%s: swa_full is off with a capsule: layers with a sliding window keep the cells of their window only\n", __func__);
     }
@@ -251,16 +316,26 @@ static int32_t capsule_call(F fn) {
     return -1;
 }
 
-struct llama_capsule * llama_capsule_load_from_file(const struct llama_model * model, const char * path) {
+// calls fn, exceptions become last_error and nullptr
+template<typename F>
+static llama_capsule * capsule_make(F fn) {
     capsule_error.clear();
 
     try {
-        return new llama_capsule { llama_capsule_data_load(*model, path) };
+        return new llama_capsule(fn());
     } catch (const std::exception & err) {
         capsule_set_error(err.what());
     }
 
     return nullptr;
+}
+
+struct llama_capsule * llama_capsule_load_from_file(const struct llama_model * model, const char * path) {
+    return capsule_make([&]() { return capsule_load(*model, path); });
+}
+
+struct llama_capsule * llama_capsule_init_default(const struct llama_model * model) {
+    return capsule_make([&]() { return llama_capsule { nullptr, llama_capsule_tables_builtin(*model) }; });
 }
 
 void llama_capsule_free(struct llama_capsule * capsule) {
@@ -272,6 +347,8 @@ struct llama_capsule_context_params llama_capsule_context_default_params(void) {
         /*.size          =*/ sizeof(llama_capsule_context_params),
         /*.capsule       =*/ nullptr,
         /*.n_hot         =*/ 0,
+        /*.image_tokens  =*/ 0,
+        /*.quality       =*/ 0.0f,
         /*.ratio         =*/ 0.0f,
         /*.auto_compress =*/ true,
         /*.guard         =*/ true,
@@ -288,15 +365,13 @@ struct llama_context * llama_capsule_init_from_model(
         capsule_set_error(format("llama_capsule_context_params has %zu bytes here and %zu in the program: it was built for another version", sizeof(capsule_params), capsule_params.size));
         return nullptr;
     }
-    if (!std::isfinite(capsule_params.ratio)) {
-        capsule_set_error("the ratio is not a finite number");
-        return nullptr;
-    }
 
     llama_context * res = nullptr;
     try {
         if (capsule_params.capsule) {
-            capsule_next = { capsule_params.capsule->data, capsule_params.n_hot, capsule_params.ratio, capsule_params.auto_compress, capsule_params.guard };
+            const auto & p = capsule_params;
+            capsule_next = { *p.capsule, p.n_hot, p.image_tokens, p.quality, p.ratio, p.auto_compress, p.guard };
+            capsule_check_request(*capsule_next);
         }
         res = llama_init_from_model(model, params);
     } catch (const std::exception & err) {

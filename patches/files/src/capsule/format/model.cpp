@@ -38,7 +38,7 @@ llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model)
 
         const uint32_t d = std::max(l.n_embd_head_k, l.n_embd_head_v);
         if (d > llama_capsule_tables::MAX_HEAD) {
-            throw std::runtime_error(format("heads of %u channels are not supported, at most %u are", d, llama_capsule_tables::MAX_HEAD));
+            throw llama_capsule_mismatch(format("heads of %u channels are not supported, at most %u are", d, llama_capsule_tables::MAX_HEAD));
         }
         if (l.rope) {
             res->n_rot = hparams.n_rot(il);
@@ -47,7 +47,7 @@ llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model)
     }
 
     if (res->layers.empty()) {
-        throw std::runtime_error("the model has no layer with full attention and a KV cache, there is nothing to compress");
+        throw llama_capsule_mismatch("the model has no layer with full attention and a KV cache, there is nothing to compress");
     }
 
     res->init_builtin();

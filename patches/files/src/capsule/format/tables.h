@@ -77,8 +77,8 @@ struct llama_capsule_tables {
 
 using llama_capsule_tables_ptr = std::shared_ptr<const llama_capsule_tables>;
 
-// for any supported model, without a file
-// throws std::runtime_error: the reason, in one line
+// for any model, without a file
+// throws llama_capsule_mismatch: why there is none for this one
 llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model);
 
 // from a file, checked, for this model
