@@ -1,4 +1,4 @@
-"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes|strange|pairs | --images DIR] [--against q8_0,q8_0+q4_0,q4_0-vision,drop0.6] [--json] [--report DIR]"""
+"""kvcapsule-eval MODEL --mmproj F --capsule F [--suite scenes|strange|pairs|composites|photographs|pages|words|several | --images DIR] [--against q8_0,q8_0+q4_0,q4_0-vision,drop0.6] [--json] [--report DIR]"""
 
 from __future__ import annotations
 

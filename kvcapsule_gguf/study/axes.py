@@ -165,7 +165,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             yield bench.row(label, tests, [tables])
 
     if axis == "stock":
-        for keys, values in (("q4_0", "q4_0"), ("iq4_nl", "iq4_nl"), ("q8_0", "q4_0"), ("q8_0", "q8_0")):
+        for keys, values in (("q4_0", "q4_0"), ("iq4_nl", "iq4_nl"), ("q5_0", "q4_0"), ("q8_0", "q4_0"), ("q8_0", "q8_0")):
             for everywhere in (False, True):
                 yield bench.stock(keys, values, everywhere)
     elif axis == "fixed":
@@ -197,7 +197,12 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         whole = bench.fit[0]
         for shape in SHAPES:
             if whole_tiles(whole, shape).size == len(whole.keys[0]):
-                yield from fixed(f"runs of {shape[1]}" if shape[0] == 1 else "tiles of {} x {}".format(*shape), bench.code(shape=shape))
+                label, (fitted, tests) = f"runs of {shape[1]}" if shape[0] == 1 else "tiles of {} x {}".format(*shape), bench.code(shape=shape)
+                yield from fixed(label, (fitted, tests))
+                tables = fit_tables(fitted, [16 / x for x in SMALLER[BY_QUALITY:]], types=TYPES)
+                for size in sizes:
+                    limit = matched(tables, rival_scores, next(iter(tests.values())), size)
+                    yield bench.row(f"{label}, a tier for each", tests, tables, smallest(tables, rival_scores, limit))
     elif axis == "blocks":
         for n in (1, 2, 4):
             yield from fixed(f"blocks of {32 * n} values", bench.default() if n == 2 else bench.code(rows=n))

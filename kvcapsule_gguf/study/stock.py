@@ -9,7 +9,7 @@ import torch
 from ..codec.hadamard import hadamard
 from .decoder import Cells
 
-BITS = {"q8_0": 8.5, "q4_0": 4.5, "iq4_nl": 4.5}
+BITS = {"q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5}
 CODES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)  # of iq4_nl
 
 
