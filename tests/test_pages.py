@@ -93,3 +93,11 @@ def test_every_environment_variable_is_described() -> None:
     sources = [path for path in files("kvcapsule_gguf", "patches", "scripts", "tests") if path.suffix in CODE]
     read = {name for path in sources for name in VARIABLE.findall(path.read_text(encoding="utf-8", errors="replace"))}
     assert sorted(described) == sorted(read)
+
+
+def test_the_first_commands_of_the_readme_are_what_the_workflow_runs() -> None:
+    block = re.search(r"\n\n((?: {4}.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert block
+    commands = [line.split("#")[0].strip() for line in block[1].splitlines()]
+    assert len(commands) == 2 and all((ROOT / command).is_file() for command in commands)
+    assert re.findall(r"run: (scripts/.*)", (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")) == commands
