@@ -107,7 +107,7 @@ def test_nor_does_it_where_keys_are_not_rebuilt(lib, s):
 
 
 def test_many_queries_take_more_memory(lib):
-    """A usual block of `retain`: 8 queries have vectors in the 227 KB of sm_90, 4 at a time in the 99 KB of sm_89, otherwise the keys are rebuilt. The numbers of docs/architecture.md."""
+    """A usual block of `retain`: 8 queries have vectors in the 227 KB of sm_90, 4 at a time in the 99 KB of sm_89, otherwise the keys are rebuilt. The numbers of docs/design/architecture.md."""
     rows = (row_counts(q4_0=26, q2_0=38),) * 2
     usual = replace(RETAIN, N=64, kept=26, d_k=128, d_v=128, n_rot=128, heads=1, slots=(2, 1), n_kv=0, rows_k=rows, rows_v=rows, tile_f32=False)
     rng = np.random.default_rng(0)
@@ -201,7 +201,7 @@ def result(parts: np.ndarray, d: int) -> np.ndarray:
 
 
 def test_the_usual_block_fits(lib):
-    """64 tokens with heads of 128: CUDA has 48 KB, Metal 32 KB. The numbers of docs/architecture.md."""
+    """64 tokens with heads of 128: CUDA has 48 KB, Metal 32 KB. The numbers of docs/design/architecture.md."""
     rows = (row_counts(q8_0=4, q4_0=16, q2_0=44),) * 2
     s = replace(BASE, N=64, d_k=128, d_v=128, n_rot=128, heads=1, group=8, tokens=1, slots=(1, 1), rows_k=rows, rows_v=rows, tile_f32=False)
     with graph() as g:

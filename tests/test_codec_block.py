@@ -1,4 +1,4 @@
-"""Rows, PCA, retain and whole blocks, against loops written from docs/format-v1.md and against what must come back unchanged."""
+"""Rows, PCA, retain and whole blocks, against loops written from docs/reference/format-v1.md and against what must come back unchanged."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def gelu(x: float) -> float:
 
 
 def decode_loop(codec: BlockCodec, k_rows: np.ndarray, v_rows: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-    """docs/format-v1.md, "Decoding a block", one number at a time in f64; rows [H, R, d] -> K_hat, V_hat [H, N, d]."""
+    """docs/reference/format-v1.md, "Decoding a block", one number at a time in f64; rows [H, R, d] -> K_hat, V_hat [H, N, d]."""
     x = codec.layer
     n = len(x.v_basis)
     values = np.zeros((x.head_count_kv, n, x.value_length))

@@ -100,7 +100,7 @@ def test_near_the_best_scale_there_is(bits, kind):
 
 
 def test_errors_fall_with_the_bits():
-    """Relative squared errors of normal values, as docs/format-v2.md states them. Theory for one value and the best scale: 0.363, 0.119, 0.037, 0.012."""
+    """Relative squared errors of normal values, as docs/reference/format-v2.md states them. Theory for one value and the best scale: 0.363, 0.119, 0.037, 0.012."""
     x = blocks("normal", 2000)
     found = {}
     for bits in BITS:

@@ -136,4 +136,4 @@ def test_shipped_model_answers(llama):
     assert np.mean([h for v in hits.values() for h in v]) >= SHIPPED_AT_LEAST
 
 
-SHIPPED_AT_LEAST = 0.7  # on 32 questions; docs/demo-model.md has the figures of 440
+SHIPPED_AT_LEAST = 0.7  # on 32 questions; docs/design/demo-models.md has the figures of 440

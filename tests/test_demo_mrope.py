@@ -21,7 +21,7 @@ from kvcapsule_gguf.demo_model.vision import rotate_halves  # noqa: E402
 from kvcapsule_gguf.scenes import COLOURS, HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, size_of  # noqa: E402
 
 PROMPTS = mixed_prompts()
-SHIPPED_AT_LEAST = 0.6  # of few questions; docs/demo-model.md has the figures
+SHIPPED_AT_LEAST = 0.6  # of few questions; docs/design/demo-models.md has the figures
 SMALL = MergerConfig(width=64, layers=1, heads=2, ffn=64, hidden=64)
 
 

@@ -61,7 +61,7 @@ def test_a_file_comes_back(models, tmp_path, arch, options):
 
 
 def test_the_keys_and_types_of_the_format(good):
-    """Through gguf-py, which shares no code with our reader; the expected types are those of docs/format-v1.md."""
+    """Through gguf-py, which shares no code with our reader; the expected types are those of docs/reference/format-v1.md."""
     found = gguf.GGUFReader(good).fields
     names = {"u32": "UINT32", "u16": "UINT16", "f32": "FLOAT32", "bool": "BOOL", "str": "STRING"}
     for name, (kind, array) in KEYS.items():
@@ -72,7 +72,7 @@ def test_the_keys_and_types_of_the_format(good):
 
 
 def test_the_tensors_of_the_format(retain):
-    """ne of docs/format-v1.md: N = 16, H = 2, d = 64, m = 8, K = 2, h = 8."""
+    """ne of docs/reference/format-v1.md: N = 16, H = 2, d = 64, m = 8, K = 2, h = 8."""
     expected = {
         "k_mean": ("F32", [64, 2]), "v_mean": ("F32", [64, 2]), "k_basis": ("F32", [16, 16]), "v_basis": ("F32", [16, 16]),
         "k_query_weight": ("F32", [64, 2]), "k_gate": ("F16", [64, 2, 8, 2]), "k_neighbours": ("I32", [2, 8]),
@@ -191,7 +191,7 @@ def test_nothing_invalid_is_written(good, tmp_path):
 
 
 def test_fingerprint_by_hand(models):
-    """docs/format-v1.md, from the weights the model was made of."""
+    """docs/reference/format-v1.md, from the weights the model was made of."""
     model = TinyModel(arch="qwen2")
     text = "kvcapsule-base-v1\narch=qwen2\nblock_count=2\nembedding_length=256\nhead_count_kv=2,2\nkey_length=64,64\nvalue_length=64,64\n"
     sha = hashlib.sha256(text.encode())

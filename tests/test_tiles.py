@@ -22,7 +22,7 @@ SIDE = 8  # of a fixed grid
 
 
 def by_hand(h: int, w: int, bx: int, by: int) -> list[tuple[int, int]]:
-    """The rule of docs/codec.md, in loops."""
+    """The rule of docs/design/codec.md, in loops."""
     tiles = [[(y, x) for y in range(top, min(top + by, h)) for x in range(left, min(left + bx, w))] for top in range(0, h, by) for left in range(0, w, bx)]
     return [place for whole in (True, False) for tile in tiles if (len(tile) == bx * by) == whole for place in tile]
 

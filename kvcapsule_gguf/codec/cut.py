@@ -1,4 +1,4 @@
-"""Which tokens of a picture make a block, see docs/codec.md."""
+"""Which tokens of a picture make a block, see docs/design/codec.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/format-v2.md).
+"""Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/reference/format-v2.md).
 
 A picture of h x w tokens is cut into tiles of 8 x 8; what is left at the right and at the bottom makes shorter tiles.
 Where there is no grid, the tokens are cut as if they lay in lines of 8.

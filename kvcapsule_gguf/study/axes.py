@@ -1,4 +1,4 @@
-"""One table for each choice of format v2: everything else as decided, one thing changed (docs/format-v2.md says what was chosen, and why).
+"""One table for each choice of format v2: everything else as decided, one thing changed (docs/reference/format-v2.md says what was chosen, and why).
 
 Errors are those of rotated q4_0 on the vision cells times the figure: `KLD` of forced answers with a 95 % interval over pictures (study/divergence.py),
 `attention` as study/measure.py defines it, of keys alone and of values alone.

@@ -17,7 +17,7 @@ Rule = Callable[[int, int], list[np.ndarray]]  # height and width of a picture -
 
 
 def shared(block: BlockShape) -> Rule:
-    """The rule of docs/codec.md: pieces of tiles share blocks."""
+    """The rule of docs/design/codec.md: pieces of tiles share blocks."""
 
     def cut(h: int, w: int) -> list[np.ndarray]:
         order = block.order(h * w, w)

@@ -2,7 +2,7 @@
 
 A row of energy e stored in a type of relative error D costs e * D; with the bytes of the types this is a classic rate allocation: for a price
 lambda per byte every row takes the type with the least e * D + lambda * bytes, and lambda is found by bisection. Energies fall along a list, so the
-types do too. "Grade, don't drop" (docs/format-v1.md, "Why these choices"): as long as all rows fit, none is dropped.
+types do too. "Grade, don't drop" (docs/reference/format-v1.md, "Why these choices"): as long as all rows fit, none is dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..codec.types import F16, Q2_0, Q4_0, Q8_0, ROW_TYPES, RowCounts, RowType, 
 # relative squared error on rows of Gaussian numbers, which Hadamard-rotated rows resemble (tests/test_codec_quantize.py)
 DISTORTION = {"f16": 5e-8, "q8_0": 2.9e-5, "q4_0": 7.8e-3, "q2_0": 0.1233}
 DROPPED = 1.0
-KEY_WEIGHT = 2.0  # an error of keys costs more attention than the same relative error of values (docs/format-v1.md)
+KEY_WEIGHT = 2.0  # an error of keys costs more attention than the same relative error of values (docs/reference/format-v1.md)
 ALL_ROWS_BITS = 2.75  # bits per value from which on every row is kept
 
 PRESETS = {"paper": 0.6, "default": 0.8, "small": 0.875}

@@ -10,7 +10,7 @@ from ..format.base_model import BaseModel
 from ..format.capsule import GRID_ROPE_TYPES
 from .source import Shape, TrainError
 
-DEFAULT_BLOCK = 64  # docs/format-v1.md, "Why these choices"
+DEFAULT_BLOCK = 64  # docs/reference/format-v1.md, "Why these choices"
 MIN_BLOCK, MAX_BLOCK = 32, 128
 ODD = 0.25  # so large a share of the pictures is left out for the others' sake, and no larger one
 

@@ -14,7 +14,7 @@ ENERGY = 1e-5  # of the views of a query that are left out, as in llama-capsule-
 
 def base_views(angle: np.ndarray, still: int = 0) -> int:
     """angle f64 [N, pairs] by which RoPE turns the tokens of a block away from the first one, `still` pairs that are not turned
-    -> how many views of a query stand for all N (docs/architecture.md, fused attention)."""
+    -> how many views of a query stand for all N (docs/design/architecture.md, fused attention)."""
     turn = np.exp(1j * angle)
     values = np.linalg.eigvalsh((turn @ turn.conj().T).real + still)
     left = np.cumsum(values) <= ENERGY * len(angle) * (angle.shape[1] + still)
