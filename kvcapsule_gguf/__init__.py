@@ -13,7 +13,9 @@ __all__ = ["KVCapsuleChatHandler", "KVCapsuleLlama"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import api
+        from .runtime.interrupts import Interrupts
 
+        with Interrupts(guest=True):  # it takes a moment, and Python's import drops a KeyboardInterrupt in some places
+            from . import api
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

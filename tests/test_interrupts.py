@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +86,27 @@ def test_in_a_finalizer_it_is_not_lost(capfd: pytest.CaptureFixture[str]) -> Non
     assert "ignored" not in capfd.readouterr().err
 
 
+def test_while_the_api_is_imported_it_is_not_lost(folder: Path) -> None:
+    """Python's import has callbacks of its own, from which it drops the exception: here one is made."""
+    code = """
+import os, signal, sys, time, weakref
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kvcapsule_gguf.native":
+            thing = set()
+            self.dropped = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))
+
+sys.meta_path.insert(0, Finder())
+try:
+    from kvcapsule_gguf import KVCapsuleLlama
+except KeyboardInterrupt:
+    print("raised")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), preexec_fn=default_signal, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "raised\n", "")
+
+
 def test_it_comes_after_what_has_to_be_whole() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), Interrupts() as current:
@@ -106,11 +128,13 @@ def test_an_error_because_of_it_is_no_error() -> None:
 
 
 def test_handlers_of_others_stay() -> None:
+    threads = threading.active_count()
     handlers = signal.getsignal(signal.SIGINT), sys.unraisablehook, signal.set_wakeup_fd(-1)
     for guest in (False, True):
         with Interrupts(guest):
             pass
         assert (signal.getsignal(signal.SIGINT), sys.unraisablehook, signal.set_wakeup_fd(-1)) == handlers
+        assert threading.active_count() == threads
     theirs = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with Interrupts(guest=True):

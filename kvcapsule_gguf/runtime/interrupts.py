@@ -63,7 +63,8 @@ class Interrupts:
         self._main = threading.get_ident()
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, _WAKE)}
@@ -83,6 +84,7 @@ class Interrupts:
         with self._lock:
             self._owed, _stop[0] = 0, b"\0"
         _current = None
+        self._watcher.join()  # whoever counts threads, does not count this one
         if self._unanswered and (exception[0] is None or issubclass(exception[0], Exception)):
             raise KeyboardInterrupt from None  # an error may be no more than native code that stopped
 
