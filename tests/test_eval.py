@@ -15,10 +15,12 @@ from conftest import ROOT, library
 from PIL import Image
 
 from kvcapsule_gguf.eval.intervals import bootstrap, wilson
+from kvcapsule_gguf.eval.journal import Journal, _identity
 from kvcapsule_gguf.eval.run import score
-from kvcapsule_gguf.eval.settings import dropped, rivals
+from kvcapsule_gguf.eval.settings import Setting, dropped, rivals
 from kvcapsule_gguf.eval.suites import DRAWN, OwnPictures, mixed_sizes, scenes, strange
 from kvcapsule_gguf.runtime import timing
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 
 
 def test_wilson():
@@ -184,6 +186,32 @@ def test_the_table(tiny, tmp_path):
 
 def without_time(setting: dict) -> dict:
     return {k: v for k, v in setting.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("[]", "another run"), ("3", "another run"), ("null", "another run"), ('"x"', "another run"), ("{}", "another run"), (b"\xff\xfe", None), ("{", None), ("", None),
+        ({}, "line 2 is not"), ({"settings": 3}, "line 2 is not"), ({"settings": {}}, "line 2 is not"), ({"settings": {}, "picture": [], "task": [], "tokens": [], "n_vision": 1}, "line 2 is not"),
+        ({"settings": {"SETTING": {"no": 1}}, "picture": "p"}, "line 2 is not"), ({"settings": {"SETTING": []}, "picture": "p"}, "line 2 is not"),
+        ({"settings": {}, "picture": "p", "task": [], "tokens": [], "n_vision": 1}, None),
+    ],
+)  # fmt: skip
+def test_a_journal_with_any_line_is_read_or_refused(entry, said, tmp_path):
+    """Lines that are no JSON were not finished, and count for nothing; JSON that is not ours is one line for the user, not an exception of Python."""
+    model, path = tmp_path / "m.gguf", tmp_path / "eval.jsonl"
+    model.write_bytes(b"x" * 7)
+    setting = Setting("f16")
+    if isinstance(entry, dict):
+        entry = json.dumps({"run": ["m.gguf", 7], **entry}).replace('"SETTING"', json.dumps(_identity(setting)))
+    path.write_bytes(b"\n" + (entry if isinstance(entry, bytes) else entry.encode()) + b"\n")
+    journal = Journal(path, model, [setting], ())
+    if said is None:
+        with journal:
+            pass
+    else:
+        with pytest.raises(KVCapsuleError, match=said), journal:
+            pass
 
 
 def test_an_interrupted_run_goes_on(tiny, tmp_path):

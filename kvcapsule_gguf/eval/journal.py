@@ -50,16 +50,19 @@ class Journal:
     def __enter__(self) -> Journal:
         if self.path is None:
             return self
-        text = self.path.read_text() if self.path.exists() else ""
-        for line in text.splitlines():
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry.get("run") != self.run:
+            if not isinstance(entry, dict) or entry.get("run") != self.run:
                 raise EvalError(f"{self.path} is of another run: repeat that one to go on, or delete the file")
-            by_name = {s: SeenBy(**entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
-            self._merge(entry["picture"], Seen(entry["task"], entry["tokens"], entry["n_vision"], by_name))
+            try:
+                by_name = {s: SeenBy(**entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
+                self._merge(entry["picture"], Seen(entry["task"], entry["tokens"], entry["n_vision"], by_name))
+            except (KeyError, TypeError):
+                raise EvalError(f"{self.path}: line {number} is not of this program: delete the line, or the file") from None
         self.file = self.path.open("a")
         if text and not text.endswith("\n"):
             self.file.write("\n")
