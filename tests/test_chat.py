@@ -265,5 +265,15 @@ def test_a_full_context(chat: Run, folder: Path) -> None:
     assert result.returncode == 0 and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_a_context_that_no_memory_holds(folder: Path) -> None:
+    """The line says what it would take and which size makes sense. A limit stands for the memory that is not there."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); from kvcapsule_gguf.chat import cli; sys.exit(cli.main())"
+    n = 50_000_000
+    for size, words in ((str(n), (f"{n} tokens take {n * F16_TOKEN / 2**30:.1f} GiB", "trained with 4096", "insufficient memory")), ("4000000000", ("-c/--ctx-size: 4000000000 is not between 0 and 2147483647",))):
+        arguments = [str(folder / "llama" / "tiny.gguf"), "-c", size, "-p", "x", "--capsule", "off"]
+        refused(subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, timeout=120), *words, status=1 if size == str(n) else 2)
+
+
 def test_libraries_that_are_not_built(chat: Run, folder: Path, tmp_path: Path) -> None:
     refused(chat(folder / "llama" / "tiny.gguf", "-p", "x", env={"KVCAPSULE_LIB": str(tmp_path)}), "run scripts/setup")

@@ -118,12 +118,15 @@ class KVCapsuleLlama(Llama):
             with reasons() as said, _without_environment(), interrupts.Interrupts(guest=True), native.attached(lambda: self._attachment):
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except BaseException as error:
+            reason, with_capsule = said.take(), self._attachment is not None
+            if no_context := str(error) == "Failed to create llama_context":
+                reason = native.why_no_context(self.model, self.context_params.n_ctx, with_capsule, reason)
             self.close()
             if not isinstance(error, ValueError):
                 raise
-            if self.capsule_path is not None and (reason := native.last_error()):
+            if no_context and with_capsule:
                 raise native.CapsuleError(reason) from error
-            raise ValueError(f"{error}: {reason}" if (reason := said.take()) else str(error)) from None
+            raise ValueError(f"{error}: {reason}" if reason else str(error)) from None
         if isinstance(handler, KVCapsuleChatHandler):
             handler._capsule_path = self.capsule_path
         _open.add(self)

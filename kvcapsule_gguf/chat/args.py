@@ -81,11 +81,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
     return options
 
 
-def _number(kind: type, low: float, high: float = float("inf")):
+def _number(kind: type, low: float, high: float | None = None):
+    """Numbers become C's, so a whole one without a limit of its own ends at that of an int."""
+    most = high if high is not None else 0x7FFFFFFF if kind is int else float("inf")
+
     def convert(text: str):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high != float("inf") else f"{text} is below {low}")
+        if not low <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}" if high is None and value < low else f"{text} is not between {low} and {most}")
         return value
 
     convert.__name__ = {"int": "number", "float": "number"}[kind.__name__]

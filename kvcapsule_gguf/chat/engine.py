@@ -154,8 +154,7 @@ class Engine:
         wanted = native.Attachment(self.capsule, n_hot=n_hot, ratio=options.ratio, guard=options.guard == "on")
         self.ctx = native.init_context(self.model, interrupts.stoppable(params), wanted)
         if not self.ctx:
-            reason = (native.last_error() if self.capsule is not None else "") or self.log.take()
-            raise KVCapsuleError(f"the context cannot be created: {reason or 'unknown reason (-v shows the log)'}")
+            raise KVCapsuleError(f"the context cannot be created: {native.why_no_context(self.model, params.n_ctx, self.capsule is not None, self.log.take())}")
         stack.callback(self.llama.llama_free, self.ctx)
         self.memory = self.llama.llama_get_memory(self.ctx)
         self.n_ctx = self.llama.llama_n_ctx(self.ctx)

@@ -47,8 +47,7 @@ class Cache:
         wanted = native.Attachment(capsule, n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
         self.ctx: int = native.init_context(vlm.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
-            reason = native.last_error() if setting.capsule else "see the log (-v)"
-            raise EvalError(f"{setting.name}: the context cannot be created: {reason}")
+            raise EvalError(f"{setting.name}: the context cannot be created: {native.why_no_context(vlm.model, n_ctx, capsule is not None, 'see the log (-v)')}")
         self.memory = self.llama.llama_get_memory(self.ctx)
         self.n_past = 0
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..runtime.errors import CapsuleError
 from .library import load
+from .shapes import layer_shapes
 from .structs import CapsuleContextParams, CapsuleStatsStruct
 
 
@@ -100,6 +101,9 @@ class Capsule:
         self.close()
 
 
+ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsule.cpp
+
+
 @dataclass(frozen=True)
 class Attachment:
     """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
@@ -124,6 +128,18 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
     raw.auto_compress, raw.guard = wanted.auto_compress, wanted.guard
     return lib.llama_capsule_init_from_model(model, params, raw)
+
+
+def why_no_context(model: int, n_ctx: int, with_capsule: bool, said: str) -> str:
+    """One line for the user after init_context() has failed; said: llama.cpp's own error, "" if it is not known."""
+    reason = last_error() if with_capsule else ""
+    if said and reason in ("", ASK_THE_LOG):
+        reason = said
+    trained = load().llama.llama_model_n_ctx_train(model)
+    if n_ctx > trained:
+        size = 2 * n_ctx * sum(n * (d_k + d_v) for n, d_k, d_v in layer_shapes(model))
+        reason += f"{'; ' if reason else ''}{n_ctx} tokens take {size / 2**30:,.1f} GiB in f16, and this model was trained with {trained}: a context of at most {trained} makes sense"
+    return reason or "unknown reason"
 
 
 _thread = threading.local()
