@@ -101,6 +101,19 @@ def test_stats_of_a_session(chat: Run, folder: Path) -> None:
     assert "memory breaks even at" in first and "breaks even" not in second
 
 
+def test_stats_after_undo(chat: Run, folder: Path) -> None:
+    """The cache keeps what was taken back until the next question: that is said, and then it is gone, or used again."""
+    a, b = (f"/image {folder / name}\n" for name in ("a.png", "b.png"))
+    lines = f"{a}what?\n{b}this?\n/undo\n/stats\n{b}this?\n/stats\n/undo\nand?\n/stats\n/undo\n/undo\n/stats\n"
+    result = chat(folder / "llama" / "tiny.gguf", "-n", "3", "--json", stdin=lines)
+    tables = result.stderr.split("MiB now\n")[1:]
+    rows = [["taken back" in line for line in table.split("total ")[0].splitlines()] for table in tables]
+    assert rows == [[False, True], [False, False], [False], [True]]
+    assert ["took back" in table for table in tables] == [True, False, False, True]
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["images_encoded"] for r in reports] == [1, 1, 0, 0] and [len(r["images"]) for r in reports] == [1, 2, 2, 1]
+
+
 def test_many_pictures_go_through_a_hot_cache_that_holds_one(chat: Run, folder: Path) -> None:
     """All 24 questions about pictures of 16 tokens are answered: the hot cells hold their text and a few pictures, not all of them."""
     lines = "".join(f"/image {folder / 'a.png'}\n?\n" for _ in range(24))

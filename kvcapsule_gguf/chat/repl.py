@@ -128,7 +128,8 @@ class Repl:
             pending.clear()
             self._missing = False
         elif name == "/stats":
-            print(stats.table(session.engine, session.state.images, session.state.n_cells), file=sys.stderr)
+            taken_back = len(session.state.images) - len(session.pictures) if session.undone else None
+            print(stats.table(session.engine, session.state.images, session.state.n_cells, taken_back), file=sys.stderr)
         elif name == "/image" and rest and rest != "-":
             self._add(split_pasted(rest))
         elif name == "/image":

@@ -54,6 +54,7 @@ class Session:
             self.state.clear()
             self.messages: list[Message] = [{"role": "system", "content": self.options.system}] if self.options.system else []
             self.pictures: list[Picture] = []
+            self.undone = False  # the cache holds more than the conversation
 
     def undo(self) -> str | None:
         """Takes back the last question, its pictures and its answer; returns the question, None if there is none. The part before stays in the cache."""
@@ -65,6 +66,7 @@ class Session:
             self.messages = self.messages[: asked[-1]]
             del self.pictures[len(self.pictures) - question.count(MARKER) :]
             self.state.text = ""
+            self.undone = True
         return question.replace(MARKER, "")
 
     def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None], keep_part: bool = False) -> Turn:
@@ -132,6 +134,7 @@ class Session:
                     state.rewind(len(state.items))
             raise
         state.text = prompt
+        self.undone = False
         turn.tokens_reused = state.n_cells - turn.tokens_evaluated
         turn.prefill_s = time.monotonic() - start - turn.compress_s
         return turn

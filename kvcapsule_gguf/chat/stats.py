@@ -95,16 +95,21 @@ def break_even(use: CacheUse, images: list[ImageUse]) -> int | None:
     return math.ceil(overhead / saved) if saved > 0 else None
 
 
-def table(engine: Engine, images: list[ImageUse], cells: int) -> str:
-    """For /stats: a line per picture, the totals, the break-even."""
+def table(engine: Engine, images: list[ImageUse], cells: int, taken_back: int | None = None) -> str:
+    """For /stats: a line per picture, the totals, the break-even. taken_back: so many of the last pictures, and text, are in the cache but in the
+    conversation no more; None: nothing is."""
     use = cache_use(engine, images, cells)
-    width = max([len(image.name) for image in images] + [7])
+    back = len(images) - (taken_back or 0)
+    names = [image.name + " (taken back)" * (n >= back) for n, image in enumerate(images)]
+    width = max([*map(len, names), 7])
     lines = [f"{'picture':<{width}}  tokens  economy  faithful  MiB before  MiB now"]
-    rows = [(i.name, i.tokens, *i.slots, i.bytes_f16, i.bytes_now) for i in images]
+    rows = [(name, i.tokens, *i.slots, i.bytes_f16, i.bytes_now) for name, i in zip(names, images)]
     rows.append(("total", use.vision_tokens, *use.slots, use.bytes_f16, use.bytes_now))
     for name, tokens, economy, faithful, before, now in rows:
         lines.append(f"{name:<{width}}  {tokens:>6}  {economy:>7}  {faithful:>8}  {mib(before):>10}  {mib(now):>7}")
     lines.append(f"context: {cells} of {engine.n_ctx} tokens; hot cache: {use.n_hot_used} of {use.n_hot} cells; allocated: {mib(use.bytes_allocated)} MiB")
+    if taken_back is not None:
+        lines.append("what /undo took back is counted, since the next question may use it again; what it does not use is dropped then")
     if engine.capsule is None:
         lines.append("no capsule: nothing is compressed")
     elif (count := break_even(use, images)) is not None:
