@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kvcapsule_gguf.format.capsule import Capsule
+from kvcapsule_gguf.format.tile_capsule import TileCapsule
 from kvcapsule_gguf.runtime.errors import CapsuleError
 
 
@@ -24,8 +25,12 @@ def outfile(given: Path | None, default: Path, outtype: str) -> Path:
     return Path(str(given).replace("{ftype}", outtype)) if given else default
 
 
-def describe(logger: logging.Logger, capsule: Capsule) -> None:
+def describe(logger: logging.Logger, capsule: Capsule | TileCapsule) -> None:
     base = capsule.base
+    if isinstance(capsule, TileCapsule):
+        tiers = ", ".join(f"{x:.2f}x" for x in capsule.smaller)
+        logger.info("%s: format v2, %d layers of %s, tiers of %s", capsule.name or "capsule", len(capsule.layers), base.architecture, tiers)
+        return
     logger.info("%s: %d layers of %s, blocks of %d tokens", capsule.name or "capsule", len(capsule.layers), base.architecture, capsule.block_size)
     for tier in capsule.tiers:
         logger.info("preset %s: ratio %.3f", tier.name, tier.ratio)

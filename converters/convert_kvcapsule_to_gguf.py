@@ -13,8 +13,7 @@ import common
 from kvcapsule_gguf.format.base_model import base_of, read_base_model
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
-from kvcapsule_gguf.format.reader import read_capsule
-from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.format.tile_capsule import read_any_capsule, write_any_capsule
 from kvcapsule_gguf.runtime.program import Parser
 
 logger = logging.getLogger("kvcapsule-to-gguf")
@@ -24,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__)
     p.add_argument("input", type=Path, help="checkpoint (.safetensors); with --reverse a capsule, or an mmproj with one inside")
     p.add_argument("--outfile", type=Path, help="{ftype} in it becomes the outtype; default: beside the input")
-    p.add_argument("--outtype", choices=("f16", "f32"), default="f16", help="of gates and key MLPs; a capsule has f16, a checkpoint either (default: %(default)s)")
+    p.add_argument("--outtype", choices=("f16", "f32"), default="f16", help="of gates and key MLPs, and of axes; a capsule has f16, a checkpoint either (default: %(default)s)")
     p.add_argument("--base", type=Path, metavar="MODEL.gguf", help="check that the capsule is for this model")
     p.add_argument("--reverse", action="store_true", help="capsule GGUF to checkpoint")
     common.options(p)
@@ -35,13 +34,13 @@ def parse() -> argparse.Namespace:
     p = parser()
     args = p.parse_args()
     if args.outtype == "f32" and not args.reverse:
-        p.error("--outtype f32 is for --reverse: capsules hold gates and key MLPs in f16")
+        p.error("--outtype f32 is for --reverse: capsules hold gates, key MLPs and axes in f16")
     return args
 
 
 def convert(args: argparse.Namespace) -> Path:
     """Raises CapsuleError, ImportError."""
-    capsule = read_capsule(args.input) if args.reverse else read_checkpoint(args.input)
+    capsule = read_any_capsule(args.input) if args.reverse else read_checkpoint(args.input)
     common.describe(logger, capsule)
     if args.base:
         base = base_of(read_base_model(args.base))
@@ -52,7 +51,7 @@ def convert(args: argparse.Namespace) -> Path:
         if args.reverse:
             write_checkpoint(path, capsule, args.outtype)
         else:
-            write_capsule(path, capsule)
+            write_any_capsule(path, capsule)
     return path
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, library
 from make_capsule import random_capsule
+from make_tile_capsule import MIXED, random_tile_capsule
 from PIL import Image
 from synthetic_kv import source
 
@@ -20,6 +21,7 @@ from kvcapsule_gguf.format.capsule import CapsuleError, CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
 from kvcapsule_gguf.format.embed import embed
 from kvcapsule_gguf.format.reader import read_capsule
+from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_any_capsule
 from kvcapsule_gguf.format.writer import write_capsule
 from kvcapsule_gguf.train.arrays import fit_capsule, interleave
 from kvcapsule_gguf.train.source import KVSample, TrainError
@@ -52,6 +54,19 @@ def test_to_safetensors_and_back_is_the_same_file(models, tmp_path, options, out
     done = run(script, "--reverse", first, "--outtype", outtype, "--outfile", tmp_path / "x-{ftype}.safetensors", "--base", models(arch="llama"))
     assert done.stdout == "" and f"x-{outtype}.safetensors" in done.stderr
     run(script, tmp_path / f"x-{outtype}.safetensors", "--outfile", tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("axes", [True, False])
+@pytest.mark.parametrize("outtype", ["f16", "f32"])
+def test_format_v2_to_safetensors_and_back_is_the_same_file(models, tmp_path, axes, outtype):
+    save = pytest.importorskip("safetensors.numpy")
+    first = random_tile_capsule(models(arch="llama"), tmp_path / "kvcapsule-a.gguf", tiers=((0, 1, 2, 3), MIXED, 8), axes=axes)
+    script = "converters/convert_kvcapsule_to_gguf.py"
+    run(script, "--reverse", first, "--outtype", outtype, "--outfile", tmp_path / "x.safetensors", "--base", models(arch="llama"))
+    tensors = save.load_file(tmp_path / "x.safetensors")
+    assert ("layers.0.v_axes" in tensors) == axes and (not axes or tensors["layers.0.v_axes"].dtype == {"f16": np.float16, "f32": np.float32}[outtype])
+    run(script, tmp_path / "x.safetensors", "--outfile", tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == first.read_bytes()
 
 
@@ -88,6 +103,34 @@ def test_bad_checkpoints_are_one_line(models, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04pickled")
     done = run("converters/convert_kvcapsule_to_gguf.py", tmp_path / "bad.safetensors", code=1)
     assert len(done.stderr.splitlines()) == 1 and "can not be read as safetensors" in done.stderr
+
+
+def test_bad_checkpoints_of_format_v2_are_one_line(models, tmp_path):
+    save = pytest.importorskip("safetensors.numpy")
+    good = write_checkpoint(tmp_path / "good.safetensors", read_tile_capsule(random_tile_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=(2, 4))))
+    tensors = save.load_file(good)
+    with __import__("safetensors").safe_open(good, framework="numpy") as f:
+        metadata = f.metadata()
+    config = json.loads(metadata["config"])
+
+    def change(name, x):
+        return {**tensors, f"layers.0.{name}": x}, config
+
+    table, mean, axes = (tensors[f"layers.0.{name}"] for name in ("k_table", "k_mean", "v_axes"))
+    for (tensors_, config_), reason in (
+        (change("k_table", table + 3), "number of bits"), (change("k_table", table.astype(np.int32) + 256), "too large"),
+        (change("k_table", table[:, :, 1:]), "shape"), (change("k_table", table.astype(np.float32)), "type float32"),
+        (change("k_mean", mean * np.nan), "not finite"), (change("k_mean", mean[0]), "1 dimensions"),
+        (change("v_axes", axes * np.float16(2)), "orthonormal"), (change("extra", mean), "unexpected tensor"),
+        (({k: v for k, v in tensors.items() if k != "layers.1.v_mean"}, config), "layers.1.v_mean is missing"),
+        ((tensors, {**config, "layers": []}), "no layers"), ((tensors, {**config, "rotated": 10**6}), "rope.dimension_count"),
+        ((tensors, {**config, "rotated": -2}), "rotated"), ((tensors, []), "config"),
+        ((tensors, {**config, "layers": [{**config["layers"][0], "k_energy": 0}, *config["layers"][1:]]}), "key_energy"),
+    ):  # fmt: skip
+        save.save_file(tensors_, tmp_path / "bad.safetensors", {**metadata, "config": json.dumps(config_)})
+        with pytest.raises(CapsuleError, match=reason) as error:
+            read_checkpoint(tmp_path / "bad.safetensors")
+        assert "\n" not in str(error.value)
 
 
 HOSTILE = (None, True, -1, 1.5, 2**32, 10**400, float("nan"), float("-inf"), "", "\ud800", "\x00", "x" * 70000, [], [[]], {}, [1, "x"], [float("nan")])
@@ -151,6 +194,18 @@ vlm = Vlm(Path({model!r}), Path({mmproj!r}), 1)
 picture = vlm.read("", Image.new("RGB", (40, 40), "red"))
 print(vlm.native.has_capsule, next(p for p in picture.parts if hasattr(p, "embd")).embd.tobytes().hex())
 """
+
+
+def test_embed_and_extract_format_v2(vlm, tmp_path):
+    model, mmproj = vlm
+    capsule, both = random_tile_capsule(model, tmp_path / "kvcapsule-tiny.gguf", tiers=(3, 8)), tmp_path / "mmproj-both.gguf"
+    run("converters/embed_kvcapsule.py", mmproj, capsule, "--outfile", both)
+    assert read_tile_capsule(both).provenance["name"] == read_tile_capsule(capsule).name
+    run("converters/embed_kvcapsule.py", "--extract", both, "--outfile", tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == capsule.read_bytes()
+    first = random_capsule(model, tmp_path / "one.gguf")
+    assert "takes its place" in run("converters/embed_kvcapsule.py", both, first, "--outfile", tmp_path / "one-inside.gguf").stderr
+    assert read_capsule(tmp_path / "one-inside.gguf").tiers and write_any_capsule(tmp_path / "two.gguf", read_tile_capsule(both)).exists()
 
 
 def test_embed_and_extract(vlm, tmp_path):

@@ -9,8 +9,8 @@ import gguf
 
 from .capsule import Capsule, CapsuleFileError
 from .gguf_header import GGUFError, read_header
-from .reader import read_capsule
 from .schema import INFIX
+from .tile_capsule import TileCapsule, add_tile_capsule, read_any_capsule
 from .writer import add_capsule_keys, add_tensors, whole_file
 
 PREFIX = "kvcapsule."
@@ -23,7 +23,7 @@ class MmprojError(CapsuleFileError):
     what = "mmproj"
 
 
-def embed(mmproj: Path, capsule: Capsule | None, out: Path) -> Path:
+def embed(mmproj: Path, capsule: Capsule | TileCapsule | None, out: Path) -> Path:
     """A copy of the projector with the capsule in it, in place of the one it may have; None: without one. Raises CapsuleError."""
     _check(mmproj)
     if out.exists() and out.samefile(mmproj):
@@ -35,15 +35,18 @@ def embed(mmproj: Path, capsule: Capsule | None, out: Path) -> Path:
         _copy(reader, writer)
         if capsule is not None:
             named = replace(capsule, provenance={**capsule.provenance, NAME: capsule.name}) if capsule.name else capsule
-            add_capsule_keys(writer, named)
-            add_tensors(writer, named)
+            if isinstance(named, TileCapsule):
+                add_tile_capsule(writer, named)
+            else:
+                add_capsule_keys(writer, named)
+                add_tensors(writer, named)
     return out
 
 
-def extract(mmproj: Path) -> Capsule:
+def extract(mmproj: Path) -> Capsule | TileCapsule:
     """The capsule inside. Raises CapsuleError."""
     _check(mmproj)
-    capsule = read_capsule(mmproj)
+    capsule = read_any_capsule(mmproj)
     capsule.name = str(capsule.provenance.pop(NAME, ""))
     return capsule
 

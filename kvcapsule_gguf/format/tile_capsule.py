@@ -21,7 +21,7 @@ from .gguf_header import GGUFError
 from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
 from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
 from .validate import Invalid, need, read_tensor
-from .writer import check_place, whole_file
+from .writer import check_place, whole_file, write_capsule
 
 VERSION = 2
 STORED = (0, 1, 2, 3, 4, 6, 8, F16, F32)
@@ -138,7 +138,7 @@ def validate_sizes(c: TileCapsule) -> None:
         need(abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
 
 
-def _complete(c: TileCapsule) -> None:
+def complete(c: TileCapsule) -> None:
     """Fills in how much smaller the tiers are. Raises Invalid for what no reader would take."""
     for i, x in enumerate(c.layers):
         sizes = (*x.k_mean.shape, x.v_mean.shape[1])
@@ -156,29 +156,35 @@ def _complete(c: TileCapsule) -> None:
 
 def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
     """Fills in how much smaller the tiers are, validates, and writes; the file appears only when it is complete. Raises CapsuleError."""
-    path, v = Path(path), gguf.GGUFValueType
+    path = Path(path)
     check_place(path)
     try:
-        _complete(c)
+        complete(c)
     except Invalid as e:
         raise CapsuleFileError(path, str(e)) from None
-    types = {"u32": v.UINT32, "f32": v.FLOAT32, "bool": v.BOOL, "str": v.STRING}
     with whole_file(path, c.base.architecture) as w:
         w.add_type("adapter")
         w.add_string("adapter.type", "kvcapsule")
         if c.name:
             w.add_name(c.name)
-        for key, value in _values(c).items():
-            kind, array = KEYS[key]
-            w.add_key_value(PREFIX + key, value, *((v.ARRAY, types[kind]) if array else (types[kind],)))
-        for key, value in c.provenance.items():
-            kind = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
-            w.add_key_value(f"{PREFIX}train.{key}", str(value) if kind is v.STRING else value, kind)
-        for x in c.layers:
-            for short, (kind, _) in shapes(c, x.rope, *x.k_mean.shape, x.v_mean.shape[1]).items():
-                if (array := getattr(x, short)) is not None:
-                    w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(array, {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
+        add_tile_capsule(w, c)
     return path
+
+
+def add_tile_capsule(w: gguf.GGUFWriter, c: TileCapsule) -> None:
+    """The keys under `kvcapsule.` and the tensors of a complete capsule, which may also ride inside an mmproj file."""
+    v = gguf.GGUFValueType
+    types = {"u32": v.UINT32, "f32": v.FLOAT32, "bool": v.BOOL, "str": v.STRING}
+    for key, value in _values(c).items():
+        kind, array = KEYS[key]
+        w.add_key_value(PREFIX + key, value, *((v.ARRAY, types[kind]) if array else (types[kind],)))
+    for key, value in c.provenance.items():
+        kind = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
+        w.add_key_value(f"{PREFIX}train.{key}", str(value) if kind is v.STRING else value, kind)
+    for x in c.layers:
+        for short, (kind, _) in shapes(c, x.rope, *x.k_mean.shape, x.v_mean.shape[1]).items():
+            if (array := getattr(x, short)) is not None:
+                w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(array, {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
 
 
 def _values(c: TileCapsule) -> dict[str, Any]:
@@ -206,6 +212,11 @@ def read_tile_capsule(path: str | Path) -> TileCapsule:
 def read_any_capsule(path: str | Path) -> Capsule | TileCapsule:
     """Of the format version that the file says it has. Raises CapsuleError."""
     return read_tile_capsule(path) if capsule_version(path) == VERSION else read_capsule(path)
+
+
+def write_any_capsule(path: str | Path, c: Capsule | TileCapsule) -> Path:
+    """Raises CapsuleError."""
+    return write_tile_capsule(path, c) if isinstance(c, TileCapsule) else write_capsule(path, c)
 
 
 def _read(path: Path) -> TileCapsule:
