@@ -7,6 +7,7 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "simd-gemm.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -307,12 +308,12 @@ struct attn_call {
     void cells(int h0, int h1, int part);
 
 private:
-    bool read_mask(int64_t col, int n, int ld);
+    bool read_mask(int64_t col, int n);
 
     void load_queries(int h0, int h1);
-    void scores  (int h0, int h1, int64_t col, int n, int ld);
-    void values  (int h0, int h1, int part, int64_t col, int n, int ld);
-    void values_t(int h0, int h1, int part, int64_t col, int n, int ld);
+    void scores  (int h0, int h1, int64_t col, int n);
+    void values  (int h0, int h1, int part, int64_t col, int n);
+    void values_t(int h0, int h1, int part, int64_t col, int n);
 
     const float * query(int head, int j) const {
         return (const float *) ((const char *) q->data + (head*n_gqa + j%n_gqa)*q->nb[1] + j/n_gqa*q->nb[2]);
@@ -403,10 +404,10 @@ void attn_call::slots(int head, int part) {
 }
 
 // what the tokens see of n columns; false: nothing
-bool attn_call::read_mask(int64_t col, int n, int ld) {
+bool attn_call::read_mask(int64_t col, int n) {
     bool any = false;
     for (int i = 0; i < n_tokens; ++i) {
-        float * to = b.mask.data() + i*ld;
+        float * to = b.mask.data() + i*n;
 
         to_float(mask->type, (const char *) mask->data + i*mask->nb[1] + col*mask->nb[0], to, n);
         any = any || std::any_of(to, to + n, [](float x) { return x != -INFINITY; });
@@ -426,7 +427,7 @@ void attn_call::load_queries(int h0, int h1) {
     }
 }
 
-void attn_call::scores(int h0, int h1, int64_t col, int n, int ld) {
+void attn_call::scores(int h0, int h1, int64_t col, int n) {
     const auto * traits = ggml_get_type_traits_cpu(k->type);
     const size_t size   = ggml_row_size(traits->vec_dot_type, node.p.d_k);
 
@@ -442,39 +443,39 @@ void attn_call::scores(int h0, int h1, int64_t col, int n, int ld) {
 
                     float s;
                     traits->vec_dot(node.p.d_k, &s, 0, cell, 0, b.q_k.data() + row*size, 0, 1);
-                    b.s[row*ld + c] = s*node.p.scale;
+                    b.s[row*n + c] = s*node.p.scale;
                 }
             }
         }
     }
 }
 
-void attn_call::values(int h0, int h1, int part, int64_t col, int n, int ld) {
+void attn_call::values(int h0, int h1, int part, int64_t col, int n) {
     const int d = node.p.d_v;
 
-    for (int c0 = 0; c0 < n; c0 += HOT_CELLS) {
-        const int c1 = std::min(c0 + HOT_CELLS, n);
+    for (int h = h0; h < h1; ++h) {
+        const float * w = b.s.data() + (h - h0)*n_q*n;
 
-        for (int h = h0; h < h1; ++h) {
-            const auto sum = sums(h, part).sums;
+        for (int c = 0; c < n; ++c) {
+            float * x = b.x.data() + c*d;
 
-            for (int c = c0; c < c1; ++c) {
-                const float * w = b.s.data() + (h - h0)*n_q*ld + c;
-
-                to_float(v->type, (const char *) v->data + h*v->nb[1] + (col + c)*v->nb[2], b.x.data(), d);
-                for (int j = 0; j < n_q; ++j) {
-                    // a cell that nobody sees may hold anything
-                    if (w[j*ld] != 0.0f) {
-                        ggml_vec_mad_f32(d, sum.out + j*d, b.x.data(), w[j*ld]);
-                    }
-                }
+            // a cell that nobody sees may hold anything
+            bool any = false;
+            for (int j = 0; j < n_q; ++j) {
+                any = any || w[j*n + c] != 0.0f;
+            }
+            if (any) {
+                to_float(v->type, (const char *) v->data + h*v->nb[1] + (col + c)*v->nb[2], x, d);
+            } else {
+                std::fill_n(x, d, 0.0f);
             }
         }
+        simd_gemm(sums(h, part).sums.out, w, b.x.data(), n_q, n, d);
     }
 }
 
 // v: [n_kv, n_head_kv, d]
-void attn_call::values_t(int h0, int h1, int part, int64_t col, int n, int ld) {
+void attn_call::values_t(int h0, int h1, int part, int64_t col, int n) {
     const auto * traits = ggml_get_type_traits_cpu(v->type);
     const size_t size   = ggml_row_size(traits->vec_dot_type, n);
     const int    d      = node.p.d_v;
@@ -484,7 +485,7 @@ void attn_call::values_t(int h0, int h1, int part, int64_t col, int n, int ld) {
         const auto sum = sums(h, part).sums;
 
         for (int j = 0; j < n_q; ++j) {
-            from_float(traits->vec_dot_type, b.s.data() + ((h - h0)*n_q + j)*ld, b.w.data() + j*size, n);
+            from_float(traits->vec_dot_type, b.s.data() + ((h - h0)*n_q + j)*n, b.w.data() + j*size, n);
         }
         for (int i = 0; i < d; ++i) {
             const char * row = (const char *) v->data + h*v->nb[1] + i*v->nb[2] + col*v->nb[0];
@@ -507,28 +508,28 @@ void attn_call::cells(int h0, int h1, int part) {
 
     b.s   .resize((h1 - h0)*n_q*ld);
     b.mask.resize(n_tokens*ld);
-    b.x   .resize(p.d_v);
+    b.x   .resize(ld*p.d_v);
 
     load_queries(h0, h1);
 
     for (int64_t col = n_kv*part/p.n_parts; col < col_end; col += ld) {
         const int n = std::min<int64_t>(ld, col_end - col);
 
-        if (!read_mask(col, n, ld)) {
+        if (!read_mask(col, n)) {
             continue;
         }
-        scores(h0, h1, col, n, ld);
+        scores(h0, h1, col, n);
 
         for (int h = h0; h < h1; ++h) {
             const auto sum = sums(h, part);
             for (int j = 0; j < n_q; ++j) {
-                sum.add(j, p.d_v, b.s.data() + ((h - h0)*n_q + j)*ld, b.mask.data() + j/n_gqa*ld, n);
+                sum.add(j, p.d_v, b.s.data() + ((h - h0)*n_q + j)*n, b.mask.data() + j/n_gqa*n, n);
             }
         }
         if (trans) {
-            values_t(h0, h1, part, col, n, ld);
+            values_t(h0, h1, part, col, n);
         } else {
-            values(h0, h1, part, col, n, ld);
+            values(h0, h1, part, col, n);
         }
     }
 }
