@@ -80,7 +80,7 @@ def text(s: str) -> bytes:
 def packed_tiles(c: TileCapsule) -> bytes:
     """As print_capsule.cpp writes it."""
     out = [text(c.base.architecture), struct.pack("<I", c.base.block_count), text(c.base.rope_type), text(c.base.fingerprint)]
-    out.append(struct.pack(f"<5I{len(c.smaller)}f", c.rotated, *c.base.rope_sections, *c.smaller))
+    out.append(struct.pack(f"<5I{len(c.smaller)}fI", c.rotated, *c.base.rope_sections, *c.smaller, c.first_tier))
     for x in c.layers:
         out.append(struct.pack("<5I2f", x.index, x.rope, *x.k_mean.shape, x.v_mean.shape[1], x.k_energy, x.v_energy))
     return b"".join(out)

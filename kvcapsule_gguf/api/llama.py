@@ -28,7 +28,7 @@ from .handler import KVCapsuleChatHandler, PromptStats
 from .quiet import reasons, say
 
 
-VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_RATIO")
+VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_QUALITY", "LLAMA_KVCAPSULE_RATIO")
 _lock = threading.Lock()
 _inside = 0
 _taken: dict[str, str] = {}
@@ -72,8 +72,8 @@ def _end() -> None:
 class KVCapsuleLlama(Llama):
     """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
 
-    mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text and
-    one picture; ratio: preset of the capsule, 0 = its own; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
+    mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "built-in", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text
+    and one picture; quality: as in kvcapsule-chat, 0 = the capsule's; ratio: share to save, in place of a quality; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
     what the model was trained with, if that is less. The rest goes to Llama.
 
     One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
@@ -90,7 +90,7 @@ class KVCapsuleLlama(Llama):
         llama._alone, llama._stack = Alone(), ExitStack()  # close() needs them, also where __init__ never began
         return llama
 
-    def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, ratio: float = 0.0,
+    def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, quality: float = 0.0, ratio: float = 0.0,
                  image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
         try:
             path = files.check_model(Path(model_path))
@@ -103,9 +103,11 @@ class KVCapsuleLlama(Llama):
             raise ValueError("chat_format: the model's own chat template is used; leave this out, or give a chat_handler")
         if hot < 0 or not 0 <= ratio <= 1:
             raise ValueError(f"hot: {hot} is below 0" if hot < 0 else f"ratio: {ratio} is not between 0 and 1")
+        if not 0 <= quality <= 100 or (quality and ratio):
+            raise ValueError("give quality or ratio, not both: a ratio is one tier for everything" if quality and ratio else f"quality: {quality} is not between 0 and 100")
         self.capsule_path: Path | None = None
         self._attachment: native.Attachment | None = None
-        self.hot, self.ratio = hot, ratio
+        self.hot, self.quality, self.ratio = hot, quality, ratio
         self._n_ctx_given = n_ctx is not None
         self._setting = str(capsule)
         if self._setting == "auto" and (named := _environment_capsule()) is not None:
@@ -148,16 +150,21 @@ class KVCapsuleLlama(Llama):
             check_projector(self.mmproj, has_m_rope(native.load().llama, model.model))
             if self._setting == "off":
                 return
+            if self._setting == files.BUILT_IN:
+                self._attach(native.Capsule.builtin(model.model))
+                return
             path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
         if path is not None:
-            capsule = native.Capsule.load(model.model, path)
-            self._stack.callback(capsule.close)
-            self._attachment = native.Attachment(capsule, n_hot=self.hot, ratio=self.ratio)
+            self._attach(native.Capsule.load(model.model, path))
             self.capsule_path = path
         else:
             say(f"no capsule for {Path(self.model_path).name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule=\"off\" silences this line)")
+
+    def _attach(self, capsule: native.Capsule) -> None:
+        self._stack.callback(capsule.close)
+        self._attachment = native.Attachment(capsule, n_hot=self.hot, quality=self.quality, ratio=self.ratio)
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,

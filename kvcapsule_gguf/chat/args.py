@@ -25,7 +25,7 @@ class Options:
     model: Path | None = None
     hf_repo: str | None = None
     mmproj: Path | None = None
-    capsule: str = "auto"  # auto, off or a file
+    capsule: str = "auto"  # auto, built-in, off or a file
     images: list[str] = field(default_factory=list)
     prompt: str | None = None
     system: str | None = None
@@ -49,6 +49,7 @@ class Options:
     top_k: int = 40
     top_p: float = 0.95
     seed: int = -1  # -1 = random
+    quality: float = 0.0
     ratio: float = 0.0
     guard: str = "on"
     image_cache: Path | None = None
@@ -76,6 +77,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.capsule = environ["LLAMA_KVCAPSULE"]
     if not options.n_hot and environ.get("LLAMA_KVCAPSULE_HOT", "").isdigit():
         options.n_hot = int(environ["LLAMA_KVCAPSULE_HOT"])
+    if options.quality and options.ratio:
+        parser.error("give --quality or --ratio, not both: a ratio is one tier for everything")
     if not options.list_devices and (options.model is None) == (options.hf_repo is None):
         parser.error("give a model file" if options.model is None else "give a model file or -hf, not both")
     return options
@@ -125,8 +128,9 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("-m", "--model", type=Path, metavar="FILE", env="LLAMA_ARG_MODEL", help="the same as MODEL")
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", env="LLAMA_ARG_HF_REPO", help="take model, mmproj and capsule from the Hugging Face Hub")
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
-    add("--capsule", metavar="FILE|auto|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits)")
-    add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, the nearest preset of the capsule is used (default: the capsule's)")
+    add("--capsule", metavar="FILE|auto|built-in|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits); built-in needs no file")
+    add("--quality", type=_number(float, 0, 100), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: the capsule's, 0.7 of a file and 0.5 built in)")
+    add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality; the nearest tier of the capsule is used for everything")
     add("--guard", choices=("on", "off"), metavar="on|off", env="LLAMA_ARG_GUARD", help="off: blocks of a picture that --ratio would distort are not kept at higher precision (default: on)")
     add("--hot", dest="n_hot", type=_number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")

@@ -87,7 +87,7 @@ def report(session: Session, turn: Turn) -> dict[str, object]:
         "kv_bytes": use.bytes_now,
         "kv_bytes_allocated": use.bytes_allocated,
         "kv_ratio": round(use.ratio, 4),
-        "slots": {"economy": use.slots[0], "faithful": use.slots[1]},
+        "slots": use.slots,
         "prefill_s": round(turn.prefill_s, 4),
         "compress_s": round(turn.compress_s, 4),
         "decode_tokens_per_s": round(turn.generated_tokens / turn.decode_s, 2) if turn.decode_s > 0 else 0.0,

@@ -101,7 +101,7 @@ class Contents:
             moved = native.compress(engine.ctx, SEQ, self.n_past - chunk.image.n_pos, self.n_past)
             now = native.stats(engine.ctx)
             image.moved += moved
-            image.slots = (image.slots[0] + now.n_slots[0] - before.n_slots[0], image.slots[1] + now.n_slots[1] - before.n_slots[1])
+            image.slots = {name: image.slots.get(name, 0) + n - before.slots[name] for name, n in now.slots.items()}
             image.bytes_f16 += chunk.n_tokens * now.bytes_f16_token
             image.bytes_now += now.bytes_slots - before.bytes_slots + (chunk.n_tokens - moved) * now.bytes_hot // max(now.n_hot, 1)
 

@@ -127,6 +127,10 @@ class Engine:
                 self.native.require_capsule()
             self.say("this llama.cpp has no capsules (scripts/setup builds one that has), pictures stay uncompressed")
             return
+        if setting == files.BUILT_IN:
+            self.capsule = native.Capsule.builtin(self.model)
+            stack.callback(self.capsule.close)
+            return
         fingerprint = native.fingerprint(self.model)
         path = files.find_capsule(setting, self.path, self.mmproj, self.architecture, fingerprint)
         if path is None:
@@ -151,7 +155,7 @@ class Engine:
         # one question without a picture: nothing will be compressed
         text_only = options.prompt is not None and not options.images
         n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
-        wanted = native.Attachment(self.capsule, n_hot=n_hot, ratio=options.ratio, guard=options.guard == "on")
+        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality, ratio=options.ratio, guard=options.guard == "on")
         self.ctx = native.init_context(self.model, interrupts.stoppable(params), wanted)
         if not self.ctx:
             raise KVCapsuleError(f"the context cannot be created: {native.why_no_context(self.model, params.n_ctx, self.capsule is not None, self.log.take())}")
@@ -163,8 +167,8 @@ class Engine:
     def binding(self) -> str:
         """What a state on disk must have been saved with to be used here."""
         options = self.options
-        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "ratio", "guard")
-        settings = {"n_ctx": self.n_ctx, **{name: getattr(options, name) for name in names}}
+        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "quality", "ratio", "guard")
+        settings = {"n_ctx": self.n_ctx, "compressed": self.capsule is not None, **{name: getattr(options, name) for name in names}}
         return binding(self.path, self.mmproj, self.capsule_path, settings, self.native.directory)
 
     def threads(self) -> int:

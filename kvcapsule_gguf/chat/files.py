@@ -13,6 +13,7 @@ from ..runtime.errors import KVCapsuleError
 from .hub import _likeness
 
 MAGIC = b"GGUF"
+BUILT_IN = "built-in"  # the capsule that needs no file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ class Progress:
     def __init__(self, engine: Engine, silent: bool) -> None:
         self.engine = engine
         self.on = not silent and sys.stderr.isatty()
-        if engine.capsule_path is not None:
-            self._say(f"capsule {engine.capsule_path.name}: pictures are stored compressed")
+        if engine.capsule is not None:
+            self._say(f"{f'capsule {engine.capsule_path.name}' if engine.capsule_path else 'built-in capsule'}: pictures are stored compressed")
         elif engine.mmproj is None:
             self._say("no projector (mmproj*.gguf) beside the model: text only")
         elif engine.options.capsule == "off":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import native
 from .args import CACHE_TYPES
@@ -16,13 +16,13 @@ assert BITS.keys() == CACHE_TYPES.keys()
 @dataclass
 class ImageUse:
     """One picture of the conversation. first: its place among the items of the cache; tokens: cells before compression; moved: those in slots now;
-    slots: (economy, faithful)."""
+    slots: how many of each tier."""
 
     name: str
     first: int = 0
     tokens: int = 0
     moved: int = 0
-    slots: tuple[int, int] = (0, 0)
+    slots: dict[str, int] = field(default_factory=dict)
     bytes_f16: int = 0
     bytes_now: int = 0
 
@@ -31,7 +31,7 @@ class ImageUse:
             "name": self.name,
             "tokens": self.tokens,
             "tokens_compressed": self.moved,
-            "slots": {"economy": self.slots[0], "faithful": self.slots[1]},
+            "slots": self.slots,
             "kv_bytes_f16_equivalent": self.bytes_f16,
             "kv_bytes": self.bytes_now,
         }
@@ -40,10 +40,11 @@ class ImageUse:
     def from_json(cls, value: dict) -> ImageUse:
         """The opposite of as_json() with `first` added. Raises KeyError, TypeError, ValueError: it comes from a file."""
         names = ("first", "tokens", "tokens_compressed", "kv_bytes_f16_equivalent", "kv_bytes")
-        first, tokens, moved, f16, now, *slots = [*(value[name] for name in names), value["slots"]["economy"], value["slots"]["faithful"]]
-        if not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in (first, tokens, moved, f16, now, *slots)):
+        first, tokens, moved, f16, now = (value[name] for name in names)
+        slots = {str(name): n for name, n in dict(value["slots"]).items()}
+        if not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in (first, tokens, moved, f16, now, *slots.values())):
             raise ValueError("not the numbers of a picture")
-        return cls(str(value["name"]), first, tokens, moved, (slots[0], slots[1]), f16, now)
+        return cls(str(value["name"]), first, tokens, moved, slots, f16, now)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CacheUse:
     bytes_allocated: int
     bytes_scratch: int
     bytes_cell: int
-    slots: tuple[int, int]
+    slots: dict[str, int]  # of each tier
     n_hot: int
     n_hot_used: int
 
@@ -71,10 +72,10 @@ def cache_use(engine: Engine, images: list[ImageUse], cells: int) -> CacheUse:
     if engine.capsule is not None:
         s = native.stats(engine.ctx)
         cell = s.bytes_hot // s.n_hot if s.n_hot else 0
-        return CacheUse(s.vision_tokens, s.kv_bytes_f16, s.kv_bytes, s.bytes_allocated, s.bytes_scratch, cell, s.n_slots, s.n_hot, s.n_hot_used)
+        return CacheUse(s.vision_tokens, s.kv_bytes_f16, s.kv_bytes, s.bytes_allocated, s.bytes_scratch, cell, s.slots, s.n_hot, s.n_hot_used)
     tokens = sum(image.tokens for image in images)
     f16, cell = plain_bytes(engine)
-    return CacheUse(tokens, tokens * f16, tokens * cell, engine.n_ctx * cell, 0, cell, (0, 0), engine.n_ctx, cells)
+    return CacheUse(tokens, tokens * f16, tokens * cell, engine.n_ctx * cell, 0, cell, {}, engine.n_ctx, cells)
 
 
 def plain_bytes(engine: Engine) -> tuple[int, int]:
@@ -102,11 +103,12 @@ def table(engine: Engine, images: list[ImageUse], cells: int, taken_back: int | 
     back = len(images) - (taken_back or 0)
     names = [image.name + " (taken back)" * (n >= back) for n, image in enumerate(images)]
     width = max([*map(len, names), 7])
-    lines = [f"{'picture':<{width}}  tokens  economy  faithful  MiB before  MiB now"]
-    rows = [(name, i.tokens, *i.slots, i.bytes_f16, i.bytes_now) for name, i in zip(names, images)]
-    rows.append(("total", use.vision_tokens, *use.slots, use.bytes_f16, use.bytes_now))
-    for name, tokens, economy, faithful, before, now in rows:
-        lines.append(f"{name:<{width}}  {tokens:>6}  {economy:>7}  {faithful:>8}  {mib(before):>10}  {mib(now):>7}")
+    tiers = [name for name in use.slots if use.slots[name] or any(image.slots.get(name) for image in images)]
+    lines = [f"{'picture':<{width}}  tokens  {''.join(f'{name:>8}  ' for name in tiers)}MiB before  MiB now"]
+    rows = [(name, i.tokens, i.slots, i.bytes_f16, i.bytes_now) for name, i in zip(names, images)]
+    rows.append(("total", use.vision_tokens, use.slots, use.bytes_f16, use.bytes_now))
+    for name, tokens, slots, before, now in rows:
+        lines.append(f"{name:<{width}}  {tokens:>6}  {''.join(f'{slots.get(tier, 0):>8}  ' for tier in tiers)}{mib(before):>10}  {mib(now):>7}")
     lines.append(f"context: {cells} of {engine.n_ctx} tokens; hot cache: {use.n_hot_used} of {use.n_hot} cells; allocated: {mib(use.bytes_allocated)} MiB")
     if taken_back is not None:
         lines.append("what /undo took back is counted, since the next question may use it again; what it does not use is dropped then")

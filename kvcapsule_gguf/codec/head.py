@@ -4,7 +4,7 @@ A tile has h * w rows (codec/tiles.py). Row 0, the constant, is a block of its o
 be left alone. A table says with how many bits a block of rows is stored in each group of channels: 0 is not stored, 16 is f16, 32 is
 f32 (for tests).
 The bytes: the scales (f16) of all stored blocks, then their codes, each padded to 8 bytes; a block of 0 bits has neither, f16 and f32 no scale. Both go group
-after group: scales from smooth to rough; codes of the constant row, then of the pairs from many bits to few, then of the row that is left alone.
+after group: scales from smooth to rough; codes of the constant row, then of the pairs from many bits to few (f32 last), then of the row that is left alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Head:
             number = scales + np.cumsum([0 < b < F16 for b in bits]) - 1
             scales = int(number[-1]) + 1
             pairs = [i for i, rows in enumerate(blocks) if i and rows.stop - rows.start == 2]
-            order = [0, *sorted(pairs, key=lambda i: -bits[i]), *range(len(pairs) + 1, len(blocks))]
+            order = [0, *sorted(pairs, key=lambda i: -(bits[i] % F32)), *range(len(pairs) + 1, len(blocks))]
             out += [(blocks[i], group, bits[i], int(number[i])) for i in order if bits[i]]
         return out
 

@@ -22,7 +22,7 @@ class CacheUse:
 
     bytes_f16: int
     bytes_now: int
-    n_slots: tuple[int, int]  # economy, faithful
+    slots: dict[str, int]  # of each tier
 
 
 class Cache:
@@ -44,7 +44,7 @@ class Cache:
             p.cb_eval = watch
         self.n_batch = p.n_batch
         capsule = vlm.capsule(setting.capsule) if setting.capsule else None
-        wanted = native.Attachment(capsule, n_hot=n_ctx, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
+        wanted = native.Attachment(capsule, n_hot=n_ctx, quality=setting.quality, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
         self.ctx: int = native.init_context(vlm.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise EvalError(f"{setting.name}: the context cannot be created: {native.why_no_context(vlm.model, n_ctx, capsule is not None, 'see the log (-v)')}")
@@ -88,7 +88,7 @@ class Cache:
             for p0, p1, _ in spans:
                 native.compress(self.ctx, 0, p0, p1)
             s = native.stats(self.ctx)
-            return CacheUse(s.kv_bytes_f16, s.kv_bytes, s.n_slots)
+            return CacheUse(s.kv_bytes_f16, s.kv_bytes, s.slots)
         if self.setting.vision:
             self._quantize(shapes, [(p0, p1) for p0, p1, _ in spans])
         kept = n
@@ -97,7 +97,7 @@ class Cache:
                 for a, b in dropped(len(part.embd), self.setting.drop):
                     self.llama.llama_memory_seq_rm(self.memory, 0, p0 + a, p0 + b)
                     kept -= b - a
-        return CacheUse(f16, int(self.setting.bytes_per_token(shapes) * kept), (0, 0))
+        return CacheUse(f16, int(self.setting.bytes_per_token(shapes) * kept), {})
 
     def _quantize(self, shapes: list[native.LayerShape], spans: list[tuple[int, int]]) -> None:
         """The cells of these positions, by way of the state of sequence 0."""

@@ -26,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p = program.Parser("kvcapsule-eval", description="Answers of a model with a compressed cache against its own with an f16 cache.")
     p.add_argument("model", type=Path, metavar="MODEL", help="GGUF file of the model")
     p.add_argument("--mmproj", type=Path, metavar="FILE", help="vision projector (default: mmproj*.gguf beside the model)")
-    p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE", help="a capsule to measure; may be given several times")
-    p.add_argument("--ratio", type=_ratios, default="0.6,0.8", metavar="R,R,...", help="presets of the capsules (default: %(default)s)")
+    p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE|built-in", help="a capsule to measure; may be given several times")
+    p.add_argument("--quality", type=_qualities, default=[], metavar="Q,Q,...", help="qualities of the capsules (default: each capsule's own)")
+    p.add_argument("--ratio", type=_ratios, default=[], metavar="R,R,...", help="tiers of the capsules, by the share of the bytes that they save (default: none; format v1: 0.6,0.8)")
     p.add_argument("--no-guard", action="store_true", help="measure every preset also without the fidelity guard")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes", help="pictures and questions (default: %(default)s)")
     p.add_argument("--mixed-sizes", action="store_true", help="the suite's pictures in many sizes, 280 to 420 pixels each way, for models that take any")
@@ -57,14 +58,22 @@ def _count(text: str) -> int:
 
 
 def _ratios(text: str) -> list[float]:
+    return _numbers(text, 1, "0.6,0.8")
+
+
+def _qualities(text: str) -> list[float]:
+    return _numbers(text, 100, "0.5,0.7")
+
+
+def _numbers(text: str, most: int, example: str) -> list[float]:
     """Raises ArgumentTypeError."""
     try:
-        ratios = [float(ratio) for ratio in text.split(",")]
+        numbers = [float(number) for number in text.split(",")]
     except ValueError:
-        ratios = []
-    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise argparse.ArgumentTypeError(f"{text}: numbers between 0 and 1 with commas between them, such as 0.6,0.8")
-    return ratios
+        numbers = []
+    if not numbers or not all(0 < number < most for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: numbers between 0 and {most} with commas between them, such as {example}")
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +100,7 @@ def run(args: argparse.Namespace) -> dict:
     todo = [settings.Setting("f16"), settings.FLOOR, *settings.rivals(names)]
     guards = (True, False) if args.no_guard else (True,)
     for capsule in args.capsule:
-        todo += settings.capsules(capsule, args.ratio, guards)
+        todo += settings.capsules(capsule, args.quality, args.ratio, guards)
     if len({s.name for s in todo}) < len(todo):  # two files with the same codec
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
     if args.report:

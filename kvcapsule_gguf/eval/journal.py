@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from ..chat.files import BUILT_IN
 from .samples import Sample
 from .settings import Setting
 from .vlm import EvalError
@@ -22,8 +23,13 @@ class SeenBy:
     agree: list[float]
     bytes_f16: int
     bytes_now: int
-    n_slots: list[int]
+    slots: dict[str, int]  # of each tier
     seconds: float
+
+    @classmethod
+    def from_json(cls, value: dict) -> SeenBy:
+        """Older journals have two numbers, economy and faithful."""
+        return cls(**({"slots": dict(zip(("economy", "faithful"), value.pop("n_slots")))} if "n_slots" in value else {}), **value)
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Journal:
             if not isinstance(entry, dict) or entry.get("run") != self.run:
                 raise EvalError(f"{self.path} is of another run: repeat that one to go on, or delete the file")
             try:
-                by_name = {s: SeenBy(**entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
+                by_name = {s: SeenBy.from_json(entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
                 self._merge(entry["picture"], Seen(entry["task"], entry["tokens"], entry["n_vision"], by_name))
             except (KeyError, TypeError):
                 raise EvalError(f"{self.path}: line {number} is not of this program: delete the line, or the file") from None
@@ -103,5 +109,7 @@ def _key(sample: Sample) -> str:
 
 def _identity(setting: Setting) -> str:
     """What distinguishes a setting, the capsule's contents included."""
-    content = hashlib.sha256(setting.capsule.read_bytes()).hexdigest()[:16] if setting.capsule else ""
-    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.guard, setting.floor, content])
+    built_in = str(setting.capsule) == BUILT_IN
+    content = BUILT_IN if built_in else hashlib.sha256(setting.capsule.read_bytes()).hexdigest()[:16] if setting.capsule else ""
+    quality = [setting.quality] if setting.quality else []  # older journals have none
+    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.guard, setting.floor, content, *quality])

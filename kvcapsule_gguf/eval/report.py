@@ -37,7 +37,7 @@ def _row(result: Evaluation, m: Measured) -> dict[str, Any]:
         "times_smaller": round(m.bytes_f16 / m.bytes_now, 2) if m.bytes_now else None,
         "kv_bytes": m.bytes_now,
         "kv_bytes_f16_equivalent": m.bytes_f16,
-        "slots": {"economy": m.n_slots[0], "faithful": m.n_slots[1]},
+        "slots": dict(m.slots),
         "exact_match": float(exact.mean()),
         "exact_match_95": wilson(int(exact.sum()), len(exact)),
         "exact_match_change": float((exact - base).mean()),
@@ -85,7 +85,7 @@ def markdown(data: dict[str, Any]) -> str:
     ]
     for r in data["settings"]:
         slots = sum(r["slots"].values())
-        share = f"{100 * r['slots']['faithful'] / slots:.0f} %" if slots else "-"
+        share = f"{100 * r['slots']['faithful'] / slots:.0f} %" if slots and "faithful" in r["slots"] else "-"
         low, high = (100 * x for x in r["exact_match_95"])
         dlow, dhigh = (100 * x for x in r["exact_match_change_95"])
         lines.append(
@@ -126,7 +126,7 @@ def picture(path: Path, data: dict[str, Any]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in data["settings"][1:]:
         # presets of one capsule are a line: their names differ in the ratio
-        family = re.sub(r" -?[0-9.]+", "", r["setting"]) if r["slots"]["economy"] else r["setting"]
+        family = re.sub(r" -?[0-9.]+", "", r["setting"]) if any(r["slots"].values()) else r["setting"]
         lines.setdefault(family, []).append((8 * r["kv_bytes"] * 2 / r["kv_bytes_f16_equivalent"], max(r["kld"], 1e-7)))
     series = [Series(name, sorted(points)) for name, points in lines.items()]
     draw(path, [Panel(f"{data['model']}: {data['questions']} questions", "bits per value of the picture's cache", "KLD against f16", series, log_y=True)])

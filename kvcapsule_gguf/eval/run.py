@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Measured:
     agree: list[float] = field(default_factory=list)  # share of the answer's tokens where the reference has the same first choice
     bytes_f16: int = 0
     bytes_now: int = 0
-    n_slots: list[int] = field(default_factory=lambda: [0, 0])
+    slots: Counter[str] = field(default_factory=Counter)  # of each tier
     seconds: float = 0.0
 
     @property
@@ -59,7 +60,7 @@ class Evaluation:
             measured.agree += x.agree
             measured.bytes_f16 += x.bytes_f16
             measured.bytes_now += x.bytes_now
-            measured.n_slots = [a + b for a, b in zip(measured.n_slots, x.n_slots)]
+            measured.slots.update(x.slots)
             measured.seconds += x.seconds
 
 
@@ -143,7 +144,7 @@ def _picture(caches: Iterable[Cache], picture: Picture, prompts: Prompts, questi
         reference = reference or logits
         scores = [score(ours, truth, tokens[-n:]) for (tokens, n), ours, truth in zip(asked, logits, reference)]
         kld, exact, agree = (list(x) for x in zip(*scores))
-        found[cache.setting] = SeenBy(kld, exact, agree, use.bytes_f16, use.bytes_now, list(use.n_slots), seconds)
+        found[cache.setting] = SeenBy(kld, exact, agree, use.bytes_f16, use.bytes_now, use.slots, seconds)
     return Seen([q.task for q in questions], [n for _, n in asked], picture.n_vision, found)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .. import native
+from ..chat.files import BUILT_IN
 from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..runtime import interrupts
@@ -84,7 +85,7 @@ class Vlm:
 
     def capsule(self, path: Path) -> native.Capsule:
         if path not in self._capsules:
-            self._capsules[path] = native.Capsule.load(self.model, path)
+            self._capsules[path] = native.Capsule.builtin(self.model) if str(path) == BUILT_IN else native.Capsule.load(self.model, path)
         return self._capsules[path]
 
     def metadata(self, key: str) -> str | None:

@@ -72,6 +72,11 @@ class TileCapsule:
         axes = [None] * len(x.v_mean) if x.v_axes is None else list(x.v_axes.astype(np.float32))
         return [Head(mean, groups, table, a) for mean, table, a in zip(x.v_mean, x.v_table[tier], axes)]
 
+    @property
+    def first_tier(self) -> int:
+        """The smallest tier that a quality may take, of about 6.5x; smaller ones are for those who ask for a ratio."""
+        return next((t for t, smaller in enumerate(self.smaller) if smaller < 7), len(self.smaller) - 1)
+
     def slot_bytes(self, tier: int, height: int = 8, width: int = 8) -> int:
         """Bytes of a slot of all layers, without units of allocation."""
         return sum(h.size(height, width) for i in range(len(self.layers)) for kind in "kv" for h in self.heads(i, kind, tier))

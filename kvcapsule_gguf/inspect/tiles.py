@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.head import F16
+from ..codec.head import F16, F32
 from ..format.tile_capsule import VERSION, TileCapsule
 from .report import base_of, head_lines, plain
 
@@ -38,9 +38,10 @@ def _tier(capsule: TileCapsule, t: int) -> dict[str, Any]:
     tables = np.concatenate([table[t].ravel() for x in capsule.layers for table in (x.k_table, x.v_table)])
     return {
         "times_smaller": round(capsule.smaller[t], 2),
+        "by_quality": t >= capsule.first_tier,
         "bytes_per_tile": capsule.slot_bytes(t),
         "bytes_per_tile_f16": capsule.f16_bytes(),
-        "blocks": {"f16" if b == F16 else f"{b} bits": int(n) for b, n in zip(*np.unique(tables, return_counts=True))},
+        "blocks": {{F16: "f16", F32: "f32"}.get(b, f"{b} bits"): int(n) for b, n in zip(*np.unique(tables, return_counts=True))},
         "layers": layers,
     }
 
@@ -51,11 +52,12 @@ def text(data: dict[str, Any]) -> str:
         *head_lines(data),
         f"tiles: 8 x 8 tokens; {len(data['layers'])} layers, {axes} of them with axes of values",
         "",
-        f"{'smaller':>8} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits",
+        f"{'smaller':>8} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits (*: --ratio alone takes it)",
     ]
     for tier in data["tiers"]:
         blocks = ", ".join(f"{n} {name}" for name, n in tier["blocks"].items())
-        lines.append(f"{tier['times_smaller']:>7.2f}x {tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
+        mark = " " if tier["by_quality"] else "*"
+        lines.append(f"{tier['times_smaller']:>7.2f}x{mark}{tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
     lines += ["", "bits of a key (K) and of a value (V), by layer, for each tier", "layer " + " ".join(f"{tier['times_smaller']:>10.2f}x" for tier in data["tiers"])]
     for i, x in enumerate(data["layers"]):
         each = [tier["layers"][i] for tier in data["tiers"]]

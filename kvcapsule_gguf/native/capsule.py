@@ -48,6 +48,11 @@ class CapsuleStats:
     tiers: tuple[TierStats, ...] = ()
 
     @property
+    def slots(self) -> dict[str, int]:
+        """Slots in use by tier: "6.25x", "5.50x", ... or economy and faithful."""
+        return {f"{t.smaller:.2f}x": t.slots for t in self.tiers} or dict(zip(("economy", "faithful"), self.n_slots))
+
+    @property
     def vision_tokens(self) -> int:
         return self.n_cold + self.n_hot_vision
 
@@ -168,9 +173,9 @@ def attached(wanted: Callable[[], Attachment | None]) -> Iterator[None]:
 
 
 def environment_capsule() -> Path | None:
-    """The file that LLAMA_KVCAPSULE names for every context."""
+    """The file that LLAMA_KVCAPSULE names for every context; None if it names none, or asks for the built-in capsule."""
     name = os.environ.get("LLAMA_KVCAPSULE")
-    return Path(name) if name else None
+    return Path(name) if name and name != "auto" else None
 
 
 def is_attached(ctx: int) -> bool:

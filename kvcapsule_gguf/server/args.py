@@ -21,8 +21,9 @@ class Options:
     model: Path | None = None
     hf_repo: str | None = None
     mmproj: Path | None = None
-    capsule: str = "auto"  # auto, off or a file
+    capsule: str = "auto"  # auto, built-in, off or a file
     n_hot: int = 0
+    quality: float = 0.0
     ratio: float = 0.0
     n_ctx: int | None = None  # None = DEFAULT_CTX or the model's, if that is less
     parallel: int = 4
@@ -59,9 +60,10 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
     add("-m", "--model", type=Path, metavar="FILE", help="the same as MODEL (env: LLAMA_ARG_MODEL)")
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="take model, mmproj and capsule from the Hugging Face Hub (env: LLAMA_ARG_HF_REPO)")
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
-    add("--capsule", metavar="FILE|auto|off", default=environ.get("LLAMA_KVCAPSULE") or "auto", env="LLAMA_ARG_CAPSULE", help="as in kvcapsule-chat (default: auto)")
+    add("--capsule", metavar="FILE|auto|built-in|off", default=environ.get("LLAMA_KVCAPSULE") or "auto", env="LLAMA_ARG_CAPSULE", help="as in kvcapsule-chat (default: auto)")
     add("--hot", dest="n_hot", type=int, metavar="N", default=0, env="LLAMA_ARG_HOT", help="cells of the uncompressed cache, shared by all slots (default: a picture for each slot + max(2048, context/4))")
-    add("--ratio", type=float, metavar="R", default=0.0, env="LLAMA_ARG_RATIO", help="share of a picture's cache to save (default: the capsule's)")
+    add("--quality", type=float, metavar="Q", default=0.0, env="LLAMA_ARG_QUALITY", help="as in kvcapsule-chat (default: the capsule's)")
+    add("--ratio", type=float, metavar="R", default=0.0, env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality")
     add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")
     add("-np", "--parallel", type=int, metavar="N", default=4, env="LLAMA_ARG_N_PARALLEL", help="slots (default: 4)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", env="LLAMA_ARG_HOST", help="address to listen on (default: 127.0.0.1)")
@@ -107,10 +109,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.hf_repo = get("LLAMA_ARG_HF_REPO") if options.model is None else None
     if (options.model is None) == (options.hf_repo is None):
         p.error("give a model file" if options.model is None else "give a model file or -hf, not both")
-    numbers = (options.n_hot, options.ratio, options.drain_s, options.max_megapixels)
+    numbers = (options.n_hot, options.quality, options.ratio, options.drain_s, options.max_megapixels)
     limits = (options.parallel, options.max_body_mib, options.max_image_mib, options.max_megapixels, options.max_images)
     if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or min(limits) <= 0 or not 0 <= options.port <= 65535:
         p.error("a limit or size is out of range")
+    if options.quality and options.ratio:
+        p.error("give --quality or --ratio, not both: a ratio is one tier for everything")
     if any(flag.partition("=")[0] in NOT_HERE for flag in rest):
         p.error(f"{' and '.join(NOT_HERE)} are not for this server")
     return options

@@ -63,9 +63,8 @@ def serve(options: Options, stop: threading.Event) -> None:
             raise KVCapsuleError(f"{options.host}:{options.port} cannot be used: {error.strerror or error}") from None
         gateway.start()
         host, port = gateway.server_address[:2]
-        capsule = f"capsule {upstream.capsule.name}" if upstream.capsule else "no capsule"
         shown = f"[{host}]" if ":" in str(host) else host
-        say(f"listening on http://{shown}:{port} ({capsule}, {options.parallel} slots{', API key' if options.api_keys else ''})")
+        say(f"listening on http://{shown}:{port} ({upstream.capsule_name()}, {options.parallel} slots{', API key' if options.api_keys else ''})")
         while not stop.wait(0.2):
             upstream.tend()
         say("stopping: running answers are finished first")

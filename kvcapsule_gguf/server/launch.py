@@ -34,6 +34,7 @@ STARTS = 5  # llama-server is given up when it has ended so many times in a row
 YOUNG_S = 10.0  # an end so soon after it was ready is one of a row
 PAUSE_S = 1.0  # before its second start in a row; before each further one twice as long
 KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH", "LLAMA_KVCAPSULE_SIMD")  # no flag says these
+LIBRARY_BUILT_IN = "auto"  # the built-in capsule, in LLAMA_KVCAPSULE
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 _libc = ctypes.CDLL(None) if os.name != "nt" else None
 
@@ -153,7 +154,8 @@ class Upstream:
                 self.process.wait()
         self._scratch.close()
 
-    def _find_capsule(self) -> Path | None:
+    def _find_capsule(self) -> str | None:
+        """What LLAMA_KVCAPSULE is to say; None: nothing."""
         setting = self.options.capsule
         if setting == "off" or self.mmproj is None:
             if setting not in ("off", "auto"):
@@ -169,13 +171,21 @@ class Upstream:
                 self.say(f"{error}; pictures stay uncompressed")
                 return None
             architecture = fingerprint = ""
+        if setting == files.BUILT_IN:
+            return LIBRARY_BUILT_IN
         path = files.find_capsule(setting, self.model, self.mmproj, architecture, fingerprint)
         if path is None:
             self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.model, self.mmproj)}")
         elif setting != "auto" and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
             # llama-server would go on without it
             raise KVCapsuleError(f"{path} is a capsule for another model")
-        return path
+        return path and str(path)
+
+    def capsule_name(self) -> str:
+        """For people."""
+        if self.capsule is None:
+            return "no capsule"
+        return "built-in capsule" if self.capsule == LIBRARY_BUILT_IN else f"capsule {Path(self.capsule).name}"
 
     def _flags(self) -> list[str]:
         options = self.options
@@ -199,10 +209,10 @@ class Upstream:
         """As in the library, but for a picture in each slot: while they are read they are all in the hot cache."""
         assert self.capsule is not None
         try:
-            value = read_header(self.capsule, lambda key: key == "kvcapsule.image_tokens").values.get("kvcapsule.image_tokens")
+            value = read_header(Path(self.capsule), lambda key: key == "kvcapsule.image_tokens").values.get("kvcapsule.image_tokens")
             picture = int(value.data) if value else 0  # type: ignore[call-overload]
         except (GGUFError, OSError, TypeError, ValueError):
-            picture = 0  # a damaged file, which llama-server will name
+            picture = 0  # the built-in one, or a damaged file, which llama-server will name
         return self.options.parallel * (picture or UNKNOWN_PICTURE) + max(2048, self._context() // 4)
 
     def _environment(self) -> dict[str, str]:
@@ -212,10 +222,11 @@ class Upstream:
         # glibc would keep the memory of large requests, for each of its threads
         env = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"} | env
         if self.capsule is not None:
-            env["LLAMA_KVCAPSULE"] = str(self.capsule)
+            env["LLAMA_KVCAPSULE"] = self.capsule
             env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot or self._hot())
-            if self.options.ratio:
-                env["LLAMA_KVCAPSULE_RATIO"] = str(self.options.ratio)
+            for name, value in (("QUALITY", self.options.quality), ("RATIO", self.options.ratio)):
+                if value:
+                    env[f"LLAMA_KVCAPSULE_{name}"] = str(value)
         return env
 
     def _read(self, output: IO[bytes]) -> None:

@@ -96,6 +96,7 @@ static std::string metadata(const llama_capsule_tables & c) {
     for (float x : c.smaller) {
         out.f32(x);
     }
+    out.u32(c.i_tier_first);
 
     for (const auto & l : c.layers) {
         for (uint32_t x : { l.il, (uint32_t) l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v }) {
