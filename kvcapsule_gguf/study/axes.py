@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,28 +75,41 @@ def wild(n: int, cache: Cache, tokens: int = 3, times: float = 4.0) -> Cache:
 
 @dataclass
 class Bench:
-    """fit: what tables and axes are fitted to. The default coding is kept."""
+    """fit: what tables and axes are fitted to. The default coding is kept, and that of the built-in tables."""
 
     fit: Sequence[KVSample]
     suites: dict[str, Suite]
-    kept: dict[str, tuple[Coded, dict[str, Coded]]] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self):  # noqa: ANN201
         return next(iter(self.suites.values())).answers.decoder.model
 
-    def code(self, basis: dict | None = None, fit: Sequence[KVSample] | None = None, **options: object) -> tuple[Coded, dict[str, Coded]]:
-        """What is fitted to in axes of the other pictures of it, and the suites in axes of them all. basis: options of fit_basis; options: of Coded."""
-        part, shape = self.fit if fit is None else fit, {k: options[k] for k in ("shape",) if k in options}
+    def code(self, basis: dict | None = None, fit: Sequence[KVSample] | None = None, lines: int = 0, **options: object) -> tuple[Coded, dict[str, Coded]]:
+        """What is fitted to in axes of the other pictures of it, and the suites in axes of them all.
+
+        basis: options of fit_basis; options: of Coded; lines: tokens are cut as if they lay in lines of so many.
+        """
+        def cut(samples: Sequence[KVSample]) -> Sequence[KVSample]:
+            return [replace(s, width=lines) for s in samples] if lines else samples
+
+        part, shape = cut(self.fit if fit is None else fit), {k: options[k] for k in ("shape",) if k in options}
         basis = shape | (basis or {})
         found = fit_basis(part, self.model, **basis)
-        tests = {name: Coded(self.model, s.samples, found, types=TYPES, **options) for name, s in self.suites.items()}  # type: ignore[arg-type]
+        tests = {name: Coded(self.model, cut(s.samples), found, types=TYPES, **options) for name, s in self.suites.items()}  # type: ignore[arg-type]
         return cross_coded(self.model, part, TYPES, basis, **options), tests
 
     def default(self) -> tuple[Coded, dict[str, Coded]]:
         if "default" not in self.kept:
             self.kept["default"] = self.code()
         return self.kept["default"]
+
+    def plain(self) -> dict[str, Coded]:
+        """The suites without means and axes, as the built-in tables want them."""
+        if "plain" not in self.kept:
+            zero = fit_basis(self.fit[:1], self.model, mean=False, v_axes="none")
+            self.kept["plain"] = {name: Coded(self.model, s.samples, zero, types=TYPES) for name, s in self.suites.items()}
+        return self.kept["plain"]
 
     def head(self) -> str:
         names = list(self.suites)
@@ -164,6 +178,14 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for size, tables in zip(at, fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options))):  # type: ignore[arg-type]
             yield bench.row(label, tests, [tables])
 
+    def by_tile(label: str, coding: tuple[Coded, dict[str, Coded]], **options: object) -> Iterator[str]:
+        """A tier for each tile by its error over q4_0's, with the limit that makes the first suite so many times smaller."""
+        fitted, tests = coding
+        tables = fit_tables(fitted, [16 / x for x in SMALLER[BY_QUALITY:]], types=TYPES, **options)  # type: ignore[arg-type]
+        for size in sizes:
+            limit = matched(tables, rival_scores, next(iter(tests.values())), size)
+            yield bench.row(f"{label}, a tier for each tile", tests, tables, smallest(tables, rival_scores, limit))
+
     if axis == "stock":
         for keys, values in (("q4_0", "q4_0"), ("iq4_nl", "iq4_nl"), ("q5_0", "q4_0"), ("q8_0", "q4_0"), ("q8_0", "q8_0")):
             for everywhere in (False, True):
@@ -181,8 +203,13 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
                 yield from fixed(f"{name}, {'the same bytes for each layer' if per_layer else 'over all layers'}", weight=w, per_layer=per_layer)
     elif axis == "kinds":
         fitted, _ = bench.default()
-        for times in (0.25, 0.5, 1, 2, 4):
-            yield from fixed(f"keys count {times:g} times", weight={x: times if x[0] == "k" else 1 for x in fitted.energy})
+        for times in (0.5, 1, 2, 4):
+            weight = {x: times if x[0] == "k" else 1 for x in fitted.energy}
+            yield from fixed(f"keys count {times:g} times", weight=weight)
+            yield from by_tile(f"keys count {times:g} times", bench.default(), weight=weight)
+        plain = bench.plain()
+        for more in (0, 0.25, 0.5):
+            yield bench.row(f"built in, {2 * more:g} bits more for keys than for values", plain, [builtin_tables(model, 4.25, more)])
     elif axis == "types":
         for types in ((0, 2, 4, 8), (0, 2, 3, 4, 6), (0, 2, 3, 4, 6, 8), (0, 1, 2, 3, 4, 6, 8), TYPES):
             yield from fixed(", ".join(map(str, types[1:])) + " bits", types=types)
@@ -195,14 +222,12 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             yield from fixed(f"V {v}, K {k}", coding, at=(*sizes, 8))
     elif axis == "tiles":
         whole = bench.fit[0]
-        for shape in SHAPES:
+        for shape, lines in (*((shape, 0) for shape in SHAPES), ((8, 8), 8)):
             if whole_tiles(whole, shape).size == len(whole.keys[0]):
-                label, (fitted, tests) = f"runs of {shape[1]}" if shape[0] == 1 else "tiles of {} x {}".format(*shape), bench.code(shape=shape)
+                label = f"runs of {shape[1]}" if shape[0] == 1 else "runs of 64, in lines of 8" if lines else "tiles of {} x {}".format(*shape)
+                fitted, tests = bench.code(shape=shape, lines=lines)
                 yield from fixed(label, (fitted, tests))
-                tables = fit_tables(fitted, [16 / x for x in SMALLER[BY_QUALITY:]], types=TYPES)
-                for size in sizes:
-                    limit = matched(tables, rival_scores, next(iter(tests.values())), size)
-                    yield bench.row(f"{label}, a tier for each", tests, tables, smallest(tables, rival_scores, limit))
+                yield from by_tile(label, (fitted, tests))
     elif axis == "blocks":
         for n in (1, 2, 4):
             yield from fixed(f"blocks of {32 * n} values", bench.default() if n == 2 else bench.code(rows=n))
@@ -217,8 +242,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             for groups in ("group", "row"):
                 yield from fixed(f"a table for each {scope}, {'groups apart' if groups == 'group' else 'one for all groups'}", scope=scope, groups=groups)
     elif axis == "pictures":
-        zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
-        plain = {name: Coded(model, suite.samples, zero, types=TYPES) for name, suite in bench.suites.items()}
+        plain = bench.plain()
         for size in sizes:
             yield bench.row("none: built in", plain, [builtin_tables(model, size)])
         for n in (1, 4, 12, 24):
@@ -290,8 +314,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             part = tables[BY_QUALITY:]
             yield bench.row(f"quality {q}", tests, part, smallest(part, lambda c, t: quality_scores(c, t, fitted.energy), q))
     elif axis == "builtin-quality":
-        zero = fit_basis(bench.fit[:1], model, mean=False, v_axes="none")
-        tests = {name: Coded(model, s.samples, zero, types=TYPES) for name, s in bench.suites.items()}
+        tests = bench.plain()
         tables = [builtin_tables(model, x) for x in BUILTIN]
         for q in QUALITIES:
             yield bench.row(f"built in, quality {q}", tests, tables, smallest(tables, lambda c, t: quality_scores(c, t, c.energy), q))

@@ -62,11 +62,11 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     return out
 
 
-def builtin_tables(model: BaseModel, smaller: float) -> Tables:
-    """The tables that need no file."""
+def builtin_tables(model: BaseModel, smaller: float, more: float = 0) -> Tables:
+    """The tables that need no file. more: bits that keys have above the mean, and values below it (study only)."""
     out = {}
     for i, layer in enumerate(model.kv_layers):
         for kind in KINDS:
-            table = builtin_table(16 / smaller, len(groups_of(model, kind, i)))
+            table = builtin_table(16 / smaller + (more if kind == "k" else -more), len(groups_of(model, kind, i)))
             out[kind, i] = np.repeat(table[None], model.head_count_kv[layer], 0)
     return out
