@@ -10,13 +10,18 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ROOT
-from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, N
+from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR, U32, N
 from llama_runner import Case, StepResult, compress, image, load_capsule, stats, text
+from make_tile_capsule import random_tile_capsule
 from tiny_gguf import rewrite
 
 from kvcapsule_gguf.format.capsule import CapsuleError
 from kvcapsule_gguf.format.reader import read_capsule
-from kvcapsule_gguf.format.tile_capsule import read_any_capsule
+from kvcapsule_gguf.format.tile_capsule import read_any_capsule, read_tile_capsule
+from kvcapsule_gguf.train.fit_tiles import SMALLER
+
+BOOL = gguf.GGUFValueType.BOOL
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -82,12 +87,46 @@ def test_every_quantization_fits(models, capsules, patched):
     assert all(re.fullmatch("[0-9a-f]{64}", p) for p in prints.values())
 
 
+DEMO = ROOT / "kvcapsule_gguf" / "demo"
+DEMOS = {DEMO / "kvdemo-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-8M.gguf", DEMO / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-mrope-8M.gguf"}
+
+
+def test_the_bundled_capsules_of_format_2(patched):
+    """Each is for its model and not for the other."""
+    cases = [Case(model.stem, model, [load_capsule(DEMOS[model]), load_capsule(other)], n_ctx=64) for model, other in zip(DEMOS, reversed(DEMOS.values()))]
+    for case, result in patched(cases).items():
+        own, other = (s.values for s in result.steps)
+        assert own == {"loaded": True, "last_error": ""}, case
+        assert not other["loaded"] and "was made for another model" in other["last_error"]
+    assert all(read_tile_capsule(path).smaller == pytest.approx(SMALLER, rel=0.01) for path in DEMOS.values())
+
+
+def test_a_file_of_format_2_for_another_model(models, patched, folder):
+    """What only the model tells, in the order of the checks."""
+    model = models(arch="llama")
+    good = random_tile_capsule(model, folder / "tiles.gguf", tiers=[4])
+    changes = {
+        "architecture": {"kvcapsule.base.architecture": ("qwen2", STR), "general.architecture": ("qwen2", STR)},
+        "3 layers, not 2": {"kvcapsule.base.block_count": (3, U32)},
+        "RoPE type neox": {"kvcapsule.base.rope.type": ("neox", STR)},
+        "layer 0 is with RoPE": {"kvcapsule.layer_rope": ([False, True], BOOL)},
+        "layer 0 has RoPE on 64 channels, the capsule on 62": {"kvcapsule.base.rope.dimension_count": (62, U32)},
+        "fingerprint": {"kvcapsule.base.fingerprint": ("0" * 64, STR)},
+    }
+    paths = [rewrite(good, folder / f"tiles-{i}.gguf", kv=kv) for i, kv in enumerate(changes.values())]
+    heads, size = (random_tile_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
+    result = patched([Case("v2", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["v2"]
+    first, *others = (s.values for s in result.steps)
+    assert first == {"loaded": True, "last_error": ""}
+    for reason, seen in zip([*changes, "layer 0 has 2 KV heads, the capsule 1", "head size of layer 0"], others, strict=True):
+        assert not seen["loaded"] and f"was made for another model: {reason}" in seen["last_error"]
+
+
 @pytest.mark.parametrize("layers", ["all", "0"])
 @pytest.mark.parametrize("bundled", [True, False])
 def test_a_mean_that_overflows_with_what_is_added_to_it(models, capsules, patched, folder, bundled, layers):
     """f16 just holds 65504. With a whole mean of that, answers became NaN; both readers refuse it with the same line."""
-    demo = ROOT / "kvcapsule_gguf" / "demo"
-    model, good = (demo / "kvdemo-8M-v1-F16.gguf", demo / "kvcapsule-kvdemo-8M-v1.gguf") if bundled else (models(arch="llama"), capsules(models(arch="llama"), block_size=N, lossless=False))
+    model, good = (DEMO / "kvdemo-8M-v1-F16.gguf", DEMO / "kvcapsule-kvdemo-8M-v1.gguf") if bundled else (models(arch="llama"), capsules(models(arch="llama"), block_size=N, lossless=False))
     bad = folder / f"mean-{bundled}-{layers}.gguf"
     means = [t.name for t in gguf.GGUFReader(good).tensors if t.name.endswith(".v_mean")]
     rewrite(good, bad, tensors={n: lambda a: np.full_like(a, 65504) for n in (means if layers == "all" else means[:1])})

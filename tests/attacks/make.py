@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from damages import F32, STR, U8, U16, U32, Damage, key, kind_of, length_of, offset_of, put, raw, tensor, tensor_field  # noqa: E402
 from make_capsule import random_capsule  # noqa: E402
+from make_tile_capsule import MIXED, random_tile_capsule  # noqa: E402
 from tiny_gguf import TinyModel, rewrite, write  # noqa: E402
 
 FILES = HERE / "files"
@@ -112,12 +113,53 @@ ATTACKS: dict[str, tuple[str, Damage]] = {
 }  # fmt: skip
 
 
+# of format v2
+K_TABLE = b"blk.0.kvcapsule.k_table"
+AXES = b"blk.0.kvcapsule.v_axes"
+TILES = "tiles-"
+ATTACKS |= {TILES + name: attack for name, attack in {
+    "count-tensors": ("CVE-2024-21802 and its sisters: a count is allocated before it is checked", number(8, 1 << 60)),
+    "array-length": ("the same, the length of an array: n * size wraps to 0", raw(lambda b: length_of(b, b"kvcapsule.layers", 1 << 62))),
+    "string-length": ("the same, the length of a string", raw(lambda b: length_of(b, b"kvcapsule.base.rope.type", (1 << 64) - 8))),
+    "nelements-wraps": ("#27203: the number of elements overflows to what is expected", shape(K_TABLE, (1 << 62) + 1)),
+    "padding-wraps": ("#26318: a size that wraps when it is padded", shape(K_TABLE, (1 << 63) - 1, 1)),
+    "zero-dimension": ("#24263: a division by a dimension of 0", shape(AXES, 0)),
+    "axes-of-another-head": ("#29128: the LoRA loader accepted any ne[2]", tensor("blk.0.kvcapsule.v_axes", lambda a: np.concatenate([a, a]))),
+    "array-element-type": ("#26690: the type of an array's elements was not checked before the cast", key("kvcapsule.base.key_length", [32], U8)),
+    "bits-shift": ("a number that a shift is made by", tensor("blk.0.kvcapsule.k_table", put(64, 0, 0, 7, 0))),
+    "bits-signed": ("CVE-2026-21869: a count that is negative when signed", tensor("blk.0.kvcapsule.v_table", put(-128, 1, 0, 32, 0))),
+    "rope-signed": ("CVE-2025-52566: a size that is negative when signed", key("kvcapsule.base.rope.dimension_count", 0xFFFFFFFE)),
+    "heads-signed": ("the same, a number of heads", key("kvcapsule.base.head_count_kv", [0x80000001])),
+    "layer-index": ("LM Studio #2289: an index out of range", key("kvcapsule.layers", [0xFFFFFFFF])),
+    "no-bytes": ("#24263: a division by a size of 0", lambda good, bad: rewrite(good, bad, tensors={
+        f"blk.0.kvcapsule.{t}": lambda a: a * np.array([1, 0], np.int8)[:, None, None, None] for t in ("k_table", "v_table")})),
+    "nan-energy": ("a threshold that no comparison is true for", key("kvcapsule.key_energy", [float("nan")], F32)),
+    "infinite-size": ("the same, a size", key("kvcapsule.smaller", lambda v: [float("inf"), *v[1:]], F32)),
+    "nan-axes": ("one NaN poisons the cache of every layer", tensor("blk.0.kvcapsule.v_axes", put(np.nan, 0, 3, 3))),
+    "loud-axes": ("values that are infinite in the cache's type", tensor("blk.0.kvcapsule.v_axes", lambda a: 1000 * a)),
+    "huge-mean": ("the same, a mean", tensor("blk.0.kvcapsule.v_mean", put(3e38, 0, 0))),
+    "both-formats": ("a file that two readers take for two things", lambda good, bad: rewrite(good, bad, kv={"kvcapsule.block_size": (64, U32)})),
+    "escape-codes": ("text that rewrites the terminal or the log", key("kvcapsule.base.rope.type", "norm\x1b]0;owned\x07", STR)),
+    "template": ("CVE-2026-5760, CVE-2024-34359: a template that the reader renders", key("tokenizer.chat_template", "{{ ''.__class__.__mro__ }}", STR)),
+    "truncated": ("CVE-2026-7482: the file ends inside its last tensor", raw(lambda b: b[:-100])),
+    "offset-behind-the-end": ("the same, memory of the process is read", raw(lambda b: offset_of(b, b"blk.0.kvcapsule.v_mean", 1 << 40))),
+    "in-an-mmproj": ("LM Studio #2289: the same inside an mmproj", in_mmproj({"tensors": {"blk.0.kvcapsule.v_axes": lambda a: a[:, :4].copy()}})),
+    "hidden-bytes": ("bytes that no tensor covers", raw(lambda b: b + b"#!/bin/sh\n" * 8)),
+    "duplicate-tensor": ("two tensors of one name", raw(lambda b: b.replace(b"blk.0.kvcapsule.v_table", b"blk.0.kvcapsule.k_table"))),
+}.items()}  # fmt: skip
+
+
+def good_files(model: Path, folder: Path) -> tuple[Path, Path]:
+    """The files that the attacks are made from, of format v1 and v2."""
+    return random_capsule(model, folder / "good.gguf", block_size=8), random_tile_capsule(model, folder / "good-tiles.gguf", tiers=[(1, 2, 3, 4), MIXED])
+
+
 def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        good = random_capsule(write(MODEL, Path(scratch) / "model.gguf"), Path(scratch) / "good.gguf", block_size=8)
+        blocks, tiles = good_files(write(MODEL, Path(scratch) / "model.gguf"), Path(scratch))
         for name, (_, damage) in ATTACKS.items():
-            damage(good, folder / f"{name}.gguf")
+            damage(tiles if name.startswith(TILES) else blocks, folder / f"{name}.gguf")
 
 
 if __name__ == "__main__":
