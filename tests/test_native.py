@@ -78,6 +78,12 @@ def test_a_library_of_another_version(tmp_path: Path) -> None:
     assert "does not fit llama-cpp-python" in error_of(python(LOAD, tmp_path))
 
 
+def test_a_library_that_was_not_built_again() -> None:
+    missing = "import ctypes; real = ctypes.CDLL.__getitem__; ctypes.CDLL.__getitem__ = lambda lib, name: real(lib, name.replace('capsule_get_stats', 'no_such')); "
+    said = error_of(python(missing + LOAD, library("patched")))
+    assert "older or newer than this package" in said and "llama_no_such" in said and "run scripts/setup" in said
+
+
 def test_the_stock_library_has_no_capsules() -> None:
     stock = library("stock")
     assert python(LOAD + "print(n.has_capsule, native.is_attached(None))", stock).stdout.split() == ["False", "False"]

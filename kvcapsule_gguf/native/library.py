@@ -78,7 +78,10 @@ def load(directory: Path | None = None) -> Native:
     # both, always: a libmtmd from elsewhere would bring its own libllama on some systems
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(directory)
     llama = _import("llama_cpp.llama_cpp", directory)
-    has_capsule = bind(llama._lib, llama.llama_model_p_ctypes, llama.llama_context_p_ctypes, llama.llama_context_params)
+    try:
+        has_capsule = bind(llama._lib, llama.llama_model_p_ctypes, llama.llama_context_p_ctypes, llama.llama_context_params)
+    except AttributeError as error:
+        raise NativeError(f"the libraries in {directory} are older or newer than this package ({error}): run scripts/setup") from None
     _loaded = Native(llama, directory, has_capsule)
     return _loaded
 
