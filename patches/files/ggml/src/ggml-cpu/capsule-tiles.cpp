@@ -2,7 +2,7 @@
 
 #include "ggml-capsule-layout.h"
 #include "ggml-capsule/attn.h"
-#include "ggml-capsule/tile.h"
+#include "ggml-capsule/read.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -50,13 +50,8 @@ struct tile_node {
 
     const float * floats(int32_t offset) const { return offset == 0 ? nullptr : (const float *) (tables + offset); }
 
-    ggml_capsule_coder coder(int head, bool is_v) const;
-
-    // K (without RoPE) or V of a head of a slot, [h*w][d]
-    void read(int i_slot, int head, bool is_v, float * x, std::vector<float> & work) const;
-
-    // turns the pairs of n rows of ld values: those of row i by angles + i*step
-    void turn(float * x, size_t ld, int n, const float * angle, size_t step, bool back) const;
+    const float * mean(int head, bool is_v) const;
+    const float * axes(int head) const; // of V, NULL: none
 
 private:
     const ggml_capsule_tile_tables & head() const { return *(const ggml_capsule_tile_tables *) tables; }
@@ -98,48 +93,16 @@ tile_node::tile_node(const ggml_tensor * dst) {
     }
 }
 
-ggml_capsule_coder tile_node::coder(int i_head, bool is_v) const {
-    const auto & t = head();
-    const int    d = is_v ? p.d_v : p.d_k;
+const float * tile_node::mean(int i_head, bool is_v) const {
+    const float * res = floats(is_v ? head().v_mean : head().k_mean);
 
-    const float * mean = floats(is_v ? t.v_mean : t.k_mean);
-    const float * axes = is_v ? floats(t.v_axes) : nullptr;
-
-    return { is_v ? ch_v : ch_k, mean ? mean + i_head*d : nullptr, axes ? axes + (size_t) i_head*d*d : nullptr };
+    return res ? res + i_head*(is_v ? p.d_v : p.d_k) : nullptr;
 }
 
-void tile_node::read(int i_slot, int i_head, bool is_v, float * x, std::vector<float> & work) const {
-    const auto & s = slots[i_slot];
-    const auto & f = forms[s.form];
-    const int    d = is_v ? p.d_v : p.d_k;
+const float * tile_node::axes(int i_head) const {
+    const float * res = floats(head().v_axes);
 
-    work.resize(f.h*f.w*d + ggml_capsule_rows_work(d));
-
-    ggml_capsule_read(coder(i_head, is_v), is_v ? ggml_capsule_form_v(f, i_head) : ggml_capsule_form_k(f, i_head),
-            pool + (size_t) s.offset*64 + (is_v ? f.v_offset : f.k_offset)[i_head], x, d, work.data(), work.data() + f.h*f.w*d);
-}
-
-void tile_node::turn(float * x, size_t ld, int n, const float * angle, size_t step, bool back) const {
-    const int half  = p.n_rot/2;
-    const int first = ch_k.halves ? 1    : 2; // from pair to pair
-    const int other = ch_k.halves ? half : 1; // from member to member
-
-    for (int j = 0; j < n; ++j, x += ld, angle += step) {
-        const float * cos = angle;
-        const float * sin = angle + ld_angles/2;
-
-        for (int i = 0; i < half; ++i) {
-            float & a = x[i*first];
-            float & b = x[i*first + other];
-
-            const float s = back ? -sin[i] : sin[i];
-            const float u = a*cos[i] - b*s;
-            const float v = a*s + b*cos[i];
-
-            a = u;
-            b = v;
-        }
-    }
+    return res ? res + (size_t) i_head*p.d_v*p.d_v : nullptr;
 }
 
 // normalised, of runs of n values
@@ -187,9 +150,180 @@ float max_of(float a, float b) {
 // unpack
 //
 
-void unpack(const ggml_compute_params * params, ggml_tensor * dst) {
-    static thread_local std::vector<float> work, x, angle, col;
+// the slots of one KV head after the other, in one thread
+struct reader {
+    const tile_node & node;
 
+    const bool is_v;
+    const int  d;
+
+    const ggml_capsule_channels & ch;
+
+    std::vector<float> x; // [tokens][d], of the slot that was read last
+
+    reader(const tile_node & node, bool is_v) :
+        node(node), is_v(is_v), d(is_v ? node.p.d_v : node.p.d_k), ch(is_v ? node.ch_v : node.ch_k) {
+    }
+
+    void read(int i_slot, int head);
+
+    // turns keys by R(first position) R(distance)
+    void turn(int i_slot);
+
+private:
+    static constexpr int L         = GGML_CAPSULE_LANES;
+    static constexpr int GEMM_ROWS = 4;
+
+    std::vector<float> group; // [tokens][2*L]
+    std::vector<float> rows;  // [tokens][groups][2*L]
+    std::vector<float> out;   // [tokens][ld]
+    std::vector<float> turned; // [groups][2*L][ld]: what turns rows back from the axes of a head
+    int                turned_head = -1;
+
+    void read_groups(const ggml_capsule_plan * plan, const uint8_t * bytes, int n);
+    void read_axes  (const ggml_capsule_plan * plan, const uint8_t * bytes, int n, int head);
+};
+
+void reader::read(int i_slot, int head) {
+    const auto & s = node.slots[i_slot];
+    const auto & f = node.forms[s.form];
+    const int    n = f.h*f.w;
+
+    const auto    * plan  = is_v ? ggml_capsule_form_v(f, head) : ggml_capsule_form_k(f, head);
+    const uint8_t * bytes = node.pool + (size_t) s.offset*64 + (is_v ? f.v_offset : f.k_offset)[head];
+
+    x.resize(n*d);
+    if (is_v && node.axes(head)) {
+        read_axes(plan, bytes, n, head);
+    } else {
+        read_groups(plan, bytes, n);
+    }
+
+    if (const float * mean = node.mean(head, is_v)) {
+        for (int j = 0; j < n; ++j) {
+            ggml_vec_acc_f32(d, x.data() + j*d, mean);
+        }
+    }
+}
+
+void reader::read_groups(const ggml_capsule_plan * plan, const uint8_t * bytes, int n) {
+    group.resize(n*2*L);
+
+    for (int g = 0; g < plan->n_groups; ++g) {
+        capsule_read_group(plan, g, bytes, group.data(), 2*L);
+        capsule_inverse_tile(group.data(),     2*L, plan->h, plan->w);
+        capsule_inverse_tile(group.data() + L, 2*L, plan->h, plan->w);
+
+        const int n_lanes = plan->groups[g].n_lanes;
+        const int c       = ggml_capsule_channel(ch, g, 0, 0);
+        const int step    = n_lanes > 1 ? ggml_capsule_channel(ch, g, 0, 1) - c : 1;
+
+        for (int reg = 0; reg < 2; ++reg) {
+            const int first = ggml_capsule_channel(ch, g, reg, 0);
+            const int n_reg = first < 0 ? 0 : n_lanes - (ggml_capsule_channel(ch, g, reg, n_lanes - 1) < 0);
+
+            for (int j = 0; j < n; ++j) {
+                const float * from = group.data() + j*2*L + reg*L;
+                float       * to   = x.data() + j*d + first;
+
+                if (step == 1) {
+                    std::copy_n(from, n_reg, to);
+                } else {
+                    for (int i = 0; i < n_reg; ++i) {
+                        to[i*step] = from[i];
+                    }
+                }
+            }
+        }
+    }
+}
+
+void reader::read_axes(const ggml_capsule_plan * plan, const uint8_t * bytes, int n, int head) {
+    const int ld_rows = plan->n_groups*2*L;
+    const int ld      = GGML_PAD(d, L);
+
+    if (turned_head != head) {
+        turned_head = head;
+        turned.assign(ld_rows*ld, 0.0f);
+
+        const float * axes = node.axes(head);
+        for (int i = 0; i < ld_rows; ++i) {
+            const int g = i/(2*L);
+            const int j = i%L < ggml_capsule_n_lanes(ch, g) ? ggml_capsule_channel(ch, g, i/L%2, i%L) : -1;
+            for (int c = 0; c < d && j >= 0; ++c) {
+                turned[i*ld + c] = axes[c*d + j];
+            }
+        }
+    }
+
+    rows.resize(n*ld_rows);
+    for (int g = 0; g < plan->n_groups; ++g) {
+        capsule_read_group(plan, g, bytes, rows.data() + g*2*L, ld_rows);
+    }
+
+    // rows of high frequencies are often not stored
+    bool stored[GGML_CAPSULE_MAX_ROWS] = {};
+    for (int g = 0; g < plan->n_groups; ++g) {
+        ggml_capsule_plan_blocks(plan, g, [&](int row, int n_rows, int, int) {
+            std::fill_n(stored + row, n_rows, true);
+        });
+    }
+    const auto & order = capsule_read_tables::get().order[plan->h][plan->w];
+
+    bool used[GGML_CAPSULE_MAX_ROWS];
+    for (int i = 0; i < n; ++i) {
+        used[order[i]] = stored[i];
+    }
+
+    out.assign(n*ld, 0.0f);
+    for (int i = 0; i < n; i += GEMM_ROWS) {
+        const int m = std::min(GEMM_ROWS, n - i);
+        if (std::any_of(used + i, used + i + m, [](bool x) { return x; })) {
+            simd_gemm(out.data() + i*ld, rows.data() + i*ld_rows, turned.data(), m, ld_rows, ld);
+        }
+    }
+
+    for (int i = 0; i < ld; i += L) {
+        capsule_inverse_tile(out.data() + i, ld, plan->h, plan->w);
+    }
+    for (int j = 0; j < n; ++j) {
+        std::copy_n(out.data() + j*ld, d, x.data() + j*d);
+    }
+}
+
+// pairs (a, b), `step` apart, turned by two angles; strides that the compiler knows
+template<int step>
+void turn_pairs(int n, float * a, float * b, const float * cos0, const float * sin0, const float * cos1, const float * sin1) {
+    for (int i = 0; i < n; ++i) {
+        const float c = cos0[i]*cos1[i] - sin0[i]*sin1[i];
+        const float s = sin0[i]*cos1[i] + cos0[i]*sin1[i];
+        const float u = a[i*step];
+        const float v = b[i*step];
+
+        a[i*step] = u*c - v*s;
+        b[i*step] = u*s + v*c;
+    }
+}
+
+void reader::turn(int i_slot) {
+    const auto & f    = node.forms[node.slots[i_slot].form];
+    const int    half = node.p.n_rot/2;
+    const size_t ld   = node.ld_angles;
+
+    const float * first = node.angles + i_slot*ld;
+    const float * angle = node.angles + node.patterns[i_slot]*ld;
+
+    for (int j = 0; j < f.h*f.w; ++j, angle += ld) {
+        float * row = x.data() + j*d;
+        if (ch.halves) {
+            turn_pairs<1>(half, row, row + half, first, first + ld/2, angle, angle + ld/2);
+        } else {
+            turn_pairs<2>(half, row, row + 1, first, first + ld/2, angle, angle + ld/2);
+        }
+    }
+}
+
+void unpack(const ggml_compute_params * params, ggml_tensor * dst) {
     const tile_node node(dst);
 
     const auto & p = node.p;
@@ -201,18 +335,19 @@ void unpack(const ggml_compute_params * params, ggml_tensor * dst) {
     // of a quantized cache, see llama_kv_cache::build_input_k_rot()
     const int n_rot_cache = is_v ? (p.flags & GGML_CAPSULE_FLAG_ROT_V ? 64 : 0) : (p.flags & GGML_CAPSULE_FLAG_ROT_K ? d & -d : 0);
 
-    for (int item = params->ith; item < node.n_slots*p.n_head_kv; item += params->nth) {
-        const int    i    = item/p.n_head_kv;
-        const int    head = item%p.n_head_kv;
+    reader             r(node, is_v);
+    std::vector<float> col;
+
+    const int64_t n_items = (int64_t) node.n_slots*p.n_head_kv;
+    for (int64_t item = n_items*params->ith/params->nth; item < n_items*(params->ith + 1)/params->nth; ++item) {
+        const int    i    = item%node.n_slots;
+        const int    head = item/node.n_slots;
         const auto & s    = node.slots[i];
         const int    n    = node.forms[s.form].h*node.forms[s.form].w;
 
-        x.resize(n*d);
-        node.read(i, head, is_v, x.data(), work);
-
+        r.read(i, head);
         if (!is_v && p.n_rot > 0) {
-            node.turn(x.data(), d, n, node.angles + node.patterns[i]*node.ld_angles, node.ld_angles, false);
-            node.turn(x.data(), d, n, node.angles + i*node.ld_angles, 0, false);
+            r.turn(i);
         }
 
         if (trans) {
@@ -220,17 +355,19 @@ void unpack(const ggml_compute_params * params, ggml_tensor * dst) {
             col.resize(n);
             for (int c = 0; c < d; ++c) {
                 for (int j = 0; j < n; ++j) {
-                    col[j] = x[j*d + c];
+                    col[j] = r.x[j*d + c];
                 }
                 from_float(dst->type, col.data(), (char *) dst->data + (head*d + c)*dst->nb[1] + s.token*dst->nb[0], n);
             }
             continue;
         }
         for (int j = 0; j < n; ++j) {
+            float * row = r.x.data() + j*d;
+
             if (n_rot_cache > 0) {
-                hadamard(x.data() + j*d, n_rot_cache, d);
+                hadamard(row, n_rot_cache, d);
             }
-            from_float(dst->type, x.data() + j*d, (char *) dst->data + (s.token + j)*dst->nb[1] + ggml_row_size(dst->type, head*d), d);
+            from_float(dst->type, row, (char *) dst->data + (s.token + j)*dst->nb[1] + ggml_row_size(dst->type, head*d), d);
         }
     }
 }
@@ -342,9 +479,9 @@ attn_call::attn_call(ggml_tensor * dst, const tile_node & node, buffers & b) : d
     args.k         = node.ch_k;
     args.v         = node.ch_v;
     args.n_head_kv = node.p.n_head_kv;
-    args.k_mean    = node.coder(0, false).mean;
-    args.v_mean    = node.coder(0, true).mean;
-    args.v_axes    = node.coder(0, true).axes;
+    args.k_mean    = node.mean(0, false);
+    args.v_mean    = node.mean(0, true);
+    args.v_axes    = node.axes(0);
     args.pool      = node.pool;
     args.unit      = 64;
     args.forms     = node.forms.data();

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -80,9 +81,22 @@ llama_capsule_graph::llama_capsule_graph(llama_context & lctx, const llama_capsu
     }
 }
 
+// for tests: slots are always unpacked, or stay in host memory as for a device that can not read them
+static std::string env_path() {
+    const char * env = getenv("LLAMA_KVCAPSULE_PATH");
+
+    const std::string res = env ? env : "";
+    if (res != "" && res != "unpack" && res != "host") {
+        LLAMA_LOG_WARN("%s: LLAMA_KVCAPSULE_PATH=%s is ignored, there are: unpack host\n", __func__, env);
+    }
+    return res;
+}
+
 void llama_capsule_graph::init_layers() {
     const auto & model   = lctx.get_model();
     const auto & hparams = model.hparams;
+
+    const std::string path = env_path();
 
     std::vector<llama_capsule_angles::kind> kinds;
 
@@ -92,7 +106,8 @@ void llama_capsule_graph::init_layers() {
         const auto buft = ggml_backend_buffer_get_type(kv.k(t.il)->buffer);
 
         res.il     = t.il;
-        res.host   = ggml_backend_buft_is_host(buft);
+        res.host   = ggml_backend_buft_is_host(buft) && path != "host";
+        res.attend = res.host && path != "unpack";
         res.i_kind = -1;
 
         if (t.rope) {
@@ -501,7 +516,7 @@ void llama_capsule_graph::check_rope(const llm_graph_context & g, const ggml_ten
 
 bool llama_capsule_graph::can_attend(const llm_graph_context & g, uint32_t i_layer, const ggml_tensor * q, const ggml_tensor * kq_b,
         const ggml_tensor * sinks) const {
-    return layers[i_layer].host && (layers[i_layer].i_kind < 0 || angles.regular()) &&
+    return layers[i_layer].attend && (layers[i_layer].i_kind < 0 || angles.regular()) &&
         !kq_b && !sinks && !g.hparams.attn_soft_cap && g.arch != LLM_ARCH_GROK &&
         q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= ATTEND_MAX_TOKENS;
 }

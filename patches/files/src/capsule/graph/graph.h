@@ -107,7 +107,8 @@ private:
 
     struct layer {
         int32_t il;
-        bool    host;    // the hot cells are in host memory: so are the slots, and the CPU reads them
+        bool    host;    // the hot cells are in host memory: the CPU reads the slots, or writes them beside the hot cells
+        bool    attend;  // the CPU attends to the slots as they are
         int     i_kind;  // of RoPE, -1: none
         size_t  i_scratch;
         bool    checked; // see llama_capsule_check_rope()
