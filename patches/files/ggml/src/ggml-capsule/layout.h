@@ -33,10 +33,11 @@ constexpr int GGML_CAPSULE_MAX_D      = 512;
 constexpr int GGML_CAPSULE_MAX_GROUPS = GGML_CAPSULE_MAX_D/(2*GGML_CAPSULE_LANES) + 1;
 constexpr int GGML_CAPSULE_PAD        = 64;
 constexpr int GGML_CAPSULE_F16        = 16;  // "bits" of a block that is stored as f16; 0: not stored
+constexpr int GGML_CAPSULE_F32        = 32;  // as f32: for tests, no integer kernel takes it
 
 // the numbers of bits that a block can have, in the order of the bytes
-constexpr int     GGML_CAPSULE_N_BITS = 7;
-constexpr uint8_t GGML_CAPSULE_BITS[GGML_CAPSULE_N_BITS] = { GGML_CAPSULE_F16, 8, 6, 4, 3, 2, 1 };
+constexpr int     GGML_CAPSULE_N_BITS = 8;
+constexpr uint8_t GGML_CAPSULE_BITS[GGML_CAPSULE_N_BITS] = { GGML_CAPSULE_F16, 8, 6, 4, 3, 2, 1, GGML_CAPSULE_F32 };
 
 // how the channels of a head of K or V lie in groups: a group is two registers of up to 16 lanes
 // K: the first members of 16 neighbouring RoPE pairs, and the second ones. V, and channels without RoPE: in their order

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 //
 // transform
@@ -337,6 +338,8 @@ void ggml_capsule_store(const ggml_capsule_channels & channels, const ggml_capsu
                 for (int i = 0; i < n; ++i) {
                     put_half(code + 2*i, x[i]);
                 }
+            } else if (bits == GGML_CAPSULE_F32) {
+                memcpy(code, x, n*sizeof(float));
             } else {
                 put_half(bytes + scale_at, ggml_capsule_search(x, n, bits, codes));
                 put_codes(code, bits, n_rows, group.n_lanes, codes);

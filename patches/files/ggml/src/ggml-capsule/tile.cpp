@@ -3,6 +3,7 @@
 #include "half.h"
 
 #include <algorithm>
+#include <cstring>
 
 static constexpr int MAX_N = 4*GGML_CAPSULE_LANES;
 
@@ -55,6 +56,8 @@ void ggml_capsule_load(const ggml_capsule_channels & channels, const ggml_capsul
                 for (int i = 0; i < n; ++i) {
                     x[i] = get_half(code + 2*i);
                 }
+            } else if (bits == GGML_CAPSULE_F32) {
+                memcpy(x, code, n*sizeof(float));
             } else {
                 const float scale = get_half(bytes + scale_at);
                 get_codes(code, bits, n_rows, group.n_lanes, codes);
