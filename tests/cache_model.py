@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import isqrt
 
 END = 1 << 30
 
@@ -90,15 +91,19 @@ class CacheModel:
         self.next_pos[seq] = start + (max(width, (i + width) // width) if self.mrope and width else i + 1)
 
     def compress(self, seq: int, p0: int, p1: int) -> None:
-        runs = groupby((c for c in self.of(seq, p0, p1) if c.slot is None), key=lambda c: (c.token.vision, c.pos if self.mrope and c.token.vision else 0))
-        for (vision, _), run in runs:
-            for image in self._images(list(run)) if vision else []:
+        for run in self._runs(seq, p0, p1):
+            for image in self._images(run):
                 for i in range(0, len(image), self.block):
                     part = image[i:i + self.block]
                     if len(part) >= self.block // 2:
                         self.n_slots += 1
                         for c in part:
                             c.slot = (int(len(part) < self.block), self.n_slots)
+
+    def _runs(self, seq: int, p0: int, p1: int) -> list[list[Cell]]:
+        """Hot vision cells without text between them; with M-RoPE a new position is a new image."""
+        runs = groupby((c for c in self.of(seq, p0, p1) if c.slot is None), key=lambda c: (c.token.vision, c.pos if self.mrope and c.token.vision else 0))
+        return [list(run) for (vision, _), run in runs if vision]
 
     def _images(self, run: list[Cell]) -> list[list[Cell]]:
         """A run of vision cells as images, each in the order in which it is cut."""
@@ -195,3 +200,40 @@ class CacheModel:
         slots = {c.slot for c in self.cells if c.slot}
         return {"n_hot_used": len(hot), "n_hot_vision": sum(c.token.vision for c in hot), "n_cold": len(self.cells) - len(hot),
                 "economy": sum(tier == 0 for tier, _ in slots), "faithful": sum(tier == 1 for tier, _ in slots)}
+
+
+@dataclass
+class TileCacheModel(CacheModel):
+    """The same with a capsule of format v2: every vision cell goes into a slot. Slots are tiles of 8 x 8 tokens; what has no grid, or is left of a tile, makes lines of 8."""
+
+    def compress(self, seq: int, p0: int, p1: int) -> None:
+        for run in self._runs(seq, p0, p1):
+            first, n = run[0].pos, run[-1].pos - run[0].pos + 1
+            side = isqrt(n) if isqrt(n) ** 2 == n else 0  # a square number of tokens is taken for a square
+            if not (self.mrope or side):
+                self._lines(run)
+                continue
+            places = {id(c): (c.y, c.x) if self.mrope else divmod(c.pos - first, side) for c in run}
+            y0, x0 = (min(at) for at in zip(*places.values()))
+            for _, tile in groupby(sorted(run, key=lambda c: (tile_of(places[id(c)], y0, x0), places[id(c)])), key=lambda c: tile_of(places[id(c)], y0, x0)):
+                cells = list(tile)
+                sides = [max(at) - min(at) + 1 for at in zip(*(places[id(c)] for c in cells))]
+                if sides[0] * sides[1] == len(cells):
+                    self._slot(cells)
+                else:
+                    self._lines(cells)
+
+    def _lines(self, cells: list[Cell]) -> None:
+        whole = len(cells) // 8 * 8
+        for i in range(0, whole, 64):
+            self._slot(cells[i:min(i + 64, whole)])
+        self._slot(cells[whole:])
+
+    def _slot(self, cells: list[Cell]) -> None:
+        self.n_slots += 1
+        for c in cells:
+            c.slot = (0, self.n_slots)
+
+
+def tile_of(place: tuple[int, int], y0: int, x0: int) -> tuple[int, int]:
+    return (place[0] - y0) // 8, (place[1] - x0) // 8

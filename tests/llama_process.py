@@ -63,6 +63,24 @@ def open_capsule(model: int, path: str) -> int | None:
     return LIB.llama_capsule_init_default(model) if path == "auto" else LIB.llama_capsule_load_from_file(model, path.encode())
 
 
+TILES_HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
+
+
+def fill_tiles(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> bytes:
+    """A state of format v2 whose slots, which are of one shape and tier, hold nothing but this byte; see llama_capsule_cache::state_write()."""
+    first = at + TILES_HEADER.size + TILES_HEADER.unpack_from(state, at)[3]
+    slots = struct.unpack_from("<3I", state, at + TILES_HEADER.size)[2]
+    size, rest = divmod(len(state) - first, slots)
+    layer, more = divmod(size - 8, layers)
+    assert not rest and not more
+    data, h = bytes([fill]) * layer, 0
+    for _ in range(layers):
+        h = state_hash(data, h)
+    if not hashed:
+        h ^= 1
+    return state[:first] + (data * layers + struct.pack("<Q", h)) * slots
+
+
 def last_error() -> str:
     return LIB.llama_capsule_last_error().decode(errors="replace")
 
@@ -430,6 +448,9 @@ class Context:
     def do_state_fill(self, values, found, slot, into, fill, block_size, hashed):
         state, pos = self.states[slot]
         at = state.find(b"KVCS")
+        if struct.unpack_from("<I", state, at + 4) == (4,):
+            self.states[into] = (fill_tiles(state, at, fill, hashed, L.llama_model_n_layer(self.model)), pos)
+            return
         header = list(HEADER.unpack_from(state, at))
         meta = bytearray(state[at + HEADER.size:at + HEADER.size + header[5]])
         data = len(state) - at - HEADER.size - len(meta)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama_runner import run
 from make_capsule import random_capsule
+from make_tile_capsule import random_tile_capsule
 from random_operations import Operation, Script, Setting
 from tiny_gguf import ModelStore
 
@@ -19,8 +20,10 @@ class Runner:
         self.models = ModelStore(folder)
 
     def capsule(self, model: Path, **file: int) -> Path:
-        path = self.folder / f"{'-'.join(map(str, (model.stem, *file.values())))}.gguf"
-        return path if path.exists() else random_capsule(model, path, **file)
+        path = self.folder / f"capsule-{'-'.join(map(str, (model.stem, *file.values())))}.gguf"
+        if not path.exists():
+            random_capsule(model, path, **file) if file else random_tile_capsule(model, path)
+        return path
 
     def problems(self, scripts: Sequence[Script]) -> dict[str, str]:
         """name -> what went wrong, of those that failed. All run in one process of each library."""

@@ -9,16 +9,15 @@ from llama_runner import Case, compress, image, seq_rm, set_pos, state_fill, sta
 N, GRID = 16, (8, 8)
 TOKENS = GRID[0] * GRID[1]
 PATHS = ("fused", "unpack", "reconstruct", "op")
+TILES = {"version": 2, "tiers": (8,)}
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("guard", [False, True])
-@pytest.mark.parametrize("codec", ["pca", "retain"])
+@pytest.mark.parametrize(("codec", "guard", "path"), [*((c, g, p) for c in ("pca", "retain") for g in (False, True) for p in PATHS), ("tiles", False, "")])
 def test_an_image_of_nan(models, capsules, patched, codec, guard, path):
     """It stays hot, with one line, and shows in the logits: a model that is broken does not look healthy. Other images are compressed."""
     model = models()
-    capsule = capsules(model, block_size=N, lossless=False, kappa=1e9, key_codec=codec)
+    capsule = capsules(model, **TILES) if codec == "tiles" else capsules(model, block_size=N, lossless=False, kappa=1e9, key_codec=codec)
     steps = [text(4), image(GRID, seed=1), compress(), image(GRID, seed=2, scale=NAN), compress(), compress(), stats(), text(3)]
     result = patched([Case("a", model, steps, capsule=capsule, guard=guard, env={"LLAMA_KVCAPSULE_PATH": path})])["a"]
     assert result.values("moved") == [TOKENS, 0, 0]
@@ -28,18 +27,18 @@ def test_an_image_of_nan(models, capsules, patched, codec, guard, path):
     assert np.isnan(result.logits(7)).all()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, "tiles"])
 @pytest.mark.parametrize(("fill", "hashed"), [(0xFF, True), (0x7B, True), (0xFF, False)], ids=["NaN", "too large", "wrong hash"])
 def test_a_damaged_state_leaves_the_other_sequence_alone(models, capsules, patched, fill, hashed, path):
     """It is refused; not a bit of the other sequence's logits changes, in small batches or large ones."""
     model = models()
-    capsule = capsules(model, block_size=N, lossless=False)
+    capsule = capsules(model, **TILES) if path == "tiles" else capsules(model, block_size=N, lossless=False)
     both = [s for q in (0, 1) for s in (text(4, seed=q, seq=q), image(GRID, seed=q, seq=q), compress(q))]
     bad = state_fill("good", "bad", fill, N, hashed)
     load = [state_load("bad", 0, may_fail=True)]
     head = [*both, state_save("good", 0), bad, seq_rm(0, -1, -1), set_pos(0, 0)]
     tail = [text(300, seed=9, seq=1), text(4, seed=3, seq=1), state_load("good", 0), text(4, seed=4, seq=0), stats()]
-    options = {"capsule": capsule, "n_seq_max": 2, "n_hot": 1024, "n_ctx": 2048, "env": {"LLAMA_KVCAPSULE_PATH": path}}
+    options = {"capsule": capsule, "n_seq_max": 2, "n_hot": 1024, "n_ctx": 2048, "env": {} if path == "tiles" else {"LLAMA_KVCAPSULE_PATH": path}}
     done = patched([Case("never", model, head + tail, **options), Case("tried", model, head + load + tail, **options)])
     assert done["tried"].steps[len(head)].rc == 1
     assert np.isfinite(done["tried"].logits()).all()

@@ -1,5 +1,6 @@
 #include "llama-capsule.h"
 
+#include "capsule/api/create.h"
 #include "capsule/format/reader.h"
 
 #include "llama-capsule-store.h"
@@ -174,9 +175,7 @@ static std::string capsule_attach_tables(llama_context & lctx, llama_kv_cache & 
 
     const int32_t i_tier = by_ratio ? (int32_t) tables->tier_for_ratio(req.ratio) : -1;
 
-    GGML_UNUSED(lctx);
-    GGML_UNUSED(kv);
-    llama_capsule_refuse("this version of the library reads format v2, but does not compress by it yet");
+    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, quality, i_tier, req.image_tokens, req.auto_compress });
 
     const std::string name = tables->builtin ? "the built-in capsule" : "capsule '" + tables->path + "'";
     if (by_ratio) {

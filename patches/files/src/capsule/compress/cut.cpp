@@ -1,21 +1,25 @@
 #include "capsule/compress/cut.h"
 
+#include "../ggml/src/ggml-capsule/layout.h"
 #include "llama-kv-cells.h"
 
 #include <algorithm>
 #include <limits>
 #include <map>
 
-static constexpr int64_t  CAPSULE_SIDE = 8;
-static constexpr uint32_t CAPSULE_RUN  = 64;
+static constexpr size_t CAPSULE_SIDE = GGML_CAPSULE_SIDE;
 
 using cells_t = std::vector<uint32_t>;
 
+// without a grid: lines of 8 tokens, and a shorter one
 static void capsule_cut_run(const cells_t & cells, std::vector<llama_capsule_cut> & res) {
-    for (size_t i = 0; i < cells.size(); i += CAPSULE_RUN) {
-        const size_t n = std::min<size_t>(CAPSULE_RUN, cells.size() - i);
+    for (size_t i = 0; i < cells.size();) {
+        const size_t left = cells.size() - i;
+        const size_t w    = std::min(left, CAPSULE_SIDE);
+        const size_t h    = std::min(left/w, CAPSULE_SIDE);
 
-        res.push_back({ 1, (uint8_t) n, { cells.begin() + i, cells.begin() + i + n } });
+        res.push_back({ (uint8_t) h, (uint8_t) w, { cells.begin() + i, cells.begin() + i + h*w } });
+        i += h*w;
     }
 }
 
@@ -29,7 +33,7 @@ std::vector<llama_capsule_cut> llama_capsule_cut_grid(const std::vector<std::arr
 
     std::map<std::array<int64_t, 2>, cells_t> tiles;
     for (size_t i = 0; i < places.size(); ++i) {
-        tiles[{ (places[i][0] - y0)/CAPSULE_SIDE, (places[i][1] - x0)/CAPSULE_SIDE }].push_back(i);
+        tiles[{ (places[i][0] - y0)/GGML_CAPSULE_SIDE, (places[i][1] - x0)/GGML_CAPSULE_SIDE }].push_back(i);
     }
 
     std::vector<llama_capsule_cut> res;

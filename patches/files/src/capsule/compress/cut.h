@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-// hot cells that become one slot: a tile of h x w tokens, line by line, or a run of 1 x n
+// hot cells that become one slot: a tile of h x w tokens, line by line
 struct llama_capsule_cut {
     uint8_t h;
     uint8_t w;
@@ -15,7 +15,7 @@ struct llama_capsule_cut {
 };
 
 // the tokens of one picture at places (y, x), ordered: tiles of 8 x 8 tokens from left to right and from top to bottom, and what is left at the edges.
-//   A tile that lost tokens is cut into lines or becomes a run. The "cells" are indices into places
+//   What is there of a tile that lost tokens becomes lines of 8. The "cells" are indices into places
 std::vector<llama_capsule_cut> llama_capsule_cut_grid(const std::vector<std::array<int32_t, 2>> & places);
 
 // the vision tokens of a sequence with a position in [p0, p1) that are in hot cells, picture by picture; n_image: tokens of a picture, 0 if that is not known

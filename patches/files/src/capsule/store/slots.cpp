@@ -1,5 +1,7 @@
 #include "capsule/store/slots.h"
 
+#include "../ggml/src/ggml-capsule/layout.h"
+
 #include <algorithm>
 
 llama_capsule_slots::llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, alloc_fn alloc) :
@@ -64,7 +66,7 @@ uint32_t llama_capsule_slots::end_pool(uint32_t i_layer) const {
 uint32_t llama_capsule_slots::capacity(uint32_t i_layer) const {
     const auto * mem = pools[i_layer].mem;
 
-    return mem ? mem->ne[0]/LLAMA_CAPSULE_UNIT : 0;
+    return mem ? (mem->ne[0] - GGML_CAPSULE_PAD)/LLAMA_CAPSULE_UNIT : 0;
 }
 
 //
@@ -159,7 +161,7 @@ bool llama_capsule_slots::resize(uint32_t i_layer, uint32_t n_units) {
 
     pool_layer res;
     res.ctx.reset(ggml_init(params));
-    res.mem = ggml_new_tensor_1d(res.ctx.get(), GGML_TYPE_I8, (int64_t) n_units*LLAMA_CAPSULE_UNIT);
+    res.mem = ggml_new_tensor_1d(res.ctx.get(), GGML_TYPE_I8, (int64_t) n_units*LLAMA_CAPSULE_UNIT + GGML_CAPSULE_PAD);
     ggml_format_name(res.mem, "capsule_pool_%u", i_layer);
 
     // one that shrinks is not asked whether it may
@@ -197,26 +199,22 @@ bool llama_capsule_slots::resize_all(const std::vector<uint32_t> & n_units) {
     return true;
 }
 
-bool llama_capsule_slots::grow(const std::vector<llama_capsule_slot> & more, const std::function<bool()> & commit) {
+bool llama_capsule_slots::grow(const std::vector<llama_capsule_slot> & more, bool spare, const std::function<bool()> & commit) {
     std::vector<uint32_t> before;
+    std::vector<uint32_t> wanted;
     for (uint32_t l = 0; l < n_layer(); ++l) {
+        const uint32_t need = end_with(l, more);
+
         before.push_back(capacity(l));
+        wanted.push_back(std::max(before[l], spare ? need + need/2 : need));
     }
 
-    // half more than needed if there is memory for it: so that it is not needed often
-    for (bool spare : { true, false }) {
-        std::vector<uint32_t> wanted;
-        for (uint32_t l = 0; l < n_layer(); ++l) {
-            const uint32_t need = end_with(l, more);
-            wanted.push_back(std::max(before[l], spare ? need + need/2 : need));
-        }
-        if (resize_all(wanted) && fits_now(more) && commit()) {
-            return true;
-        }
-
-        // what remains needs memory too
-        resize_all(before);
+    if (resize_all(wanted) && fits_now(more) && commit()) {
+        return true;
     }
+
+    // what remains needs memory too
+    resize_all(before);
 
     return false;
 }

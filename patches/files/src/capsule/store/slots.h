@@ -14,7 +14,7 @@ static constexpr uint32_t LLAMA_CAPSULE_UNIT = 64; // bytes: slots begin at mult
 
 // one tile of vision tokens, compressed for every layer
 struct llama_capsule_slot {
-    uint8_t h; // tokens of the tile, line by line; a run is 1 x n
+    uint8_t h; // tokens of the tile, line by line
     uint8_t w;
     uint8_t i_tier;
 
@@ -85,8 +85,9 @@ public:
     // is there room for more slots? The gaps between the others may be closed for it
     bool fits(const std::vector<llama_capsule_slot> & more);
 
-    // enlarges the pools for more slots, a layer after the other, and calls commit(). All as it was before if there is no memory or commit() says no
-    bool grow(const std::vector<llama_capsule_slot> & more, const std::function<bool()> & commit);
+    // enlarges the pools for more slots, a layer after the other, and calls commit(). All is as before if there is no memory or commit() says no
+    //   spare: by half more than is needed
+    bool grow(const std::vector<llama_capsule_slot> & more, bool spare, const std::function<bool()> & commit);
 
     // the index of a new slot, which must fit; its cells are empty
     uint32_t add(const llama_capsule_slot & slot);

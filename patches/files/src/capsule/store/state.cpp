@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-static constexpr uint32_t CAPSULE_TILE_MAX = 64; // tokens
+static constexpr uint32_t CAPSULE_SIDE = 8; // a tile has at most 8 x 8 tokens
 
 using state = llama_capsule_state_v4;
 
@@ -153,7 +153,7 @@ static state::slot parse_slot(state_reader & in, const state::limits & limits) {
     const auto raw = in.get<state_slot>();
 
     const uint32_t n = raw.h*raw.w;
-    if (n == 0 || n > CAPSULE_TILE_MAX || (raw.h > 1 && (raw.h > 8 || raw.w > 8)) || raw.i_tier >= limits.n_tiers || raw.zero != 0) {
+    if (n == 0 || raw.h > CAPSULE_SIDE || raw.w > CAPSULE_SIDE || raw.i_tier >= limits.n_tiers || raw.zero != 0) {
         damaged("a tile has no such shape or tier");
     }
 

@@ -1,0 +1,298 @@
+#include "capsule/compress/encode.h"
+
+#include "llama-capsule-simd.h"
+
+#include "../ggml/src/ggml-capsule/quantize.h"
+#include "../ggml/src/ggml-capsule/tile.h"
+#include "llama-context.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+// see kvcapsule_gguf/codec/quality.py
+static constexpr double CAPSULE_LIMIT = 0.03;  // an error over the energy of a usual tile that counts as much as rotated q4_0's error
+static constexpr double CAPSULE_LEAST = 1e-20;
+
+static constexpr float CAPSULE_F16_MAX = 65504.0f;
+
+static constexpr uint8_t CAPSULE_F32 = 32; // "bits" of a block without an error
+
+llama_capsule_encoder::llama_capsule_encoder(llama_context & lctx, const llama_capsule_kv & kv, const llama_capsule_threads & threads, llama_capsule_tables_ptr tables,
+        llama_capsule_forms & forms, const params & params) : lctx(lctx), kv(kv), threads(threads), tables(std::move(tables)), forms(forms), p(params) {
+}
+
+uint32_t llama_capsule_encoder::tier_first() const {
+    return p.i_tier >= 0 ? p.i_tier : tables->i_tier_first;
+}
+
+uint32_t llama_capsule_encoder::tier_end() const {
+    return p.i_tier >= 0 ? p.i_tier + 1 : tables->smaller.size();
+}
+
+static std::vector<uint32_t> capsule_all_cells(const std::vector<llama_capsule_cut> & cuts) {
+    std::vector<uint32_t> res;
+    for (const auto & cut : cuts) {
+        res.insert(res.end(), cut.cells.begin(), cut.cells.end());
+    }
+    return res;
+}
+
+template<typename F>
+void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const std::vector<llama_capsule_cut> & cuts, uint32_t i_layer, F fn) const {
+    const auto & layer = tables->layers[i_layer];
+
+    reader.load(layer.il, layer.rope);
+
+    std::vector<size_t> first(cuts.size(), 0);
+    for (size_t i = 1; i < cuts.size(); ++i) {
+        first[i] = first[i - 1] + cuts[i - 1].cells.size();
+    }
+
+    threads.run(lctx.n_threads_batch(), cuts.size()*2*layer.n_head_kv, [&](size_t i) {
+        static thread_local llama_capsule_buf<float> buf;
+
+        const size_t   i_cut  = i/(2*layer.n_head_kv);
+        const bool     is_v   = i/layer.n_head_kv % 2;
+        const uint32_t i_head = i % layer.n_head_kv;
+        const size_t   n      = cuts[i_cut].cells.size();
+        const size_t   ld     = GGML_PAD(is_v ? layer.n_embd_head_v : layer.n_embd_head_k, LLAMA_CAPSULE_VEC);
+
+        float * x = buf.resize(n*ld);
+        std::fill_n(x, n*ld, 0.0f);
+
+        if (is_v) {
+            reader.read_v(i_head, first[i_cut], n, x, ld);
+        } else {
+            reader.read_k(i_head, first[i_cut], n, x, ld);
+        }
+
+        fn(i_cut, is_v, i_head, x, ld);
+    });
+}
+
+//
+// which tier
+//
+
+// the squared error of rotated q4_0, which must fit d; x is overwritten
+static double capsule_q4_error(float * x, size_t ld, uint32_t n, uint32_t d) {
+    static thread_local llama_capsule_buf<float>   buf;
+    static thread_local llama_capsule_buf<uint8_t> row;
+
+    const auto & simd = llama_capsule_simd_get();
+
+    float   * y = buf.resize(d);
+    uint8_t * q = row.resize(ggml_row_size(GGML_TYPE_Q4_0, d));
+
+    double res = 0.0;
+    for (uint32_t t = 0; t < n; ++t, x += ld) {
+        simd.hadamard(x, llama_capsule_hadamard_size(d), d);
+        simd.from_float(GGML_TYPE_Q4_0, x, q, d);
+        simd.to_float  (GGML_TYPE_Q4_0, q, y, d);
+
+        float sum = 0.0f;
+        for (uint32_t i = 0; i < d; ++i) {
+            sum += (y[i] - x[i])*(y[i] - x[i]);
+        }
+        res += sum;
+    }
+    return res;
+}
+
+llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, size_t ld) const {
+    static thread_local llama_capsule_buf<float> rows, work, errors;
+
+    const auto & layer    = tables->layers[i_layer];
+    const auto   coder    = is_v ? forms.coder_v(i_layer, i_head) : forms.coder_k(i_layer, i_head);
+    const auto & table    = is_v ? layer.v_table : layer.k_table;
+    const auto   n_groups = ggml_capsule_n_groups(coder.channels);
+    const auto   n_blocks = ggml_capsule_n_blocks(cut.h, cut.w);
+    const auto   n        = cut.cells.size();
+    const size_t d        = coder.channels.d;
+
+    const auto bits_of = [&](uint32_t i_tier) {
+        return table.data() + ((size_t) i_tier*layer.n_head_kv + i_head)*llama_capsule_tables::N_ROWS*n_groups;
+    };
+
+    // those that occur; without any the error is the energy
+    std::vector<uint8_t> bits = { 0 };
+    std::array<int, CAPSULE_F32 + 1> place = {};
+    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
+        for (size_t i = 0; i < (size_t) llama_capsule_tables::N_ROWS*n_groups; ++i) {
+            const uint8_t b = bits_of(t)[i];
+            if (b != 0 && b != CAPSULE_F32 && place[b] == 0) {
+                place[b] = bits.size();
+                bits.push_back(b);
+            }
+        }
+    }
+
+    float max = 0.0f;
+    for (size_t t = 0; t < n; ++t) {
+        for (size_t i = 0; i < d; ++i) {
+            const float a = fabsf(x[t*ld + i]);
+            max = a > max || a != a ? a : max; // a NaN stays
+        }
+    }
+
+    measured res;
+    res.errors.resize(tier_end() - tier_first(), 0.0);
+    res.finite = max <= CAPSULE_F16_MAX;
+    if (!res.finite) {
+        res.fits.resize(res.errors.size(), false);
+        return res;
+    }
+
+    ggml_capsule_rows(coder, cut.h, cut.w, x, ld, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
+    ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), errors.resize(n_blocks*n_groups*bits.size()));
+
+    uint8_t used[GGML_CAPSULE_MAX_BLOCKS];
+    ggml_capsule_table_rows(cut.h, cut.w, used);
+
+    for (int i = 0; i < n_blocks; ++i) {
+        for (int g = 0; g < n_groups; ++g) {
+            const float * e = errors.data() + (i*n_groups + g)*bits.size();
+            for (uint32_t t = tier_first(); t < tier_end(); ++t) {
+                const uint8_t b = bits_of(t)[used[i]*n_groups + g];
+                res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+            }
+            res.energy += i > 0 ? e[0] : 0.0f;
+        }
+    }
+
+    // no value is further off than the error of the head
+    for (double e : res.errors) {
+        res.fits.push_back(max + sqrt(e) <= CAPSULE_F16_MAX);
+    }
+    if (d % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
+        res.rival = capsule_q4_error(x, ld, n, d);
+    }
+
+    return res;
+}
+
+// parts: K and V of each layer; energies: of a usual tile, the same order, <= 0 where that is not known
+int32_t llama_capsule_encoder::choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens) const {
+    bool fits = false;
+
+    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
+        const uint32_t j = t - tier_first();
+
+        double by_rival  = 0.0;
+        double by_energy = 0.0;
+
+        bool fits_tier = true;
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const auto & layer = tables->layers[i/2];
+
+            // q4_0 is no rival where it does not fit the heads
+            const uint32_t d = i % 2 ? layer.n_embd_head_v : layer.n_embd_head_k;
+            if (d % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
+                by_rival += parts[i].errors[j]/std::max(parts[i].rival, CAPSULE_LEAST);
+            }
+            if (energies[i] > 0.0) {
+                by_energy += parts[i].errors[j]/(energies[i]*n_tokens/GGML_CAPSULE_MAX_ROWS)/CAPSULE_LIMIT;
+            }
+            fits_tier = fits_tier && parts[i].fits[j];
+        }
+        fits = fits || fits_tier;
+
+        if (fits_tier && (p.i_tier >= 0 || std::max(by_rival, by_energy)/parts.size() <= p.quality)) {
+            return t;
+        }
+    }
+
+    return fits ? HOT : BROKEN;
+}
+
+std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsule_cut> & cuts) const {
+    const size_t n_parts = 2*tables->layers.size();
+
+    llama_capsule_kv::reader reader(kv, capsule_all_cells(cuts));
+
+    std::vector<std::vector<measured>> parts(cuts.size(), std::vector<measured>(n_parts));
+
+    for (uint32_t l = 0; l < tables->layers.size(); ++l) {
+        const uint32_t n_head = tables->layers[l].n_head_kv;
+
+        std::vector<measured> heads(cuts.size()*2*n_head);
+        for_heads(reader, cuts, l, [&](size_t i_cut, bool is_v, uint32_t i_head, float * x, size_t ld) {
+            heads[(i_cut*2 + is_v)*n_head + i_head] = measure(cuts[i_cut], l, is_v, i_head, x, ld);
+        });
+
+        for (size_t i = 0; i < heads.size(); ++i) {
+            auto & sum  = parts[i/(2*n_head)][2*l + i/n_head % 2];
+            auto & head = heads[i];
+
+            if (i % n_head == 0) {
+                sum = std::move(head);
+                continue;
+            }
+            for (size_t t = 0; t < sum.errors.size(); ++t) {
+                sum.errors[t] += head.errors[t];
+                sum.fits[t]    = sum.fits[t] && head.fits[t];
+            }
+            sum.rival  += head.rival;
+            sum.energy += head.energy;
+            sum.finite  = sum.finite && head.finite;
+        }
+    }
+
+    // without a file, what is usual is what the tiles of this picture are like
+    std::vector<double> energies(n_parts, 0.0);
+    for (size_t i = 0; i < n_parts; ++i) {
+        const auto & layer = tables->layers[i/2];
+
+        double sum = 0.0;
+        size_t n   = 0;
+        for (size_t j = 0; j < cuts.size(); ++j) {
+            sum += parts[j][i].energy;
+            n   += cuts[j].cells.size();
+        }
+        energies[i] = !tables->builtin ? (i % 2 ? layer.v_energy : layer.k_energy) : sum*GGML_CAPSULE_MAX_ROWS/n;
+    }
+
+    std::vector<int32_t> res;
+    for (size_t j = 0; j < cuts.size(); ++j) {
+        const bool finite = std::all_of(parts[j].begin(), parts[j].end(), [](const measured & m) { return m.finite; });
+
+        res.push_back(finite ? choose_tier(parts[j], energies, cuts[j].cells.size()) : BROKEN);
+    }
+    return res;
+}
+
+//
+// the bytes
+//
+
+void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, const std::vector<uint32_t> & i_slot, llama_capsule_slots & slots) const {
+    llama_capsule_kv::reader reader(kv, capsule_all_cells(cuts));
+
+    for (uint32_t l = 0; l < tables->layers.size(); ++l) {
+        std::vector<const ggml_capsule_form *> form;
+        std::vector<std::vector<uint8_t>>      data;
+        for (uint32_t i : i_slot) {
+            const auto & slot = slots.slot(i);
+
+            form.push_back(&forms.get(l, forms.find(slot.i_tier, slot.h, slot.w)));
+            data.emplace_back((size_t) slots.size(l, i)*LLAMA_CAPSULE_UNIT, 0);
+        }
+
+        for_heads(reader, cuts, l, [&](size_t i, bool is_v, uint32_t i_head, const float * x, size_t ld) {
+            static thread_local llama_capsule_buf<float> rows, work;
+
+            const auto   coder = is_v ? forms.coder_v(l, i_head) : forms.coder_k(l, i_head);
+            const auto * plan  = is_v ? ggml_capsule_form_v(*form[i], i_head) : ggml_capsule_form_k(*form[i], i_head);
+            const size_t offs  = is_v ? form[i]->v_offset[i_head] : form[i]->k_offset[i_head];
+            const size_t d     = coder.channels.d;
+
+            ggml_capsule_rows(coder, cuts[i].h, cuts[i].w, x, ld, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
+            ggml_capsule_store(coder.channels, plan, rows.data(), data[i].data() + offs);
+        });
+
+        for (size_t i = 0; i < cuts.size(); ++i) {
+            slots.set(l, i_slot[i], data[i].data());
+        }
+    }
+}

@@ -1,0 +1,64 @@
+#pragma once
+
+#include "capsule/compress/cut.h"
+#include "capsule/format/forms.h"
+#include "capsule/format/tables.h"
+#include "capsule/store/slots.h"
+
+#include "llama-capsule-kv.h"
+#include "llama-capsule-threads.h"
+
+#include <vector>
+
+struct llama_context;
+
+// tiles of hot cells -> slots: a tier for each tile, then its bytes. Threads share the heads of all tiles of a layer; the bytes do not depend on their number
+class llama_capsule_encoder {
+public:
+    struct params {
+        float   quality; // the score that a tile may have
+        int32_t i_tier;  // >= 0: this tier for all tiles, whatever their score
+    };
+
+    llama_capsule_encoder(llama_context & lctx, const llama_capsule_kv & kv, const llama_capsule_threads & threads, llama_capsule_tables_ptr tables, llama_capsule_forms & forms,
+            const params & params);
+
+    static constexpr int32_t HOT    = -1; // no tier is good enough
+    static constexpr int32_t BROKEN = -2; // keys or values are not finite, or will not fit f16
+
+    // the tier of each tile of one picture: the smallest one that a tile may take
+    std::vector<int32_t> choose(const std::vector<llama_capsule_cut> & cuts) const;
+
+    // writes tile i into slot i_slot[i], which has its shape and tier
+    void encode(const std::vector<llama_capsule_cut> & cuts, const std::vector<uint32_t> & i_slot, llama_capsule_slots & slots) const;
+
+private:
+    llama_context                & lctx;
+    const llama_capsule_kv       & kv;
+    const llama_capsule_threads  & threads;
+    const llama_capsule_tables_ptr tables;
+    llama_capsule_forms          & forms;
+    const params                   p;
+
+    // what is known of K or V of one tile in one layer: sums over its heads
+    struct measured {
+        std::vector<double> errors; // of each tier
+        std::vector<char>   fits;   // of each tier: no value that is read leaves f16
+        double              rival  = 0.0;  // the error of rotated q4_0
+        double              energy = 0.0;  // of all rows but the constant one
+        bool                finite = true;
+    };
+
+    // the tiers that may be taken
+    uint32_t tier_first() const;
+    uint32_t tier_end()   const;
+
+    // one head; x: its tokens, f32 [n][ld], are overwritten
+    measured measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, size_t ld) const;
+
+    int32_t choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens) const;
+
+    // calls fn(i_cut, is_v, i_head, x, ld) for every head of every tile of a layer, on several threads; x: f32 [n][ld], keys without RoPE
+    template<typename F>
+    void for_heads(llama_capsule_kv::reader & reader, const std::vector<llama_capsule_cut> & cuts, uint32_t i_layer, F fn) const;
+};
