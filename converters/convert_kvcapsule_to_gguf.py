@@ -10,9 +10,10 @@ from pathlib import Path
 
 import common
 
-from kvcapsule_gguf.format.base_model import base_of, read_base_model
+from kvcapsule_gguf.format.base_model import read_base_model
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
+from kvcapsule_gguf.format.fingerprint import base_of
 from kvcapsule_gguf.format.tile_capsule import read_any_capsule, write_any_capsule
 from kvcapsule_gguf.runtime.program import Parser
 

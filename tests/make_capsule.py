@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from kvcapsule_gguf.codec.types import legal, row_counts
-from kvcapsule_gguf.format.base_model import base_of, read_base_model
+from kvcapsule_gguf.format.base_model import read_base_model
 from kvcapsule_gguf.format.capsule import CODEC_NAMES, PCA, Capsule, Layer, Tier
+from kvcapsule_gguf.format.fingerprint import base_of
 from kvcapsule_gguf.format.writer import write_capsule
 
 

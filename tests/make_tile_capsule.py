@@ -9,7 +9,8 @@ import numpy as np
 
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
 from kvcapsule_gguf.codec.head import F16, F32
-from kvcapsule_gguf.format.base_model import base_of, read_base_model
+from kvcapsule_gguf.format.base_model import read_base_model
+from kvcapsule_gguf.format.fingerprint import base_of
 from kvcapsule_gguf.format.tile_capsule import ROWS, TileCapsule, TileLayer, write_tile_capsule
 
 LOSSLESS = (F32,)

@@ -6,17 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from make_capsule import random_capsule
 
-from kvcapsule_gguf.codec.block import BlockCodec
 from kvcapsule_gguf.codec.guard import block_score, token_ratio
 from kvcapsule_gguf.codec.hadamard import hadamard, hadamard_size
 from kvcapsule_gguf.codec.quantize import DECODE, ENCODE
 from kvcapsule_gguf.codec.rope import apply_rope, axis_of_pair, tie_pairs
 from kvcapsule_gguf.codec.rows import decode_rows, encode_rows, round_trip
 from kvcapsule_gguf.codec.types import ROW_TYPES, legal, row_counts, rows_bytes, total_rows
+from kvcapsule_gguf.format.block import BlockCodec
 from kvcapsule_gguf.format.reader import read_capsule
 
 rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from kvcapsule_gguf.demo_model.packing import IGNORE, attention_mask, pack  # no
 from kvcapsule_gguf.demo_model.talk import DemoModel, forward, make_batch  # noqa: E402
 from kvcapsule_gguf.demo_model.tokenizer import Prompts, Tokenizer  # noqa: E402
 from kvcapsule_gguf.demo_model.train_eye import to_input  # noqa: E402
-from kvcapsule_gguf.scenes import HELD_OUT, TRAIN, make_questions, make_scene  # noqa: E402
+from kvcapsule_gguf.scenes import HELD_OUT, TRAIN, draw_scene, make_questions, make_scene  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "kvcapsule_gguf" / "demo"
 PROMPTS = Prompts()
@@ -101,7 +101,7 @@ def test_llama_cpp_agrees(llama, model, tmp_path):
     native = NativeModel(*export(model, tmp_path, full=True))
     try:
         scene = make_scene(HELD_OUT[3])
-        image = np.array(scene.draw())
+        image = np.array(draw_scene(scene))
         question = make_questions(scene, 1)[0]
         for separator in ("", " ", "\n"):
             assert native.tokenize(f"{separator}{question.prompt}\nASSISTANT:") == PROMPTS.question(question.prompt, separator)

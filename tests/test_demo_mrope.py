@@ -18,7 +18,7 @@ from kvcapsule_gguf.demo_model.train_distil import Teacher, distillation_loss, p
 from kvcapsule_gguf.demo_model.train_mixed import training_batch  # noqa: E402
 from kvcapsule_gguf.demo_model.transplant import LEFT_OUT, transplant_decoder, transplant_eye  # noqa: E402
 from kvcapsule_gguf.demo_model.vision import rotate_halves  # noqa: E402
-from kvcapsule_gguf.scenes import COLOURS, HELD_OUT, TRAIN, compare_questions, make_questions, make_scene, size_of  # noqa: E402
+from kvcapsule_gguf.scenes import COLOURS, HELD_OUT, TRAIN, compare_questions, draw_scene, make_questions, make_scene, size_of  # noqa: E402
 
 PROMPTS = mixed_prompts()
 SHIPPED_AT_LEAST = 0.6  # of few questions; docs/design/demo-models.md has the figures
@@ -156,7 +156,7 @@ def test_llama_cpp_agrees(llama, model, tmp_path, sizes):
     from kvcapsule_gguf.demo_model.native import MARKER, NativeModel
 
     scenes = [make_scene(HELD_OUT[i]) for i in range(len(sizes))]
-    images = [np.array(s.draw(size)) for s, size in zip(scenes, sizes)]
+    images = [np.array(draw_scene(s, size)) for s, size in zip(scenes, sizes)]
     question = (make_questions(*scenes, 1) if len(scenes) == 1 else compare_questions(*scenes))[0]
     asked = PROMPTS.question(question.prompt)
     fixed, image, start = head_positions(PROMPTS, list(sizes), 28)

@@ -10,10 +10,10 @@ import pytest
 from llama_runner import Case, Result, compress, image, image_file, nmse, read_kv, stats, text
 from tiny_gguf import ROPE_KINDS, TinyModel
 
-from kvcapsule_gguf.codec.block import BlockCodec
 from kvcapsule_gguf.codec.guard import block_score
 from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.rope import apply_rope
+from kvcapsule_gguf.format.block import BlockCodec
 from kvcapsule_gguf.format.capsule import Capsule
 from kvcapsule_gguf.format.reader import read_capsule
 

@@ -10,8 +10,8 @@ from llama_runner import Case, compress, image, lossless_limit, nmse, positions,
 from test_lossless import stock_steps
 from test_paths import PATHS, SECOND
 
-from kvcapsule_gguf.codec.block import BlockCodec
 from kvcapsule_gguf.codec.cut import BlockShape, tile_order
+from kvcapsule_gguf.format.block import BlockCodec
 from kvcapsule_gguf.format.reader import read_capsule
 
 N, W = 16, 4  # tiles of 4 x 4

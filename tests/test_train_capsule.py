@@ -13,15 +13,15 @@ from conftest import ROOT, library
 from PIL import Image
 from synthetic_kv import sample, source
 
-from kvcapsule_gguf.codec.block import BlockCodec
+from kvcapsule_gguf.codec.cut import BlockShape
 from kvcapsule_gguf.codec.guard import block_score
 from kvcapsule_gguf.codec.rope import pair_index
 from kvcapsule_gguf.codec.types import total_rows
+from kvcapsule_gguf.eval.pictures import UnreadablePicture, from_folder, readable
+from kvcapsule_gguf.format.block import BlockCodec
 from kvcapsule_gguf.format.capsule import PCA, RETAIN
 from kvcapsule_gguf.format.reader import read_capsule
 from kvcapsule_gguf.format.writer import write_capsule
-from kvcapsule_gguf.codec.cut import BlockShape
-from kvcapsule_gguf.eval.pictures import UnreadablePicture, from_folder, readable
 from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.train.images import Drawn
 from kvcapsule_gguf.train.shapes import choose_block, plan
@@ -73,7 +73,7 @@ def test_a_trained_capsule_is_a_valid_file(trained, tmp_path, codec, arch, head)
 
 @pytest.mark.parametrize("codec", ["pca", "retain"])
 def test_it_compresses_pictures_it_has_not_seen(trained, models, codec):
-    """Errors grow with the ratio and stay small; the faithful tier is better than q4_0 (.0078) on every picture."""
+    """Errors grow with the ratio and stay small; the faithful tier is better than q4_0 (0.0078) on every picture."""
     from kvcapsule_gguf.format.base_model import read_base_model
 
     capsule, model = trained(codec), read_base_model(models(arch="llama"))

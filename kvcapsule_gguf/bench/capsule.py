@@ -9,8 +9,9 @@ import numpy as np
 
 from ..codec.cut import BlockShape
 from ..codec.types import RowCounts, row_counts
-from ..format.base_model import base_of, read_base_model
+from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
+from ..format.fingerprint import base_of
 from ..format.writer import write_capsule
 from ..train.pattern import kept_tokens, most_used_first, neighbours
 from ..train.schedule import faithful_rows

@@ -39,7 +39,7 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
     from ..chat.engine import Engine
     from ..chat.session import Session
     from ..runtime.pictures import load
-    from ..scenes import HELD_OUT, make_scene
+    from ..scenes import HELD_OUT, draw_scene, make_scene
 
     options = args.parse([str(model), "-c", str(640 * n + 512), "--hot", "1024", "-b", "576", "-ub", "576", "--temp", "0", "-n", "1", "-t", "1", *flags])
     engine = stack.enter_context(Engine(options, lambda text: None))
@@ -47,7 +47,7 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
     picture = folder / "picture.png"
     turns = []
     for i in range(n):
-        make_scene(HELD_OUT[i]).draw().save(picture)
+        draw_scene(make_scene(HELD_OUT[i])).save(picture)
         turns.append(session.ask("How many objects are there?", [load(str(picture))], lambda text: None))
     return engine, turns
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..chat.files import find_mmproj, model_in
 from ..runtime.errors import KVCapsuleError
-from ..scenes import HELD_OUT, TASKS, Question, compare_questions, is_correct, make_questions, make_scene, size_of
+from ..scenes import HELD_OUT, TASKS, Question, compare_questions, draw_scene, is_correct, make_questions, make_scene, size_of
 from .native import MARKER, NativeModel
 
 Hits = dict[str, list[bool]]
@@ -25,11 +25,11 @@ def evaluate(model: NativeModel, scenes: int, questions: int, first: int = HELD_
     hits: Hits = defaultdict(list)
     for seed in range(first, first + scenes):
         scene = make_scene(seed)
-        picture = np.asarray(scene.draw(size_of(seed)) if mixed else scene.draw())
+        picture = np.asarray(draw_scene(scene, size_of(seed)) if mixed else draw_scene(scene))
         _ask(model, [picture], make_questions(scene, questions), hits, f"{seed}" if verbose else "")
         if mixed and (seed - first) % 2:
             before = make_scene(seed - 1)
-            both = [np.asarray(before.draw(size_of(seed - 1))), picture]
+            both = [np.asarray(draw_scene(before, size_of(seed - 1))), picture]
             _ask(model, both, compare_questions(before, scene), hits, f"{seed - 1} and {seed}" if verbose else "")
     return hits
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ..scenes import make_scene
+from ..scenes import draw_scene, make_scene
 from .config import VisionConfig
 from .train_eye import EyeTrainer, to_input
 from .vision import Vision
@@ -41,7 +41,7 @@ def write_shard(vision: Vision, folder: Path, start: int, random_words: float = 
     out = np.empty((count, VisionConfig.image**2 // VisionConfig.patch**2, vision.cfg.width), np.float16)
     for at in range(0, count, 8):
         seeds = range(start + at, start + min(at + 8, count))
-        images = np.stack([np.asarray(make_scene(s, random_words=random_words).draw()) for s in seeds])
+        images = np.stack([np.asarray(draw_scene(make_scene(s, random_words=random_words))) for s in seeds])
         out[at : at + 8] = vision.features(to_input(torch.from_numpy(images).to(device))).cpu().numpy()
     with open(path.with_suffix(".tmp"), "wb") as file:
         np.save(file, out)

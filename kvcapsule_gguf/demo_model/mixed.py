@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scenes import Question, Scene, compare_questions
+from ..scenes import Question, Scene, compare_questions, draw_scene
 from .config import MergerConfig, mrope_decoder
 from .decoder import Decoder
 from .labels import LABELS, patch_labels
@@ -101,7 +101,7 @@ def make_mixed(prompts: Prompts, rows: list[list[Scene]], sizes: list[Size], bud
         texts.append(pack(prompts, asked, budget, rng, multi_turn=questions is None))
     positions = [np.concatenate([fixed, np.tile(start + t.positions, (3, 1))], 1) for t in texts]
     labels = [np.concatenate([patch_labels(s, size, cell) for s, size in zip(scenes, sizes)], 1) for scenes in rows]
-    pictures = [np.stack([np.asarray(scenes[i].draw(size)) for scenes in rows]) for i, size in enumerate(sizes)]
+    pictures = [np.stack([np.asarray(draw_scene(scenes[i], size)) for scenes in rows]) for i, size in enumerate(sizes)]
     segments = np.stack([t.segment for t in texts])
     as_tensor = lambda items: torch.from_numpy(np.stack(items))  # noqa: E731
     return MixedBatch([torch.from_numpy(p) for p in pictures], as_tensor(labels), as_tensor([t.ids for t in texts]),

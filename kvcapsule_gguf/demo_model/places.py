@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scenes import TRAIN, make_scene
+from ..scenes import TRAIN, draw_scene, make_scene
 from .decoder import Decoder
 from .labels import LABELS, patch_labels
 from .merger import MergerVision
@@ -81,7 +81,7 @@ def fill_unused(decoder: Decoder, seed: int = 0) -> None:
 
 def _pictures(count: int) -> tuple[Tensor, Tensor]:
     scenes = [make_scene(s, dense=True) for s in TRAIN[1000:1000 + count]]
-    images = to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
+    images = to_input(torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])))
     return images, torch.from_numpy(np.stack([patch_labels(s) for s in scenes]))
 
 

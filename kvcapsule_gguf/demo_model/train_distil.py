@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scenes import TRAIN, make_scene
+from ..scenes import TRAIN, draw_scene, make_scene
 from .labels import patch_labels
 from .merger import MergerVision, grid_positions
 from .mixed import MixedModel
@@ -24,7 +24,7 @@ DISTIL_SEEDS = 3_000_000
 def pictures(start: int, count: int) -> tuple[Tensor, Tensor]:
     """Pictures as the eye takes them and whether a patch shows an item, bool [count, 576]."""
     scenes = [make_scene(s, dense=s % 3 != 0, random_words=0.5) for s in range(start, start + count)]
-    images = to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
+    images = to_input(torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])))
     return images, torch.from_numpy(np.stack([patch_labels(s)[1] > 0 for s in scenes]))
 
 

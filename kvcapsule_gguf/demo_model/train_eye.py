@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..scenes import TRAIN, make_scene
+from ..scenes import TRAIN, draw_scene, make_scene
 from .config import VisionConfig
 from .labels import patch_labels
 from .optim import Optimisers, schedule
@@ -29,7 +29,7 @@ class DrawnPatches(torch.utils.data.IterableDataset):
         step, offset = (info.num_workers, info.id) if info else (1, 0)
         for seed in range(self.start + offset, TRAIN.stop, step):
             scene = make_scene(seed, dense=seed % 4 != 0, random_words=0.7)
-            yield np.array(scene.draw()), patch_labels(scene)
+            yield np.array(draw_scene(scene)), patch_labels(scene)
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:

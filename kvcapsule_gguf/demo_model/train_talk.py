@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..scenes import HELD_OUT, TRAIN, Question, Scene, make_questions, make_scene
+from ..scenes import HELD_OUT, TRAIN, Question, Scene, draw_scene, make_questions, make_scene
 from .features import FeatureStore, training_scene
 from .optim import Optimisers, schedule
 from .scoring import Scores
@@ -35,7 +35,7 @@ def stage(progress: float) -> tuple[int, int]:
 
 def pictures_of(scenes: list[Scene]) -> torch.Tensor:
     """What the eye takes in, [B, 3, 336, 336]."""
-    return to_input(torch.from_numpy(np.stack([np.asarray(s.draw()) for s in scenes])))
+    return to_input(torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])))
 
 
 @torch.no_grad()

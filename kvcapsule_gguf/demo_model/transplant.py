@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..scenes import TRAIN, make_scene
+from ..scenes import TRAIN, draw_scene, make_scene
 from .decoder import Decoder
 from .merger import MergerVision
 from .train_eye import to_input
@@ -31,7 +31,7 @@ def transplant_decoder(old: Decoder, new: Decoder) -> None:
 @torch.no_grad()
 def transplant_eye(old: Vision, new: MergerVision, pictures: int = 24) -> None:
     """Fit the new eye to what the old one does on a few training pictures, block by block."""
-    images = torch.from_numpy(np.stack([np.asarray(make_scene(s, dense=s % 4 != 0).draw()) for s in TRAIN[:pictures]]))
+    images = torch.from_numpy(np.stack([np.asarray(draw_scene(make_scene(s, dense=s % 4 != 0))) for s in TRAIN[:pictures]]))
     x = old.patch(to_input(images)).flatten(2).transpose(1, 2)
     new.patch.weight.copy_(old.patch.weight)
     seen = old.pre_ln(x + old.position)

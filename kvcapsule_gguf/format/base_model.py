@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import layer_kinds
-from .capsule import Base, CapsuleFileError
+from .capsule import CapsuleFileError
 from .gguf_header import GGUFError, Header, read_header
 
 # RoPE kinds of the architectures that vision models are built on; the pairs of `norm` are (2i, 2i+1), those of the others (i, i + n/2)
@@ -65,12 +65,6 @@ class BaseModelError(CapsuleFileError):
     """The base model can not be used; one line."""
 
     what = "model"
-
-
-def base_of(model: BaseModel) -> Base:
-    from .fingerprint import fingerprint_of
-
-    return Base(model.architecture, model.block_count, fingerprint_of(model), model.rope_type, model.rope_sections)
 
 
 def _parse(path: Path, h: Header) -> BaseModel:

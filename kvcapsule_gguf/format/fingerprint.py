@@ -6,11 +6,16 @@ import hashlib
 from pathlib import Path
 
 from .base_model import BaseModel, read_base_model
+from .capsule import Base
 
 
 def fingerprint(path: str | Path) -> str:
     """64 hex digits. Raises CapsuleError."""
     return fingerprint_of(read_base_model(path))
+
+
+def base_of(model: BaseModel) -> Base:
+    return Base(model.architecture, model.block_count, fingerprint_of(model), model.rope_type, model.rope_sections)
 
 
 def fingerprint_of(model: BaseModel) -> str:

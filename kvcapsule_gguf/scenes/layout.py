@@ -61,12 +61,6 @@ class Scene:
     seed: int
     items: tuple[Item, ...]
 
-    def draw(self, size: int | tuple[int, int] = SIDE):
-        """Picture of the scene as a PIL image of size x size pixels, or of width x height."""
-        from .drawing import draw_scene
-
-        return draw_scene(self, size)
-
     def at(self, row: int, column: int) -> Item | None:
         """The item in a cell, if any."""
         return next((i for i in self.items if (i.row, i.column) == (row, column)), None)

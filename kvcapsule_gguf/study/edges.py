@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..codec.block import BlockCodec
 from ..codec.cut import BlockShape
 from ..codec.guard import block_score
+from ..format.block import BlockCodec
 from ..format.capsule import Capsule
 from ..train.source import KVSample
 

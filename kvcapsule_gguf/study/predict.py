@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codec.block import BlockCodec
 from ..codec.retain import gelu
 from ..codec.rows import decode_rows
 from ..codec.types import RowCounts, total_rows
+from ..format.block import BlockCodec
 from ..format.capsule import PCA
 from ..train.fit_retain import RetainOptions, fit_mlp
 from ..train.trainer import FittedLayer

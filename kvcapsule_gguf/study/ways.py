@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ..codec.block import BlockCodec
 from ..codec.cut import BlockShape
 from ..codec.types import RowCounts, row_counts, rows_bytes, total_rows
 from ..format.base_model import BaseModel
+from ..format.block import BlockCodec
 from ..format.capsule import PCA, RETAIN, Layer
 from ..train.fit_pca import fit_basis
 from ..train.schedule import Part, retain_rows, schedule

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.head import F16
-from ..format.base_model import BaseModel, base_of
+from ..format.base_model import BaseModel
+from ..format.fingerprint import base_of
 from ..format.tile_capsule import TileCapsule, TileLayer
 from .coded import SIDE, fit_basis
 from .cross import axes_for, cross_coded, sizes

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..codec.block import BlockCodec
 from ..codec.guard import block_score
 from ..codec.types import total_rows
+from ..format.block import BlockCodec
 from ..format.capsule import Capsule, Tier
 from .schedule import DISTORTION
 from .store import BlockStore

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..eval.pictures import Picture
-from ..scenes import CALIBRATION, WORDS, Scene, make_questions, make_scene
+from ..scenes import CALIBRATION, WORDS, Scene, draw_scene, make_questions, make_scene
 
 # width : height of the drawn pictures; fixed-grid models make them all square
 SHAPES = ((336, 336), (336, 336), (448, 336), (336, 448))
@@ -37,7 +37,7 @@ class Drawn:
         size = tuple(map(int, rng.integers(*SIDES, 2, endpoint=True))) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
         if i % 2 == 0:
             scene = _make_scene(rng)
-            return Picture(scene.draw().resize(size, Image.Resampling.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)
+            return Picture(draw_scene(scene).resize(size, Image.Resampling.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)
         return Picture((_page, _texture, _collage)[i // 2 % 3](rng, size), name=name)
 
 
@@ -46,7 +46,7 @@ def _make_scene(rng: np.random.Generator) -> Scene:
 
 
 def _scene(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    return _make_scene(rng).draw().resize(size, Image.Resampling.BICUBIC)
+    return draw_scene(_make_scene(rng)).resize(size, Image.Resampling.BICUBIC)
 
 
 def _page(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..codec.cut import BlockShape
 from ..codec.types import Q4_0, row_counts
-from ..format.base_model import BaseModel, base_of
+from ..format.base_model import BaseModel
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
+from ..format.fingerprint import base_of
 from ..runtime.scratch import Scratch
 from ..runtime.timing import Progress, duration, remaining
 from .fit_pca import fit_basis

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..format.capsule import PCA, Capsule, Layer
-from .pca import decode_pca, encode_pca
-from .retain import Retain, decode_retain, encode_retain
-from .types import RowCounts, rows_bytes
+from ..codec.pca import decode_pca, encode_pca
+from ..codec.retain import Retain, decode_retain, encode_retain
+from ..codec.types import RowCounts, rows_bytes
+from .capsule import PCA, Capsule, Layer
 
 
 @dataclass(frozen=True)
