@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def in_a_thread(work: Any) -> Any:
 def refuses_all(llm: Any, closes: bool = True) -> None:
     """In a thread of its own."""
     for name, use in (*USES.items(), *([("close", lambda llm: llm.close())] if closes else [])):
-        answer = in_a_thread(lambda: use(llm))
+        answer = in_a_thread(partial(use, llm))
         assert isinstance(answer, RuntimeError) and "another thread" in str(answer), (name, answer)
 
 
@@ -315,7 +316,7 @@ def test_whatever_uses_the_context_is_refused_in_the_middle_of_an_answer() -> No
         answer = llm.create_chat_completion(messages(1), temperature=0, max_tokens=2, logits_processor=[look])
         assert answer["usage"]["completion_tokens"] == 2
         for use in USES.values():
-            assert "another thread" not in str(in_a_thread(lambda: use(llm)))  # one after the other
+            assert "another thread" not in str(in_a_thread(partial(use, llm)))  # one after the other
         assert ask(llm) == "yellow star"
 
 
@@ -373,8 +374,10 @@ def test_threads_that_do_not_care_get_right_answers_or_a_refusal() -> None:
                 try:
                     if kind == 0 and ask(llm, n) != expected[n]:
                         wrong.append(n)
-                    if kind == 1 and "".join(part["choices"][0]["delta"].get("content") or "" for part in llm.create_chat_completion(messages(n), temperature=0, max_tokens=8, stream=True)).strip() != expected[n]:
-                        wrong.append(-n)
+                    if kind == 1:
+                        parts = llm.create_chat_completion(messages(n), temperature=0, max_tokens=8, stream=True)
+                        if "".join(part["choices"][0]["delta"].get("content") or "" for part in parts).strip() != expected[n]:
+                            wrong.append(-n)
                     if kind == 2:
                         llm.reset()
                     if kind == 3:

@@ -169,7 +169,7 @@ PRODUCTS = {
     "one query": replace(of_rows(HEADS[128], "mixed"), tokens=1, group=1),
     "8 sequences": replace(PCA, tokens=8, group=1, sequences=8, slots=(13, 6), ragged=0.3),
 }
-F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is .008 (key MLP), in attention .0015 (8 sequences that see few tokens each)
+F16 = 1e-2  # absolute: keys and values of up to 6 are sums of products of f16 and f16; the largest difference here is 0.008 (key MLP), in attention 0.0015 (8 sequences that see few tokens each)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

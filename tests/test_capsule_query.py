@@ -11,7 +11,7 @@ from test_capsule_op import BASE
 
 from kvcapsule_gguf.codec.types import row_counts
 
-EIGHT_BITS = 1e-2  # of values near 1; the largest of these cases is .006
+EIGHT_BITS = 1e-2  # of values near 1; the largest of these cases is 0.006
 EXACT = 2e-5
 
 MIXED = (row_counts(q8_0=2, q4_0=6, q2_0=8), row_counts(q8_0=8, q4_0=8))

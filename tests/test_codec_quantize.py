@@ -89,7 +89,7 @@ def relative_mse(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("name", "limit"), [("f32", 0), ("f16", 1e-7), ("q8_0", 4e-5), ("q4_0", 0.009), ("q2_0", 0.1240)])
 def test_gaussian_rows(name, limit):
-    """The project's limit for q2_0 is .13 (ggml's own quantizer: .516)."""
+    """The project's limit for q2_0 is 0.13 (ggml's own quantizer: 0.516)."""
     x = np.random.default_rng(0).standard_normal((5000, 128)).astype(np.float32)
     assert relative_mse(x, DECODE[name](ENCODE[name](x), 128)) <= limit
 

@@ -21,7 +21,7 @@ from test_native import require_capsules
 
 from kvcapsule_gguf import native
 from kvcapsule_gguf.chat.contents import Contents
-from kvcapsule_gguf.runtime import interrupts, program
+from kvcapsule_gguf.runtime import interrupts
 from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.runtime.interrupts import Interrupts
 

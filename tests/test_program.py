@@ -64,7 +64,8 @@ def test_what_the_system_refuses_is_no_fault_of_the_program(capsys: pytest.Captu
 @pytest.mark.parametrize(
     "body, where",
     [
-        ("print('x')", "stdout: "), ("print('x', flush=True)", "stdout: "), ("print('x' * 9999)", "stdout: "), ("[print('x' * 99) for _ in range(9999)]", "stdout: "), ("sys.stdout.buffer.write(b'x' * 99999)", "stdout: "),
+        ("print('x')", "stdout: "), ("print('x', flush=True)", "stdout: "), ("print('x' * 9999)", "stdout: "),
+        ("[print('x' * 99) for _ in range(9999)]", "stdout: "), ("sys.stdout.buffer.write(b'x' * 99999)", "stdout: "),
         ("Path('/dev/full').write_text('x')", ""),
     ],
 )  # fmt: skip

@@ -27,7 +27,6 @@ from .alone import Alone, alone
 from .handler import KVCapsuleChatHandler, PromptStats
 from .quiet import reasons, say
 
-
 VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_QUALITY", "LLAMA_KVCAPSULE_RATIO")
 _lock = threading.Lock()
 _inside = 0

@@ -1,6 +1,6 @@
 """The q2_0 quantizer: one rule in integers, so that numpy, C++ and CUDA give the same bytes.
 
-ggml's own quantize_row_q2_0_ref never writes the code +2 (relative MSE .516 on Gaussian rows); a searched, signed scale does (.123).
+ggml's own quantize_row_q2_0_ref never writes the code +2 (relative MSE 0.516 on Gaussian rows); a searched, signed scale does (0.123).
 
 A block of 64 values is an f16 scale `d`, which may be negative, and 64 codes c in {-1, 0, 1, 2}, stored as c + 1 in 2 bits: value j is
 (c_j) * d, in bits 2 * (j % 4) of byte j / 4. Encoding a block x, all of it in f32 and int32 (int64 where said):
