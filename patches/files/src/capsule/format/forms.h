@@ -2,8 +2,8 @@
 
 #include "capsule/format/tables.h"
 
-#include "ggml-capsule/layout.h"
-#include "ggml-capsule/quantize.h"
+#include "../ggml/src/ggml-capsule/layout.h"
+#include "../ggml/src/ggml-capsule/quantize.h"
 
 #include <memory>
 #include <vector>

@@ -2,7 +2,7 @@
 
 #include "capsule/store/slots.h"
 
-#include "ggml-capsule/attn.h"
+#include "../ggml/src/ggml-capsule/attn.h"
 
 #include "llama-capsule-kv.h"
 #include "llama-kv-cells.h"

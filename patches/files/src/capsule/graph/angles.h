@@ -2,7 +2,7 @@
 
 #include "llama-capsule-rope.h"
 
-#include "ggml-capsule/layout.h"
+#include "../ggml/src/ggml-capsule/layout.h"
 
 class llama_capsule_slots;
 

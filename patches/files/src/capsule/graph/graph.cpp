@@ -3,7 +3,7 @@
 #include "capsule/hooks.h"
 #include "capsule/store/slots.h"
 
-#include "ggml-capsule/attn.h"
+#include "../ggml/src/ggml-capsule/attn.h"
 
 #include "llama-capsule-kv.h"
 #include "llama-context.h"
