@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_runner import (
-    Case, Result, Step, clear, compress, image, lossless_limit, nmse, positions, rounded_limit, seq_add, seq_cp, seq_rm, state_load, state_save, stats, text)
+from llama_runner import Case, Result, Step, clear, compress, image, lossless_limit, nmse, positions, rounded_limit, seq_add, seq_cp, seq_rm, state_load, state_save, stats, text
 
 N, LAYERS = 16, 3
 Run = Callable[..., dict[str, Result]]

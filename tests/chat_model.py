@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-
 from make_capsule import random_capsule
 from tiny_gguf import TinyModel, add_hparams, weights
 

@@ -102,7 +102,7 @@ def _three_tiers(good: Path, bad: Path) -> None:
 def _tensors_reversed(good: Path, bad: Path) -> None:
     names = [t.name for t in gguf.GGUFReader(good).tensors]
     data = {t.name: np.array(t.data) for t in gguf.GGUFReader(good).tensors}
-    rewrite(good, bad, tensors={n: None for n in names}, add=[(n, data[n]) for n in reversed(names)])
+    rewrite(good, bad, tensors=dict.fromkeys(names), add=[(n, data[n]) for n in reversed(names)])
 
 
 K = "blk.1.kvcapsule."

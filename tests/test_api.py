@@ -337,7 +337,7 @@ def test_the_package_is_typed_and_light() -> None:
 
     assert (Path(kvcapsule_gguf.__file__).parent / "py.typed").is_file()
     with pytest.raises(AttributeError):
-        kvcapsule_gguf.nothing
+        _ = kvcapsule_gguf.nothing
 
 
 def test_a_template_that_only_knows_text(folder: Path, tmp_path: Path) -> None:

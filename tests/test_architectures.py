@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_runner import (
-    Case, Step, clear, compress, image, lossless_limit, nmse, positions, rounded_limit, seq_cp, seq_rm, state_load, state_save, stats, text, together,
-)
+from llama_runner import Case, Step, clear, compress, image, lossless_limit, nmse, positions, rounded_limit, seq_cp, seq_rm, state_load, state_save, stats, text, together
 from tiny_archs import ARCHS
 from tiny_gguf import TinyModel
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from backend_cases import CHAT, LAYERS, N, Device, compare, rpc_server, settings
+from backend_cases import CHAT, LAYERS, Device, N, compare, rpc_server, settings
 from conftest import ROOT, library
 from llama_runner import Case, compress, image_file, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
 from test_lossy import wild

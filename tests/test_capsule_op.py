@@ -23,7 +23,7 @@ HEADS = {
     "part": replace(BASE, d_k=96, d_v=64, n_rot=32),
     "256": replace(BASE, d_k=256, d_v=256, n_rot=256, N=24, heads=1),
 }
-ROWS = [(head, name) for head, s in HEADS.items() for name in row_types(min(s.d_k, s.d_v), s.N) if s.d_k % 64 == 0 or name in ("f32", "f16", "mixed", "q8_0") and s.d_k == s.d_v]
+ROWS = [(head, name) for head, s in HEADS.items() for name in row_types(min(s.d_k, s.d_v), s.N) if s.d_k % 64 == 0 or (name in ("f32", "f16", "mixed", "q8_0") and s.d_k == s.d_v)]
 
 
 def of_rows(s: Setting, name: str) -> Setting:

@@ -48,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def chat() -> Run:
-    def run(*arguments: str | Path, stdin: str | bytes = b"", env: dict[str, str] = {}) -> subprocess.CompletedProcess:
+    def run(*arguments: str | Path, stdin: str | bytes = b"", env: dict[str, str] = {}) -> subprocess.CompletedProcess:  # noqa: B006
         data = stdin.encode() if isinstance(stdin, str) else stdin
         result = subprocess.run(command(*arguments, "--temp", "0", "-t", "1"), input=data, env=environment(**env), capture_output=True, timeout=120)
         result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()

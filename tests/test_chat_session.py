@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.chat.contents import Contents
 from kvcapsule_gguf.chat.session import Session
 from kvcapsule_gguf.chat.stats import CacheUse, ImageUse, break_even
 from kvcapsule_gguf.chat.template import ChatTemplate
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.runtime.marker import MARKER
 
 VICUNA = (

@@ -23,7 +23,7 @@ def mtmd_cli() -> Path:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
-def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, tmp_path: Path, arch: str) -> None:  # noqa: F811
+def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, tmp_path: Path, arch: str) -> None:
     # one row of a block's eight: lossy enough to change the answer
     lossy = random_capsule(folder / arch / "tiny.gguf", tmp_path / "lossy.gguf", block_size=8, lossless=False, rows=(0, 0, 0, 1, 0))
     common = ["-m", folder / arch / "tiny.gguf", "--mmproj", folder / arch / "mmproj-tiny.gguf", "--image", folder / "a.png", "-p", "hello", "-n", "8", "-c", "1024"]

@@ -145,7 +145,7 @@ def test_our_series_in_a_changed_llama_cpp(tmp_path):
         (tmp_path / name).write_bytes((pristine / name).read_bytes())
     kv = tmp_path / "src" / "llama-kv-cache.cpp"
     kv.write_text("// seven more lines\n" * 7 + kv.read_text())
-    found = [f for f in hooks.check(series, tmp_path)]
+    found = list(hooks.check(series, tmp_path))
     assert {f.kind for f in found if f.hook.file == "src/llama-kv-cache.cpp"} == {"offset"}
     assert {f.kind for f in found if f.hook.file != "src/llama-kv-cache.cpp"} == {"applies"}
     (tmp_path / "src" / "llama-graph.cpp").write_text("// rewritten\n")

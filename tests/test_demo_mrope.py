@@ -80,7 +80,7 @@ def test_the_eye_knows_offsets_only(model):
         for j in range(24):
             key = int(y[i] - y[j]), int(x[i] - x[j])
             assert offset.setdefault(key, scores[i, j].item()) == pytest.approx(scores[i, j].item(), abs=1e-4)
-    assert len(set(round(v, 3) for v in offset.values())) > 20
+    assert len({round(v, 3) for v in offset.values()}) > 20
 
 
 def test_the_second_model_begins_as_the_first(first):

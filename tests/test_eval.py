@@ -141,7 +141,7 @@ def test_the_prompt_is_that_of_the_chat(tmp_path, add_bos):
     template = "{{ bos_token }}" + TEMPLATE if add_bos else TEMPLATE
     model, mmproj = write_model(tmp_path / "tiny.gguf", template=template, bos=bos, add_bos=add_bos), write_mmproj(tmp_path / "mmproj-tiny.gguf")
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
-    text = lambda s: [3 + b for b in s.encode()]
+    text = lambda s: [3 + b for b in s.encode()]  # noqa: E731
     before = [*([1] if add_bos else []), start, *text("user\n")]
     question = [*text("what?"), end, *text("\n"), start, *text("assistant\n")]
     chat, *ours = json.loads(run("patched", "-c", TOKENS.format(root=str(ROOT)), str(model), str(mmproj), str(tmp_path / "a.png")))

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from conftest import library
 from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from make_capsule import random_capsule
 from tiny_gguf import TinyModel, rewrite, weights
 
@@ -22,8 +21,8 @@ from kvcapsule_gguf.format.capsule import CapsuleError, Layer
 from kvcapsule_gguf.format.fingerprint import fingerprint
 from kvcapsule_gguf.format.gguf_header import TENSOR_TYPES
 from kvcapsule_gguf.format.reader import has_capsule, read_capsule
-from kvcapsule_gguf.format.tile_capsule import read_any_capsule
 from kvcapsule_gguf.format.schema import KEYS
+from kvcapsule_gguf.format.tile_capsule import read_any_capsule
 from kvcapsule_gguf.format.writer import write_capsule
 
 RETAIN = {"key_codec": "retain", "mlp_width": 8}
@@ -112,7 +111,7 @@ def test_the_tensor_types_are_ggmls():
     ggml = ctypes.CDLL(str(path))
     ggml.ggml_blck_size.restype, ggml.ggml_type_size.restype, ggml.ggml_type_name.restype = ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
     n = max(TENSOR_TYPES) + 1
-    assert TENSOR_TYPES == {i: (ggml.ggml_type_name(i).decode(), ggml.ggml_blck_size(i), ggml.ggml_type_size(i)) for i in range(n) if ggml.ggml_blck_size(i)}
+    assert {i: (ggml.ggml_type_name(i).decode(), ggml.ggml_blck_size(i), ggml.ggml_type_size(i)) for i in range(n) if ggml.ggml_blck_size(i)} == TENSOR_TYPES
 
 
 # --- refused ---

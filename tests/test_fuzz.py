@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from attacks.make import FILES
 from damages import ACCEPTED, DAMAGES, RETAIN_DAMAGES
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from make_capsule import random_capsule
 from make_tile_capsule import MIXED, random_tile_capsule
 from tile_damages import TILE_ACCEPTED, TILE_DAMAGES

@@ -19,9 +19,9 @@ from test_native import require_capsules
 from kvcapsule_gguf import native
 from kvcapsule_gguf.chat import args, saved
 from kvcapsule_gguf.chat.engine import Engine
-from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.chat.session import Session, Turn
 from kvcapsule_gguf.reuse import container
+from kvcapsule_gguf.runtime.errors import KVCapsuleError
 from kvcapsule_gguf.runtime.pictures import load as load_picture
 
 ARCHS = ("llama", "qwen2vl")

@@ -11,8 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
-from test_lossless import CHAT, N, Script, label, mean, settings
-from test_lossless import both as run_both
+from test_lossless import CHAT, N, Script, both as run_both, label, mean, settings
 from test_lossy import GRID, KINDS, wild
 from tiny_gguf import TinyModel
 

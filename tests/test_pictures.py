@@ -21,11 +21,26 @@ from types import SimpleNamespace
 import numpy as np
 import picture_files
 import pytest
-from PIL import Image
 from picture_files import base64_forms, encoded, lossless, lossy, png, sample, tiff, with_palette
+from PIL import Image
 
 from kvcapsule_gguf.runtime.pictures import (
-    Budget, Limits, Picture, PictureError, PictureTooLarge, decode, load, new_bitmap, read, sources, split_dropped, split_listed, split_pasted, to_png, unquoted, write_ppm,
+    Budget,
+    Limits,
+    Picture,
+    PictureError,
+    PictureTooLarge,
+    decode,
+    load,
+    new_bitmap,
+    read,
+    sources,
+    split_dropped,
+    split_listed,
+    split_pasted,
+    to_png,
+    unquoted,
+    write_ppm,
 )  # fmt: skip
 
 SHOWN = sample()

@@ -11,11 +11,10 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from real_decoder_steps import suites, things  # noqa: E402
+from real_decoder_steps import suites, things
 
-from kvcapsule_gguf.eval import real  # noqa: E402
-from kvcapsule_gguf.eval import suites as of_eval  # noqa: E402
-from kvcapsule_gguf.study.pictures import real_items  # noqa: E402
+from kvcapsule_gguf.eval import real, suites as of_eval
+from kvcapsule_gguf.study.pictures import real_items
 
 
 @pytest.fixture

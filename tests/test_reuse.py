@@ -93,7 +93,7 @@ def test_a_binding_changes_with_everything_in_it(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "libllama.so").write_text("other")
 
-    def bound(settings: dict = {"ratio": 0.8}, lib: str = "one", **changed: Path | None) -> str:
+    def bound(settings: dict = {"ratio": 0.8}, lib: str = "one", **changed: Path | None) -> str:  # noqa: B006
         paths = {**files, **changed}
         return binding(paths["model"], paths["mmproj"], paths["capsule"], settings, tmp_path / lib)
 

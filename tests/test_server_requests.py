@@ -96,7 +96,7 @@ def test_pictures_are_found_wherever_llama_server_reads_them(path: str, request_
 
 def test_every_endpoint_that_takes_pictures_is_tried_above() -> None:
     tried = {ENDPOINTS[path] for path, _ in PLACES}
-    assert {find for find in ENDPOINTS.values()} - tried == {ENDPOINTS["/tokenize"]}
+    assert set(ENDPOINTS.values()) - tried == {ENDPOINTS["/tokenize"]}
 
 
 @pytest.mark.parametrize(

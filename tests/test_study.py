@@ -9,16 +9,16 @@ import pytest
 from conftest import library
 from synthetic_kv import source
 
+from kvcapsule_gguf.codec.allocate import allocate
 from kvcapsule_gguf.codec.builtin import builtin_table
 from kvcapsule_gguf.codec.channels import plain_groups
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.tiles import cut_grid
 from kvcapsule_gguf.study import grids, methods
-from kvcapsule_gguf.train.coded import KINDS, TYPES, Coded, costs, fit_basis, rival_scores, scores, table_bits, worst_tokens
 from kvcapsule_gguf.study.measure import Measure, rotated
+from kvcapsule_gguf.train.coded import KINDS, TYPES, Coded, costs, fit_basis, rival_scores, table_bits, worst_tokens
 from kvcapsule_gguf.train.cross import cross_coded
 from kvcapsule_gguf.train.tables import fit_tables
-from kvcapsule_gguf.codec.allocate import allocate
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_inspect_says_what_is_in_it(good, tmp_path, capsys):
     data, capsule = json.loads(capsys.readouterr().out), read_tile_capsule(good)
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert [tier["by_quality"] for tier in data["tiers"]] == [x <= 6.5 for x in SMALLER]
-    for t, tier in enumerate(data["tiers"]):
+    for tier in data["tiers"]:
         layers = capsule.layers
         stored = sum(x["key_bits"] * layer.k_mean.size + x["value_bits"] * layer.v_mean.size for x, layer in zip(tier["layers"], layers)) * 64 / 8
         assert stored == pytest.approx(tier["bytes_per_tile"], rel=1e-3)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from kvcapsule_gguf.codec.types import ROW_TYPES, legal, row_counts, rows_bytes, total_rows
 from kvcapsule_gguf.train.fit_pca import fit_basis
 from kvcapsule_gguf.train.fit_retain import RetainOptions, fit_gates, fit_retain, frequency_groups
 from kvcapsule_gguf.train.guard import thresholds
 from kvcapsule_gguf.train.pattern import kept_tokens, most_used_first, neighbours
-from kvcapsule_gguf.train.sensitivity import groups, weights
 from kvcapsule_gguf.train.schedule import DISTORTION, Part, allocate, faithful_rows, layer_ratios, retain_rows, schedule
+from kvcapsule_gguf.train.sensitivity import groups, weights
 
 rng = np.random.default_rng(0)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import native_code
 import numpy as np
-from capsule_op import NORM, ROT_K, ROT_V, TYPES, V, V_TRANS, Graph, ggml, graph, rotate
+from capsule_op import NORM, ROT_K, ROT_V, TYPES, V_TRANS, Graph, V, ggml, graph, rotate
 
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
 from kvcapsule_gguf.codec.head import F16, Head

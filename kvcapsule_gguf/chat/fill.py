@@ -16,7 +16,6 @@ from .contents import SEQ, Contents
 from .prompt import Chunk
 from .stats import ImageUse
 
-
 ANSWER = 256  # cells, beside the prompt
 CELLS = 256  # the library gives that many at a time
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .args import Options
 from .engine import Engine

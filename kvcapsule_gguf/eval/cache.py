@@ -93,7 +93,7 @@ class Cache:
             self._quantize(shapes, [(p0, p1) for p0, p1, _ in spans])
         kept = n
         if self.setting.drop:
-            for p0, p1, part in spans:
+            for p0, _, part in spans:
                 for a, b in dropped(len(part.embd), self.setting.drop):
                     self.llama.llama_memory_seq_rm(self.memory, 0, p0 + a, p0 + b)
                     kept -= b - a

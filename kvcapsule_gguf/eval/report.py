@@ -12,7 +12,6 @@ from ..plot import Panel, Series, draw
 from .intervals import bootstrap, wilson
 from .run import Evaluation, Measured
 
-
 RIVALS = ("q4_0-vision", "q4_0")  # what the KLD is compared with, the first that was measured
 
 

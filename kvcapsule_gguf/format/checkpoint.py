@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> Capsule | TileCapsule:
             make = {str(VERSION): _capsule, str(tile_checkpoint.VERSION): tile_checkpoint.capsule_of}.get(metadata.get("version"))
             if make is None:
                 raise CheckpointError(path, f"checkpoint version {metadata.get('version')}, this program reads {VERSION} and {tile_checkpoint.VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError, TypeError) as error:  # TypeError: a type that numpy has not
         raise CheckpointError(path, f"can not be read as safetensors: {' '.join(str(error).split())}") from None
     try:

@@ -242,7 +242,7 @@ def _read(path: Path) -> TileCapsule:
     heads, d_k, d_v = (per_layer(f"base.{x}") for x in ("head_count_kv", "key_length", "value_length"))
     none = np.empty(0, np.float32)
     c.layers = [TileLayer(int(index), rope[i], none, none, none, none, k_energy[i], v_energy[i]) for i, index in enumerate(get["layers"])]
-    for i, x in enumerate(c.layers):
+    for i in range(len(c.layers)):
         validate_layer(c, i, heads[i], d_k[i], d_v[i])
     if sidecar:
         check_cover(h)

@@ -14,8 +14,7 @@ from ..format import tile_capsule
 from ..format.reader import capsule_version, read_capsule
 from ..plot import Panel, Series, draw
 from ..runtime import program
-from . import report as v1
-from . import tiles
+from . import report as v1, tiles
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,10 @@ from .grammar import check_grammar, check_schemas
 
 WINDOW = 1 << 17  # tokens that a penalty looks back
 NUMBERS = {"dry_penalty_last_n": WINDOW, "repeat_last_n": WINDOW, "n_probs": 100, "logprobs": 100, "top_logprobs": 100}
-LISTS = {"stop": 64, "stop_sequences": 64, "samplers": 64, "dry_sequence_breakers": 64, "lora": 64, "response_fields": 256, "logit_bias": 4096, "prompt": 2048, "input": 2048, "documents": 2048, "texts": 2048}
+LISTS = {
+    "stop": 64, "stop_sequences": 64, "samplers": 64, "dry_sequence_breakers": 64, "lora": 64, "response_fields": 256, "logit_bias": 4096,
+    "prompt": 2048, "input": 2048, "documents": 2048, "texts": 2048,
+}  # fmt: skip
 STRINGS = 1 << 16  # characters in all stops, and in all sequence breakers
 OWN = ("chat_parser", "chat_format", "grammar_lazy", "grammar_triggers", "preserved_tokens", "message_delimiters")  # llama-server's notes to itself: parsers and regular expressions
 

@@ -126,7 +126,8 @@ class Gateway:
             logger.addHandler(logging.NullHandler())
             logger.propagate = False
         self._server = uvicorn.Server(
-            uvicorn.Config(self._front, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE_S))
+            uvicorn.Config(self._front, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False, server_header=False, date_header=False,
+                           proxy_headers=False, timeout_keep_alive=int(IDLE_S))
         )
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
@@ -151,7 +152,8 @@ class Front:
         self._room = Room()
         self._reads, self._checks = asyncio.Semaphore(READS), asyncio.Semaphore(CHECKS)
         self._llama = httpx2.AsyncClient(
-            transport=httpx2.AsyncHTTPTransport(uds=str(upstream.socket), limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)), base_url="http://localhost", timeout=None, trust_env=False
+            transport=httpx2.AsyncHTTPTransport(uds=str(upstream.socket), limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)),
+            base_url="http://localhost", timeout=None, trust_env=False
         )
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -208,7 +210,7 @@ class Front:
 
     def _allowed(self, headers: Headers) -> bool:
         given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        return not self.api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.api_keys])
+        return not self.api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.api_keys])  # noqa: C419 (all are compared, whichever fits)
 
     def _refuse_web_pages(self, headers: Headers) -> None:
         """Without a key, no web page may use this server. A page could point its own name at this address, or ask from its own origin: both are refused."""
@@ -373,7 +375,7 @@ def _check_kind(headers: Headers) -> None:
     message = Message()
     message["Content-Type"] = headers.get("content-type", "application/json")
     kind = message.get_content_type()
-    if kind not in JSON_KINDS and not kind.endswith("+json") or (message.get_content_charset() or "utf-8") not in ("utf-8", "us-ascii"):
+    if (kind not in JSON_KINDS and not kind.endswith("+json")) or (message.get_content_charset() or "utf-8") not in ("utf-8", "us-ascii"):
         raise RequestError(415, "the request must be application/json in UTF-8")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError(415, "compressed requests are not taken")

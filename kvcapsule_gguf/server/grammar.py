@@ -20,7 +20,10 @@ GBNF = re.compile(
       | (?P<mark>[()|]) | (?P<times>[*+?] | \{\s*\d+\s*(?:,\s*(?:\d+\s*)?)?\})""",
     re.VERBOSE | re.DOTALL,
 )
-REGEX = re.compile(r"(?P<char>\\. | \[(?:\\.|[^\]\\])*\]) | (?P<times>[*+?] | \{\d*(?:,\d*)?\}) | (?P<mark>\((?:\?[:=!])? | [)|]) | (?P<rule>(?!)) | (?P<name>(?!)) | (?P<other>[^\[])", re.VERBOSE | re.DOTALL)
+REGEX = re.compile(
+    r"(?P<char>\\. | \[(?:\\.|[^\]\\])*\]) | (?P<times>[*+?] | \{\d*(?:,\d*)?\}) | (?P<mark>\((?:\?[:=!])? | [)|]) | (?P<rule>(?!)) | (?P<name>(?!)) | (?P<other>[^\[])",
+    re.VERBOSE | re.DOTALL,
+)
 
 Item = tuple[Any, int, "int | None"]  # (None: characters, str: a rule, list: a group), least and most repetitions; None = no end
 Rule = list[list[Item]]  # alternatives of sequences

@@ -33,7 +33,8 @@ class Limits:
 
 def prepare(media: list[tuple[Media, bytes | None]], limits: Limits, folder: Path, made: list[Path], warn: Callable[[str], None]) -> int:
     """Each medium, with the file where it was fetched, is replaced in its request. Pictures go into files of `folder` where llama-server takes a URL: as
-    base64 they would be many times as large as what the client sent, and 100 MiB are all that it takes. `made`: these files are added; warn: is told of pictures that may not show what was meant. Returns about how many bytes the pictures are in llama-server. Raises RequestError."""
+    base64 they would be many times as large as what the client sent, and 100 MiB are all that it takes. `made`: these files are added; warn: is told of pictures that may not
+    show what was meant. Returns about how many bytes the pictures are in llama-server. Raises RequestError."""
     budget = Budget(limits.pictures)
     files = [_file(medium, fetched, budget, f"picture {n}") for n, (medium, fetched) in enumerate(media, 1)]
     if sum(map(_pixels, files)) > limits.pictures.total_pixels:  # before the first one costs time and room

@@ -32,7 +32,8 @@ async def _fetch(url: str, most: int, hold: Callable[[int], None]) -> bytes:
             address = await _public_address(target)
             # to the address that was checked; another look-up could find another one
             request = client.build_request(
-                "GET", target.copy_with(host=address), headers={"Host": target.netloc.decode(), "Accept": "image/*", "Accept-Encoding": "identity"}, extensions={"sni_hostname": target.raw_host.decode()}
+                "GET", target.copy_with(host=address), headers={"Host": target.netloc.decode(), "Accept": "image/*", "Accept-Encoding": "identity"},
+                extensions={"sni_hostname": target.raw_host.decode()}
             )
             reply = await client.send(request, stream=True)
             try:

@@ -16,7 +16,7 @@ import torch
 from ..codec.builtin import SMALLER as BUILTIN
 from ..codec.quality import BUILTIN_QUALITY, QUALITY, choose
 from ..codec.rope import pair_index
-from ..train.coded import N, Coded, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors, whole_tiles, worst_tokens
+from ..train.coded import Coded, N, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors, whole_tiles, worst_tokens
 from ..train.cross import cross_coded
 from ..train.fit_tiles import BY_QUALITY, SMALLER, TYPES
 from ..train.source import KVSample
@@ -82,7 +82,7 @@ class Bench:
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def model(self):  # noqa: ANN201
+    def model(self):
         return next(iter(self.suites.values())).answers.decoder.model
 
     def code(self, basis: dict | None = None, fit: Sequence[KVSample] | None = None, lines: int = 0, **options: object) -> tuple[Coded, dict[str, Coded]]:
@@ -175,7 +175,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
 
     def fixed(label: str, coding: tuple[Coded, dict[str, Coded]] | None = None, at: Sequence[float] = sizes, **options: object) -> Iterator[str]:
         fitted, tests = coding or bench.default()
-        for size, tables in zip(at, fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options))):  # type: ignore[arg-type]
+        for tables in fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options)):  # type: ignore[arg-type]
             yield bench.row(label, tests, [tables])
 
     def by_tile(label: str, coding: tuple[Coded, dict[str, Coded]], **options: object) -> Iterator[str]:

@@ -12,7 +12,6 @@ from ..codec.rows import round_trip
 from .pattern import kept_tokens, most_used_first, neighbours
 from .source import TrainError
 
-
 MLP_BLOCKS = 512  # at most so many blocks train the MLP
 DECAY = 3.0  # of its weights: without, it learns the few pictures by heart
 

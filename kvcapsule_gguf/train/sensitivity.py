@@ -16,8 +16,8 @@ import numpy as np
 from ..codec.types import legal, row_counts
 from ..eval.pictures import Picture
 from ..eval.run import Evaluation, evaluate
-from ..eval.settings import Setting
 from ..eval.samples import Asked, Sample
+from ..eval.settings import Setting
 from ..eval.vlm import Vlm
 from ..format.capsule import PCA, Capsule, Tier
 from ..format.writer import write_capsule

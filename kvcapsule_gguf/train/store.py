@@ -114,7 +114,8 @@ class BlockStore:
             for f in self._files.values():
                 f.flush()
             np.savez(
-                part, counts=counts, held=np.array(self.held, bool), widths=np.array(sorted(self.widths)), image_tokens=np.array(sorted(self.image_tokens)), **{f"q{i}": q for i, q in enumerate(self._q2)},
+                part, counts=counts, held=np.array(self.held, bool), widths=np.array(sorted(self.widths)),
+                image_tokens=np.array(sorted(self.image_tokens)), **{f"q{i}": q for i, q in enumerate(self._q2)},
             )  # fmt: skip
             os.replace(part, self.folder / STATE)
         except OSError as error:
