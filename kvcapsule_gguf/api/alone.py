@@ -60,7 +60,7 @@ class Alone:
             self._stream = None
 
 
-class _Stream(Generator):  # type: ignore[type-arg]
+class _Stream(Generator):
     def __init__(self, chunks: Iterator[Any], alone: Alone) -> None:
         self._chunks, self._alone = chunks, alone
         self._mark = alone.begin()

@@ -78,6 +78,8 @@ class KVCapsuleLlama(Llama):
     One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
     use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""
 
+    _alone: Alone
+
     create_chat_completion, create_completion = alone(Llama.create_chat_completion), alone(Llama.create_completion)
     create_embedding, embed = alone(Llama.create_embedding), alone(Llama.embed)
     eval, sample, generate, reset = alone(Llama.eval), alone(Llama.sample), alone(Llama.generate), alone(Llama.reset)

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,21 +16,17 @@ from llama_cpp._logger import llama_log_callback, logger
 from llama_cpp._utils import suppress_stdout_stderr
 
 from .. import native
-from ..chat.log import Log
+from ..chat.log import Lines, Log
 from ..native.library import find_library
 from ..runtime import interrupts
 
 say = logging.getLogger("kvcapsule_gguf").warning  # one line on stderr, unless the program sets logging up in another way
 
 
-class Said:
+class Said(Lines):
     """What llama.cpp says in one thread, in one call of reasons()."""
 
-    def __init__(self) -> None:
-        self.lines: deque[tuple[int, str]] = deque(maxlen=16)
-        self.level = 0
-
-    take = Log.take
+    level = 0
 
 
 class ThreadLog(Log):
@@ -40,7 +35,7 @@ class ThreadLog(Log):
 
     lines = property(lambda self: _said().lines, lambda self, lines: setattr(_said(), "lines", lines))
     _level = property(lambda self: _said().level, lambda self, level: setattr(_said(), "level", level))
-    verbose = property(lambda self: logger.level <= logging.DEBUG, lambda self, value: None)  # type: ignore[assignment]
+    verbose = property(lambda self: logger.level <= logging.DEBUG, lambda self, value: None)
 
     def detach(self) -> None:
         """Python is no longer called, since a KeyboardInterrupt that comes while it is would be printed and lost: llama.cpp prints by itself, or calls a

@@ -13,14 +13,27 @@ from ..native import Native
 WARNING, ERROR, CONTINUED = 3, 4, 5  # enum ggml_log_level
 
 
-class Log:
+class Lines:
+    """Warnings and errors, with their level."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque(maxlen=16)
+
+    def take(self, about: str = "") -> str:
+        """A line about something, else the oldest error (the later ones only report that it happened), "" if there was none; forgets all."""
+        lines, self.lines = list(self.lines), deque(maxlen=self.lines.maxlen)
+        errors = [line for level, line in lines if level == ERROR]
+        return next((line for _, line in lines if about and about in line), errors[0] if errors else "")
+
+
+class Log(Lines):
     """Takes over the logs of llama, ggml and mtmd, until another one does."""
 
     _attached: Any = None
 
     def __init__(self, native: Native, verbose: bool, with_mtmd: bool) -> None:
+        super().__init__()
         self.verbose = verbose
-        self.lines: deque[tuple[int, str]] = deque(maxlen=16)  # warnings and errors, with their level
         self._level = 0
         self._native, self._with_mtmd = native, with_mtmd
         self._callback = native.llama.llama_log_callback(self._write)
@@ -47,9 +60,3 @@ class Log:
         if self._level in (WARNING, ERROR) and line.strip():
             # most lines begin with the name of their C++ function
             self.lines.append((self._level, re.sub(r"^(?:\w+: )+", "", " ".join(line.split()))))
-
-    def take(self, about: str = "") -> str:
-        """A line about something, else the oldest error (the later ones only report that it happened), "" if there was none; forgets all."""
-        lines, self.lines = list(self.lines), deque(maxlen=self.lines.maxlen)
-        errors = [line for level, line in lines if level == ERROR]
-        return next((line for _, line in lines if about and about in line), errors[0] if errors else "")

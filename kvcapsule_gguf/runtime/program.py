@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 class _Stdout(io.FileIO):
     """Its errors say what it is, as those of files that are opened do."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -87,7 +87,7 @@ def open_streams() -> None:
             while (fd := os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)) < number:
                 pass
             setattr(sys, name, os.fdopen(fd, "r" if number == 0 else "w", closefd=False))
-    if sys.__stdout__ in (sys.stdout, None):  # else somebody has put another one in its place
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.__stdout__ in (sys.stdout, None):  # else somebody has put another one in its place
         sys.stdout.flush()
         named = io.BufferedWriter(_Stdout(1, "wb", closefd=False))
         sys.stdout = io.TextIOWrapper(named, line_buffering=sys.stdout.line_buffering, write_through=sys.stdout.write_through)
