@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import gguf
 import numpy as np
@@ -142,6 +142,15 @@ def test_one_picture_gives_no_axes(data):
     assert all(x.v_axes is not None for x in fit_tile_capsule(data.model, data.samples[:2]).layers)
 
 
+@pytest.mark.parametrize(("said", "kept"), [("Apache-2.0", "Apache-2.0"), ("", None), ("MIT\nand more", None), ("Lizenz für alle", None)])
+def test_a_capsule_has_the_licence_of_its_model(capsule, tmp_path, said, kept):
+    """Through gguf-py. What no reader would take under `general.` stays in the provenance."""
+    path = write_tile_capsule(tmp_path / "c.gguf", replace(capsule, provenance={"license": said}))
+    found = gguf.GGUFReader(path).fields.get("general.license")
+    assert (found and found.contents()) == kept
+    assert read_tile_capsule(path).provenance["license"] == said
+
+
 def test_training_writes_format_2(tmp_path):
     library("patched")
     from kvcapsule_gguf.chat.files import demo_folder, model_in
@@ -154,6 +163,7 @@ def test_training_writes_format_2(tmp_path):
     assert capsule.smaller == pytest.approx(SMALLER, rel=0.02)
     ours, builtin = (capsule.provenance[name] for name in ("smaller", "builtin_smaller"))
     assert 6.5 >= ours > 1.1 * builtin > 2
+    assert gguf.GGUFReader(out).fields["general.license"].contents() == "MIT"
 
 
 def test_inspect_says_what_is_in_it(good, tmp_path, capsys):

@@ -47,6 +47,7 @@ class BaseModel:
     kv_layers: list[int]  # layers that a capsule covers: with a KV cache of their own, of full attention
     norms: dict[str, np.ndarray]  # every F32 tensor named *norm.weight
     freq_factors: np.ndarray | None  # f32 [rope_dimensions / 2]
+    license: str = ""  # SPDX, or whatever the file says
 
 
 def read_base_model(path: str | Path) -> BaseModel:
@@ -59,6 +60,11 @@ def read_base_model(path: str | Path) -> BaseModel:
         raise BaseModelError(path, str(e)) from None
     except OSError as e:
         raise BaseModelError(path, f"can not be read: {e.strerror or e}") from None
+
+
+def licence_of(model: BaseModel) -> dict[str, str]:
+    """For the provenance of a capsule that was made from the model."""
+    return {"license": model.license} if model.license else {}
 
 
 class BaseModelError(CapsuleFileError):
@@ -79,7 +85,7 @@ def _parse(path: Path, h: Header) -> BaseModel:
     if int(get("split.count", 1)) > 1:
         raise GGUFError("a split model: join its files first (llama-gguf-split --merge)")
     arch = str(get("general.architecture"))
-    if h.values.get("general.type") and get("general.type") in ("mmproj", "adapter") or arch == "clip":
+    if (h.values.get("general.type") and get("general.type") in ("mmproj", "adapter")) or arch == "clip":
         raise GGUFError("not a language model (an mmproj or an adapter)")
     n_layer = int(get(f"{arch}.block_count"))
     n_embd = int(get(f"{arch}.embedding_length"))
@@ -120,6 +126,7 @@ def _parse(path: Path, h: Header) -> BaseModel:
         kv_layers=layer_kinds.full_attention_layers(h.values, arch, heads_kv, swa),
         norms={name: h.read(t) for name, t in h.tensors.items() if name.endswith(NORM_SUFFIX) and t.type_name == "f32"},
         freq_factors=h.read(h.tensors["rope_freqs.weight"]) if "rope_freqs.weight" in h.tensors else None,
+        license=str(get("general.license", "")),
     )
 
 

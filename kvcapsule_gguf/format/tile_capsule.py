@@ -21,7 +21,7 @@ from .gguf_header import GGUFError
 from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
 from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
 from .validate import Invalid, need, read_tensor
-from .writer import check_place, whole_file, write_capsule
+from .writer import add_general, check_place, whole_file, write_capsule
 
 VERSION = 2
 STORED = (0, 1, 2, 3, 4, 6, 8, F16, F32)
@@ -168,10 +168,7 @@ def write_tile_capsule(path: str | Path, c: TileCapsule) -> Path:
     except Invalid as e:
         raise CapsuleFileError(path, str(e)) from None
     with whole_file(path, c.base.architecture) as w:
-        w.add_type("adapter")
-        w.add_string("adapter.type", "kvcapsule")
-        if c.name:
-            w.add_name(c.name)
+        add_general(w, c.name, c.provenance)
         add_tile_capsule(w, c)
     return path
 

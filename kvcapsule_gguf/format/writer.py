@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,19 @@ def whole_file(path: Path, architecture: str, error: type[CapsuleFileError] = Ca
 
 def add_metadata(w: gguf.GGUFWriter, c: Capsule) -> None:
     """general.architecture is the writer's own."""
+    add_general(w, c.name, c.provenance)
+    add_capsule_keys(w, c)
+
+
+def add_general(w: gguf.GGUFWriter, name: str, provenance: Mapping[str, Any]) -> None:
+    """What any program says of a file. A capsule comes out of its model, so it has the licence of the model."""
     w.add_type("adapter")
     w.add_string("adapter.type", "kvcapsule")
-    if c.name:
-        w.add_name(c.name)
-    add_capsule_keys(w, c)
+    if name:
+        w.add_name(name)
+    licence = str(provenance.get("license", ""))
+    if licence and licence.isascii() and licence.isprintable():
+        w.add_license(licence)
 
 
 def add_capsule_keys(w: gguf.GGUFWriter, c: Capsule) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.head import F16
-from ..format.base_model import BaseModel
+from ..format.base_model import BaseModel, licence_of
 from ..format.fingerprint import base_of
 from ..format.tile_capsule import TileCapsule, TileLayer
 from .coded import SIDE, fit_basis
@@ -39,4 +39,4 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample]) -> TileCapsu
         axes = None if v.axes is None else v.axes.astype(np.float16)
         layers.append(TileLayer(index, model.layer_rope[index], k.mean, v.mean, *tables, coded.energy["k", i], coded.energy["v", i], axes))
     return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name,
-                       {"images": len(samples), "smaller": smaller, "builtin_smaller": builtin})
+                       {"images": len(samples), "smaller": smaller, "builtin_smaller": builtin, **licence_of(model)})

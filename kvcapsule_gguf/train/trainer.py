@@ -16,7 +16,7 @@ import numpy as np
 
 from ..codec.cut import BlockShape
 from ..codec.types import Q4_0, row_counts
-from ..format.base_model import BaseModel
+from ..format.base_model import BaseModel, licence_of
 from ..format.capsule import GRID_ROPE_TYPES, PCA, RETAIN, Capsule, Layer, Tier
 from ..format.fingerprint import base_of
 from ..runtime.scratch import Scratch
@@ -57,9 +57,8 @@ def to_stderr(line: str) -> None:
 def train(source: KVSource, options: TrainOptions, say: Callable[[str], None] = to_stderr, work: Path | None = None) -> Capsule:
     """work: keeps the state (state_folder), an interrupted training goes on there; None: a temporary folder.
     Raises TrainError."""
-    with Scratch() if work is None else nullcontext(work) as folder:
-        with collect(source, options, say, folder) as store:
-            return fit(source, store, options, say)
+    with Scratch() if work is None else nullcontext(work) as folder, collect(source, options, say, folder) as store:
+        return fit(source, store, options, say)
 
 
 def collect(source: KVSource, options: TrainOptions, say: Callable[[str], None], work: Path) -> BlockStore:
@@ -169,7 +168,7 @@ def fit(source: KVSource, store: BlockStore, options: TrainOptions, say: Callabl
         default_ratio=options.ratios.get("default", 0.8),
         provenance={
             "tool": "kvcapsule-train", "images": store.images, "blocks": len(store.held), "seed": options.seed, "codec": options.codec,
-            "layers": options.layers, "loss": options.loss, "guard": options.guard,
+            "layers": options.layers, "loss": options.loss, "guard": options.guard, **licence_of(model),
         },
     )  # fmt: skip
     weights = None
