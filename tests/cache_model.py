@@ -33,6 +33,7 @@ class Cell:
     token: Token
     seqs: set[int]
     slot: tuple[int, int] | None = None  # (tier, number), None = hot
+    slot_size: int = 0  # tokens of the slot when it was made
     history: int = 0  # what it was computed from: a hash of the cells before it
 
     @property
@@ -98,7 +99,7 @@ class CacheModel:
                     if len(part) >= self.block // 2:
                         self.n_slots += 1
                         for c in part:
-                            c.slot = (int(len(part) < self.block), self.n_slots)
+                            c.slot, c.slot_size = (int(len(part) < self.block), self.n_slots), len(part)
 
     def _runs(self, seq: int, p0: int, p1: int) -> list[list[Cell]]:
         """Hot vision cells without text between them; with M-RoPE a new position is a new image."""
@@ -195,6 +196,11 @@ class CacheModel:
         at = [c.pos for c in self.of(seq)]
         return [min(at, default=-1), max(at, default=-1)]
 
+    def cut(self) -> bool:
+        """Has a slot lost tokens?"""
+        left = Counter(c.slot for c in self.cells)
+        return any(c.slot and left[c.slot] < c.slot_size for c in self.cells)
+
     def counts(self) -> dict[str, int]:
         hot = [c for c in self.cells if c.slot is None]
         slots = {c.slot for c in self.cells if c.slot}
@@ -232,7 +238,7 @@ class TileCacheModel(CacheModel):
     def _slot(self, cells: list[Cell]) -> None:
         self.n_slots += 1
         for c in cells:
-            c.slot = (0, self.n_slots)
+            c.slot, c.slot_size = (0, self.n_slots), len(cells)
 
 
 def tile_of(place: tuple[int, int], y0: int, x0: int) -> tuple[int, int]:
