@@ -1,4 +1,4 @@
-"""2,000 random operations against a model of the cache, the stock library and fresh evaluations (scripts/random_operations does more)."""
+"""Thousands of random operations against a model of the cache, the stock library and fresh evaluations (scripts/random_operations does more)."""
 
 from __future__ import annotations
 
