@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from damages import K, key, put, tensor
 from llama_runner import Case, image, lossless_limit, nmse, stats, text
+from make_tile_capsule import random_tile_capsule
 
 N, HOT, GRID = 16, 256, (10, 16)
 STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
@@ -85,3 +86,44 @@ def test_the_api_wins(models, capsules, patched):
     ours = patched([case], env={"LLAMA_KVCAPSULE": str(capsules(model, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)})["a"]
     seen = ours.values("stats")[-1]
     assert (seen["block_size"], seen["n_hot"], seen["n_cold"]) == (2 * N, 512, 320)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_file_of_format_2(models, stock, patched, tmp_path, arch):
+    model = models(arch=arch)
+    env = {"LLAMA_KVCAPSULE": str(random_tile_capsule(model, tmp_path / "tiles.gguf")), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
+    truth, ours = stock(cases), patched(cases, env=env)
+    for fa in (False, True):
+        assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= lossless_limit(fa)
+        seen = ours[str(fa)].values("stats")
+        assert [(s["n_cold"], s["n_hot_vision"], s["n_hot"]) for s in seen] == [(0, 0, HOT), (0, 160, HOT), (160, 0, HOT), (320, 0, HOT)]
+        assert (seen[-1]["n_tiers"], seen[-1]["n_cold_tier"][0], seen[-1]["smaller"][0]) == (1, 320, 0.5)
+
+
+def test_auto_needs_no_file(models, patched):
+    """A quality that anything holds takes the smallest tier, one that nothing holds leaves the images hot, and a ratio is one tier."""
+    cases = [Case(name, models(arch="llama"), STEPS, env={"LLAMA_KVCAPSULE": "auto", **{f"LLAMA_KVCAPSULE_{k}": v for k, v in env.items()}})
+             for name, env in {"small": {"QUALITY": "1e9"}, "none": {"QUALITY": "1e-9"}, "ratio": {"RATIO": "0.75"}}.items()]  # fmt: skip
+    seen = {name: result.values("stats")[-1] for name, result in patched(cases).items()}
+    assert {name: s["n_cold_tier"][:7] for name, s in seen.items()} == {"small": [320, *[0] * 6], "none": [0] * 7, "ratio": [0, 0, 0, 320, 0, 0, 0]}
+    assert [s["n_tiers"] for s in seen.values()] == [7] * 3 and seen["none"]["n_hot_vision"] == 320
+    assert all(s["bytes_tier"] == [s["bytes_slots"] * (n > 0) for n in s["n_cold_tier"]] for s in seen.values())
+
+
+def test_auto_leaves_other_models_alone(models, stock, patched):
+    """Of an architecture that capsules are not tested with: a warning, and the plain cache."""
+    model = models(arch="xverse")
+    truth, ours = (run([Case("a", model, [text(7), text(6, one_by_one=True)])], **more)["a"] for run, more in ((stock, {}), (patched, {"env": {"LLAMA_KVCAPSULE": "auto"}})))
+    assert np.array_equal(ours.logits(), truth.logits()) and len(lines(ours.log)) == 1
+
+
+@pytest.mark.parametrize("env, line", [
+    ({"QUALITY": "0.7", "RATIO": "0.8"}, "give one of them"),
+    ({"QUALITY": "-1"}, "the quality is not a positive number"),
+    ({"QUALITY": "nan"}, "the quality is not a positive number"),
+    ({"RATIO": "nan"}, "the ratio is not a finite number"),
+])  # fmt: skip
+def test_a_wrong_number_fails_at_once(models, patched, env, line):
+    result = patched([Case("a", models(arch="llama"), STEPS)], env={"LLAMA_KVCAPSULE": "auto", **{f"LLAMA_KVCAPSULE_{k}": v for k, v in env.items()}})["a"]
+    assert "context creation failed" in result.error and sum(line in x for x in result.log) == 1

@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
+    q.add_argument("--quality", type=float, default=0.0, metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")
     q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
     return p
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> list[Any]:
         model = args.model if args.model.is_file() else model_in(args.model)
         for n in args.images:
             say(f"{n} pictures")
-            rows += demo.measure_demo(model, n, args.settings, args.rounds)
+            rows += demo.measure_demo(model, n, args.settings, args.rounds, args.quality)
         return rows
     how = Run(args.folder, args.rounds, args.threads, args.block, args.gpu_layers)
     known = [*GEOMETRIES, *(["demo"] if args.what == "compress" else [])]

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..chat.files import BUILT_IN
 from .timing import QUESTION, decode, in_turns, speedup
 
 SETTINGS = {  # flags of kvcapsule-chat
@@ -18,6 +19,8 @@ SETTINGS = {  # flags of kvcapsule-chat
     "q4_0 FA": ["--capsule", "off", "-fa", "on", "-ctk", "q4_0", "-ctv", "q4_0"],
     "capsule FA": ["--capsule", "auto", "-fa", "on"],
     "capsule no FA": ["--capsule", "auto", "-fa", "off"],
+    "built-in FA": ["--capsule", BUILT_IN, "-fa", "on"],
+    "built-in no FA": ["--capsule", BUILT_IN, "-fa", "off"],
 }
 
 
@@ -52,13 +55,14 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
     return engine, turns
 
 
-def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int) -> list[DemoRow]:
-    """Raises KVCapsuleError, BenchError."""
+def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int, quality: float = 0.0) -> list[DemoRow]:
+    """quality: of the built-in capsule, 0 = its default. Raises KVCapsuleError, BenchError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         timers = {}
         for name in names:
-            engine, _ = read_pictures(stack, model, SETTINGS[name], n, folder)
+            flags = [*SETTINGS[name], "--quality", str(quality)] if BUILT_IN in SETTINGS[name] else SETTINGS[name]
+            engine, _ = read_pictures(stack, model, flags, n, folder)
             for size in (1, QUESTION):
                 timers[f"{name} {size}"] = lambda e=engine, size=size: decode(e.llama, e.ctx, size)
         times = in_turns(timers, rounds)

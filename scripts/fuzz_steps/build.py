@@ -20,7 +20,7 @@ OUT = ROOT / ".cache" / "fuzz"
 GGML = ("ggml/src/ggml.c", "ggml/src/ggml-quants.c", "ggml/src/ggml-threading.cpp", "ggml/src/gguf.cpp")
 LOADER = (
     "src/capsule/format/reader.cpp", "src/capsule/format/tables.cpp", "src/llama-capsule-file.cpp", "src/llama-capsule-grid.cpp",
-    "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp",
+    "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp", "ggml/src/ggml-capsule/layout.cpp",
 )  # fmt: skip
 # target -> sources of llama.cpp's tree; the harness is tests/fuzz/<target>.cpp
 TARGETS = {

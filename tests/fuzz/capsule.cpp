@@ -44,7 +44,7 @@ static void read_tables(memory_source & source) {
 
     for (const auto & l : tables->layers) {
         const size_t n = tables->smaller.size()*l.n_head_kv*llama_capsule_tables::N_ROWS;
-        require(l.k_table.size() == n*tables->groups_k(l).size() && l.v_table.size() == n*tables->groups_v(l).size(), "a table of another size");
+        require(l.k_table.size() == n*ggml_capsule_n_groups(tables->channels_k(l)) && l.v_table.size() == n*ggml_capsule_n_groups(tables->channels_v(l)), "a table of another size");
     }
 }
 

@@ -104,7 +104,7 @@ struct tables_reader {
     void check_sizes() const;
 
     std::vector<uint8_t> read_tensor(const std::string & name, ggml_type type, const std::array<int64_t, 4> & ne);
-    std::vector<uint8_t> read_table (const std::string & name, uint32_t n_head, size_t n_groups);
+    std::vector<uint8_t> read_table (const std::string & name, uint32_t n_head, int64_t n_groups);
     std::vector<float>   read_floats(const std::string & name, ggml_type type, const std::array<int64_t, 4> & ne);
     std::vector<float>   read_mean  (const std::string & name, uint32_t n_head, uint32_t d);
     std::vector<float>   read_axes  (const std::string & name, uint32_t n_head, uint32_t d);
@@ -252,8 +252,8 @@ std::vector<uint8_t> tables_reader::read_tensor(const std::string & name, ggml_t
     return res;
 }
 
-std::vector<uint8_t> tables_reader::read_table(const std::string & name, uint32_t n_head, size_t n_groups) {
-    auto res = read_tensor(name, GGML_TYPE_I8, { (int64_t) n_groups, llama_capsule_tables::N_ROWS, n_head, (int64_t) tables.smaller.size() });
+std::vector<uint8_t> tables_reader::read_table(const std::string & name, uint32_t n_head, int64_t n_groups) {
+    auto res = read_tensor(name, GGML_TYPE_I8, { n_groups, llama_capsule_tables::N_ROWS, n_head, (int64_t) tables.smaller.size() });
 
     need(std::all_of(res.begin(), res.end(), [](uint8_t bits) { return bits <= 4 || bits == 6 || bits == 8 || bits == 16 || bits == 32; }),
             "tensor " + name + " has a number of bits that is not one of 0, 1, 2, 3, 4, 6, 8, 16, 32");
@@ -318,8 +318,8 @@ void tables_reader::read_tensors() {
 
         l.k_mean  = read_mean (prefix + "k_mean",  l.n_head_kv, l.n_embd_head_k);
         l.v_mean  = read_mean (prefix + "v_mean",  l.n_head_kv, l.n_embd_head_v);
-        l.k_table = read_table(prefix + "k_table", l.n_head_kv, tables.groups_k(l).size());
-        l.v_table = read_table(prefix + "v_table", l.n_head_kv, tables.groups_v(l).size());
+        l.k_table = read_table(prefix + "k_table", l.n_head_kv, ggml_capsule_n_groups(tables.channels_k(l)));
+        l.v_table = read_table(prefix + "v_table", l.n_head_kv, ggml_capsule_n_groups(tables.channels_v(l)));
 
         if (header.find(prefix + "v_axes")) {
             l.v_axes = read_axes(prefix + "v_axes", l.n_head_kv, l.n_embd_head_v);

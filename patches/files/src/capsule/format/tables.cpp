@@ -10,58 +10,28 @@
 // sizes
 //
 
-static constexpr uint32_t N_GROUP = 32; // channels, in two registers
-
-// the channels with RoPE first; an odd last channel has a zero beside it
-static std::vector<uint32_t> capsule_groups(uint32_t d, uint32_t n_rot) {
-    std::vector<uint32_t> res;
-    for (uint32_t i = 0; i < n_rot; i += N_GROUP) {
-        res.push_back(std::min(N_GROUP, n_rot - i));
-    }
-    for (uint32_t i = n_rot; i < d; i += N_GROUP) {
-        res.push_back(std::min(N_GROUP, GGML_PAD(d - i, 2)));
-    }
-    return res;
+ggml_capsule_channels llama_capsule_tables::channels_k(const layer & l) const {
+    return { (int32_t) l.n_embd_head_k, l.rope && rope_type != "none" ? (int32_t) n_rot : 0, rope_type != "norm" };
 }
 
-std::vector<uint32_t> llama_capsule_tables::groups_k(const layer & l) const {
-    return capsule_groups(l.n_embd_head_k, l.rope ? n_rot : 0);
-}
-
-std::vector<uint32_t> llama_capsule_tables::groups_v(const layer & l) const {
-    return capsule_groups(l.n_embd_head_v, 0);
-}
-
-// of a head: scales, then codes in planes of 8, 4, 2 and 1 bits, each padded to 8 bytes; f16 and f32 values need no scale
-static size_t capsule_head_bytes(const uint8_t * table, const std::vector<uint32_t> & groups) {
-    size_t n_scales = 0;
-    size_t n_codes  = 0;
-    for (uint32_t i = 0; i < llama_capsule_tables::N_ROWS; ++i) {
-        // the first and the last row are alone
-        const uint32_t n_rows = i == 0 || i == llama_capsule_tables::N_ROWS - 1 ? 1 : 2;
-        for (uint32_t n : groups) {
-            const uint32_t bits = *table++;
-
-            n_scales += bits > 0 && bits < 16 ? sizeof(ggml_fp16_t) : 0;
-            for (uint32_t plane : { 32, 16, 8, 4, 2, 1 }) {
-                n_codes += bits & plane ? (n_rows*n*plane + 7)/8 : 0;
-            }
-        }
-    }
-    return GGML_PAD(n_scales, 8) + GGML_PAD(n_codes, 8);
+ggml_capsule_channels llama_capsule_tables::channels_v(const layer & l) const {
+    return { (int32_t) l.n_embd_head_v, 0, 0 };
 }
 
 size_t llama_capsule_tables::bytes_tile(uint32_t i_tier) const {
     size_t res = 0;
-    for (const auto & l : layers) {
-        const auto g_k = groups_k(l);
-        const auto g_v = groups_v(l);
 
-        for (size_t h = i_tier*l.n_head_kv; h < (i_tier + 1)*l.n_head_kv; ++h) {
-            res += capsule_head_bytes(l.k_table.data() + h*N_ROWS*g_k.size(), g_k);
-            res += capsule_head_bytes(l.v_table.data() + h*N_ROWS*g_v.size(), g_v);
+    auto add = [&](const ggml_capsule_channels & channels, const std::vector<uint8_t> & table, uint32_t n_head) {
+        const size_t n = N_ROWS*ggml_capsule_n_groups(channels);
+        for (size_t h = i_tier*n_head; h < (i_tier + 1)*n_head; ++h) {
+            res += ggml_capsule_head_size(channels, table.data() + h*n, GGML_CAPSULE_SIDE, GGML_CAPSULE_SIDE);
         }
+    };
+    for (const auto & l : layers) {
+        add(channels_k(l), l.k_table, l.n_head_kv);
+        add(channels_v(l), l.v_table, l.n_head_kv);
     }
+
     return res;
 }
 
@@ -134,8 +104,8 @@ void llama_capsule_tables::init_builtin() {
         l.k_mean.assign(l.n_head_kv*l.n_embd_head_k, 0.0f);
         l.v_mean.assign(l.n_head_kv*l.n_embd_head_v, 0.0f);
 
-        l.k_table = capsule_builtin_table(l.n_head_kv, groups_k(l).size());
-        l.v_table = capsule_builtin_table(l.n_head_kv, groups_v(l).size());
+        l.k_table = capsule_builtin_table(l.n_head_kv, ggml_capsule_n_groups(channels_k(l)));
+        l.v_table = capsule_builtin_table(l.n_head_kv, ggml_capsule_n_groups(channels_v(l)));
 
         sha.update(format("%u,%d,%u,%u,%u\n", l.il, l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v));
     }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../ggml/src/ggml-capsule/layout.h"
+
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -11,8 +13,8 @@ struct llama_model;
 // what a capsule says, from a file of format v2 or built in: how many bits every block of coefficients gets, means and axes
 // shapes are numpy's; docs/format-v2.md and kvcapsule_gguf/format/tile_capsule.py of KVCapsule
 struct llama_capsule_tables {
-    static constexpr uint32_t N_ROWS   = 33;  // of a table: row blocks of a whole tile
-    static constexpr uint32_t MAX_HEAD = 512; // channels
+    static constexpr uint32_t N_ROWS   = GGML_CAPSULE_MAX_BLOCKS; // of a table: row blocks of a whole tile
+    static constexpr uint32_t MAX_HEAD = GGML_CAPSULE_MAX_D;      // channels
 
     struct layer {
         uint32_t il;
@@ -55,9 +57,9 @@ struct llama_capsule_tables {
 
     std::vector<layer> layers;
 
-    // values that a row has in each group of channels, codec/channels.py
-    std::vector<uint32_t> groups_k(const layer & l) const;
-    std::vector<uint32_t> groups_v(const layer & l) const;
+    // where the channels of a head lie
+    ggml_capsule_channels channels_k(const layer & l) const;
+    ggml_capsule_channels channels_v(const layer & l) const;
 
     // bytes of a slot of a whole tile, all layers, without units of allocation
     size_t bytes_tile(uint32_t i_tier) const;
