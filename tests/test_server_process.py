@@ -20,6 +20,7 @@ with open({log!r}, "a") as log:
 n = len(open({log!r}).readlines())
 for _ in range({chatter}):
     print("x" * 99, flush=True)
+{first}
 inner = socket.socket(socket.AF_UNIX)
 inner.bind(sys.argv[sys.argv.index("--host") + 1])
 inner.listen()
@@ -38,11 +39,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
-def front(model: Path, folder: Path, *options: str, then: str = "", chatter: int = 0, young: float = 100, **how: object) -> tuple[int, list[str], list[float]]:
+def front(model: Path, folder: Path, *options: str, first: str = "", then: str = "", chatter: int = 0, young: float = 100, **how: object) -> tuple[int, list[str], list[float]]:
     """Exit status, lines on stderr, and when the stand-in was started. young: seconds after which its end is not one of a row."""
     (folder / "bin").mkdir()
     log, program = folder / "starts", folder / "bin" / "llama-server"
-    program.write_text(STAND_IN.format(python=sys.executable, log=str(log), then=then, chatter=chatter))
+    program.write_text(STAND_IN.format(python=sys.executable, log=str(log), first=first, then=then, chatter=chatter))
     program.chmod(0o755)
     code = f"import sys; from kvcapsule_gguf.server import cli, launch; launch.PAUSE_S, launch.YOUNG_S = 0.1, {young}; sys.exit(cli.main())"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "KVCAPSULE_LIB": str(folder)}
@@ -65,6 +66,23 @@ def test_one_that_has_run_for_a_while_is_always_started_again(model: Path, tmp_p
     status, lines, starts = front(model, tmp_path, then="if n == 7: os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", young=0)
     assert (status, len(starts)) == (0, 7)
     assert sum(line.endswith("; it is started again") for line in lines) == 6 and "stopping" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["I srv load_model: loading model 'kvcapsule_gguf/x.gguf'", "W a warning: failed", "E ggml_aligned_malloc: insufficient memory", "E load_model: failed to create_context"], "ggml_aligned_malloc: insufficient memory"),
+        (["E no such flag", "E capsule 'x.gguf': damaged", "E failed"], "capsule 'x.gguf': damaged"),
+        (["E of a client", "ggml.c:9: GGML_ASSERT(false) failed"], "ggml.c:9: GGML_ASSERT(false) failed"),
+        (["I all is well"], None), (["./llama-server: error while loading shared libraries: libx.so"], "./llama-server: error while loading shared libraries: libx.so"),
+    ],
+)  # fmt: skip
+def test_the_line_that_says_why(model: Path, tmp_path: Path, lines: list[str], said: str | None) -> None:
+    """llama-server writes errors, warnings and information one after the other, and paths that have the word capsule in them."""
+    log = [f"0.00.012.251 {line}" if line[1] == " " else line for line in lines]
+    status, shown, starts = front(model, tmp_path, first=f"print({chr(10).join(log)!r}, flush=True); sys.exit(4)")
+    assert (status, len(starts)) == (1, 1)
+    assert shown[-1] == "kvcapsule-server: error: llama-server ended with status 4" + (f": {said}" if said else "")
 
 
 @pytest.mark.parametrize("closed", ["from the start", "later"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import signal
 import socket
@@ -35,6 +36,7 @@ YOUNG_S = 10.0  # an end so soon after it was ready is one of a row
 PAUSE_S = 1.0  # before its second start in a row; before each further one twice as long
 KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH", "LLAMA_KVCAPSULE_SIMD")  # no flag says these
 LIBRARY_BUILT_IN = "auto"  # the built-in capsule, in LLAMA_KVCAPSULE
+LINE = re.compile(r"(?:[\d.]+ (?P<level>[A-Z]) )?(?P<text>.*)")  # of its log: time and level, except where it is about to abort
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 _libc = ctypes.CDLL(None) if os.name != "nt" else None
 
@@ -140,8 +142,10 @@ class Upstream:
         how = f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
             how += " (is there enough memory?)"
-        lines = [line.split(" ", 2)[-1].strip() if line[:1].isdigit() else line.strip() for line in self.lines]
-        found = next((line for words in ("capsule", "assert", "error", "failed") for line in lines if words in line.lower()), "")
+        read = [(match["level"], match["text"].strip()) for line in self.lines if (match := LINE.fullmatch(line))]
+        faults = [(level, text) for level, text in read if level in ("E", None)]
+        found = next((text for words in (r"\bcapsule\b", "assert") for _, text in faults if re.search(words, text, re.IGNORECASE)), "")
+        found = found or next((text for level, text in faults if level or re.search("error|failed", text, re.IGNORECASE)), "")
         return f"{how}: {found}" if found else how
 
     def stop(self) -> None:
