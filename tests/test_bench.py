@@ -43,6 +43,11 @@ for g in (plain, grid):
         assert (found.n_cold, found.n_hot_vision, found.n_slots) == (128, 0, (2, 0))
         assert compressed.decode(1) > 0 and native.stats(compressed.ctx) == found
         compressed.close()
+        builtin = Context(bench, SETTINGS["built-in"], 2)
+        found = native.stats(builtin.ctx)
+        assert (found.n_cold, found.n_hot_vision, sum(found.slots.values())) == (128, 0, 2)
+        assert 4.5 < found.kv_bytes_f16 / found.kv_bytes < 5.5
+        builtin.close()
 """
 
 # a clock that runs by what is done: 0.25 s for a token in the first context and 0.5 s in later ones, 2 s to compress an image, 3 s if the guard refuses it

@@ -17,7 +17,7 @@ from . import compress, demo, op, report, whole
 from .capsule import BLOCK
 from .geometry import GEOMETRIES
 from .run import Run
-from .settings import SETTINGS
+from .settings import BUILTIN, SETTINGS
 from .timing import BenchError
 
 COMPRESSED = [name for name, s in SETTINGS.items() if s.capsule and not s.hot]
@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
     q.add_argument("--capsule", choices=COMPRESSED, default="pca", help="what they are compared with (default: %(default)s)")
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
-    add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
+    v1 = [name for name in COMPRESSED if SETTINGS[name].capsule != BUILTIN]
+    add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", v1, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
     q.add_argument("--quality", type=float, default=0.0, metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")

@@ -17,7 +17,7 @@ from .fill import ImageState, vision_part
 from .geometry import Geometry
 from .model import get_model
 from .run import Run
-from .settings import Setting
+from .settings import BUILTIN, Setting
 from .timing import BenchError, decode
 
 TEXT_ROOM, SEQ = 512, 1  # cells; images are read into this sequence and move to 0
@@ -45,6 +45,9 @@ class Bench:
     def capsule(self, setting: Setting) -> native.Capsule:
         path = self.capsule_path(setting)
         if path not in self.capsules:
+            if setting.capsule == BUILTIN:
+                self.capsules[path] = native.Capsule.builtin(self.model)
+                return self.capsules[path]
             if not path.exists():
                 make_capsule(self.path, path, setting, self.run.shape, self.geometry.side)
             self.capsules[path] = native.Capsule.load(self.model, path)
@@ -81,7 +84,7 @@ class Context:
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
         hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
-        wanted = native.Attachment(bench.capsule(setting) if setting.capsule else None, n_hot=hot, auto_compress=False, guard=False)
+        wanted = native.Attachment(bench.capsule(setting) if setting.capsule else None, n_hot=hot, ratio=setting.ratio, auto_compress=False, guard=False)
         self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")

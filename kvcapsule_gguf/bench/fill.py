@@ -15,6 +15,7 @@ from ..chat.args import CACHE_TYPES
 from .geometry import Geometry
 
 HEADER = struct.Struct("<IIQIIQQ")  # magic, version, capsule, tiers, size and hash of what follows
+HEADER_V4 = struct.Struct("<IIQQQ")  # of a capsule of format v2: the same without tiers
 NULL_TOKEN = -1
 MASK = (1 << 64) - 1
 
@@ -72,6 +73,10 @@ def state_hash(data: bytes, seed: int = 0) -> int:
 
 def vision_part(empty: bytes, p0: int, p1: int) -> bytes:
     """The capsule's part for hot vision tokens at [p0, p1); `empty` is that of a state without cells: its header names the capsule."""
+    magic, version, capsule, _, _ = HEADER_V4.unpack(empty[: HEADER_V4.size])
+    if version == 4:
+        meta = struct.pack("<IIIiiiI", 1, 0, 0, 0, p0, p1, 0)
+        return HEADER_V4.pack(magic, version, capsule, len(meta), state_hash(meta)) + meta
     magic, version, capsule, tier0, tier1, _, _ = HEADER.unpack(empty[: HEADER.size])
     meta = struct.pack("<IIIIiiiI", 1, 0, 0, 0, 0, p0, p1, 0)
     return HEADER.pack(magic, version, capsule, tier0, tier1, len(meta), state_hash(meta)) + meta

@@ -406,6 +406,23 @@ void part_sums::add(int j, int d, float * s, const float * mask, int n) const {
     sums.sum[j] += ggml_vec_soft_max_f32(n, s, s, m);
 }
 
+// the next few cells of a head
+void prefetch(const ggml_tensor * t, int head, int64_t col) {
+#if defined(__GNUC__)
+    const size_t size = ggml_row_size(t->type, t->ne[0]);
+    for (int64_t c = col; c < std::min(col + HOT_CELLS, t->ne[2]); ++c) {
+        const char * cell = (const char *) t->data + head*t->nb[1] + c*t->nb[2];
+        for (size_t i = 0; i < size; i += 64) {
+            __builtin_prefetch(cell + i);
+        }
+    }
+#else
+    GGML_UNUSED(t);
+    GGML_UNUSED(head);
+    GGML_UNUSED(col);
+#endif
+}
+
 // one node of attention, in one thread
 struct attn_call {
     const ggml_tensor * q;
@@ -572,6 +589,8 @@ void attn_call::scores(int h0, int h1, int64_t col, int n) {
         const int c1 = std::min(c0 + HOT_CELLS, n);
 
         for (int h = h0; h < h1; ++h) {
+            prefetch(k, h, col + c1);
+
             for (int c = c0; c < c1; ++c) {
                 const char * cell = (const char *) k->data + h*k->nb[1] + (col + c)*k->nb[2];
 
@@ -590,24 +609,35 @@ void attn_call::scores(int h0, int h1, int64_t col, int n) {
 void attn_call::values(int h0, int h1, int part, int64_t col, int n) {
     const int d = node.p.d_v;
 
-    for (int h = h0; h < h1; ++h) {
-        const float * w = b.s.data() + (h - h0)*n_q*n;
+    b.w.resize(n_q*HOT_CELLS*sizeof(float));
+    float * w = (float *) b.w.data(); // [n_q][cells]
 
-        for (int c = 0; c < n; ++c) {
-            float * x = b.x.data() + c*d;
+    for (int c0 = 0; c0 < n; c0 += HOT_CELLS) {
+        const int n_cells = std::min(HOT_CELLS, n - c0);
 
-            // a cell that nobody sees may hold anything
-            bool any = false;
+        for (int h = h0; h < h1; ++h) {
+            prefetch(v, h, col + c0 + n_cells);
+
+            const float * s = b.s.data() + (h - h0)*n_q*n + c0;
             for (int j = 0; j < n_q; ++j) {
-                any = any || w[j*n + c] != 0.0f;
+                std::copy_n(s + j*n, n_cells, w + j*n_cells);
             }
-            if (any) {
-                to_float(v->type, (const char *) v->data + h*v->nb[1] + (col + c)*v->nb[2], x, d);
-            } else {
-                std::fill_n(x, d, 0.0f);
+            for (int c = 0; c < n_cells; ++c) {
+                float * x = b.x.data() + c*d;
+
+                // a cell that nobody sees may hold anything
+                bool any = false;
+                for (int j = 0; j < n_q; ++j) {
+                    any = any || w[j*n_cells + c] != 0.0f;
+                }
+                if (any) {
+                    to_float(v->type, (const char *) v->data + h*v->nb[1] + (col + c0 + c)*v->nb[2], x, d);
+                } else {
+                    std::fill_n(x, d, 0.0f);
+                }
             }
+            simd_gemm(sums(h, part).sums.out, w, b.x.data(), n_q, n_cells, d);
         }
-        simd_gemm(sums(h, part).sums.out, w, b.x.data(), n_q, n, d);
     }
 }
 
@@ -645,7 +675,7 @@ void attn_call::cells(int h0, int h1, int part) {
 
     b.s   .resize((h1 - h0)*n_q*ld);
     b.mask.resize(n_tokens*ld);
-    b.x   .resize(ld*p.d_v);
+    b.x   .resize(HOT_CELLS*p.d_v);
 
     load_queries(h0, h1);
 
