@@ -67,7 +67,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         twins = {name: flag for name, flag in twins.items() if name not in ("LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO")}
     from_environment = [part for name, flag in twins.items() if environ.get(name) for part in (flag, environ[name])]
     options = Options()
-    parser.parse_args([*from_environment, *argv], namespace=options)  # type: ignore[arg-type]
+    parser.parse_args([*from_environment, *argv], namespace=options)
     given = vars(options)
     positional = given.pop("model_positional", None)
     if positional is not None:

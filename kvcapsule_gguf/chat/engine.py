@@ -156,7 +156,7 @@ class Engine:
         text_only = options.prompt is not None and not options.images
         n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
         wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality, ratio=options.ratio, guard=options.guard == "on")
-        self.ctx = native.init_context(self.model, interrupts.stoppable(params), wanted)
+        self.ctx: int = native.init_context(self.model, interrupts.stoppable(params), wanted) or 0
         if not self.ctx:
             raise KVCapsuleError(f"the context cannot be created: {native.why_no_context(self.model, params.n_ctx, self.capsule is not None, self.log.take())}")
         stack.callback(self.llama.llama_free, self.ctx)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -175,7 +176,7 @@ class Vlm:
 class Encoded:
     """The vision tokens of a picture."""
 
-    mtmd: object
+    mtmd: Any
     chunk: int
     embd: np.ndarray
     width: int  # of the grid in tokens, 0 = unknown

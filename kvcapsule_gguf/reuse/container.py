@@ -9,8 +9,9 @@ import secrets
 import stat
 import struct
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from ..runtime.errors import KVCapsuleError
 
@@ -78,7 +79,7 @@ def kind(path: Path) -> str | None:
         return None
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """A pipe in the place of a file is not waited for. Raises Damaged, OSError."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -87,7 +88,7 @@ def _open(path: Path) -> BinaryIO:
     return open(fd, "rb")
 
 
-def _start(path: Path, file: BinaryIO, most: int | None = None) -> tuple[bytes, dict[str, Any], list[int]]:
+def _start(path: Path, file: BufferedReader, most: int | None = None) -> tuple[bytes, dict[str, Any], list[int]]:
     """All before the blobs, the header in it, the sizes of the blobs. Raises Damaged."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(PREFIX.size)

@@ -118,7 +118,7 @@ def _parse(text: str, syntax: re.Pattern[str], what: str) -> tuple[dict[str, Rul
 
 def _bounds(token: str) -> tuple[int, int | None]:
     if token[0] != "{":
-        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token]  # type: ignore[return-value]
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token]
     least, comma, most = (part.strip() for part in token[1:-1].partition(","))
     low = min(int(least or 0), ELEMENTS + 1)
     return low, low if not comma else min(int(most), ELEMENTS + 1) if most else None

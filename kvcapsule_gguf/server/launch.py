@@ -183,7 +183,7 @@ class Upstream:
         elif setting != "auto" and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
             # llama-server would go on without it
             raise KVCapsuleError(f"{path} is a capsule for another model")
-        return path and str(path)
+        return None if path is None else str(path)
 
     def capsule_name(self) -> str:
         """For people."""
@@ -204,7 +204,7 @@ class Upstream:
             return self.options.n_ctx
         try:
             values = read_header(self.model, lambda key: key == "general.architecture" or key.endswith(".context_length")).values
-            trained = int(values[f"{values['general.architecture'].data}.context_length"].data)  # type: ignore[call-overload]
+            trained = int(values[f"{values['general.architecture'].data}.context_length"].data)
         except (GGUFError, OSError, KeyError, TypeError, ValueError):
             return DEFAULT_CTX
         return min(DEFAULT_CTX, trained)
@@ -214,7 +214,7 @@ class Upstream:
         assert self.capsule is not None
         try:
             value = read_header(Path(self.capsule), lambda key: key == "kvcapsule.image_tokens").values.get("kvcapsule.image_tokens")
-            picture = int(value.data) if value else 0  # type: ignore[call-overload]
+            picture = int(value.data) if value else 0
         except (GGUFError, OSError, TypeError, ValueError):
             picture = 0  # the built-in one, or a damaged file, which llama-server will name
         return self.options.parallel * (picture or UNKNOWN_PICTURE) + max(2048, self._context() // 4)
