@@ -50,7 +50,7 @@ void rows(int d, int n_rot, int halves, const float * mean, const float * axes, 
 }
 
 void errors(int d, int n_rot, int halves, int h, int w, const float * rows, int n_bits, const uint8_t * bits, float * out) {
-    ggml_capsule_errors({ { d, n_rot, halves }, nullptr, nullptr }, h, w, rows, n_bits, bits, out);
+    ggml_capsule_errors({ { d, n_rot, halves }, nullptr, nullptr }, h, w, rows, n_bits, bits, nullptr, out);
 }
 
 void store(int d, int n_rot, int halves, const uint8_t * table, int h, int w, const float * rows, uint8_t * bytes) {

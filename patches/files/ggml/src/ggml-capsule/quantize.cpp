@@ -6,6 +6,16 @@
 #include <cmath>
 #include <cstring>
 
+// loops worth the vector units of the machine: ggml-base is built for the baseline
+// (not under the thread sanitizer: the resolvers run before it is ready)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__)
+#define CAPSULE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CAPSULE_INLINE inline __attribute__((always_inline))
+#else
+#define CAPSULE_CLONES
+#define CAPSULE_INLINE inline
+#endif
+
 //
 // transform
 //
@@ -30,7 +40,7 @@ static const float * dct(int n) {
 }
 
 // y[i] = sum_j m[i*m_i + j*m_j] x[j], of vectors of d floats
-static void mul_small(int n, const float * m, int m_i, int m_j, const float * x, size_t x_stride, float * y, size_t y_stride, int d) {
+CAPSULE_CLONES static void mul_small(int n, const float * m, int m_i, int m_j, const float * x, size_t x_stride, float * y, size_t y_stride, int d) {
     for (int i = 0; i < n; ++i) {
         float * out = y + i*y_stride;
         for (int c = 0; c < d; ++c) {
@@ -144,11 +154,17 @@ void ggml_capsule_mix(float * x, int n_rows, int n_lanes) {
 
 void ggml_capsule_block(const ggml_capsule_channels & channels, int group, int n_rows, const float * rows, float * block) {
     const int n_lanes = ggml_capsule_n_lanes(channels, group);
-    for (int r = 0; r < n_rows; ++r) {
-        for (int reg = 0; reg < 2; ++reg) {
-            for (int i = 0; i < n_lanes; ++i) {
-                const int c = ggml_capsule_channel(channels, group, reg, i);
-                block[(2*r + reg)*n_lanes + i] = c < 0 ? 0.0f : rows[r*channels.d + c];
+    for (int reg = 0; reg < 2; ++reg) {
+        // the channels of a register have one distance; there may be none for the last lane
+        const int first = ggml_capsule_channel(channels, group, reg, 0);
+        const int last  = ggml_capsule_channel(channels, group, reg, n_lanes - 1);
+        const int n     = last < 0 ? n_lanes - 1 : n_lanes;
+        const int step  = n > 1 ? ggml_capsule_channel(channels, group, reg, 1) - first : 1;
+        for (int r = 0; r < n_rows; ++r) {
+            float * out = block + (2*r + reg)*n_lanes;
+            out[n_lanes - 1] = 0.0f;
+            for (int i = 0; i < n; ++i) {
+                out[i] = rows[r*channels.d + first + i*step];
             }
         }
     }
@@ -180,7 +196,7 @@ struct search_best {
 };
 
 // y: padded with zeros to MAX_N, so that the loops have a fixed length
-static void search_try(const int32_t * y, int bits, int32_t sign, int32_t steps, search_best & best) {
+static CAPSULE_INLINE void search_try(const int32_t * y, int bits, int32_t sign, int32_t steps, search_best & best) {
     const int32_t low   = -(1 << (bits - 1));
     const int32_t high  = -low - 1;
     const int     shift = 30 - bits;
@@ -205,14 +221,17 @@ static void search_try(const int32_t * y, int bits, int32_t sign, int32_t steps,
     }
 }
 
-float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes) {
-    float amax = 0.0f;
-    bool  good = true;
+CAPSULE_CLONES float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes) {
+    // as integers, which vectors compare: what is not a number is larger than any
+    int32_t most = 0;
     for (int i = 0; i < n; ++i) {
-        amax = std::max(amax, std::fabs(x[i]));
-        good = good && std::fabs(x[i]) < INFINITY; // false for what is not a number
+        int32_t a;
+        memcpy(&a, x + i, sizeof(a));
+        most = std::max(most, a & 0x7fffffff);
     }
-    if (!good || !(amax >= SMALLEST)) {
+    float amax;
+    memcpy(&amax, &most, sizeof(amax));
+    if (!(amax >= SMALLEST && amax < INFINITY)) {
         std::fill(codes, codes + n, (int8_t) (bits == 1 ? -1 : 0));
         return 0.0f;
     }
@@ -220,8 +239,7 @@ float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes) {
     const float f = ONE/amax;
     int32_t y[MAX_N] = {};
     for (int i = 0; i < n; ++i) {
-        const float magic = 0x1.8p23f; // rounds halves to even
-        y[i] = (int32_t) ((x[i]*f + magic) - magic);
+        y[i] = (int32_t) std::rint(x[i]*f);
     }
 
     search_best best;
@@ -249,26 +267,51 @@ float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes) {
     return ggml_capsule_from_half(ggml_capsule_to_half(std::max(-LARGEST, std::min(LARGEST, scale))));
 }
 
-void ggml_capsule_errors(const ggml_capsule_coder & coder, int h, int w, const float * rows, int n_bits, const uint8_t * bits, float * errors) {
+// the squares of x - scale*c, MAX_N of them
+static CAPSULE_INLINE float square_error(const float * x, float scale, const int8_t * codes) {
+    float sums[GGML_CAPSULE_LANES] = {};
+    for (int j = 0; j < MAX_N; j += GGML_CAPSULE_LANES) {
+        for (int i = 0; i < GGML_CAPSULE_LANES; ++i) {
+            const float e = x[j + i] - scale*codes[j + i];
+            sums[i] += e*e;
+        }
+    }
+    float res = 0.0f;
+    for (float sum : sums) {
+        res += sum;
+    }
+    return res;
+}
+
+CAPSULE_CLONES void ggml_capsule_errors(const ggml_capsule_coder & coder, int h, int w, const float * rows, int n_bits, const uint8_t * bits, const uint16_t * wanted,
+        float * errors) {
     const int n_groups = ggml_capsule_n_groups(coder.channels);
     const int n_blocks = ggml_capsule_n_blocks(h, w);
     for (int i = 0; i < n_blocks; ++i) {
         const int first  = i == 0 ? 0 : 2*i - 1;
         const int n_rows = i == 0 || first + 1 == h*w ? 1 : 2;
         for (int g = 0; g < n_groups; ++g) {
-            float  x    [MAX_N];
-            int8_t codes[MAX_N];
+            float  x    [MAX_N] = {};
+            float  y    [MAX_N];
+            int8_t codes[MAX_N] = {};
             const int n = 2*n_rows*ggml_capsule_n_lanes(coder.channels, g);
             ggml_capsule_block(coder.channels, g, n_rows, rows + first*coder.channels.d, x);
             for (int b = 0; b < n_bits; ++b) {
-                const float scale = bits[b] > 0 && bits[b] < GGML_CAPSULE_F16 ? ggml_capsule_search(x, n, bits[b], codes) : 0.0f;
-                float sum = 0.0f;
-                for (int j = 0; j < n; ++j) {
-                    const float y = bits[b] == 0 ? 0.0f : bits[b] == GGML_CAPSULE_F16 ?
-                        ggml_capsule_from_half(ggml_capsule_to_half(x[j])) : scale*codes[j];
-                    sum += (x[j] - y)*(x[j] - y);
+                float & error = errors[(i*n_groups + g)*n_bits + b];
+                if (wanted && !(wanted[i*n_groups + g] >> b & 1)) {
+                    continue;
                 }
-                errors[(i*n_groups + g)*n_bits + b] = sum;
+                if (bits[b] == 0) {
+                    error = square_error(x, 0.0f, codes);
+                } else if (bits[b] == GGML_CAPSULE_F16) {
+                    for (int j = 0; j < MAX_N; ++j) {
+                        y[j] = x[j] - ggml_capsule_from_half(ggml_capsule_to_half(x[j]));
+                    }
+                    error = square_error(y, 0.0f, codes);
+                } else {
+                    const float scale = ggml_capsule_search(x, n, bits[b], codes);
+                    error = square_error(x, scale, codes);
+                }
             }
         }
     }

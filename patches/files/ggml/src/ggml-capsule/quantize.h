@@ -32,7 +32,9 @@ float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes);
 
 // the squared error that each number of bits leaves in each block of rows and group, and with 0 bits: the energy
 // errors: f32 [ggml_capsule_n_blocks(h, w)][n_groups][n_bits], bits: [n_bits] with 0 and 16 among them as wanted
-void ggml_capsule_errors(const ggml_capsule_coder & coder, int h, int w, const float * rows, int n_bits, const uint8_t * bits, float * errors);
+// wanted: [ggml_capsule_n_blocks(h, w)][n_groups], bit b is set where bits[b] is asked for; NULL: all are
+void ggml_capsule_errors(const ggml_capsule_coder & coder, int h, int w, const float * rows, int n_bits, const uint8_t * bits, const uint16_t * wanted,
+        float * errors);
 
 // coefficients -> the bytes of a head; what is not finite is stored as some finite number
 void ggml_capsule_store(const ggml_capsule_channels & channels, const ggml_capsule_plan * plan, const float * rows, uint8_t * bytes);

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 
 // see kvcapsule_gguf/codec/quality.py
 static constexpr double CAPSULE_LIMIT = 0.03;  // an error over the energy of a usual tile that counts as much as rotated q4_0's error
@@ -59,7 +61,7 @@ void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const s
         const size_t   ld     = GGML_PAD(is_v ? layer.n_embd_head_v : layer.n_embd_head_k, LLAMA_CAPSULE_VEC);
 
         float * x = buf.resize(n*ld);
-        std::fill_n(x, n*ld, 0.0f);
+        std::fill_n(x, ld % 32 == 0 ? 0 : n*ld, 0.0f); // padding is 0
 
         if (is_v) {
             reader.read_v(i_head, first[i_cut], n, x, ld);
@@ -74,6 +76,32 @@ void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const s
 //
 // which tier
 //
+
+// d: a multiple of 32
+LLAMA_CAPSULE_SIMD static float capsule_square_error(const float * x, const float * y, uint32_t d) {
+    float sums[32] = {};
+    for (uint32_t j = 0; j < d; j += 32) {
+        for (uint32_t i = 0; i < 32; ++i) {
+            sums[i] += (x[j + i] - y[j + i])*(x[j + i] - y[j + i]);
+        }
+    }
+    return std::accumulate(sums, sums + 32, 0.0f);
+}
+
+// the largest magnitude; what is not a number is larger than any. As integers, which vectors compare
+LLAMA_CAPSULE_SIMD static float capsule_max(const float * x, size_t n) {
+    int32_t most = 0;
+    for (size_t i = 0; i < n; ++i) {
+        int32_t a;
+        memcpy(&a, x + i, sizeof(a));
+        most = std::max(most, a & 0x7fffffff);
+    }
+
+    float res;
+    memcpy(&res, &most, sizeof(res));
+
+    return res;
+}
 
 // the squared error of rotated q4_0, which must fit d; x is overwritten
 static double capsule_q4_error(float * x, size_t ld, uint32_t n, uint32_t d) {
@@ -91,11 +119,7 @@ static double capsule_q4_error(float * x, size_t ld, uint32_t n, uint32_t d) {
         simd.from_float(GGML_TYPE_Q4_0, x, q, d);
         simd.to_float  (GGML_TYPE_Q4_0, q, y, d);
 
-        float sum = 0.0f;
-        for (uint32_t i = 0; i < d; ++i) {
-            sum += (y[i] - x[i])*(y[i] - x[i]);
-        }
-        res += sum;
+        res += capsule_square_error(x, y, d);
     }
     return res;
 }
@@ -128,13 +152,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
         }
     }
 
-    float max = 0.0f;
-    for (size_t t = 0; t < n; ++t) {
-        for (size_t i = 0; i < d; ++i) {
-            const float a = fabsf(x[t*ld + i]);
-            max = a > max || a != a ? a : max; // a NaN stays
-        }
-    }
+    const float max = capsule_max(x, n*ld);
 
     measured res;
     res.errors.resize(tier_end() - tier_first(), 0.0);
@@ -144,11 +162,19 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
         return res;
     }
 
-    ggml_capsule_rows(coder, cut.h, cut.w, x, ld, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
-    ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), errors.resize(n_blocks*n_groups*bits.size()));
-
     uint8_t used[GGML_CAPSULE_MAX_BLOCKS];
     ggml_capsule_table_rows(cut.h, cut.w, used);
+
+    // those of a block, which costs a search for each of them
+    std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
+    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
+        for (int i = 0; i < n_blocks*n_groups; ++i) {
+            wanted[i] |= 1 << place[bits_of(t)[used[i/n_groups]*n_groups + i%n_groups]];
+        }
+    }
+
+    ggml_capsule_rows(coder, cut.h, cut.w, x, ld, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
+    ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), wanted.data(), errors.resize(n_blocks*n_groups*bits.size()));
 
     for (int i = 0; i < n_blocks; ++i) {
         for (int g = 0; g < n_groups; ++g) {
