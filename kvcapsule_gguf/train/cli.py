@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, metavar="MODEL", help="GGUF of the language model, in any quantization")
     p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
-    p.add_argument("--format", type=int, choices=(1, 2), default=1, help="2: the coming format (docs/reference/format-v2.md), which the library does not read yet; of the other options it heeds --images, --n-images, --seed, -c, -t and --device (default: %(default)s)")
+    p.add_argument("--format", type=int, choices=(1, 2), default=1, help="2: the new format (docs/reference/format-v2.md); of the other options it heeds --images, --n-images, --seed, -c, -t and --device (default: %(default)s)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
     p.add_argument("--codec", choices=("pca", "retain", "auto"), default="auto", help="of the keys: sequence-level PCA (pca), which loses less, or kept tokens with a predictor (retain), which a CPU reads faster; auto: pca where a CPU reads it as fast as an f16 cache, else retain (default: %(default)s)")
     p.add_argument("--neighbours", type=int, default=TrainOptions.neighbours, metavar="N", help="retain: kept tokens that a dropped one is predicted from; with 2 attention on a CPU takes a fifth less, and the keys lose a tenth more (default: %(default)s)")
