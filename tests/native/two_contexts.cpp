@@ -1,12 +1,11 @@
 // contexts with and without a capsule in one process, each in a thread of its own, on one model; see scripts/sanitizers
 //
-//   two_contexts MODEL CAPSULE ROUNDS TYPE
+//   two_contexts MODEL CAPSULE ROUNDS TYPE QUALITY
 
 #include "llama-capsule.h"
 #include "llama.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -76,8 +75,8 @@ private:
     }
 };
 
-// the most slots of each tier
-static std::array<uint32_t, 2> converse(const llama_model * model, const llama_capsule * capsule, ggml_type type, int seed, int rounds) {
+// the most slots of each tier; of format v1: economy, faithful
+static std::vector<uint32_t> converse(const llama_model * model, const llama_capsule * capsule, ggml_type type, float quality, int seed, int rounds) {
     constexpr int n_image = 9*12; // not a multiple of a block
 
     llama_context_params params = llama_context_default_params();
@@ -94,6 +93,7 @@ static std::array<uint32_t, 2> converse(const llama_model * model, const llama_c
     llama_capsule_context_params capsule_params = llama_capsule_context_default_params();
     capsule_params.capsule = capsule;
     capsule_params.n_hot   = 512;
+    capsule_params.quality = quality;
 
     llama_context * ctx = llama_capsule_init_from_model(const_cast<llama_model *>(model), params, capsule_params);
     require(ctx && llama_capsule_is_attached(ctx) == (capsule != nullptr), "llama_capsule_init_from_model");
@@ -107,7 +107,7 @@ static std::array<uint32_t, 2> converse(const llama_model * model, const llama_c
 
     const std::vector<llama_token> text = { 1, 5, 3, 7, 2 };
 
-    std::array<uint32_t, 2> res = {};
+    std::vector<uint32_t> res;
 
     llama_pos pos = 0;
     for (int r = 0; r < rounds; ++r) {
@@ -137,8 +137,10 @@ static std::array<uint32_t, 2> converse(const llama_model * model, const llama_c
             llama_capsule_stats stats = {};
             stats.size = sizeof(stats);
             require(llama_capsule_get_stats(ctx, &stats) == 0 && stats.bytes_pools > 0, "llama_capsule_get_stats");
-            for (int t = 0; t < 2; ++t) {
-                res[t] = std::max(res[t], stats.n_slots[t]);
+            const uint32_t * slots = stats.n_tiers ? stats.n_slots_tier : stats.n_slots;
+            res.resize(stats.n_tiers ? stats.n_tiers : 2);
+            for (size_t t = 0; t < res.size(); ++t) {
+                res[t] = std::max(res[t], slots[t]);
             }
         }
 
@@ -154,7 +156,7 @@ static std::array<uint32_t, 2> converse(const llama_model * model, const llama_c
 }
 
 int main(int argc, char ** argv) {
-    require(argc == 5, "two_contexts MODEL CAPSULE ROUNDS TYPE");
+    require(argc == 6, "two_contexts MODEL CAPSULE ROUNDS TYPE QUALITY");
 
     llama_log_set(quiet, nullptr);
     llama_backend_init();
@@ -168,13 +170,14 @@ int main(int argc, char ** argv) {
     llama_capsule * capsule = llama_capsule_load_from_file(model, argv[2]);
     require(capsule, "llama_capsule_load_from_file");
 
-    const int       rounds = atoi(argv[3]);
-    const ggml_type type   = strcmp(argv[4], "q8_0") == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    const int       rounds  = atoi(argv[3]);
+    const ggml_type type    = strcmp(argv[4], "q8_0") == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    const float     quality = atof(argv[5]);
 
-    std::array<uint32_t, 2>  slots[3];
+    std::vector<uint32_t>    slots[3];
     std::vector<std::thread> threads;
     for (int i = 0; i < 3; ++i) {
-        threads.emplace_back([&, i]() { slots[i] = converse(model, i == 1 ? nullptr : capsule, type, i, rounds); });
+        threads.emplace_back([&, i]() { slots[i] = converse(model, i == 1 ? nullptr : capsule, type, quality, i, rounds); });
     }
     for (auto & thread : threads) {
         thread.join();
@@ -185,6 +188,9 @@ int main(int argc, char ** argv) {
     llama_backend_free();
 
     // with a capsule, the most slots at a time
-    printf("%u economy, %u faithful\n", slots[0][0], slots[0][1]);
+    for (size_t t = 0; t < slots[0].size(); ++t) {
+        printf("%s%u", t ? " + " : "", slots[0][t]);
+    }
+    printf("\n");
     return 0;
 }
