@@ -14,6 +14,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as L
 import numpy as np
+
 from kvcapsule_gguf.bench.fill import HEADER, state_hash
 from kvcapsule_gguf.native.devices import Devices
 

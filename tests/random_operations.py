@@ -16,8 +16,28 @@ import numpy as np
 from cache_model import END, CacheModel, TileCacheModel, Token
 from cache_truth import afresh, first_layer
 from llama_runner import (
-    Case, Result, Step, clear, compress, contents, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_keep, seq_rm, set_pos, state_load, state_save,
-    state_spoil, stats, text, together)
+    Case,
+    Result,
+    Step,
+    clear,
+    compress,
+    contents,
+    image,
+    lossless_limit,
+    nmse,
+    positions,
+    seq_add,
+    seq_cp,
+    seq_keep,
+    seq_rm,
+    set_pos,
+    state_load,
+    state_save,
+    state_spoil,
+    stats,
+    text,
+    together,
+)
 from tiny_gguf import TinyModel
 
 Operation = tuple[str, int, int, int, int]

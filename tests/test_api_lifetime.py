@@ -458,11 +458,11 @@ def test_an_exception_in_the_middle_leaves_a_llama_that_answers() -> None:
                 with pytest.raises(Stop):
                     ask(llm, 1)
             assert {n: ask(llm, n) for n in (1, 2)} == expected
-        for chunk in llm.create_chat_completion(messages(1), stream=True):
+        for _ in llm.create_chat_completion(messages(1), stream=True):
             break
         assert ask(llm, 2) == expected[2]
         with pytest.raises(Stop):
-            for chunk in llm.create_chat_completion(messages(1), stream=True):
+            for _ in llm.create_chat_completion(messages(1), stream=True):
                 fail()
         assert ask(llm, 1) == expected[1]
 

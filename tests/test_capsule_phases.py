@@ -16,8 +16,7 @@ import native_code
 import numpy as np
 import pytest
 from capsule_op import Data, Graph, V, constants, ggml, graph, params
-from test_capsule_encode import CASES as ENCODE_CASES
-from test_capsule_encode import Cells, both
+from test_capsule_encode import CASES as ENCODE_CASES, Cells, both
 from test_capsule_op import BASE, CASES, HEADS, of_rows
 from test_capsule_query import EIGHT_BITS, PCA, RETAIN
 

@@ -8,8 +8,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from kvcapsule_gguf.codec.q2_0 import search
 from kvcapsule_gguf.codec.quantize import DECODE, ENCODE

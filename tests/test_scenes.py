@@ -3,21 +3,7 @@
 import numpy as np
 import pytest
 
-from kvcapsule_gguf.scenes import (
-    CALIBRATION,
-    HELD_OUT,
-    PLACES,
-    TASKS,
-    TRAIN,
-    WORDS,
-    Scene,
-    compare_questions,
-    draw_scene,
-    is_correct,
-    make_questions,
-    make_scene,
-    size_of,
-)
+from kvcapsule_gguf.scenes import CALIBRATION, HELD_OUT, PLACES, TASKS, TRAIN, WORDS, Scene, compare_questions, draw_scene, is_correct, make_questions, make_scene, size_of
 
 SEEDS = range(HELD_OUT.start, HELD_OUT.start + 60)
 

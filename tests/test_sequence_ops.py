@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import (
-    Case, Step, cells, clear, compress, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_div, seq_keep, seq_rm, set_pos,
-    state_load, state_save, stats, text, together)
+from llama_runner import Case, Step, cells, clear, compress, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_div, seq_keep, seq_rm, set_pos, state_load, state_save, stats, text, together
 
 FORMS = {"blocks": {"block_size": 16}, "tiles": {"version": 2}}  # lossless capsules of both formats
 IMAGE = image((8, 8), seed=1)  # 4 blocks, one tile

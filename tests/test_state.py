@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import (
-    ON_DEVICE, PARTIAL_ONLY, Case, Step, clear, compress, image, nmse, positions, seq_add, seq_rm, set_pos, state_load, state_save, state_spoil, stats, text)
+from llama_runner import ON_DEVICE, PARTIAL_ONLY, Case, Step, clear, compress, image, nmse, positions, seq_add, seq_rm, set_pos, state_load, state_save, state_spoil, stats, text
 
 FORMS = {"blocks": {"block_size": 16}, "tiles": {"version": 2}}  # lossless capsules of both formats
 AT = 7

@@ -7,7 +7,6 @@ from math import isqrt
 import numpy as np
 import pytest
 from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, seq_rm, set_pos, state_load, state_save, stats, text
-
 from make_tile_capsule import random_tile_capsule
 
 from kvcapsule_gguf.codec.hadamard import hadamard

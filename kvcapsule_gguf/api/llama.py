@@ -72,8 +72,8 @@ class KVCapsuleLlama(Llama):
     """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
 
     mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "built-in", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text
-    and one picture; quality: as in kvcapsule-chat, 0 = the capsule's; ratio: share to save, in place of a quality; image_cache, image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or
-    what the model was trained with, if that is less. The rest goes to Llama.
+    and one picture; quality: as in kvcapsule-chat, 0 = the capsule's; ratio: share to save, in place of a quality; image_cache,
+    image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or what the model was trained with, if that is less. The rest goes to Llama.
 
     One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
     use it in a with statement. Raises ValueError, native.NativeError, native.CapsuleError."""

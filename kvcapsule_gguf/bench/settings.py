@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ..train.trainer import TrainOptions
 
-
 BUILTIN = "built-in"
 
 

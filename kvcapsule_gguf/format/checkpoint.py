@@ -1,4 +1,4 @@
-"""A capsule as safetensors, for people who train in PyTorch (docs/converters.md): arrays as tensors, the rest as one JSON text. No pickles."""
+"""A capsule as safetensors, for people who train in PyTorch (docs/reference/converters.md): arrays as tensors, the rest as one JSON text. No pickles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A capsule of format v2: means, axes of values and tables of bits, as plain data and as a GGUF sidecar (docs/format-v2.md).
+"""A capsule of format v2: means, axes of values and tables of bits, as plain data and as a GGUF sidecar (docs/reference/format-v2.md).
 
 Shapes are numpy's (reversed ggml `ne`). The C++ reader (src/capsule/format) refuses the same files with the same lines.
 """

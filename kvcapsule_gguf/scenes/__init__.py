@@ -7,18 +7,7 @@
 """
 
 from .drawing import draw_scene
-from .layout import (
-    CALIBRATION,
-    COLOURS,
-    HELD_OUT,
-    PLACES,
-    SHAPES,
-    TRAIN,
-    WORDS,
-    Item,
-    Scene,
-    make_scene,
-)
+from .layout import CALIBRATION, COLOURS, HELD_OUT, PLACES, SHAPES, TRAIN, WORDS, Item, Scene, make_scene
 from .questions import TASKS, Question, compare_questions, is_correct, make_questions
 from .sizes import random_size, size_of
 

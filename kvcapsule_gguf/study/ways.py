@@ -171,7 +171,7 @@ def ways(model: BaseModel, fitted: Sequence[KVSample], torch: bool = True, small
     for near, h in ((4, 0),) if small else ((2, 0), (4, 0), (4, 8), (4, 16), (4, 32)):
         if h and not torch:
             continue
-        for name, way in retain(fit(model, fitted, codec="retain", neighbours=near, mlp_width=h), near, h, rows[1]):
+        for _, way in retain(fit(model, fitted, codec="retain", neighbours=near, mlp_width=h), near, h, rows[1]):
             yield "retain", way
 
 
