@@ -54,7 +54,7 @@ def kernels(folder: Path) -> list[str]:
 def tiles(name: str, folder: Path, *flags: str) -> Path:
     """tests/native/<name>.cpp with the plain C++ of ggml-capsule/, as a library; it needs nothing of llama.cpp."""
     src, out = ROOT / "patches" / "files" / "ggml" / "src" / "ggml-capsule", folder / f"{name}.so"
-    done = run(compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
+    done = run(compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
     assert done.returncode == 0, done.stderr
     return out
 

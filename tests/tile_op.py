@@ -125,8 +125,8 @@ class Data:
                     data = code.encode(normal(h * w, len(mean[head])), h, w)
                     parts.append(data)
                     out.append(code.decode(data, h, w))
-            steps = np.zeros(-(-4 * s.heads // 8) * 8, np.uint8)
-            slot = np.concatenate([steps, *parts])
+            no_step = np.zeros(8, np.uint8)  # read in plain C++
+            slot = np.concatenate([x for k, v in zip(parts[: s.heads], parts[s.heads :]) for x in (no_step, k, v)])
             assert slot.size == sizes[form], "the layout of a slot"
             bytes_[i] = np.pad(slot, (0, -slot.size % UNIT))
             keys.append(np.stack(k_hat, 1))

@@ -15,15 +15,35 @@ struct ggml_capsule_slot {
 
 // RoPE inside a tile: by how much each pair turns from a token to the next one, and from a line to the next one
 // positions along a line of a picture of W tokens: (theta, W*theta); M-RoPE: (theta or 0, theta or 0) by section
-// made once for each kind of tile by ggml_capsule_rope_init(), shared by all layers with the same theta
-struct ggml_capsule_rope;
+// made once for each kind of tile, shared by all layers with the same theta; plain data, its size depends on the number of groups
+struct ggml_capsule_rope {
+    enum {
+        NONE, // nothing turns within half a line
+        SIN,  // the cosine is 1
+        FULL,
+    };
 
-size_t ggml_capsule_rope_size(const ggml_capsule_channels & k);
-void   ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channels & k, const double * step_x, const double * step_y);
+    int32_t n; // lanes of all groups, padded to 32
+    uint8_t turn[60]; // of each group, from token to token
+    double  steps[1]; // radians [2][n], to the next token and to the next line; then the tables
 
-// the turn of the first token of a slot: cos and sin of its angle for each pair, f32 [2][ggml_capsule_angles_size()/2]
-// scale: what RoPE multiplies keys by (YaRN's mscale), else 1
-size_t ggml_capsule_angles_size(const ggml_capsule_channels & k); // floats
+    // from the first token to the middle of line y, times 2^13
+    const int16_t * y_cos(int y) const { return (const int16_t *) (steps + 2*n) + y*n; }
+    const int16_t * y_sin(int y) const { return y_cos(GGML_CAPSULE_SIDE + y); }
+
+    // of i + 1/2 tokens, i < 4, times 2^15
+    const int16_t * x_cos(int i) const { return y_cos(2*GGML_CAPSULE_SIDE + i); }
+    const int16_t * x_sin(int i) const { return y_cos(2*GGML_CAPSULE_SIDE + GGML_CAPSULE_SIDE/2 + i); }
+};
+
+size_t ggml_capsule_rope_size(const ggml_capsule_channels & k); // a multiple of 64
+
+// step_x, step_y: radians of each pair, [n_rot/2]
+void ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channels & k, const double * step_x, const double * step_y);
+
+// the turn of the first token of a slot, cos and sin of each lane: f32 [2][16*n_groups]
+// angle: of each pair, [n_rot/2]; scale: what RoPE multiplies keys by (YaRN), else 1
+size_t ggml_capsule_angles_size(const ggml_capsule_channels & k); // floats, a multiple of 16
 void   ggml_capsule_angles_init(float * angles, const ggml_capsule_channels & k, const double * angle, float scale);
 
 struct ggml_capsule_attn_args {
@@ -41,7 +61,7 @@ struct ggml_capsule_attn_args {
     const ggml_capsule_form       * forms;
     const ggml_capsule_slot       * slots;
     const ggml_capsule_rope * const * ropes; // NULL: no RoPE
-    const float                   * angles;  // of each slot, ggml_capsule_angles_size() floats
+    const float                   * angles;  // of slot i at angles + i*ggml_capsule_angles_size()
 
     // the queries: row j = t*n_gqa + i is query head i (of those of this KV head) of token t
     int32_t       n_tokens;
@@ -69,4 +89,9 @@ struct ggml_capsule_attn_sums {
 size_t ggml_capsule_attn_work(const ggml_capsule_attn_args * args);
 
 // adds the tokens of slots first .. last - 1 to the sums of KV head `head`
+// a slot without steps, because ggml_capsule_slot_seal() has not been called, is read in plain C++
 void ggml_capsule_attn_tiles(const ggml_capsule_attn_args * args, int head, int first, int last, const ggml_capsule_attn_sums * sums, void * work);
+
+// the same in plain C++ and f32, for any CPU; what the kernels are tested against
+size_t ggml_capsule_attn_work_plain(const ggml_capsule_attn_args * args);
+void   ggml_capsule_attn_tiles_plain(const ggml_capsule_attn_args * args, int head, int first, int last, const ggml_capsule_attn_sums * sums, void * work);

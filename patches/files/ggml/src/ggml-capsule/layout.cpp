@@ -95,7 +95,24 @@ void ggml_capsule_plan_init(ggml_capsule_plan * plan, const ggml_capsule_channel
         group.scale = (uint16_t) scale;
         for (int i = 0; i < n_blocks; ++i) {
             group.bits[i] = table[rows[i]*n_groups + g];
-            scale += group.bits[i] > 0 && group.bits[i] < GGML_CAPSULE_F16 ? sizeof(uint16_t) : 0;
+            plan->exact |= group.bits[i] == GGML_CAPSULE_F32;
+        }
+        memset(group.shuffle, 0x80, sizeof(group.shuffle));
+        for (int i = 0; i < GGML_CAPSULE_PAD_BLOCKS; ++i) {
+            if (i % 8 == 0) {
+                group.source[i/8] = (uint16_t) scale;
+            }
+            if (group.bits[i] > 0 && group.bits[i] < GGML_CAPSULE_F16) {
+                uint8_t * shuffle = group.shuffle[group.bits[i] > 3][i/8] + 2*(i % 8);
+                shuffle[0] = (uint8_t) (scale - group.source[i/8]);
+                shuffle[1] = (uint8_t) (shuffle[0] + 1);
+                scale += sizeof(uint16_t);
+
+                uint8_t & first = group.bits[i] > 3 ? group.high_first : group.low_first;
+                uint8_t & last  = group.bits[i] > 3 ? group.high_last  : group.low_last;
+                first = last > 0 ? first : (uint8_t) (i/8);
+                last  = (uint8_t) (i/8 + 1);
+            }
         }
     }
 
@@ -117,6 +134,11 @@ void ggml_capsule_plan_init(ggml_capsule_plan * plan, const ggml_capsule_channel
             }
             code += group.n_pairs[b]*ggml_capsule_code_size(GGML_CAPSULE_BITS[b], 2, group.n_lanes);
         }
+        for (int i = 1; i <= n_pairs; ++i) {
+            if (group.bits[i] == 0) {
+                group.pair[n++] = (uint8_t) i;
+            }
+        }
         code += ggml_capsule_code_size(group.first, 1, group.n_lanes);
         code += ggml_capsule_code_size(group.last,  1, group.n_lanes);
     }
@@ -132,12 +154,11 @@ size_t ggml_capsule_head_size(const ggml_capsule_channels & channels, const uint
 }
 
 size_t ggml_capsule_form_offsets(const ggml_capsule_form & form, int n_head_kv, uint32_t * k_offset, uint32_t * v_offset) {
-    size_t at = (n_head_kv*sizeof(float) + 7)/8*8;
+    size_t at = 0;
     for (int i = 0; i < n_head_kv; ++i) {
+        at += 2*sizeof(float); // its step
         k_offset[i] = (uint32_t) at;
         at += ggml_capsule_form_k(form, i)->size;
-    }
-    for (int i = 0; i < n_head_kv; ++i) {
         v_offset[i] = (uint32_t) at;
         at += ggml_capsule_form_v(form, i)->size;
     }

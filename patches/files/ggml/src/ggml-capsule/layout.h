@@ -6,7 +6,7 @@
 //
 // The bytes of a slot: one tile of tokens, all KV heads of a layer (docs/format-v2.md). This is the only place that knows them.
 //
-//   slot    f32 step[n_head_kv], padded to 8 bytes, then the heads of K, then the heads of V
+//   slot    head after head: 8 bytes (f32 step, 0), its K, its V; K and V beside each other meet fewer pages
 //   head    scales, padded to 8 bytes, then codes, padded to 8 bytes
 //   scales  f16, of the blocks that have one (all but those of 0 and 16 bits): group after group, from smooth to rough
 //   codes   group after group: the constant row, then the pairs of rows from many bits to few (those of equal bits from
@@ -28,6 +28,7 @@
 constexpr int GGML_CAPSULE_SIDE       = 8;   // a tile has at most 8 x 8 tokens
 constexpr int GGML_CAPSULE_MAX_ROWS   = 64;
 constexpr int GGML_CAPSULE_MAX_BLOCKS = 33;  // of rows: the constant row, 31 pairs, the last row; the height of a table
+constexpr int GGML_CAPSULE_PAD_BLOCKS = 40;
 constexpr int GGML_CAPSULE_LANES      = 16;
 constexpr int GGML_CAPSULE_MAX_D      = 512;
 constexpr int GGML_CAPSULE_MAX_GROUPS = GGML_CAPSULE_MAX_D/(2*GGML_CAPSULE_LANES) + 1;
@@ -77,8 +78,13 @@ struct ggml_capsule_plan_group {
     uint8_t  first;    // bits of the constant row
     uint8_t  last;     // bits of the row that is left alone, 0 if there is none
     uint8_t  n_pairs[GGML_CAPSULE_N_BITS]; // how many pairs have so many bits
-    uint8_t  pair[GGML_CAPSULE_MAX_BLOCKS - 2]; // the pairs in the order of their codes: pair i is the rows 2*i - 1 and 2*i
-    uint8_t  bits[GGML_CAPSULE_MAX_BLOCKS];     // of each block of rows
+    uint8_t  pair[GGML_CAPSULE_MAX_BLOCKS - 2]; // the pairs in the order of their codes, then those without: pair i is the rows 2*i - 1 and 2*i
+    uint8_t  bits[GGML_CAPSULE_PAD_BLOCKS];     // of each block of rows
+    uint8_t  low_first, low_last;   // blocks of up to 3 bits are within 8*low_first .. 8*low_last - 1, both 0 if there are none
+    uint8_t  high_first, high_last; // those of 4 to 8 bits
+    // how a byte shuffle brings the scales of 8 blocks to their places: those of up to 3 bits, those of more
+    uint16_t source [GGML_CAPSULE_PAD_BLOCKS/8];
+    uint8_t  shuffle[2][GGML_CAPSULE_PAD_BLOCKS/8][16];
 };
 
 struct ggml_capsule_plan {
@@ -86,6 +92,7 @@ struct ggml_capsule_plan {
     uint16_t n_groups;
     uint8_t  h;
     uint8_t  w;
+    uint32_t exact; // some block is f32
     ggml_capsule_plan_group groups[1]; // [n_groups]
 };
 
@@ -140,6 +147,10 @@ struct ggml_capsule_form {
     const uint32_t * k_offset; // offset of the bytes of head i in a slot
     const uint32_t * v_offset;
 };
+
+// the step of a head of K lies before its bytes
+inline float * ggml_capsule_step_of(uint8_t * bytes)             { return (float *) bytes - 2; }
+inline float   ggml_capsule_step_of(const uint8_t * bytes)       { return ((const float *) bytes)[-2]; }
 
 inline const ggml_capsule_plan * ggml_capsule_form_k(const ggml_capsule_form & form, int head) {
     return (const ggml_capsule_plan *) (form.k_plan + head*form.k_stride);

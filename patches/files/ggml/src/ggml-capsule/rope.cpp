@@ -1,35 +1,61 @@
 #include "attn.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <complex>
 
-// a multiple of the lanes, so that sizes are multiples of 64 bytes
-static size_t padded_pairs(const ggml_capsule_channels & k) {
-    return (k.n_rot/2 + GGML_CAPSULE_LANES - 1)/GGML_CAPSULE_LANES*GGML_CAPSULE_LANES;
+// lanes of all groups; kernels may take two groups at once
+static int padded_lanes(const ggml_capsule_channels & k) {
+    return (ggml_capsule_n_groups(k) + 1)/2*2*GGML_CAPSULE_LANES;
 }
 
 size_t ggml_capsule_rope_size(const ggml_capsule_channels & k) {
-    return 2*padded_pairs(k)*sizeof(float);
+    constexpr int n_tables = 3*GGML_CAPSULE_SIDE;
+    return offsetof(ggml_capsule_rope, steps) + padded_lanes(k)*(2*sizeof(double) + n_tables*sizeof(int16_t));
 }
 
 void ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channels & k, const double * step_x, const double * step_y) {
-    float * steps = (float *) rope;
+    typedef std::complex<double> turn; // one angle gives all the others of a pair
 
-    memset(steps, 0, ggml_capsule_rope_size(k));
-    for (int i = 0; i < k.n_rot/2; ++i) {
-        steps[i]                   = step_x[i];
-        steps[i + padded_pairs(k)] = step_y[i];
+    std::fill((uint8_t *) rope, (uint8_t *) rope + ggml_capsule_rope_size(k), (uint8_t) 0);
+    rope->n = padded_lanes(k);
+
+    auto put = [](const int16_t * c, const int16_t * s, int i, const turn & z, int one) {
+        const_cast<int16_t *>(c)[i] = (int16_t) std::min(32767L, std::lrint(one*z.real()));
+        const_cast<int16_t *>(s)[i] = (int16_t) std::min(32767L, std::lrint(one*z.imag()));
+    };
+    for (int i = 0; i < rope->n; ++i) {
+        const double x = i < k.n_rot/2 ? step_x[i] : 0.0; // groups of pairs come first, and only the last of them is short
+        const double y = i < k.n_rot/2 ? step_y[i] : 0.0;
+        rope->steps[i]           = x;
+        rope->steps[rope->n + i] = y;
+
+        const turn half = std::polar(1.0, x/2);
+        const turn token = half*half;
+        turn at = half;
+        for (int j = 0; j < GGML_CAPSULE_SIDE/2; ++j, at *= token) {
+            put(rope->x_cos(j), rope->x_sin(j), i, at, 32768);
+        }
+        const turn line = std::polar(1.0, y);
+        at = half*token*token*token; // the middle of 8 tokens
+        for (int j = 0; j < GGML_CAPSULE_SIDE; ++j, at *= line) {
+            put(rope->y_cos(j), rope->y_sin(j), i, at, 8192);
+        }
+
+        const double most = (GGML_CAPSULE_SIDE - 1)/2.0*std::fabs(x);
+        auto & group = rope->turn[i/GGML_CAPSULE_LANES];
+        group = std::max(group, (uint8_t) (most > 0.036 ? ggml_capsule_rope::FULL : most > 1e-4 ? ggml_capsule_rope::SIN : ggml_capsule_rope::NONE));
     }
 }
 
 size_t ggml_capsule_angles_size(const ggml_capsule_channels & k) {
-    return 2*padded_pairs(k);
+    return (size_t) 2*GGML_CAPSULE_LANES*ggml_capsule_n_groups(k);
 }
 
 void ggml_capsule_angles_init(float * angles, const ggml_capsule_channels & k, const double * angle, float scale) {
-    memset(angles, 0, ggml_capsule_angles_size(k)*sizeof(float));
-    for (int i = 0; i < k.n_rot/2; ++i) {
-        angles[i]                   = scale*cos(angle[i]);
-        angles[i + padded_pairs(k)] = scale*sin(angle[i]);
+    const int n = (int) ggml_capsule_angles_size(k)/2;
+    for (int i = 0; i < n; ++i) {
+        angles[i]     = i < k.n_rot/2 ? scale*(float) std::cos(angle[i]) : 1.0f;
+        angles[n + i] = i < k.n_rot/2 ? scale*(float) std::sin(angle[i]) : 0.0f;
     }
 }

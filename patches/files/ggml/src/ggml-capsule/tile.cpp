@@ -1,9 +1,12 @@
 #include "tile.h"
 
+#include "dct.h"
 #include "half.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 static constexpr int MAX_N = 4*GGML_CAPSULE_LANES;
 
@@ -84,4 +87,132 @@ void ggml_capsule_read(const ggml_capsule_coder & coder, const ggml_capsule_plan
         float * x, size_t stride, float * rows, float * work) {
     ggml_capsule_load(coder.channels, plan, bytes, rows);
     ggml_capsule_inverse(coder, plan->h, plan->w, rows, x, stride, work);
+}
+
+//
+// steps
+//
+
+// numbers that remember how large they have been
+struct tracked {
+    static constexpr int W = GGML_CAPSULE_LANES;
+
+    struct T {
+        float x[W];
+    };
+
+    static thread_local T most;
+
+    static T see(const T & a) {
+        for (int i = 0; i < W; ++i) {
+            most.x[i] = std::max(most.x[i], std::fabs(a.x[i]));
+        }
+        return a;
+    }
+
+    template<typename F>
+    static T map(F f) {
+        T res;
+        for (int i = 0; i < W; ++i) {
+            res.x[i] = f(i);
+        }
+        return see(res);
+    }
+
+    static T add(const T & a, const T & b) { return map([&](int i) { return a.x[i] + b.x[i]; }); }
+    static T sub(const T & a, const T & b) { return map([&](int i) { return a.x[i] - b.x[i]; }); }
+    static T mul(const T & a, int c)       { return map([&](int i) { return a.x[i]*c*0x1p-15f; }); }
+    static T half(const T & a)             { return map([&](int i) { return a.x[i]*0.5f; }); }
+};
+
+thread_local tracked::T tracked::most;
+
+// all keys of 16 lanes of both registers, x: [u][v][2]
+template<int H, int W>
+static void track_tile(tracked::T (*x)[GGML_CAPSULE_SIDE][2]) {
+    for (int reg = 0; reg < 2; ++reg) {
+        tracked::T line[GGML_CAPSULE_SIDE];
+        for (int u = 0; u < H; ++u) {
+            for (int v = 0; v < W; ++v) {
+                line[v] = x[u][v][reg];
+            }
+            capsule_idct<tracked, W>(line);
+            for (int v = 0; v < W; ++v) {
+                x[u][v][reg] = line[v];
+            }
+        }
+        for (int v = 0; v < W; ++v) {
+            for (int u = 0; u < H; ++u) {
+                line[u] = x[u][v][reg];
+            }
+            capsule_idct<tracked, H>(line);
+            for (int u = 0; u < H; ++u) {
+                x[u][v][reg] = line[u];
+            }
+        }
+    }
+    for (int y = 0; y < H; ++y) {
+        for (int v = 0; v < W; ++v) {
+            tracked::map([&](int i) { return std::sqrt(x[y][v][0].x[i]*x[y][v][0].x[i] + x[y][v][1].x[i]*x[y][v][1].x[i]); }); // turned
+        }
+    }
+}
+
+float ggml_capsule_step(const ggml_capsule_coder & coder, const ggml_capsule_plan * plan, const uint8_t * bytes) {
+    const int h = plan->h;
+    const int w = plan->w;
+    const int d = coder.channels.d;
+    const auto & shape = ggml_capsule_shape_of(h, w);
+
+    std::vector<float> rows(h*w*d);
+    ggml_capsule_load(coder.channels, plan, bytes, rows.data());
+    for (int c = 0; coder.mean && c < d; ++c) {
+        rows[c] += coder.mean[c]*std::sqrt((float) (h*w));
+    }
+
+    tracked::most = {};
+    float most = 1e-20f;
+    for (int g = 0; g < plan->n_groups; ++g) {
+        const auto & group = plan->groups[g];
+
+        tracked::T x[GGML_CAPSULE_SIDE][GGML_CAPSULE_SIDE][2] = {};
+        for (int r = 0; r < h*w; ++r) {
+            auto & at = x[shape.place[r]/GGML_CAPSULE_SIDE][shape.place[r]%GGML_CAPSULE_SIDE];
+            for (int i = 0; i < group.n_lanes; ++i) {
+                const int   ca = ggml_capsule_channel(coder.channels, g, 0, i);
+                const int   cb = ggml_capsule_channel(coder.channels, g, 1, i);
+                const float a  = rows[r*d + ca];
+                const float b  = cb < 0 ? 0.0f : rows[r*d + cb];
+                at[0].x[i] = (a + b)*0.70710678f*shape.factor[r]; // the kernels leave the registers mixed
+                at[1].x[i] = (a - b)*0.70710678f*shape.factor[r];
+            }
+            tracked::see(at[0]);
+            tracked::see(at[1]);
+        }
+        capsule_with_size(h, [&](auto n_h) {
+            capsule_with_size(w, [&](auto n_w) {
+                track_tile<decltype(n_h)::value, decltype(n_w)::value>(x);
+            });
+        });
+
+        // and the multipliers
+        ggml_capsule_plan_blocks(plan, g, [&](int row, int, int bits, int scale_at) {
+            if (bits < GGML_CAPSULE_F16) {
+                const int   i = (row + 1)/2;
+                const float f = std::max(std::fabs(shape.pair_a[i]), std::fabs(shape.pair_b[i]));
+                most = std::max(most, std::fabs(get_half(bytes + scale_at))*f*(float) (2 << std::max(bits, 2)));
+            }
+        });
+    }
+    for (float m : tracked::most.x) {
+        most = std::max(most, m);
+    }
+    return most/32400.0f; // the rest is for rounding
+}
+
+void ggml_capsule_slot_seal(const ggml_capsule_form & form, int n_head_kv, const ggml_capsule_coder * k, uint8_t * slot) {
+    for (int i = 0; i < n_head_kv; ++i) {
+        uint8_t * bytes = slot + form.k_offset[i];
+        *ggml_capsule_step_of(bytes) = ggml_capsule_step(k[i], ggml_capsule_form_k(form, i), bytes);
+    }
 }
