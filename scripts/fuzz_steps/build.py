@@ -25,7 +25,7 @@ LOADER = (
 # target -> sources of llama.cpp's tree; the harness is tests/fuzz/<target>.cpp
 TARGETS = {
     "capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
-    "state": ("src/llama-capsule-state.cpp",),
+    "state": ("src/llama-capsule-state.cpp", "src/capsule/store/state.cpp"),
     "print_capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
 }
 # targets that need all of libllama: the other objects and ggml are those of the ordinary build

@@ -94,6 +94,13 @@ def state(spans: list[list[tuple[int, int, int, int]]], slots: list[list[list[by
     return out + b"".join(struct.pack("<Q", 0x1234567890ABCDEF) + b"".join(cells) for pool in slots for cells in pool)
 
 
+def tile_state(spans: list[list[tuple[int, int, int, int]]], slots: list[tuple[int, int, int, list[bytes]]]) -> bytes:
+    """The same of format v2; slots: height, width, tier and cells of each."""
+    out = struct.pack("<III", *map(len, spans), len(slots))
+    out += b"".join(struct.pack("<iiiI", *span) for group in spans for span in group)
+    return out + b"".join(struct.pack("<BBBB", h, w, tier, 0) + b"".join(cells) for h, w, tier, cells in slots)
+
+
 def states(folder: Path) -> None:
     """The first byte picks the limits, see state.cpp."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +111,13 @@ def states(folder: Path) -> None:
         "last-position": b"\x01" + state([[], []], [[[cell(2**31 - 1)] * N], []]),  # found by the target `context`: it could not be removed again
         "one-sequence": b"\x01" + state([[(0, 5, 9, 0)], []], [[[cell(i) for i in range(N)]], []]),
         "large": b"\x02" + state([[], []], [[], [[cell(i, 0, 0, [255]) for i in range(16)]]]),
+    }
+    lines = [cell(i, i % 4, i // 4, [0, 2]) for i in range(8)]
+    files |= {
+        "tiles-empty": b"\x04" + tile_state([[], []], []),
+        "tiles-whole": b"\x04" + tile_state([[(0, 0, 8, 1)], [(3, 8, 9, 0)]], [(2, 4, 9, lines), (1, 3, 0, [cell(-1), cell(9, 0, 0, [3]), cell(-1)])]),
+        "tiles-one-sequence": b"\x05" + tile_state([[(0, 5, 9, 0)], []], [(8, 8, 1, [cell(i) for i in range(64)]), (1, 1, 2, [cell(64)])]),
+        "tiles-large": b"\x06" + tile_state([[], []], [(8, 1, 3, [cell(i, 0, 0, [255]) for i in range(8)])]),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -1,5 +1,6 @@
-// the reader of what a saved state says about images: any bytes are one state within the limits or one line
+// the readers of what a saved state says about images, of both formats: any bytes are one state within the limits or one line
 
+#include "capsule/store/state.h"
 #include "llama-capsule-state.h"
 
 #include <cstdio>
@@ -9,41 +10,70 @@
 #include <stdexcept>
 #include <vector>
 
-// the first byte picks the limits
+static void require(bool ok, const char * what) {
+    if (!ok) {
+        fprintf(stderr, "fuzz: %s\n", what);
+        abort();
+    }
+}
+
+// there is one way to write a state: nothing is read that is not looked at
+static void check(const std::vector<uint8_t> & again, const uint8_t * data, size_t size) {
+    require(again.size() == size && memcmp(again.data(), data, size) == 0, "a state that would be written in another way");
+}
+
+template<typename T>
+static void check_slots(const std::vector<T> & slots) {
+    for (const auto & slot : slots) {
+        for (const auto & cell : slot.cells) {
+            require(cell.pos != std::numeric_limits<llama_pos>::max(), "a cell that no range of positions removes");
+        }
+    }
+}
+
+static void parse_blocks(const uint8_t * data, size_t size, bool one_seq, bool large) {
+    const llama_capsule_state_limits limits = {
+        /*.block_size =*/ large ? 16u : 8u,
+        /*.n_seq_max  =*/ large ? (uint32_t) LLAMA_MAX_SEQ : 4u,
+        /*.n_slots    =*/ { 8, 4 },
+        /*.one_seq    =*/ one_seq,
+    };
+    const auto state = llama_capsule_state_parse(data, size, limits);
+
+    check(llama_capsule_state_format(state), data, size);
+    for (const auto & slots : state.slots) {
+        check_slots(slots);
+    }
+}
+
+static void parse_tiles(const uint8_t * data, size_t size, bool one_seq, bool large) {
+    const llama_capsule_state_v4::limits limits = {
+        /*.n_tiers   =*/ 10,
+        /*.n_cells   =*/ 128,
+        /*.n_seq_max =*/ large ? (uint32_t) LLAMA_MAX_SEQ : 4u,
+        /*.one_seq   =*/ one_seq,
+    };
+    const auto state = llama_capsule_state_v4::parse(data, size, limits);
+
+    check(state.format(), data, size);
+    check_slots(state.slots);
+
+    size_t n_cells = 0;
+    for (const auto & slot : state.slots) {
+        require(slot.cells.size() == (size_t) slot.h*slot.w && slot.h <= 8 && slot.w <= 8 && slot.i_tier < limits.n_tiers, "a tile of no known shape or tier");
+        n_cells += slot.cells.size();
+    }
+    require(n_cells <= limits.n_cells, "more cells than there is room for");
+}
+
+// the first byte picks the reader and the limits
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 1) {
         return 0;
     }
 
-    const bool large = (data[0] & 2) != 0;
-
-    const llama_capsule_state_limits limits = {
-        /*.block_size =*/ large ? 16u : 8u,
-        /*.n_seq_max  =*/ large ? (uint32_t) LLAMA_MAX_SEQ : 4u,
-        /*.n_slots    =*/ { 8, 4 },
-        /*.one_seq    =*/ (data[0] & 1) != 0,
-    };
-
     try {
-        const auto state = llama_capsule_state_parse(data + 1, size - 1, limits);
-
-        // there is one way to write a state: nothing is read that is not looked at
-        const std::vector<uint8_t> again = llama_capsule_state_format(state);
-        if (again.size() != size - 1 || memcmp(again.data(), data + 1, again.size()) != 0) {
-            fprintf(stderr, "fuzz: a state that would be written in another way\n");
-            abort();
-        }
-
-        for (const auto & slots : state.slots) {
-            for (const auto & slot : slots) {
-                for (const auto & cell : slot.cells) {
-                    if (cell.pos == std::numeric_limits<llama_pos>::max()) {
-                        fprintf(stderr, "fuzz: a cell that no range of positions removes\n");
-                        abort();
-                    }
-                }
-            }
-        }
+        (data[0] & 4 ? parse_tiles : parse_blocks)(data + 1, size - 1, (data[0] & 1) != 0, (data[0] & 2) != 0);
     } catch (const std::runtime_error &) {
     }
 
