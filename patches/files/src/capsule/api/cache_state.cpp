@@ -265,6 +265,13 @@ void llama_capsule_cache::state_check(uint32_t i_layer, uint32_t i_slot, std::ve
     if (!ok) {
         throw std::runtime_error("the images in the state hold keys or values that are not finite or do not fit f16");
     }
+
+    // what kernels are told of a slot follows from the rest
+    std::vector<ggml_capsule_coder> k;
+    for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+        k.push_back(forms.coder_k(i_layer, h));
+    }
+    ggml_capsule_slot_seal(forms.get(i_layer, forms.find(slot.i_tier, slot.h, slot.w)), layer.n_head_kv, k.data(), data.data());
 }
 
 void llama_capsule_cache::decode(uint32_t i_layer, const llama_capsule_slot & slot, const uint8_t * data, bool is_v, uint32_t i_head, float * x, size_t stride) const {

@@ -296,6 +296,8 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
     llama_capsule_kv::reader reader(kv, capsule_all_cells(cuts));
 
     for (uint32_t l = 0; l < tables->layers.size(); ++l) {
+        const uint32_t n_head = tables->layers[l].n_head_kv;
+
         std::vector<const ggml_capsule_form *> form;
         std::vector<std::vector<uint8_t>>      data;
         for (uint32_t i : i_slot) {
@@ -303,6 +305,11 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
 
             form.push_back(&forms.get(l, forms.find(slot.i_tier, slot.h, slot.w)));
             data.emplace_back((size_t) slots.size(l, i)*LLAMA_CAPSULE_UNIT, 0);
+        }
+
+        std::vector<ggml_capsule_coder> k;
+        for (uint32_t h = 0; h < n_head; ++h) {
+            k.push_back(forms.coder_k(l, h));
         }
 
         for_heads(reader, cuts, l, [&](size_t i, bool is_v, uint32_t i_head, const float * x, size_t ld) {
@@ -315,6 +322,10 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
 
             ggml_capsule_rows(coder, cuts[i].h, cuts[i].w, x, ld, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
             ggml_capsule_store(coder.channels, plan, rows.data(), data[i].data() + offs);
+        });
+
+        threads.run(lctx.n_threads_batch(), cuts.size(), [&](size_t i) {
+            ggml_capsule_slot_seal(*form[i], n_head, k.data(), data[i].data());
         });
 
         for (size_t i = 0; i < cuts.size(); ++i) {
