@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import pytest
+from make_tile_capsule import random_tile_capsule
 from test_native import with_model
 
 CONTEXT = """
 P = L.llama_context_default_params(); P.n_ctx = 1024
-capsule = native.Capsule.load(model, sys.argv[2])
+capsule = native.Capsule.builtin(model) if sys.argv[2] == "built-in" else native.Capsule.load(model, sys.argv[2])
 def said(ctx):
     print("attached" if ctx and native.is_attached(ctx) else "plain" if ctx else f"refused: {native.last_error()}")
 """
 
 
-def lines(models, capsules, code: str, *more) -> list[str]:
-    result = with_model(CONTEXT + code, models(), capsules(models()), *more)
+@pytest.fixture(params=["format 1", "format 2", "built-in"])
+def capsule(request, models, capsules, tmp_path):
+    if request.param == "format 2":
+        return random_tile_capsule(models(), tmp_path / "tiles.gguf")
+    return capsules(models()) if request.param == "format 1" else request.param
+
+
+def lines(models, capsule, code: str, *more) -> list[str]:
+    result = with_model(CONTEXT + code, models(), capsule, *more)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("other", [{"n_head": 8, "n_head_kv": 8}, {"arch": "qwen2"}, {"seed": 7}, {"n_layer": 3}])
-def test_the_capsule_of_another_model(models, capsules, other):
+def test_the_capsule_of_another_model(models, capsule, other):
     """Not by heads alone: one of the same shape with other weights is another model."""
     code = """
 other = L.llama_model_load_from_file(sys.argv[3].encode(), L.llama_model_default_params())
@@ -28,53 +36,56 @@ said(native.init_context(other, P, native.Attachment(capsule)))
 said(native.init_context(other, P, native.Attachment(None)))
 said(native.init_context(model, P, native.Attachment(capsule)))
 """
-    refused, plain, attached = lines(models, capsules, code, models(**other))
+    refused, plain, attached = lines(models, capsule, code, models(**other))
     assert refused.startswith("refused: can not attach the capsule: ") and "another model" in refused
     assert (plain, attached) == ("plain", "attached")
 
 
-def test_a_context_that_fails_leaves_nothing_behind(models, capsules):
+def test_a_context_that_fails_leaves_nothing_behind(models, capsule):
     code = """
 bad = L.llama_context_default_params(); bad.n_batch = bad.n_ubatch = 0
 said(native.init_context(model, bad, native.Attachment(capsule)))
 said(L.llama_init_from_model(model, P))
 """
-    refused, plain = lines(models, capsules, code)
+    refused, plain = lines(models, capsule, code)
     assert refused == "refused: the context can not be created, the log says why" and plain == "plain"
 
 
-def test_parameters_of_another_version(models, capsules):
+def test_parameters_of_another_version(models, capsule):
     code = """
 raw = L._lib.llama_capsule_context_default_params()
 raw.size, raw.capsule = 24, capsule.handle
 said(L._lib.llama_capsule_init_from_model(model, P, raw))
-said(native.init_context(model, P, native.Attachment(capsule, ratio=float("nan"))))
+for wanted in ({"ratio": float("nan")}, {"quality": float("nan")}, {"quality": -0.5}, {"quality": 0.5, "ratio": 0.5}):
+    said(native.init_context(model, P, native.Attachment(capsule, **wanted)))
 """
-    size, ratio = lines(models, capsules, code)
+    size, ratio, *qualities, both = lines(models, capsule, code)
     assert size.startswith("refused: llama_capsule_context_params has ") and "24 in the program" in size
     assert ratio == "refused: the ratio is not a finite number"
+    assert qualities == ["refused: the quality is not a positive number"] * 2
+    assert both == "refused: a quality and a ratio are given: a ratio is one tier for everything, so give one of them"
 
 
 @pytest.mark.parametrize("hot", [0xFFFFFFFF, 0xFFFFFF01, 1 << 31, 1025])
-def test_more_hot_cells_than_there_are(models, capsules, hot):
+def test_more_hot_cells_than_there_are(models, capsule, hot):
     code = f"""
 ctx = native.init_context(model, P, native.Attachment(capsule, n_hot={hot}))
 print(native.stats(ctx).n_hot)
 """
-    assert lines(models, capsules, code) == ["1024"]
+    assert lines(models, capsule, code) == ["1024"]
 
 
-def test_a_capsule_may_be_closed_before_its_context(models, capsules):
+def test_a_capsule_may_be_closed_before_its_context(models, capsule):
     code = """
 ctx = native.init_context(model, P, native.Attachment(capsule))
 capsule.close()
 tokens = (L.llama_token * 5)(1, 2, 3, 4, 5)
 print(L.llama_decode(ctx, L.llama_batch_get_one(tokens, 5)), native.stats(ctx).n_hot_used)
 """
-    assert lines(models, capsules, code) == ["0 5"]
+    assert lines(models, capsule, code) == ["0 5"]
 
 
-def test_contexts_of_llama_cpp_python(models, capsules):
+def test_contexts_of_llama_cpp_python(models, capsule):
     """llama_cpp.Llama creates its context by itself: the next one of this thread gets the capsule, inside the block, and no other."""
     code = """
 import threading
@@ -91,4 +102,4 @@ with native.attached(lambda: native.Attachment(capsule)):
     pass
 create()
 """
-    assert lines(models, capsules, code) == ["plain", "attached", "plain", "plain"]
+    assert lines(models, capsule, code) == ["plain", "attached", "plain", "plain"]
