@@ -139,7 +139,7 @@ def truth(c: Case, k: np.ndarray, v: np.ndarray, start: tuple[float, float, floa
     turned = k.astype(np.float64)
     if c.rotated:
         first, second = pair_index("neox" if c.halves else "norm", c.rotated).T
-        for i, (h, w) in enumerate(c.shapes):
+        for i, (_, w) in enumerate(c.shapes):
             y, x = np.divmod(np.arange(64), w)
             angle = c.angles[i] + x[:, None] * c.steps[0] + y[:, None] * c.steps[1]
             a, b = turned[i][..., first].copy(), turned[i][..., second].copy()

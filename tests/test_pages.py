@@ -66,6 +66,12 @@ def test_links_lead_somewhere() -> None:
     assert not found
 
 
+def test_comments_name_pages_that_are_there() -> None:
+    sources = [path for path in files("kvcapsule_gguf", "patches", "converters") if path.suffix in CODE]
+    named = {(name, str(path.relative_to(ROOT))) for path in sources for name in re.findall(r"docs/[\w/.-]+\.md\b", path.read_text(encoding="utf-8", errors="replace"))}
+    assert not {(name, path) for name, path in named if not (ROOT / name).is_file()}
+
+
 def test_what_counts_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_pages.ROOT", tmp_path)
     (tmp_path / "other.md").write_text("# One `two`, [three](x.md)!\n# Twice\n# Twice\n```\n# no heading\n```\n")

@@ -24,7 +24,7 @@ enum llama_capsule_key_codec {
 };
 
 // the contents of a capsule file, checked
-// format: docs/format-v1.md of KVCapsule
+// format: docs/reference/format-v1.md of KVCapsule
 struct llama_capsule_data {
     // the model that it was made for
     struct base {

@@ -5,7 +5,7 @@
 
 //
 // how the tokens of a slot see a query: turned back by their distances, R(-D_t) q. RoPE turns little within a slot, so that these N views have a low rank:
-//   exp(-i theta_f D_t) ~= sum_m phi_m(t) (a_mf - i b_mf), with orthonormal phi_m. See docs/architecture.md
+//   exp(-i theta_f D_t) ~= sum_m phi_m(t) (a_mf - i b_mf), with orthonormal phi_m. See docs/design/architecture.md
 //
 
 struct llama_capsule_views {

@@ -36,7 +36,8 @@ CAPSULE_FN void capsule_store_rows(int tid, int nt, CAPSULE_ARGS, CAPSULE_PARAM 
 }
 
 //
-// Q2_0: the search of docs/codec.md, all candidates of all blocks at once; block u: the values from u/n_rows*64 on in row u%n_rows
+// Q2_0: the search of docs/design/codec.md, all candidates of all blocks at once;
+// block u: the values from u/n_rows*64 on in row u%n_rows
 //
 
 CAPSULE_FN void capsule_q2_0_amax(int tid, int nt, CAPSULE_ARGS, int n_rows, int d, CAPSULE_SHARED const float * rows, CAPSULE_SHARED float * amax) {

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 //
-// The bytes of a slot: one tile of tokens, all KV heads of a layer (docs/format-v2.md). This is the only place that knows them.
+// The bytes of a slot: one tile of tokens, all KV heads of a layer (docs/reference/format-v2.md).
+// This is the only place that knows them.
 //
 //   slot    head after head: 8 bytes (f32 step, 0), its K, its V; K and V beside each other meet fewer pages
 //   head    scales, padded to 8 bytes, then codes, padded to 8 bytes

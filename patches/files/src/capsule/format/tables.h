@@ -11,7 +11,7 @@
 struct llama_model;
 
 // what a capsule says, from a file of format v2 or built in: how many bits every block of coefficients gets, means and axes
-// shapes are numpy's; docs/format-v2.md and kvcapsule_gguf/format/tile_capsule.py of KVCapsule
+// shapes are numpy's; docs/reference/format-v2.md and kvcapsule_gguf/format/tile_capsule.py of KVCapsule
 struct llama_capsule_tables {
     static constexpr uint32_t N_ROWS   = GGML_CAPSULE_MAX_BLOCKS; // of a table: row blocks of a whole tile
     static constexpr uint32_t MAX_HEAD = GGML_CAPSULE_MAX_D;      // channels
