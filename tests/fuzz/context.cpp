@@ -1,7 +1,10 @@
 // a saved state put into a real context with a capsule: whatever it says of images, it is refused as a whole or the context works on
 //
-// The environment names a tiny model (FUZZ_MODEL) and its capsule (FUZZ_CAPSULE). An input replaces what a real state says about images, under a right
-// hash and length; the part that llama.cpp writes stays as it is. The first byte: 1 = one sequence, 2 = with the slots' data cut off.
+// The environment names a tiny model (FUZZ_MODEL) and its capsules of format v1 and v2 (FUZZ_CAPSULE, FUZZ_TILES). An input replaces what a real state says
+// about images, under a right hash and length; the part that llama.cpp writes stays as it is. The first byte: 1 = one sequence, 2 = with the slots' data
+// cut off, 4 = format v2.
+
+#include "capsule/store/state.h"
 
 #include "llama.h"
 #include "llama-capsule.h"
@@ -24,8 +27,6 @@ static void require(bool ok, const char * what) {
     }
 }
 
-static llama_context * ctx;
-
 static const int N_VISION = 16;
 
 // what is in front of the description of the images, and what is behind it
@@ -35,29 +36,34 @@ struct frame {
     std::vector<uint8_t> data;
 };
 
-static frame frames[2]; // of the whole state, of sequence 0
+// a context with a capsule of one format
+struct subject {
+    llama_context * ctx;
 
-// magic, version, id, two tiers, then the size and the hash of the description
-static constexpr size_t HEADER_SIZE = 40;
-static constexpr size_t SIZE_AT     = 24;
-static constexpr size_t HASH_AT     = 32;
+    frame frames[2]; // of the whole state, of sequence 0
 
-static frame split(const std::vector<uint8_t> & state) {
+    size_t n_header; // the last 16 bytes of it: size and hash of the description
+};
+
+// magic, version, id (format v1: two tiers), size, hash
+static subject subjects[2] = { { nullptr, {}, 40 }, { nullptr, {}, 32 } };
+
+static frame split(const std::vector<uint8_t> & state, size_t n_header) {
     static const char magic[] = { 'K', 'V', 'C', 'S' };
 
     const auto it = std::find_end(state.begin(), state.end(), magic, magic + 4);
-    require(it != state.end() && state.end() - it >= (int) HEADER_SIZE, "the state has no part for images");
+    require(it != state.end() && state.end() - it >= (int) n_header, "the state has no part for images");
 
     uint64_t size;
-    memcpy(&size, &*it + SIZE_AT, sizeof(size));
-    require(size <= (size_t) (state.end() - it) - HEADER_SIZE, "the layout of the state is another one");
+    memcpy(&size, &*it + n_header - 16, sizeof(size));
+    require(size <= (size_t) (state.end() - it) - n_header, "the layout of the state is another one");
 
-    const auto meta = it + HEADER_SIZE;
+    const auto meta = it + n_header;
 
     return { { state.begin(), meta }, { meta, meta + size }, { meta + size, state.end() } };
 }
 
-static bool decode(int32_t n, llama_pos pos, bool image) {
+static bool decode(llama_context * ctx, int32_t n, llama_pos pos, bool image) {
     const int32_t n_embd = llama_model_n_embd_inp(llama_get_model(ctx));
 
     llama_batch batch = llama_batch_init(n, image ? n_embd : 0, 1);
@@ -81,20 +87,7 @@ static bool decode(int32_t n, llama_pos pos, bool image) {
     return rc == 0;
 }
 
-extern "C" int LLVMFuzzerInitialize(int *, char ***) {
-    llama_log_set(ignore_log, nullptr);
-    llama_backend_init();
-
-    llama_model_params mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
-
-    const char * path_model   = getenv("FUZZ_MODEL");
-    const char * path_capsule = getenv("FUZZ_CAPSULE");
-    require(path_model && path_capsule, "FUZZ_MODEL and FUZZ_CAPSULE are not set");
-
-    llama_model * model = llama_model_load_from_file(path_model, mparams);
-    require(model, "the model does not load");
-
+static void open(subject & x, llama_model * model, const char * path_capsule) {
     llama_capsule_context_params cparams = llama_capsule_context_default_params();
     llama_capsule * capsule = llama_capsule_load_from_file(model, path_capsule);
     require(capsule, llama_capsule_last_error());
@@ -107,28 +100,48 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     params.n_threads       = 1;
     params.n_threads_batch = 1;
 
-    ctx = llama_capsule_init_from_model(model, params, cparams);
+    x.ctx = llama_capsule_init_from_model(model, params, cparams);
     llama_capsule_free(capsule);
-    require(ctx && llama_capsule_is_attached(ctx), "no context with a capsule");
+    require(x.ctx && llama_capsule_is_attached(x.ctx), "no context with a capsule");
 
     // text, an image in slots, text, an image that is still hot
-    require(decode(2, 0, false) && decode(N_VISION, 2, true) && decode(2, 2 + N_VISION, false) && decode(N_VISION, 4 + N_VISION, true), "decode");
+    require(decode(x.ctx, 2, 0, false) && decode(x.ctx, N_VISION, 2, true) && decode(x.ctx, 2, 2 + N_VISION, false) && decode(x.ctx, N_VISION, 4 + N_VISION, true), "decode");
 
-    std::vector<uint8_t> state(llama_state_get_size(ctx));
-    state.resize(llama_state_get_data(ctx, state.data(), state.size()));
-    frames[0] = split(state);
+    std::vector<uint8_t> state(llama_state_get_size(x.ctx));
+    state.resize(llama_state_get_data(x.ctx, state.data(), state.size()));
+    x.frames[0] = split(state, x.n_header);
 
-    state.resize(llama_state_seq_get_size(ctx, 0));
-    state.resize(llama_state_seq_get_data(ctx, state.data(), state.size(), 0));
-    frames[1] = split(state);
+    state.resize(llama_state_seq_get_size(x.ctx, 0));
+    state.resize(llama_state_seq_get_data(x.ctx, state.data(), state.size(), 0));
+    x.frames[1] = split(state, x.n_header);
+}
+
+extern "C" int LLVMFuzzerInitialize(int *, char ***) {
+    llama_log_set(ignore_log, nullptr);
+    llama_backend_init();
+
+    llama_model_params mparams = llama_model_default_params();
+    mparams.n_gpu_layers = 0;
+
+    const char * path_model = getenv("FUZZ_MODEL");
+    const char * paths[]    = { getenv("FUZZ_CAPSULE"), getenv("FUZZ_TILES") };
+    require(path_model && paths[0] && paths[1], "FUZZ_MODEL, FUZZ_CAPSULE and FUZZ_TILES are not set");
+
+    llama_model * model = llama_model_load_from_file(path_model, mparams);
+    require(model, "the model does not load");
 
     // the real ones as seeds
-    if (const char * folder = getenv("FUZZ_SEEDS")) {
-        for (int i = 0; i < 2; ++i) {
-            FILE * file = fopen((std::string(folder) + "/real-" + std::to_string(i)).c_str(), "wb");
+    const char * folder = getenv("FUZZ_SEEDS");
+
+    for (int i = 0; i < 2; ++i) {
+        open(subjects[i], model, paths[i]);
+
+        for (int j = 0; j < 2 && folder; ++j) {
+            FILE * file = fopen((std::string(folder) + "/real-" + std::to_string(4*i + j)).c_str(), "wb");
             require(file, "FUZZ_SEEDS is not a folder");
-            fputc(i, file);
-            fwrite(frames[i].meta.data(), 1, frames[i].meta.size(), file);
+            const auto & meta = subjects[i].frames[j].meta;
+            fputc(4*i + j, file);
+            fwrite(meta.data(), 1, meta.size(), file);
             fclose(file);
         }
     }
@@ -142,14 +155,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
 
     const bool one_seq = (data[0] & 1) != 0;
-    const frame & f = frames[one_seq];
+    const bool tiles   = (data[0] & 4) != 0;
+
+    llama_context * ctx = subjects[tiles].ctx;
+    const frame & f = subjects[tiles].frames[one_seq];
 
     const uint64_t n_meta = size - 1;
-    const uint64_t hash   = llama_capsule_state_hash(data + 1, n_meta, 0);
+    const uint64_t hash   = tiles ? llama_capsule_state_v4::hash(data + 1, n_meta, 0) : llama_capsule_state_hash(data + 1, n_meta, 0);
 
     std::vector<uint8_t> state = f.head;
-    memcpy(state.data() + state.size() - HEADER_SIZE + SIZE_AT, &n_meta, sizeof(n_meta));
-    memcpy(state.data() + state.size() - HEADER_SIZE + HASH_AT, &hash,   sizeof(hash));
+    memcpy(state.data() + state.size() - 16, &n_meta, sizeof(n_meta));
+    memcpy(state.data() + state.size() -  8, &hash,   sizeof(hash));
     state.insert(state.end(), data + 1, data + size);
     if ((data[0] & 2) == 0) {
         state.insert(state.end(), f.data.begin(), f.data.end());
@@ -167,11 +183,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
 
     if (n_read == 0) {
         // nothing half-loaded
-        require(stats.n_cold == 0 && stats.n_slots[0] == 0 && stats.n_slots[1] == 0, "slots of a refused state");
+        require(stats.n_cold == 0 && stats.bytes_slots == 0, "slots of a refused state");
         require(llama_memory_seq_pos_max(mem, 0) == -1, "cells of a refused state");
     } else if (llama_memory_seq_pos_max(mem, 0) < 1 << 20) {
         // it works on: text after it, compression, removal, another save
-        decode(1, llama_memory_seq_pos_max(mem, 0) + 1, false);
+        decode(ctx, 1, llama_memory_seq_pos_max(mem, 0) + 1, false);
         llama_capsule_compress(ctx, 0, 0, 1 << 20);
         llama_memory_seq_rm(mem, 0, 1, 9);
         llama_memory_seq_cp(mem, 0, 1, -1, -1);
