@@ -42,6 +42,7 @@ CASES = {
     "one query": replace(BASE, tokens=1, gqa=1),
     "8 tokens of a group of 7": replace(BASE, tokens=8, gqa=7),
     "64 tokens": replace(BASE, tokens=64, grids=((8, 8), (9, 8))),
+    "130 tokens": replace(BASE, tokens=130, sequences=2, grids=((8, 8), (9, 8)), n_kv=130),
     "one KV head of a group of 8": replace(BASE, heads=1, gqa=8, grids=((24, 24),)),
     "16 KV heads": replace(BASE, heads=16, gqa=1, d_k=32, d_v=32, n_rot=32, grids=((8, 8), (8, 5))),
     "three sequences": replace(BASE, tokens=6, sequences=3, grids=((9, 9),) * 4, ragged=0.5),

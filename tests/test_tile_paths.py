@@ -13,7 +13,7 @@ from tiny_gguf import TinyModel
 UNPACK, HOST = ({"LLAMA_KVCAPSULE_PATH": path} for path in ("unpack", "host"))
 BEFORE, AFTER = 7, 6
 FIRST = BEFORE + AFTER  # logits that know one image only: its slots are the same bytes on every path
-LONG = 100  # tokens: more than attention on slots takes
+LONG = 260  # tokens: more than attention on slots takes
 KERNELS = 3e-4  # NMSE of logits: integer kernels, on random values
 SECOND = 5e-3  # the second image was computed with the first in view, so that some of its codes are the next ones
 LIMITS = {"q4_0": 0.03, "q8_0": 1e-3}  # what is unpacked has the type of the cache

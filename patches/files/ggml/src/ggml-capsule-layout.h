@@ -49,3 +49,4 @@ enum capsule_tile_src {
 };
 
 static constexpr int CAPSULE_TILE_SLOT_WORDS = 5;
+static constexpr int CAPSULE_TILE_TOKENS     = 64; // that meet a slot at a time

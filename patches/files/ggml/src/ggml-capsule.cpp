@@ -300,7 +300,7 @@ ggml_tensor * ggml_capsule_errors(ggml_context * ctx, const ggml_capsule_params 
 static_assert(sizeof(ggml_capsule_tile_params) <= GGML_MAX_OP_PARAMS, "the parameters do not fit");
 static_assert(CAPSULE_TILE_SRC_COUNT <= GGML_MAX_SRC, "too many sources");
 
-static constexpr int64_t CAPSULE_TILE_ITEMS      = 64; // KV heads times parts: enough for the threads of a CPU to end at about the same time
+static constexpr int64_t CAPSULE_TILE_ITEMS      = 64; // KV heads, blocks of tokens and parts: enough for the threads of a CPU to end at about the same time
 static constexpr int64_t CAPSULE_TILE_PART_CELLS = 128;
 
 static void capsule_set_tile_op(ggml_tensor * res, const ggml_capsule_tile_params & p, ggml_tensor * pool, ggml_tensor * slots, ggml_tensor * tables, ggml_tensor * angles) {
@@ -360,10 +360,11 @@ ggml_tensor * ggml_capsule_tile_attn(ggml_context * ctx, const ggml_capsule_tile
     GGML_ASSERT(seen->type == GGML_TYPE_I8 && seen->ne[0] == n_slots && seen->ne[1] >= n_tokens && seen->nb[0] == 1);
 
     // by the shapes alone: the sums are the same for any number of threads
-    const int64_t n_units = n_slots + (n_kv + CAPSULE_TILE_PART_CELLS - 1)/CAPSULE_TILE_PART_CELLS;
+    const int64_t n_blocks = (n_tokens + CAPSULE_TILE_TOKENS - 1)/CAPSULE_TILE_TOKENS;
+    const int64_t n_units  = n_slots + (n_kv + CAPSULE_TILE_PART_CELLS - 1)/CAPSULE_TILE_PART_CELLS;
 
     p.op      = GGML_CAPSULE_OP_TILE_ATTN;
-    p.n_parts = std::clamp<int64_t>(CAPSULE_TILE_ITEMS/p.n_head_kv, 1, std::max<int64_t>(1, n_units));
+    p.n_parts = std::clamp<int64_t>(CAPSULE_TILE_ITEMS/(p.n_head_kv*n_blocks), 1, std::max<int64_t>(1, n_units));
 
     ggml_tensor * parts = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_v + 2, n_head*n_tokens, p.n_parts);
 

@@ -434,11 +434,14 @@ struct attn_call {
 
     const tile_node & node;
 
-    int  n_tokens;
     int  n_head;
     int  n_gqa;
-    int  n_q;
     bool trans;
+
+    // the tokens at hand
+    int t0;
+    int n_tokens;
+    int n_q;
 
     ggml_capsule_attn_args args;
 
@@ -455,6 +458,8 @@ struct attn_call {
 
     attn_call(ggml_tensor * dst, const tile_node & node, buffers & b);
 
+    void set_tokens(int t0, int t1);
+
     part_sums sums(int head, int part) const;
 
     // parts of the slots and of the hot cells; heads h0 .. h1 - 1
@@ -470,7 +475,7 @@ private:
     void values_t(int h0, int h1, int part, int64_t col, int n);
 
     const float * query(int head, int j) const {
-        return (const float *) ((const char *) q->data + (head*n_gqa + j%n_gqa)*q->nb[1] + j/n_gqa*q->nb[2]);
+        return (const float *) ((const char *) q->data + (head*n_gqa + j%n_gqa)*q->nb[1] + (t0 + j/n_gqa)*q->nb[2]);
     }
 };
 
@@ -480,16 +485,11 @@ attn_call::attn_call(ggml_tensor * dst, const tile_node & node, buffers & b) : d
     v    = dst->src[CAPSULE_TILE_SRC_V];
     mask = dst->src[CAPSULE_TILE_SRC_MASK];
 
-    n_tokens = q->ne[2];
-    n_head   = q->ne[1];
-    n_gqa    = n_head/node.p.n_head_kv;
-    n_q      = n_gqa*n_tokens;
-    trans    = node.p.flags & GGML_CAPSULE_FLAG_V_TRANS;
+    n_head = q->ne[1];
+    n_gqa  = n_head/node.p.n_head_kv;
+    trans  = node.p.flags & GGML_CAPSULE_FLAG_V_TRANS;
 
-    const ggml_tensor * cold = dst->src[CAPSULE_TILE_SRC_COLD];
-    const ggml_tensor * seen = dst->src[CAPSULE_TILE_SRC_SEEN];
-
-    b.q.resize(n_head*n_tokens*node.p.d_k);
+    b.q.resize(n_head*CAPSULE_TILE_TOKENS*node.p.d_k);
 
     args = {};
 
@@ -505,23 +505,35 @@ attn_call::attn_call(ggml_tensor * dst, const tile_node & node, buffers & b) : d
     args.slots     = node.slots;
     args.ropes     = node.p.n_rot > 0 ? node.ropes.data() : nullptr;
     args.angles    = node.angles;
-    args.n_tokens  = n_tokens;
     args.n_gqa     = n_gqa;
     args.q         = b.q.data();
     args.q_token   = node.p.d_k;
-    args.q_head    = n_tokens*node.p.d_k;
-    args.seen      = (const uint8_t *) seen->data;
-    args.n_seen    = seen->nb[1];
-    args.mask      = (const uint16_t *) cold->data;
-    args.n_mask    = cold->nb[1]/sizeof(uint16_t);
+    args.q_head    = CAPSULE_TILE_TOKENS*node.p.d_k;
+    args.n_seen    = dst->src[CAPSULE_TILE_SRC_SEEN]->nb[1];
+    args.n_mask    = dst->src[CAPSULE_TILE_SRC_COLD]->nb[1]/sizeof(uint16_t);
+
+    set_tokens(0, 0);
 }
 
+void attn_call::set_tokens(int t0, int t1) {
+    this->t0 = t0;
+
+    n_tokens = t1 - t0;
+    n_q      = n_gqa*n_tokens;
+
+    args.n_tokens = n_tokens;
+    args.seen     = (const uint8_t  *) dst->src[CAPSULE_TILE_SRC_SEEN]->data + t0*args.n_seen;
+    args.mask     = (const uint16_t *) dst->src[CAPSULE_TILE_SRC_COLD]->data + t0*args.n_mask;
+}
+
+// rows of the tokens at hand, see combine()
 part_sums attn_call::sums(int head, int part) const {
-    const int d = node.p.d_v;
+    const int d     = node.p.d_v;
+    const int n_all = n_gqa*q->ne[2];
 
-    float * out = (float *) ((char *) dst->data + part*dst->nb[2]) + head*n_q*(d + 2);
+    float * out = (float *) ((char *) dst->data + part*dst->nb[2]) + (size_t) head*n_all*(d + 2);
 
-    return { { out + n_q*d, out + n_q*(d + 1), out } };
+    return { { out + n_all*d + t0*n_gqa, out + n_all*(d + 1) + t0*n_gqa, out + t0*n_gqa*d } };
 }
 
 void attn_call::slots(int head, int part) {
@@ -563,7 +575,7 @@ bool attn_call::read_mask(int64_t col, int n) {
     for (int i = 0; i < n_tokens; ++i) {
         float * to = b.mask.data() + i*n;
 
-        to_float(mask->type, (const char *) mask->data + i*mask->nb[1] + col*mask->nb[0], to, n);
+        to_float(mask->type, (const char *) mask->data + (t0 + i)*mask->nb[1] + col*mask->nb[0], to, n);
         any = any || std::any_of(to, to + n, [](float x) { return x != -INFINITY; });
     }
     return any;
@@ -701,7 +713,7 @@ void attn_call::cells(int h0, int h1, int part) {
     }
 }
 
-// an item is a part and a KV head; a thread has neighbouring heads
+// an item is a part, a block of tokens and a KV head; a thread has neighbouring heads
 void attend(const ggml_compute_params * params, ggml_tensor * dst) {
     static thread_local attn_call::buffers buffers;
 
@@ -709,15 +721,20 @@ void attend(const ggml_compute_params * params, ggml_tensor * dst) {
 
     attn_call call(dst, node, buffers);
 
-    const int     n_head  = node.p.n_head_kv;
-    const int64_t n_items = (int64_t) n_head*node.p.n_parts;
+    const int n_head   = node.p.n_head_kv;
+    const int n_tokens = call.q->ne[2];
+    const int n_blocks = (n_tokens + CAPSULE_TILE_TOKENS - 1)/CAPSULE_TILE_TOKENS;
+
+    const int64_t n_items = (int64_t) n_head*n_blocks*node.p.n_parts;
     const int64_t end     = n_items*(params->ith + 1)/params->nth;
 
     for (int64_t item = n_items*params->ith/params->nth; item < end;) {
-        const int part = item/n_head;
-        const int h0   = item%n_head;
-        const int h1   = std::min<int64_t>(n_head, h0 + end - item);
+        const int part  = item/n_head/n_blocks;
+        const int block = item/n_head%n_blocks;
+        const int h0    = item%n_head;
+        const int h1    = std::min<int64_t>(n_head, h0 + end - item);
 
+        call.set_tokens(block*CAPSULE_TILE_TOKENS, std::min(n_tokens, (block + 1)*CAPSULE_TILE_TOKENS));
         for (int h = h0; h < h1; ++h) {
             call.slots(h, part);
         }
@@ -745,7 +762,7 @@ void combine(const ggml_compute_params * params, ggml_tensor * dst) {
         const int j    = row/n_head*n_gqa + head%n_gqa;
 
         // sums of a part, see attn_call::sums()
-        const auto first = [&](uint32_t part) { return (const float *) ((const char *) src->data + part*src->nb[2]) + head/n_gqa*n_q*(d + 2); };
+        const auto first = [&](uint32_t part) { return (const float *) ((const char *) src->data + part*src->nb[2]) + (size_t) (head/n_gqa)*n_q*(d + 2); };
         const auto max   = [&](uint32_t part) { return first(part)[n_q*d + j]; };
         const auto sum   = [&](uint32_t part) { return first(part)[n_q*(d + 1) + j]; };
 

@@ -17,7 +17,7 @@
 #include <cstring>
 #include <new>
 
-static constexpr int64_t  ATTEND_MAX_TOKENS = 64;  // for larger batches the slots are unpacked once for all tokens
+static constexpr int64_t  ATTEND_MAX_TOKENS = 256; // for larger batches the slots are unpacked once for all tokens
 static constexpr uint32_t COLS_PAD          = 256; // FATTN_KQ_STRIDE
 static constexpr uint32_t NODES_PER_LAYER   = 32;
 static constexpr int64_t  SLOT_WORDS        = 5;
