@@ -27,6 +27,16 @@ def test_an_image_of_nan(models, capsules, patched, codec, guard, path):
     assert np.isnan(result.logits(7)).all()
 
 
+def test_what_a_wider_head_left_is_no_part_of_an_image(models, capsules, patched):
+    """Heads of 60 channels are read into rows of 64, where heads of 64 of another model held NaN before: the padding counts for nothing."""
+    wide, narrow = (models(head=d, n_head=2, n_head_kv=1, n_ff=64) for d in (64, 60))
+    steps = [text(4), image(GRID, seed=2, scale=NAN), compress(), stats()]
+    good = [text(4), image(GRID, seed=2), compress(), stats()]
+    done = patched([Case("wide", wide, steps, capsule=capsules(wide, **TILES)), Case("narrow", narrow, good, capsule=capsules(narrow, **TILES))])
+    assert done["wide"].values("stats")[-1]["n_cold"] == 0
+    assert done["narrow"].values("stats")[-1]["n_cold"] == TOKENS
+
+
 @pytest.mark.parametrize("path", [*PATHS, "tiles"])
 @pytest.mark.parametrize(("fill", "hashed"), [(0xFF, True), (0x7B, True), (0xFF, False)], ids=["NaN", "too large", "wrong hash"])
 def test_a_damaged_state_leaves_the_other_sequence_alone(models, capsules, patched, fill, hashed, path):

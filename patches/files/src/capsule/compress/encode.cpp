@@ -58,10 +58,11 @@ void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const s
         const bool     is_v   = i/layer.n_head_kv % 2;
         const uint32_t i_head = i % layer.n_head_kv;
         const size_t   n      = cuts[i_cut].cells.size();
-        const size_t   ld     = GGML_PAD(is_v ? layer.n_embd_head_v : layer.n_embd_head_k, LLAMA_CAPSULE_VEC);
+        const size_t   d      = is_v ? layer.n_embd_head_v : layer.n_embd_head_k;
+        const size_t   ld     = GGML_PAD(d, LLAMA_CAPSULE_VEC);
 
         float * x = buf.resize(n*ld);
-        std::fill_n(x, ld % 32 == 0 ? 0 : n*ld, 0.0f); // padding is 0
+        std::fill_n(x, ld > d ? n*ld : 0, 0.0f); // padding is 0
 
         if (is_v) {
             reader.read_v(i_head, first[i_cut], n, x, ld);
