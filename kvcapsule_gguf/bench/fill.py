@@ -63,7 +63,7 @@ class ImageState:
 
 
 def state_hash(data: bytes, seed: int = 0) -> int:
-    """llama_capsule_state_hash()."""
+    """llama_capsule_state_v4::hash()."""
     h = seed ^ ((len(data) * 0x9E3779B97F4A7C15) & MASK)
     for i in range(0, len(data), 8):
         h = ((h ^ int.from_bytes(data[i : i + 8], "little")) * 0x9FB21C651E98DF25) & MASK

@@ -161,7 +161,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const frame & f = subjects[tiles].frames[one_seq];
 
     const uint64_t n_meta = size - 1;
-    const uint64_t hash   = tiles ? llama_capsule_state_v4::hash(data + 1, n_meta, 0) : llama_capsule_state_hash(data + 1, n_meta, 0);
+    const uint64_t hash   = llama_capsule_state_v4::hash(data + 1, n_meta, 0);
 
     std::vector<uint8_t> state = f.head;
     memcpy(state.data() + state.size() - 16, &n_meta, sizeof(n_meta));

@@ -30,10 +30,11 @@ llama_capsule_forms * make_forms(int n_head_kv, int d_k, int d_v, int n_rot, int
     layer.k_table.assign(k_table, k_table + n_k);
     layer.v_table.assign(v_table, v_table + n_v);
 
-    tables->n_rot = n_rot;
+    tables->n_rot     = n_rot;
+    tables->rope_type = halves ? "neox" : "norm";
     tables->layers.push_back(std::move(layer));
 
-    auto * res = new llama_capsule_forms(tables, halves);
+    auto * res = new llama_capsule_forms(tables);
     for (int i = 0; i < n_forms; ++i) {
         sizes[i] = res->get(0, res->find(forms[3*i], forms[3*i + 1], forms[3*i + 2])).size;
     }

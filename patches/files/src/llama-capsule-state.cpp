@@ -186,23 +186,3 @@ llama_capsule_state llama_capsule_state_parse(const uint8_t * data, size_t size,
 
     return res;
 }
-
-uint64_t llama_capsule_state_hash(const void * data, size_t size, uint64_t seed) {
-    const auto * p = (const uint8_t *) data;
-
-    uint64_t h = seed ^ (size*0x9e3779b97f4a7c15ull);
-    for (; size > 0;) {
-        uint64_t w = 0;
-
-        const size_t n = size < sizeof(w) ? size : sizeof(w);
-        memcpy(&w, p, n);
-
-        h = (h ^ w)*0x9fb21c651e98df25ull;
-        h ^= h >> 32;
-
-        p    += n;
-        size -= n;
-    }
-
-    return h;
-}

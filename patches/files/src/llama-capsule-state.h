@@ -64,6 +64,3 @@ std::vector<uint8_t> llama_capsule_state_format(const llama_capsule_state & stat
 
 // throws std::runtime_error with one line if the bytes are not exactly one state within the limits
 llama_capsule_state llama_capsule_state_parse(const uint8_t * data, size_t size, const llama_capsule_state_limits & limits);
-
-// not cryptographic: finds damage, not intent
-uint64_t llama_capsule_state_hash(const void * data, size_t size, uint64_t seed);

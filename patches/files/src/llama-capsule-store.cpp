@@ -1,5 +1,7 @@
 #include "llama-capsule-store.h"
 
+#include "capsule/store/state.h"
+
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -454,7 +456,7 @@ uint64_t llama_capsule_store::slot_hash(const pool & pool, uint32_t i_slot) cons
         buf.resize(pool.codecs[l].layout.slot_stride);
         slot_get(pool, l, i_slot, buf.data());
 
-        res = llama_capsule_state_hash(buf.data(), buf.size(), res);
+        res = llama_capsule_state_v4::hash(buf.data(), buf.size(), res);
     }
 
     return res;
@@ -524,7 +526,7 @@ void llama_capsule_store::state_write(llama_io_write_i & io, llama_seq_id seq_id
     const capsule_state_header header = {
         CAPSULE_STATE_MAGIC, CAPSULE_STATE_VERSION, data().id,
         { pools[0].i_tier, pools[1].i_tier },
-        meta.size(), llama_capsule_state_hash(meta.data(), meta.size(), 0),
+        meta.size(), llama_capsule_state_v4::hash(meta.data(), meta.size(), 0),
     };
     io.write(&header, sizeof(header));
     io.write(meta.data(), meta.size());
@@ -576,7 +578,7 @@ void llama_capsule_store::state_read_slots(llama_io_read_i & io, llama_seq_id se
         meta.resize(meta.size() + n);
         io.read(meta.data() + meta.size() - n, n);
     }
-    if (llama_capsule_state_hash(meta.data(), meta.size(), 0) != header.hash) {
+    if (llama_capsule_state_v4::hash(meta.data(), meta.size(), 0) != header.hash) {
         throw std::runtime_error("the slots in the state are damaged");
     }
 
@@ -667,7 +669,7 @@ void llama_capsule_store::state_set_cold(const llama_capsule_state & state, llam
                 auto & buf = bufs.emplace_back(codec.layout.slot_stride);
                 io.read(buf.data(), buf.size());
 
-                hash = llama_capsule_state_hash(buf.data(), buf.size(), hash);
+                hash = llama_capsule_state_v4::hash(buf.data(), buf.size(), hash);
             }
             if (hash != pools[ip].hash[s]) {
                 throw std::runtime_error("the slots in the state are damaged");

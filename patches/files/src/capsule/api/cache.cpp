@@ -37,7 +37,7 @@ std::shared_ptr<llama_capsule_memory> llama_capsule_cache_create(llama_context &
 
 llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & kv, const llama_capsule_cache_params & params) :
     lctx(lctx), p(params), hot(lctx, kv),
-    forms(p.tables, hot.model().hparams.rope_type != LLAMA_ROPE_TYPE_NORM),
+    forms(p.tables),
     slots(p.tables->layers.size(), lctx.get_cparams().n_ctx_seq,
         [this](uint32_t i_layer, const llama_capsule_slot & s) -> uint32_t {
             return (forms.get(i_layer, forms.find(s.i_tier, s.h, s.w)).size + LLAMA_CAPSULE_UNIT - 1)/LLAMA_CAPSULE_UNIT;

@@ -5,13 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-llama_capsule_forms::llama_capsule_forms(llama_capsule_tables_ptr tables, bool halves) : tables(std::move(tables)) {
-    for (const auto & layer : this->tables->layers) {
-        channels.push_back({
-            { int32_t(layer.n_embd_head_k), int32_t(layer.rope ? this->tables->n_rot : 0), halves },
-            { int32_t(layer.n_embd_head_v), 0, halves },
-        });
-    }
+llama_capsule_forms::llama_capsule_forms(llama_capsule_tables_ptr tables) : tables(std::move(tables)) {
 }
 
 uint32_t llama_capsule_forms::size() const {
@@ -22,25 +16,25 @@ const ggml_capsule_form & llama_capsule_forms::get(uint32_t i_layer, uint32_t i_
     return forms[i_form].layers[i_layer]->form;
 }
 
-const ggml_capsule_channels & llama_capsule_forms::channels_k(uint32_t i_layer) const {
-    return channels[i_layer].k;
+ggml_capsule_channels llama_capsule_forms::channels_k(uint32_t i_layer) const {
+    return tables->channels_k(tables->layers[i_layer]);
 }
 
-const ggml_capsule_channels & llama_capsule_forms::channels_v(uint32_t i_layer) const {
-    return channels[i_layer].v;
+ggml_capsule_channels llama_capsule_forms::channels_v(uint32_t i_layer) const {
+    return tables->channels_v(tables->layers[i_layer]);
 }
 
 ggml_capsule_coder llama_capsule_forms::coder_k(uint32_t i_layer, uint32_t i_head) const {
     const auto & layer = tables->layers[i_layer];
 
-    return { channels[i_layer].k, layer.k_mean.data() + i_head*layer.n_embd_head_k, nullptr };
+    return { channels_k(i_layer), layer.k_mean.data() + i_head*layer.n_embd_head_k, nullptr };
 }
 
 ggml_capsule_coder llama_capsule_forms::coder_v(uint32_t i_layer, uint32_t i_head) const {
     const auto & layer = tables->layers[i_layer];
     const size_t d     = layer.n_embd_head_v;
 
-    return { channels[i_layer].v, layer.v_mean.data() + i_head*d, layer.v_axes.empty() ? nullptr : layer.v_axes.data() + i_head*d*d };
+    return { channels_v(i_layer), layer.v_mean.data() + i_head*d, layer.v_axes.empty() ? nullptr : layer.v_axes.data() + i_head*d*d };
 }
 
 uint32_t llama_capsule_forms::find(uint32_t i_tier, uint32_t h, uint32_t w) {
@@ -87,11 +81,11 @@ std::unique_ptr<llama_capsule_forms::layer_form> llama_capsule_forms::make(uint3
 
     f.h = h;
     f.w = w;
-    f.k_stride = add(channels[i_layer].k, layer.k_table);
+    f.k_stride = add(channels_k(i_layer), layer.k_table);
 
     const size_t n_plans_k = res->plans.size();
 
-    f.v_stride = add(channels[i_layer].v, layer.v_table);
+    f.v_stride = add(channels_v(i_layer), layer.v_table);
     f.k_plan   = (const uint8_t *) res->plans.data();
     f.v_plan   = (const uint8_t *) (res->plans.data() + n_plans_k);
 

@@ -11,8 +11,7 @@
 // where the blocks of a slot lie, by tier and shape, for every layer; made when first asked for, not by several threads at a time
 class llama_capsule_forms {
 public:
-    // halves: RoPE pairs are (i, i + n_rot/2), else (2*i, 2*i + 1)
-    llama_capsule_forms(llama_capsule_tables_ptr tables, bool halves);
+    explicit llama_capsule_forms(llama_capsule_tables_ptr tables);
 
     // the number of a form, the same for all layers
     uint32_t find(uint32_t i_tier, uint32_t h, uint32_t w);
@@ -21,8 +20,8 @@ public:
 
     const ggml_capsule_form & get(uint32_t i_layer, uint32_t i_form) const;
 
-    const ggml_capsule_channels & channels_k(uint32_t i_layer) const;
-    const ggml_capsule_channels & channels_v(uint32_t i_layer) const;
+    ggml_capsule_channels channels_k(uint32_t i_layer) const;
+    ggml_capsule_channels channels_v(uint32_t i_layer) const;
 
     ggml_capsule_coder coder_k(uint32_t i_layer, uint32_t i_head) const;
     ggml_capsule_coder coder_v(uint32_t i_layer, uint32_t i_head) const;
@@ -49,12 +48,6 @@ private:
         std::vector<std::unique_ptr<layer_form>> layers;
     };
     std::vector<form> forms;
-
-    struct layer_channels {
-        ggml_capsule_channels k;
-        ggml_capsule_channels v;
-    };
-    std::vector<layer_channels> channels;
 
     std::unique_ptr<layer_form> make(uint32_t i_layer, uint32_t i_tier, uint32_t h, uint32_t w) const;
 };

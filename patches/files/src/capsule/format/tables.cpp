@@ -10,14 +10,6 @@
 // sizes
 //
 
-ggml_capsule_channels llama_capsule_tables::channels_k(const layer & l) const {
-    return { (int32_t) l.n_embd_head_k, l.rope && rope_type != "none" ? (int32_t) n_rot : 0, rope_type != "norm" };
-}
-
-ggml_capsule_channels llama_capsule_tables::channels_v(const layer & l) const {
-    return { (int32_t) l.n_embd_head_v, 0, 0 };
-}
-
 size_t llama_capsule_tables::bytes_tile(uint32_t i_tier) const {
     size_t res = 0;
 

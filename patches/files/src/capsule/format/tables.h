@@ -58,8 +58,13 @@ struct llama_capsule_tables {
     std::vector<layer> layers;
 
     // where the channels of a head lie
-    ggml_capsule_channels channels_k(const layer & l) const;
-    ggml_capsule_channels channels_v(const layer & l) const;
+    ggml_capsule_channels channels_k(const layer & l) const {
+        return { (int32_t) l.n_embd_head_k, l.rope && rope_type != "none" ? (int32_t) n_rot : 0, rope_type != "norm" };
+    }
+
+    ggml_capsule_channels channels_v(const layer & l) const {
+        return { (int32_t) l.n_embd_head_v, 0, 0 };
+    }
 
     // bytes of a slot of a whole tile, all layers, without units of allocation
     size_t bytes_tile(uint32_t i_tier) const;
