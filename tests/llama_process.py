@@ -25,13 +25,12 @@ FLOAT_P = ctypes.POINTER(ctypes.c_float)
 
 class ContextParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("image_tokens", ctypes.c_uint32),
-                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("guard", ctypes.c_bool)]
+                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool)]
 
 
 class Stats(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("block_size", ctypes.c_uint32), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32),
-                ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32), ("n_slots", ctypes.c_uint32 * 2),
-                ("bytes_slot", ctypes.c_uint64 * 2), ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
+    _fields_ = [("size", ctypes.c_size_t), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32), ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32),
+                ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
                 ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64),
                 ("n_tiers", ctypes.c_uint32), ("n_slots_tier", ctypes.c_uint32 * 16), ("n_cold_tier", ctypes.c_uint32 * 16),
                 ("bytes_tier", ctypes.c_uint64 * 16), ("smaller", ctypes.c_float * 16)]
@@ -245,7 +244,7 @@ class Context:
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
             c.capsule = process.capsule(self.model, case["capsule"])
-            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "guard"):
+            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress"):
                 setattr(c, name, case[name])
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}

@@ -51,7 +51,6 @@ class Options:
     seed: int = -1  # -1 = random
     quality: float = 0.0
     ratio: float = 0.0
-    guard: str = "on"
     image_cache: Path | None = None
     image_cache_mib: int = DEFAULT_MIB
     json: bool = False
@@ -131,7 +130,6 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("--capsule", metavar="FILE|auto|built-in|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits); built-in needs no file")
     add("--quality", type=_number(float, 0, 100), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: the capsule's, 0.7 of a file and 0.5 built in)")
     add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality; the nearest tier of the capsule is used for everything")
-    add("--guard", choices=("on", "off"), metavar="on|off", env="LLAMA_ARG_GUARD", help="off: blocks of a picture that --ratio would distort are not kept at higher precision (default: on)")
     add("--hot", dest="n_hot", type=_number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")
     add("-p", "--prompt", metavar="TEXT", help="one question, answer and exit")

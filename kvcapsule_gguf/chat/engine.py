@@ -155,7 +155,7 @@ class Engine:
         # one question without a picture: nothing will be compressed
         text_only = options.prompt is not None and not options.images
         n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
-        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality, ratio=options.ratio, guard=options.guard == "on")
+        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality, ratio=options.ratio)
         self.ctx: int = native.init_context(self.model, interrupts.stoppable(params), wanted) or 0
         if not self.ctx:
             raise KVCapsuleError(f"the context cannot be created: {native.why_no_context(self.model, params.n_ctx, self.capsule is not None, self.log.take())}")
@@ -167,7 +167,7 @@ class Engine:
     def binding(self) -> str:
         """What a state on disk must have been saved with to be used here."""
         options = self.options
-        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "quality", "ratio", "guard")
+        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "quality", "ratio")
         settings = {"n_ctx": self.n_ctx, "compressed": self.capsule is not None, **{name: getattr(options, name) for name in names}}
         return binding(self.path, self.mmproj, self.capsule_path, settings, self.native.directory)
 

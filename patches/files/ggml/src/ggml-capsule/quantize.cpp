@@ -1,20 +1,11 @@
 #include "quantize.h"
 
+#include "clones.h"
 #include "half.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-// loops worth the vector units of the machine: ggml-base is built for the baseline
-// (not under the thread sanitizer: the resolvers run before it is ready)
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__)
-#define CAPSULE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define CAPSULE_INLINE inline __attribute__((always_inline))
-#else
-#define CAPSULE_CLONES
-#define CAPSULE_INLINE inline
-#endif
 
 //
 // transform
@@ -222,15 +213,7 @@ static CAPSULE_INLINE void search_try(const int32_t * y, int bits, int32_t sign,
 }
 
 CAPSULE_CLONES float ggml_capsule_search(const float * x, int n, int bits, int8_t * codes) {
-    // as integers, which vectors compare: what is not a number is larger than any
-    int32_t most = 0;
-    for (int i = 0; i < n; ++i) {
-        int32_t a;
-        memcpy(&a, x + i, sizeof(a));
-        most = std::max(most, a & 0x7fffffff);
-    }
-    float amax;
-    memcpy(&amax, &most, sizeof(amax));
+    const float amax = capsule_largest(x, n);
     if (!(amax >= SMALLEST && amax < INFINITY)) {
         std::fill(codes, codes + n, (int8_t) (bits == 1 ? -1 : 0));
         return 0.0f;

@@ -1,7 +1,8 @@
 #include "capsule.h"
 
-#include "ggml-capsule-layout.h"
+#include "ggml-capsule.h"
 #include "ggml-capsule/attn.h"
+#include "ggml-capsule/op.h"
 #include "ggml-capsule/read.h"
 
 #include "ggml-cpu-impl.h"
@@ -790,8 +791,11 @@ void combine(const ggml_compute_params * params, ggml_tensor * dst) {
 
 } // namespace
 
-void ggml_compute_forward_capsule_tiles(const ggml_compute_params * params, ggml_tensor * dst) {
-    switch (ggml_capsule_op_of(dst)) {
+void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tensor * dst) {
+    ggml_capsule_tile_params p;
+    memcpy(&p, dst->op_params, sizeof(p));
+
+    switch (p.op) {
         case GGML_CAPSULE_OP_TILE_ATTN:    attend (params, dst); break;
         case GGML_CAPSULE_OP_TILE_COMBINE: combine(params, dst); break;
         case GGML_CAPSULE_OP_TILE_UNPACK:  unpack (params, dst); break;

@@ -1,7 +1,7 @@
 #include "capsule/format/reader.h"
 
-#include "llama-capsule-file.h"
-#include "llama-capsule-sha256.h"
+#include "capsule/format/header.h"
+#include "capsule/util/sha256.h"
 #include "llama-impl.h"
 
 #include "ggml-cpp.h"
@@ -26,7 +26,7 @@ static constexpr float CAPSULE_MAX_MEAN  = 8192.0f;
 
 static constexpr char CAPSULE_INFIX[] = ".kvcapsule.";
 
-// all keys of format v2
+// all keys
 static const struct { const char * name; gguf_type type; bool is_array; } CAPSULE_KEYS[] = {
     { "kvcapsule.version",                   GGUF_TYPE_UINT32,  false },
     { "kvcapsule.layers",                    GGUF_TYPE_UINT32,  true  },
@@ -48,18 +48,6 @@ static const struct { const char * name; gguf_type type; bool is_array; } CAPSUL
 static void need(bool ok, const std::string & reason) {
     if (!ok) {
         throw std::runtime_error(reason);
-    }
-}
-
-uint32_t llama_capsule_file_version(llama_capsule_source & source) {
-    try {
-        const llama_capsule_header header(source);
-
-        const auto it = header.keys.find("kvcapsule.version");
-
-        return it == header.keys.end() ? 0 : it->second.u32;
-    } catch (const std::runtime_error &) {
-        return 0;
     }
 }
 
@@ -146,7 +134,8 @@ void tables_reader::check_keys() {
                     k.is_array ? "an array of " : "", gguf_type_name(k.type), is_array ? "an array of " : "", gguf_type_name(type)));
 
         if (known.empty()) {
-            need(k.u32 == 2, format("kvcapsule.version: format version %u, this program reads versions 1 and 2: update it", k.u32));
+            need(k.u32 != 1, "a capsule of format v1: train it anew with kvcapsule-train");
+            need(k.u32 == 2, format("kvcapsule.version: format version %u, this program reads version 2: update it", k.u32));
         }
         known.insert(key);
     }

@@ -5,7 +5,7 @@
 
 #include "../ggml/src/ggml-capsule/attn.h"
 
-#include "llama-capsule-kv.h"
+#include "capsule/model/kv.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
@@ -580,19 +580,8 @@ void llama_capsule_graph::build_unpack(const llm_graph_context & g, llm_graph_in
     }
 }
 
-ggml_tensor * llama_capsule_graph::build_attn(
-        const llm_graph_context & g,
-                    ggml_tensor * q,
-                    ggml_tensor * k,
-                    ggml_tensor * v,
-                    ggml_tensor * kq_b,
-                    ggml_tensor * kq_mask,
-                    ggml_tensor * sinks,
-                    ggml_tensor * k_rot,
-                    ggml_tensor * v_rot,
-                          float   kq_scale,
-                            int   il) {
-    GGML_UNUSED(v_rot);
+ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
+    auto [q, k, v, kq_b, kq_mask, sinks, k_rot, kq_scale, il] = attn;
 
     auto & inp = *graph_input(g, kq_mask);
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+struct llama_capsule_attn;
 struct llama_context;
 
 class llama_capsule_graph;
@@ -67,19 +68,8 @@ public:
     // graphs that are built from here on have room for so many slots and cold cells; (0, 0): for those that there are
     void plan(uint32_t n_slots, uint32_t n_cold);
 
-    // build_attn_mha() over the hot cells (k, v, kq_mask) and the slots
-    ggml_tensor * build_attn(
-            const llm_graph_context & g,
-                        ggml_tensor * q,
-                        ggml_tensor * k,
-                        ggml_tensor * v,
-                        ggml_tensor * kq_b,
-                        ggml_tensor * kq_mask,
-                        ggml_tensor * sinks,
-                        ggml_tensor * k_rot,
-                        ggml_tensor * v_rot,
-                              float   kq_scale,
-                                int   il);
+    // build_attn_mha() over the hot cells and the slots
+    ggml_tensor * build_attn(const llm_graph_context & g, const llama_capsule_attn & attn);
 
     // an upper bound of the nodes that build_attn() adds to a graph
     uint32_t graph_nodes() const;
