@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp.llama_cpp as L
 import numpy as np
 
-from kvcapsule_gguf.bench.fill import HEADER, state_hash
+from kvcapsule_gguf.bench.fill import state_hash
 from kvcapsule_gguf.native.devices import Devices
 
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q8_0": 8}
@@ -63,13 +63,13 @@ def open_capsule(model: int, path: str) -> int | None:
     return LIB.llama_capsule_init_default(model) if path == "auto" else LIB.llama_capsule_load_from_file(model, path.encode())
 
 
-TILES_HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
+STATE_HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
 
 
-def fill_tiles(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> bytes:
-    """A state of format v2 whose slots, which are of one shape and tier, hold nothing but this byte; see llama_capsule_cache::state_write()."""
-    first = at + TILES_HEADER.size + TILES_HEADER.unpack_from(state, at)[3]
-    slots = struct.unpack_from("<3I", state, at + TILES_HEADER.size)[2]
+def fill_slots(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> bytes:
+    """A state whose slots, which are of one shape and tier, hold nothing but this byte; see llama_capsule_cache::state_write()."""
+    first = at + STATE_HEADER.size + STATE_HEADER.unpack_from(state, at)[3]
+    slots = struct.unpack_from("<3I", state, at + STATE_HEADER.size)[2]
     size, rest = divmod(len(state) - first, slots)
     layer, more = divmod(size - 8, layers)
     assert not rest and not more
@@ -445,27 +445,14 @@ class Context:
             data[frame + int(flip * (len(data) - 1 - frame))] ^= 0x10
         self.states[into] = (bytes(data), pos)
 
-    def do_state_fill(self, values, found, slot, into, fill, block_size, hashed):
+    def do_state_version(self, values, found, slot, into, version):
+        data, pos = self.states[slot]
+        at = data.find(b"KVCS") + 4
+        self.states[into] = (data[:at] + struct.pack("<I", version) + data[at + 4:], pos)
+
+    def do_state_fill(self, values, found, slot, into, fill, hashed):
         state, pos = self.states[slot]
-        at = state.find(b"KVCS")
-        if struct.unpack_from("<I", state, at + 4) == (4,):
-            self.states[into] = (fill_tiles(state, at, fill, hashed, L.llama_model_n_layer(self.model)), pos)
-            return
-        header = list(HEADER.unpack_from(state, at))
-        meta = bytearray(state[at + HEADER.size:at + HEADER.size + header[5]])
-        data = len(state) - at - HEADER.size - len(meta)
-        vision, pending, economy, faithful = struct.unpack_from("<4I", meta)
-        layers = L.llama_model_n_layer(self.model)
-        size, rest = divmod(data, economy * layers)
-        assert economy and not faithful and not rest
-        layer = bytes([fill]) * size
-        for i in range(economy if hashed else 0):
-            h = 0
-            for _ in range(layers):
-                h = state_hash(layer, h)
-            struct.pack_into("<Q", meta, 16 + 16 * (vision + pending) + i * (24 + 16 * block_size), h)
-        header[6] = state_hash(bytes(meta))
-        self.states[into] = (state[:at] + HEADER.pack(*header) + bytes(meta) + layer * (layers * economy), pos)
+        self.states[into] = (fill_slots(state, state.find(b"KVCS"), fill, hashed, L.llama_model_n_layer(self.model)), pos)
 
     # --- capsules ---
 

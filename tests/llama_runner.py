@@ -152,9 +152,14 @@ def state_spoil(slot: str, into: str, cut: float = 1.0, flip: float = -1.0) -> S
     return {"op": "state_spoil", "slot": slot, "into": into, "cut": cut, "flip": flip}
 
 
-def state_fill(slot: str, into: str, fill: int, block_size: int, hashed: bool) -> Step:
+def state_version(slot: str, into: str, version: int) -> Step:
+    """Copies a saved state, with another version of the frame that describes the slots."""
+    return {"op": "state_version", "slot": slot, "into": into, "version": version}
+
+
+def state_fill(slot: str, into: str, fill: int, hashed: bool) -> Step:
     """Copies the saved state of one sequence, with slots that hold nothing but this byte; hashed: their hashes fit, as those of a program that lies would."""
-    return {"op": "state_fill", "slot": slot, "into": into, "fill": fill, "block_size": block_size, "hashed": hashed}
+    return {"op": "state_fill", "slot": slot, "into": into, "fill": fill, "hashed": hashed}
 
 
 # --- cases and results -----------------------------------------------------------------------------------------------------------------------

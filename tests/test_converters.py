@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, library
 from make_capsule import random_capsule
-from make_tile_capsule import MIXED, random_tile_capsule
+from make_capsule import MIXED, random_capsule
 from PIL import Image
 from synthetic_kv import source
 
@@ -61,7 +61,7 @@ def test_to_safetensors_and_back_is_the_same_file(models, tmp_path, options, out
 @pytest.mark.parametrize("outtype", ["f16", "f32"])
 def test_format_v2_to_safetensors_and_back_is_the_same_file(models, tmp_path, axes, outtype):
     save = pytest.importorskip("safetensors.numpy")
-    first = random_tile_capsule(models(arch="llama"), tmp_path / "kvcapsule-a.gguf", tiers=((0, 1, 2, 3), MIXED, 8), axes=axes)
+    first = random_capsule(models(arch="llama"), tmp_path / "kvcapsule-a.gguf", tiers=((0, 1, 2, 3), MIXED, 8), axes=axes)
     script = "converters/convert_kvcapsule_to_gguf.py"
     run(script, "--reverse", first, "--outtype", outtype, "--outfile", tmp_path / "x.safetensors", "--base", models(arch="llama"))
     tensors = save.load_file(tmp_path / "x.safetensors")
@@ -107,7 +107,7 @@ def test_bad_checkpoints_are_one_line(models, tmp_path):
 
 def test_bad_checkpoints_of_format_v2_are_one_line(models, tmp_path):
     save = pytest.importorskip("safetensors.numpy")
-    good = write_checkpoint(tmp_path / "good.safetensors", read_tile_capsule(random_tile_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=(2, 4))))
+    good = write_checkpoint(tmp_path / "good.safetensors", read_tile_capsule(random_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=(2, 4))))
     tensors = save.load_file(good)
     with __import__("safetensors").safe_open(good, framework="numpy") as f:
         metadata = f.metadata()
@@ -198,7 +198,7 @@ print(vlm.native.has_capsule, next(p for p in picture.parts if hasattr(p, "embd"
 
 def test_embed_and_extract_format_v2(vlm, tmp_path):
     model, mmproj = vlm
-    capsule, both = random_tile_capsule(model, tmp_path / "kvcapsule-tiny.gguf", tiers=(3, 8)), tmp_path / "mmproj-both.gguf"
+    capsule, both = random_capsule(model, tmp_path / "kvcapsule-tiny.gguf", tiers=(3, 8)), tmp_path / "mmproj-both.gguf"
     run("converters/embed_kvcapsule.py", mmproj, capsule, "--outfile", both)
     assert read_tile_capsule(both).provenance["name"] == read_tile_capsule(capsule).name
     run("converters/embed_kvcapsule.py", "--extract", both, "--outfile", tmp_path / "out.gguf")

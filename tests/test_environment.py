@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from damages import K, key, put, tensor
 from llama_runner import Case, image, lossless_limit, nmse, stats, text
-from make_tile_capsule import random_tile_capsule
+from make_capsule import random_capsule
 
 N, HOT, GRID = 16, 256, (10, 16)
 STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
@@ -91,7 +91,7 @@ def test_the_api_wins(models, capsules, patched):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_file_of_format_2(models, stock, patched, tmp_path, arch):
     model = models(arch=arch)
-    env = {"LLAMA_KVCAPSULE": str(random_tile_capsule(model, tmp_path / "tiles.gguf")), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    env = {"LLAMA_KVCAPSULE": str(random_capsule(model, tmp_path / "tiles.gguf")), "LLAMA_KVCAPSULE_HOT": str(HOT)}
     cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
     truth, ours = stock(cases), patched(cases, env=env)
     for fa in (False, True):

@@ -21,7 +21,7 @@ from attacks.make import FILES
 from damages import ACCEPTED, DAMAGES, RETAIN_DAMAGES
 from hypothesis import HealthCheck, given, settings, strategies as st
 from make_capsule import random_capsule
-from make_tile_capsule import MIXED, random_tile_capsule
+from make_capsule import MIXED, random_capsule
 from tile_damages import TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import Capsule, CapsuleError
@@ -149,7 +149,7 @@ def test_both_readers_agree_on_the_damaged(printer, models, tmp_path):
     model = models(arch="llama")
     pca = random_capsule(model, tmp_path / "pca.gguf", block_size=16)
     retain = random_capsule(model, tmp_path / "retain.gguf", block_size=16, key_codec="retain", mlp_width=8)
-    tiles = random_tile_capsule(model, tmp_path / "tiles.gguf", tiers=[(0, 1, 2, 3), MIXED, 32])
+    tiles = random_capsule(model, tmp_path / "tiles.gguf", tiers=[(0, 1, 2, 3), MIXED, 32])
     damages = [(tiles, d) for d, _ in TILE_DAMAGES.values()] + [(tiles, d) for d in TILE_ACCEPTED.values()]
     damages += [(pca, d) for d, _ in DAMAGES.values()] + [(retain, d) for d, _ in RETAIN_DAMAGES.values()] + [(pca, d) for d in ACCEPTED.values()]
     paths = []

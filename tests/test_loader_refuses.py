@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR, U32, N
 from llama_runner import Case, StepResult, compress, image, load_capsule, stats, text
-from make_tile_capsule import random_tile_capsule
+from make_capsule import random_capsule
 from tiny_gguf import rewrite
 
 from kvcapsule_gguf.format.capsule import CapsuleError
@@ -103,7 +103,7 @@ def test_the_bundled_capsules_of_format_2(patched):
 def test_a_file_of_format_2_for_another_model(models, patched, folder):
     """What only the model tells, in the order of the checks."""
     model = models(arch="llama")
-    good = random_tile_capsule(model, folder / "tiles.gguf", tiers=[4])
+    good = random_capsule(model, folder / "tiles.gguf", tiers=[4])
     changes = {
         "architecture": {"kvcapsule.base.architecture": ("qwen2", STR), "general.architecture": ("qwen2", STR)},
         "3 layers, not 2": {"kvcapsule.base.block_count": (3, U32)},
@@ -113,7 +113,7 @@ def test_a_file_of_format_2_for_another_model(models, patched, folder):
         "fingerprint": {"kvcapsule.base.fingerprint": ("0" * 64, STR)},
     }
     paths = [rewrite(good, folder / f"tiles-{i}.gguf", kv=kv) for i, kv in enumerate(changes.values())]
-    heads, size = (random_tile_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
+    heads, size = (random_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
     result = patched([Case("v2", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["v2"]
     first, *others = (s.values for s in result.steps)
     assert first == {"loaded": True, "last_error": ""}

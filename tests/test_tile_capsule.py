@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import library
-from make_tile_capsule import LOSSLESS, MIXED, random_tile_capsule
+from make_capsule import LOSSLESS, MIXED, random_capsule
 from synthetic_kv import field, source
 from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES
 
@@ -107,7 +107,7 @@ def test_damaged_files_are_refused_with_one_line(good, tmp_path):
 
 @pytest.mark.parametrize("name", [*TILE_DAMAGES, *TILE_ACCEPTED])
 def test_what_is_wrong_is_named(models, tmp_path, name):
-    good, path = random_tile_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32]), tmp_path / "bad.gguf"
+    good, path = random_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32]), tmp_path / "bad.gguf"
     damage, reason = TILE_DAMAGES.get(name) or (TILE_ACCEPTED[name], None)
     damage(good, path)
     if reason is None or name in NEEDS_THE_MODEL:
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_named(models, tmp_path, name):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl", "smollm3"])
 def test_lossless_tables_store_a_tile_as_it_is(models, tmp_path, arch):
-    capsule = read_tile_capsule(random_tile_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS))
+    capsule = read_tile_capsule(random_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS))
     assert capsule.smaller == [0.5]
     rng = np.random.default_rng(0)
     for kind in "kv":

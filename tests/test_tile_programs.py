@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chat_model import TOKENS, write_mmproj, write_model, write_picture
-from make_tile_capsule import LOSSLESS, random_tile_capsule
+from make_capsule import LOSSLESS, random_capsule
 from test_chat import F16_TOKEN, Run, chat, refused  # noqa: F401  (chat is a fixture)
 from test_native import require_capsules
 
@@ -26,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / arch).mkdir()
         model = write_model(root / arch / "tiny.gguf", arch=arch)
         write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_tile_capsule(model, root / arch / "lossless.gguf", tiers=LOSSLESS)
-        random_tile_capsule(model, root / arch / "tiers.gguf", tiers=[1, 2, 3, 4, 8])
+        random_capsule(model, root / arch / "lossless.gguf", tiers=LOSSLESS)
+        random_capsule(model, root / arch / "tiers.gguf", tiers=[1, 2, 3, 4, 8])
     write_picture(root / "a.png", size=(112, 112))
     write_picture(root / "b.png", size=(112, 112), seed=4)
     return root

@@ -1,4 +1,4 @@
-"""GGML_OP_CAPSULE on tiles (format v2) through ctypes on the CPU backend, and what numpy says about the same slots.
+"""GGML_OP_CAPSULE through ctypes on the CPU backend, and what numpy says about the same slots.
 
 A `Setting` names a geometry; `Data` draws tables, slots (encoded by the numpy codec), positions, hot cells, masks and queries for it.
 """
@@ -13,14 +13,16 @@ from typing import Any
 
 import native_code
 import numpy as np
-from capsule_op import NORM, ROT_K, ROT_V, TYPES, V_TRANS, Graph, V, ggml, graph, rotate
+from ggml_graph import TYPES, Graph, ggml, graph
 
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
+from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.quantize import DECODE, ENCODE
 from kvcapsule_gguf.codec.rope import angles, apply_rope
 from kvcapsule_gguf.codec.tiles import cut_grid, cut_run
 
+V, V_TRANS, NORM, ROT_K, ROT_V = (1 << i for i in range(5))  # enum ggml_capsule_flag
 BITS = (0, 1, 2, 3, 4, 6, 8, F16)
 UNIT = 64
 BASE = 10000.0
@@ -240,12 +242,9 @@ class Data:
         return rotate(y, n) if self.s.rotated else y
 
 
-def library() -> Any:
-    base = ggml()
-    pointer = ctypes.c_void_p
-    base.ggml_capsule_tile_attn.restype, base.ggml_capsule_tile_attn.argtypes = pointer, [pointer] * 12
-    base.ggml_capsule_tile_unpack.restype, base.ggml_capsule_tile_unpack.argtypes = pointer, [pointer] * 3 + [ctypes.c_bool] + [pointer] * 4
-    return base
+def rotate(x: np.ndarray, n: int | None = None) -> np.ndarray:
+    """Hadamard transform of runs of n values (or of the size for x), its own inverse."""
+    return hadamard(x.reshape(*x.shape[:-1], -1, n)).reshape(x.shape) if n else hadamard(x)
 
 
 def run_attention(data: Data, *, threads: int = 1) -> np.ndarray:
@@ -259,7 +258,7 @@ def run_attention(data: Data, *, threads: int = 1) -> np.ndarray:
         hot = [g.tensor(ENCODE[s.cache](x.reshape(-1, x.shape[-1])), s.cache, *x.shape[::-1]) for x in (k, v)]
         masks = [g.tensor(m.astype("<f4" if type_ == "f32" else "<f2"), type_, *m.shape[::-1]) for m, type_ in ((mask[:, : s.n_kv], s.mask), (mask[:, s.n_kv :], "f16"))]
         seen = g.tensor(data.seen, "i8", *data.seen.shape[::-1])
-        node = library().ggml_capsule_tile_attn(g.context, ctypes.byref(data.params()), q, *hot, *masks, seen, *data.inputs(g))
+        node = ggml().ggml_capsule_tile_attn(g.context, ctypes.byref(data.params()), q, *hot, *masks, seen, *data.inputs(g))
         out = g.run(node, np.float32, threads).reshape(s.tokens, s.heads * s.gqa, s.d_v)
     return rotate(out, 64) if s.rotated else out
 
@@ -272,7 +271,7 @@ def run_unpack(data: Data, *, is_v: bool, threads: int = 1, copy: bool = False) 
     blank = ENCODE[s.cache](np.full((width, columns) if trans else (columns, width), 7, np.float32))
     with graph(1 << 27) as g:
         dst = g.tensor(blank, s.cache, *((columns, width) if trans else (width, columns)))
-        node = library().ggml_capsule_tile_unpack(g.context, ctypes.byref(data.params(V if is_v else 0)), dst, copy, *data.inputs(g))
+        node = ggml().ggml_capsule_tile_unpack(g.context, ctypes.byref(data.params(V if is_v else 0)), dst, copy, *data.inputs(g))
         raw = g.run(node, np.uint8, threads)
     out = DECODE[s.cache](raw.reshape(blank.shape), columns if trans else width)
     return out.T if trans else out

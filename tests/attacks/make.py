@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from damages import F32, STR, U8, U16, U32, Damage, key, kind_of, length_of, offset_of, put, raw, tensor, tensor_field  # noqa: E402
 from make_capsule import random_capsule  # noqa: E402
-from make_tile_capsule import MIXED, random_tile_capsule  # noqa: E402
+from make_capsule import MIXED, random_capsule  # noqa: E402
 from tiny_gguf import TinyModel, rewrite, write  # noqa: E402
 
 FILES = HERE / "files"
@@ -151,7 +151,7 @@ ATTACKS |= {TILES + name: attack for name, attack in {
 
 def good_files(model: Path, folder: Path) -> tuple[Path, Path]:
     """The files that the attacks are made from, of format v1 and v2."""
-    return random_capsule(model, folder / "good.gguf", block_size=8), random_tile_capsule(model, folder / "good-tiles.gguf", tiers=[(1, 2, 3, 4), MIXED])
+    return random_capsule(model, folder / "good.gguf", block_size=8), random_capsule(model, folder / "good-tiles.gguf", tiers=[(1, 2, 3, 4), MIXED])
 
 
 def make(folder: Path) -> None:

@@ -10,7 +10,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from attacks.make import MODEL  # noqa: E402
 from make_capsule import random_capsule  # noqa: E402
-from make_tile_capsule import random_tile_capsule  # noqa: E402
+from make_capsule import random_capsule  # noqa: E402
 from tiny_gguf import write  # noqa: E402
 
 if __name__ == "__main__":
@@ -18,4 +18,4 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     model = write(MODEL, folder / "model.gguf")
     random_capsule(model, folder / "capsule.gguf", block_size=8)
-    random_tile_capsule(model, folder / "tiles.gguf", tiers=[4, 8])
+    random_capsule(model, folder / "tiles.gguf", tiers=[4, 8])
