@@ -12,7 +12,7 @@ import pytest
 from conftest import library
 from make_capsule import LOSSLESS, MIXED, random_capsule
 from synthetic_kv import field, source
-from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES
+from tile_damages import NEEDS_THE_MODEL, RETAIN_ACCEPTED, RETAIN_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_any_capsule, read_tile_capsule, write_tile_capsule
@@ -118,14 +118,39 @@ def test_what_is_wrong_is_named(models, tmp_path, name):
     assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", [*RETAIN_DAMAGES, *RETAIN_ACCEPTED])
+def test_what_is_wrong_with_a_transform_is_named(models, tmp_path, name):
+    good, path = random_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[MIXED], codec="retain", mlp=3), tmp_path / "bad.gguf"
+    damage, reason = RETAIN_DAMAGES.get(name) or (RETAIN_ACCEPTED[name], None)
+    damage(good, path)
+    if reason is None:
+        assert len(read_tile_capsule(path).layers) == 2
+        return
+    with pytest.raises(CapsuleFileError) as e:
+        read_tile_capsule(path)
+    assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("codec", ["learned", "retain"])
+def test_transforms_come_back(models, tmp_path, codec):
+    path = random_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=[MIXED], codec=codec, mlp=2)
+    capsule = read_tile_capsule(path)
+    assert (capsule.layers[1].k_near is None) == (codec == "learned")
+    assert write_tile_capsule(tmp_path / "b.gguf", capsule).read_bytes() == path.read_bytes()
+    capsule.layers[1].v_transform *= 2
+    with pytest.raises(CapsuleFileError, match="v_transform is not orthonormal"):
+        write_tile_capsule(tmp_path / "c.gguf", capsule)
+
+
+@pytest.mark.parametrize("codec", ["dct", "learned", "retain"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl", "smollm3"])
-def test_lossless_tables_store_a_tile_as_it_is(models, tmp_path, arch):
-    capsule = read_tile_capsule(random_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS))
+def test_lossless_tables_store_a_tile_as_it_is(models, tmp_path, arch, codec):
+    capsule = read_tile_capsule(random_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS, codec=codec, mlp=2))
     assert capsule.smaller == [0.5]
     rng = np.random.default_rng(0)
     for kind in "kv":
         for head in capsule.heads(1, kind, 0):
-            for h, w in ((8, 8), (3, 5), (1, 64), (1, 1)):
+            for h, w in ((8, 8), (3, 5), (1, 8), (1, 1)):
                 x = field(rng, 8, (len(head.mean),))[: h * w]
                 data = head.encode(x, h, w)
                 assert len(data) == 4 * x.size and head.decode(data, h, w) == pytest.approx(x, abs=1e-5)

@@ -83,6 +83,41 @@ TILE_DAMAGES: dict[str, tuple[Damage, str]] = {
     "a table of a type that is gone": (raw(lambda b: tensor_field(b, b"blk.1.kvcapsule.k_table", 4 + 4 * 8, 4, 4)), "unknown type 4"),
 }  # fmt: skip
 
+# of a capsule with `retain`, values with a learned transform, and key MLPs
+RETAIN_DAMAGES: dict[str, tuple[Damage, str]] = {
+    **{f"no {t}": (without(K + t), f"{t} is missing") for t in ("k_order", "k_gate", "k_mlp_up", "k_mlp_down")},
+    "no k_near": (without(K + "k_near"), "unexpected tensor blk.1.kvcapsule.k_order"),
+    "no bias": (without(K + "k_mlp_bias"), "unexpected tensor blk.1.kvcapsule.k_mlp_up"),
+    "a token twice": (tensor(K + "k_order", put(3, slice(0, 2))), "k_order is not an order of 64 tokens"),
+    "token 64": (tensor(K + "k_order", put(64, 0)), "k_order is not an order of 64 tokens"),
+    "token -1": (tensor(K + "k_order", put(-1, 0)), "k_order is not an order of 64 tokens"),
+    "an order of 32": (tensor(K + "k_order", lambda a: a[:32].copy()), "k_order has shape"),
+    "a neighbour that is dropped": (tensor(K + "k_near", lambda a: put(64 - len(a), 0, 0)(a)), "k_near points outside the .* kept tokens"),
+    "a neighbour before the first": (tensor(K + "k_near", put(-1, 0, 0)), "k_near points outside the .* kept tokens"),
+    "an even number dropped": (tensor(K + "k_near", lambda a: a[1:].copy()), "k_near is for .* dropped tokens, not for an odd number below 64"),
+    "nothing kept": (tensor(K + "k_near", lambda a: np.zeros((65, 2), np.int8)), "k_near is for 65 dropped tokens"),
+    "nine neighbours": (tensor(K + "k_near", lambda a: np.zeros((len(a), 9), np.int8)), "k_near has 9 neighbours, not 1..8"),
+    "neighbours in f32": (tensor(K + "k_near", lambda a: a.astype(np.float32)), "k_near has type f32, not i8"),
+    "a third dimension": (tensor(K + "k_near", lambda a: np.stack([a, a])), "k_near has shape"),
+    "fewer gates": (tensor(K + "k_gate", lambda a: a[:, 2:].copy()), "k_gate has shape"),
+    "gates in f32": (tensor(K + "k_gate", lambda a: a.astype(np.float32)), "k_gate has type f32, not f16"),
+    "a gate that is no number": (tensor(K + "k_gate", put(np.nan, 0, 0, 0, 0)), "k_gate has values that are not finite"),
+    "an infinite gate": (tensor(K + "k_gate", put(np.inf, 1, 2, 0, 3)), "k_gate has values that are not finite"),
+    "an MLP of 1025": (tensor(K + "k_mlp_bias", lambda a: np.zeros((len(a), 1025), np.float32)), "k_mlp_bias has 1025 hidden units, not 1..1024"),
+    "an MLP of one head": (tensor(K + "k_mlp_bias", lambda a: a[:1].copy()), "k_mlp_bias has shape"),
+    "a bias beyond f16": (tensor(K + "k_mlp_bias", put(1e6, 0, 0)), "k_mlp_bias has values that are not finite or too large"),
+    "an MLP that is no number": (tensor(K + "k_mlp_up", put(np.nan, 0, 0, 0)), "k_mlp_up has values that are not finite"),
+    "an infinite MLP": (tensor(K + "k_mlp_down", put(-np.inf, 0, 0, 0)), "k_mlp_down has values that are not finite"),
+    "a transform beside kept tokens": (lambda g, b: rewrite(g, b, add=[(K + "k_transform", np.eye(64, dtype=np.float16))]), "unexpected tensor blk.1.kvcapsule.k_transform"),
+    "a transform that stretches": (tensor(K + "v_transform", put(2, 0, 0)), "v_transform is not orthonormal"),
+    "a transform of zeros": (tensor(K + "v_transform", np.zeros_like), "v_transform is not orthonormal"),
+    "a transform that is no number": (tensor(K + "v_transform", put(np.nan, 5, 5)), "v_transform has values that are not finite"),
+    "a transform of 32 tokens": (tensor(K + "v_transform", lambda a: a[:32].copy()), "v_transform has shape"),
+    "a transform in f32": (tensor(K + "v_transform", lambda a: a.astype(np.float32)), "v_transform has type f32, not f16"),
+}  # fmt: skip
+
+RETAIN_ACCEPTED: dict[str, Damage] = {"values by the DCT in one layer": without(K + "v_transform")}
+
 TILE_ACCEPTED: dict[str, Damage] = {
     **{name: ACCEPTED[name] for name in ("GGUF version 2", "a bool of 2", "a name that is not UTF-8", "provenance of any type", "other tensors first")},
     "no axes in one layer": without(K + "v_axes"),

@@ -18,6 +18,7 @@ from .planes import code_bytes, pack, unpack
 from .registers import mix
 from .scale import search
 from .tiles import SIDE, inverse, row_order, transform
+from .transform import Learned, Retain
 
 F16, F32 = 16, 32
 FLOATS = {F16: "<f2", F32: "<f4"}  # the types of blocks without a scale
@@ -45,12 +46,16 @@ def table_rows(height: int, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Head:
-    """mean f32 [d]; groups: int [2, lanes] each; axes f32 [d, d] (columns are axes) or None; table uint8 [33, groups] of bits."""
+    """mean f32 [d]; groups: int [2, lanes] each; axes f32 [d, d] (columns are axes) or None; table uint8 [33, groups] of bits.
+
+    whole: the transform of a whole tile, if it is not the DCT.
+    """
 
     mean: np.ndarray
     groups: list[np.ndarray]
     table: np.ndarray
     axes: np.ndarray | None = None
+    whole: Learned | Retain | None = None
 
     def plan(self, height: int, width: int) -> list[tuple[slice, np.ndarray, int, int]]:
         """(rows, group, bits, number of the scale) of all stored blocks, in the order of their codes."""
@@ -78,7 +83,9 @@ class Head:
 
     def rows(self, x: np.ndarray, height: int, width: int) -> np.ndarray:
         """f32 [..., height * width, d] -> its coefficients, same shape, in the head's axes."""
-        rows = transform(x.astype(np.float32) - self.mean, height, width)
+        x = x.astype(np.float32) - self.mean
+        whole = self.whole if height * width == SIDE * SIDE else None
+        rows = transform(x, height, width) if whole is None else whole.rows(x, lambda rows: self.load(self.store(rows, height, width), height, width))
         return rows if self.axes is None else rows @ self.axes
 
     def encode(self, x: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -120,7 +127,10 @@ class Head:
     def decode(self, data: np.ndarray, height: int, width: int) -> np.ndarray:
         """uint8 [..., size] -> f32 [..., height * width, d]."""
         rows = self.load(data, height, width)
-        return inverse(rows if self.axes is None else rows @ self.axes.T, height, width) + self.mean
+        if self.axes is not None:
+            rows = rows @ self.axes.T
+        whole = self.whole if height * width == SIDE * SIDE else None
+        return (inverse(rows, height, width) if whole is None else whole.tokens(rows)) + self.mean
 
 
 def _code_bytes(values: int, bits: int) -> int:

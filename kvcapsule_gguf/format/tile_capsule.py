@@ -1,4 +1,4 @@
-"""A capsule of format v2: means, axes of values and tables of bits, as plain data and as a GGUF sidecar (docs/reference/format-v2.md).
+"""A capsule of format v2: means, axes of values, transforms and tables of bits, as plain data and as a GGUF sidecar (docs/reference/format-v2.md).
 
 Shapes are numpy's (reversed ggml `ne`). The C++ reader (src/capsule/format) refuses the same files with the same lines.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 
 from ..codec.channels import key_groups, plain_groups
 from ..codec.head import F16, F32, Head
+from ..codec.transform import Learned, Retain, gate_of_channels
 from .capsule import ROPE_TYPES, Base, Capsule, CapsuleFileError
 from .gguf_header import GGUFError
 from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
 from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
+from .tile_transform import Shapes, check_near, check_order, ggml_shape, transform_shapes
 from .validate import Invalid, need, read_tensor
 from .writer import add_general, check_place, whole_file, write_capsule
 
@@ -51,6 +54,25 @@ class TileLayer:
     k_energy: float  # of a usual tile around the mean: what the errors of a tile are measured by
     v_energy: float
     v_axes: np.ndarray | None = None  # f16 [H, d_v, d_v], columns are axes
+    # in place of the DCT of whole tiles (codec/transform.py): k_transform, or the tokens that are kept and what the others are predicted by
+    k_transform: np.ndarray | None = None  # f16 [64, 64]
+    v_transform: np.ndarray | None = None
+    k_order: np.ndarray | None = None  # u8 [64]
+    k_near: np.ndarray | None = None  # u8 [64 - kept, K]
+    k_gate: np.ndarray | None = None  # f16 [H, 64 - kept, K, 16 G]: for both channels of a lane
+    k_mlp_up: np.ndarray | None = None  # f16 [H, h, K * d_k]
+    k_mlp_bias: np.ndarray | None = None  # f32 [H, h]
+    k_mlp_down: np.ndarray | None = None  # f16 [H, d_k, h]
+
+    def transform(self, kind: str, head: int, groups: list[np.ndarray]) -> Learned | Retain | None:
+        if kind == "k" and self.k_near is not None:
+            up, bias, down = np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0))
+            if self.k_mlp_bias is not None:
+                up, bias, down = self.k_mlp_up[head], self.k_mlp_bias[head], self.k_mlp_down[head]
+            floats = (x.astype(np.float32) for x in (up, bias, down))
+            return Retain(self.k_order.astype(int), self.k_near.astype(int), gate_of_channels(self.k_gate[head], groups), *floats)
+        matrix = self.k_transform if kind == "k" else self.v_transform
+        return None if matrix is None else Learned(matrix.astype(np.float32))
 
 
 @dataclass
@@ -67,10 +89,10 @@ class TileCapsule:
         x = self.layers[i]
         if kind == "k":
             groups = key_groups(x.k_mean.shape[1], self.base.rope_type if x.rope else "none", self.rotated)
-            return [Head(mean, groups, table) for mean, table in zip(x.k_mean, x.k_table[tier])]
+            return [Head(mean, groups, table, whole=x.transform(kind, h, groups)) for h, (mean, table) in enumerate(zip(x.k_mean, x.k_table[tier]))]
         groups = plain_groups(x.v_mean.shape[1])
         axes = [None] * len(x.v_mean) if x.v_axes is None else list(x.v_axes.astype(np.float32))
-        return [Head(mean, groups, table, a) for mean, table, a in zip(x.v_mean, x.v_table[tier], axes)]
+        return [Head(mean, groups, table, a, x.transform(kind, h, groups)) for h, (mean, table, a) in enumerate(zip(x.v_mean, x.v_table[tier], axes))]
 
     @property
     def first_tier(self) -> int:
@@ -85,15 +107,25 @@ class TileCapsule:
         return sum(2 * 64 * (x.k_mean.size + x.v_mean.size) for x in self.layers)
 
 
-def shapes(c: TileCapsule, rope: bool, heads: int, d_k: int, d_v: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Short name -> (ggml type, numpy shape) of the tensors of a layer; the last one, v_axes, may be missing."""
-    groups = len(key_groups(d_k, c.base.rope_type if rope else "none", c.rotated)), len(plain_groups(d_v))
+# all that a layer may have
+TENSORS = tuple(f.name for f in fields(TileLayer) if "ndarray" in str(f.type))
+
+
+def shapes(c: TileCapsule, x: TileLayer, heads: int, d_k: int, d_v: int, there: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """there: short name -> ggml shape of the tensors that the layer has -> short name -> (ggml type, numpy shape) of those it must have. Raises Invalid."""
+    groups = len(key_groups(d_k, c.base.rope_type if x.rope else "none", c.rotated)), len(plain_groups(d_v))
     tiers = len(c.smaller)
-    return {
+    out: Shapes = {
         "k_mean": ("f32", (heads, d_k)), "v_mean": ("f32", (heads, d_v)),
         "k_table": ("i8", (tiers, heads, ROWS, groups[0])), "v_table": ("i8", (tiers, heads, ROWS, groups[1])),
-        "v_axes": ("f16", (heads, d_v, d_v)),
     }  # fmt: skip
+    if "v_axes" in there:
+        out["v_axes"] = ("f16", (heads, d_v, d_v))
+    return out | transform_shapes(there, tensor_name(x.index, "k_near"), heads, d_k, groups[0])
+
+
+def tensors_of(x: TileLayer) -> dict[str, np.ndarray]:
+    return {short: array for short in TENSORS if (array := getattr(x, short)) is not None}
 
 
 def validate_base(c: TileCapsule, n_layers: int) -> None:
@@ -125,12 +157,15 @@ def validate_tensor(name: str, short: str, array: np.ndarray) -> None:
     if short.endswith("table"):
         need(bool(np.isin(array, STORED).all()), f"tensor {name} has a number of bits that is not one of {', '.join(map(str, STORED))}")
         return
+    if short in ("k_order", "k_near"):
+        (check_order if short == "k_order" else check_near)(name, array)
+        return
     need(bool((np.abs(array) <= MAX_VALUE).all()), f"tensor {name} has values that are not finite or too large for f16")
     if short.endswith("mean"):
         need(bool((np.abs(array) <= MAX_MEAN).all()), f"tensor {name} has values beyond +-{MAX_MEAN:.0f}: keys and values could overflow f16")
-    else:
+    elif short in ("v_axes", "k_transform", "v_transform"):
         a = array.astype(np.float32)
-        off = np.abs(a.swapaxes(1, 2) @ a - np.eye(a.shape[1], dtype=np.float32)).max()
+        off = np.abs(a.swapaxes(-1, -2) @ a - np.eye(a.shape[-1], dtype=np.float32)).max()
         need(off <= 0.01, f"tensor {name} is not orthonormal")
 
 
@@ -148,10 +183,13 @@ def complete(c: TileCapsule) -> None:
     for i, x in enumerate(c.layers):
         sizes = (*x.k_mean.shape, x.v_mean.shape[1])
         validate_layer(c, i, *sizes)
-        for short, (_, shape) in shapes(c, x.rope, *sizes).items():
-            array, name = getattr(x, short), tensor_name(x.index, short)
-            if short == "v_axes" and array is None:
-                continue
+        there = tensors_of(x)
+        wanted = shapes(c, x, *sizes, {short: ggml_shape(array) for short, array in there.items()})
+        for short in there:
+            need(short in wanted, f"unexpected tensor {tensor_name(x.index, short)}")
+        for short, (_, shape) in wanted.items():
+            array, name = there.get(short), tensor_name(x.index, short)
+            need(array is not None, f"tensor {name} is missing")
             need(array.shape == shape, f"tensor {name} has shape {list(array.shape[::-1])}, not {list(shape[::-1])}")
             validate_tensor(name, short, array)
     c.smaller = [c.f16_bytes() / max(c.slot_bytes(t), 1) for t in range(len(c.smaller))]
@@ -184,9 +222,9 @@ def add_tile_capsule(w: gguf.GGUFWriter, c: TileCapsule) -> None:
         kind = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
         w.add_key_value(f"{PREFIX}train.{key}", str(value) if kind is v.STRING else value, kind)
     for x in c.layers:
-        for short, (kind, _) in shapes(c, x.rope, *x.k_mean.shape, x.v_mean.shape[1]).items():
-            if (array := getattr(x, short)) is not None:
-                w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(array, {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
+        there = tensors_of(x)
+        for short, (kind, _) in shapes(c, x, *x.k_mean.shape, x.v_mean.shape[1], {short: ggml_shape(array) for short, array in there.items()}).items():
+            w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(there[short], {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
 
 
 def _values(c: TileCapsule) -> dict[str, Any]:
@@ -245,10 +283,9 @@ def _read(path: Path) -> TileCapsule:
         check_cover(h)
     expected = set()
     for x, *sizes in zip(c.layers, heads, d_k, d_v):
-        for short, (kind, shape) in shapes(c, x.rope, *sizes).items():
+        there = {short: h.tensors[name].ne4 for short in TENSORS if (name := tensor_name(x.index, short)) in h.tensors}
+        for short, (kind, shape) in shapes(c, x, *sizes, there).items():
             tensor = tensor_name(x.index, short)
-            if short == "v_axes" and tensor not in h.tensors:
-                continue
             expected.add(tensor)
             setattr(x, short, read_tensor(h, tensor, kind, shape))
             validate_tensor(tensor, short, getattr(x, short))

@@ -14,11 +14,16 @@ from .validate import need
 VERSION = 2
 FIELDS = ("index", "rope", "k_energy", "v_energy")
 # of each tensor: the type that a capsule has, and how many dimensions
-KINDS = {"k_mean": (np.float32, 2), "v_mean": (np.float32, 2), "k_table": (np.uint8, 4), "v_table": (np.uint8, 4), "v_axes": (np.float16, 3)}
+KINDS = {
+    "k_mean": (np.float32, 2), "v_mean": (np.float32, 2), "k_table": (np.uint8, 4), "v_table": (np.uint8, 4), "v_axes": (np.float16, 3),
+    "k_transform": (np.float16, 2), "v_transform": (np.float16, 2), "k_order": (np.uint8, 1), "k_near": (np.uint8, 2), "k_gate": (np.float16, 4),
+    "k_mlp_up": (np.float16, 3), "k_mlp_bias": (np.float32, 2), "k_mlp_down": (np.float16, 3),
+}  # fmt: skip
+REQUIRED = ("k_mean", "v_mean", "k_table", "v_table")
 
 
 def tensors_of(c: TileCapsule, wide: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """-> tensors, config; wide: axes in f32."""
+    """-> tensors, config; wide: what is f16 in f32."""
     tensors = {}
     for i, x in enumerate(c.layers):
         for short, (kind, _) in KINDS.items():
@@ -35,7 +40,7 @@ def capsule_of(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> TileCa
         found = {}
         for short, (kind, dimensions) in KINDS.items():
             name = f"layers.{i}.{short}"
-            if short == "v_axes" and name not in tensors:
+            if short not in REQUIRED and name not in tensors:
                 continue
             array = of_kind(name, tensors, "iu" if kind is np.uint8 else "f")
             need(array.ndim == dimensions, f"tensor {name} has {array.ndim} dimensions, not {dimensions}")

@@ -1,0 +1,51 @@
+"""The tensors of a layer whose tiles have another transform than the DCT (codec/transform.py): which there are, their shapes and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..codec.channels import LANES
+from ..codec.transform import N
+from .schema import MAX_MLP, MAX_NEIGHBOURS
+from .validate import need
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def transform_shapes(there: Mapping[str, tuple[int, ...]], name: str, heads: int, d_k: int, groups: int) -> Shapes:
+    """there: short name -> ggml shape of the tensors that the layer has -> short name -> (ggml type, numpy shape) of those it must have.
+
+    name: of the tensor `k_near`, for the messages. What is there and not named here does not belong to the file. Raises Invalid.
+    """
+    out: Shapes = {}
+    if "k_near" in there:
+        neighbours, dropped = there["k_near"][:2]
+        need(dropped % 2 == 1 and dropped < N, f"tensor {name} is for {dropped} dropped tokens, not for an odd number below {N}")
+        need(1 <= neighbours <= MAX_NEIGHBOURS, f"tensor {name} has {neighbours} neighbours, not 1..{MAX_NEIGHBOURS}")
+        out = {"k_order": ("i8", (N,)), "k_near": ("i8", (dropped, neighbours)), "k_gate": ("f16", (heads, dropped, neighbours, LANES * groups))}
+        if "k_mlp_bias" in there:
+            h = there["k_mlp_bias"][0]
+            need(1 <= h <= MAX_MLP, f"tensor {name.replace('k_near', 'k_mlp_bias')} has {h} hidden units, not 1..{MAX_MLP}")
+            out |= {"k_mlp_up": ("f16", (heads, h, neighbours * d_k)), "k_mlp_bias": ("f32", (heads, h)), "k_mlp_down": ("f16", (heads, d_k, h))}
+    elif "k_transform" in there:
+        out["k_transform"] = ("f16", (N, N))
+    if "v_transform" in there:
+        out["v_transform"] = ("f16", (N, N))
+    return out
+
+
+def ggml_shape(array: np.ndarray) -> tuple[int, ...]:
+    return array.shape[::-1] + (1,) * (4 - array.ndim)
+
+
+def check_order(name: str, order: np.ndarray) -> None:
+    """Raises Invalid."""
+    need(np.array_equal(np.sort(order), np.arange(N)), f"tensor {name} is not an order of {N} tokens")
+
+
+def check_near(name: str, near: np.ndarray) -> None:
+    """Raises Invalid."""
+    kept = N - len(near)
+    need(bool(((near >= 0) & (near < kept)).all()), f"tensor {name} points outside the {kept} kept tokens")
