@@ -57,7 +57,8 @@ def read_keys(path: Path, keys: Mapping[str, tuple[str, bool]], version: int) ->
         _check_type(header, key, kind, array)
         if key == "kvcapsule.version":
             found = header.values[key].data
-            need(found == version, f"kvcapsule.version: format version {found}, this program reads versions 1 and 2: update it")
+            need(found != 1 or version == 1, "a capsule of format v1: train it anew with kvcapsule-train")
+            need(found == version, f"kvcapsule.version: format version {found}, this program reads version 2: update it")
     for key in sorted(header.values):
         known = key in keys or key.startswith("kvcapsule.train.") or not key.startswith("kvcapsule.")
         need(known, f"unknown key {key}")
