@@ -41,6 +41,8 @@ constexpr unsigned long long capsule_pack_bits() {
     return res;
 }
 
+static constexpr unsigned long long CAPSULE_BITS = capsule_pack_bits();
+
 // what all kernels are told
 struct capsule_tile_args {
     ggml_capsule_tile_params p;
@@ -240,11 +242,9 @@ static __device__ __forceinline__ void capsule_rows(const ggml_capsule_plan * pl
     if (group.first > 0) {
         block(0, 0, 1, group.first);
     }
-    constexpr unsigned long long all_bits = capsule_pack_bits();
-
     for (int b = 0, k = 0; b < GGML_CAPSULE_N_BITS; ++b) {
         for (int i = 0; i < group.n_pairs[b]; ++i, ++k) {
-            block(group.pair[k], 2*group.pair[k] - 1, 2, (int) (all_bits >> 8*b & 0xff));
+            block(group.pair[k], 2*group.pair[k] - 1, 2, (int) (CAPSULE_BITS >> 8*b & 0xff));
         }
     }
     if (group.last > 0) {
