@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import native_code
 import numpy as np
@@ -107,21 +110,20 @@ def attend(cuda, data: Data, parts: int) -> np.ndarray:
     return out
 
 
-# those whose hot cells are not quantized
-FLOATS = {name: s for name, s in CASES.items() if s.cache in TYPES and not s.rotated and s.tokens < 64 and s.heads < 16}
+# those whose hot cells are not quantized; fibers are slow
+FLOATS = {name: s for name, s in CASES.items() if s.cache in TYPES and not s.rotated and s.tokens < 64 and s.heads < 16 and s.d_k <= 128 and s.gqa < 8}
 
 
-@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", FLOATS)
-def test_attention(lib, cuda, name, parts):
+def test_attention(lib, cuda, name):
     data = Data(FLOATS[name], lib)
     want = data.attention()
-    got = attend(cuda, data, parts)
+    got = attend(cuda, data, parts=3)
     assert np.isfinite(got).all()
     assert np.abs(got - want).max() <= 1e-4 * max(np.sqrt(np.square(want).mean()), 1e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in FLOATS if CASES[n].tokens <= 2 and CASES[n].n_kv == 40])
+@pytest.mark.parametrize("name", ["neox", "norm, part of the head", "no rope", "m-rope", "yarn", "ragged grids", "no axes", "head size 100", "K and V of unlike sizes"])
 @pytest.mark.parametrize("is_v", [False, True], ids=["K", "V"])
 def test_unpack(lib, cuda, name, is_v):
     data = Data(FLOATS[name], lib)
@@ -148,3 +150,20 @@ def test_a_cell_that_is_not_a_number_is_not_hidden(lib, cuda):
     data.visible[:, 7] = True
     data.hot_k[7, 0, 0] = np.nan
     assert np.isnan(attend(cuda, data, 2)).any()
+
+
+@pytest.mark.parametrize("name", ["capsule.cu", "ggml-cuda.cu"])
+def test_the_cuda_code_compiles(tmp_path, name):
+    """The kernels, without spilled registers, and the file with the hooks."""
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc: the CUDA kernels are not compiled here")
+    folder = native_code.source() / "ggml" / "src" / "ggml-cuda"
+    flags = ["-std=c++17", "-arch=sm_80", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_PEER_MAX_BATCH_SIZE=128", *(f"-I{native_code.source() / inside}" for inside in ("ggml/include", "ggml/src")), f"-I{folder}"]
+    if not (Path(nvcc).resolve().parents[1] / "include" / "cublas_v2.h").is_file():
+        flags.append(f"-I{native_code.NATIVE / 'cublas_stub'}")
+    done = native_code.run(nvcc, *flags, "-Xptxas", "-v", "-c", folder / name, "-o", tmp_path / "out.o")
+    assert done.returncode == 0, done.stderr[-3000:]
+    if name == "capsule.cu":
+        spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+        assert "capsule_attn_kernel" in done.stderr and spills and set(spills) == {"0"}
