@@ -67,7 +67,7 @@ extern "C" {
         uint16_t d_k;
         uint16_t d_v;
         uint32_t n_rows;    // of angles
-        uint32_t n_parts;   // set by ggml_capsule_tile_attn()
+        uint32_t n_parts;   // attention: at most so many KV heads, blocks of tokens and parts, 0: as a CPU wants it; in the node, the number of parts
     };
 
     // writes the slots into columns of dst [n_head_kv*d, n], or transposed (V) [n, n_head_kv*d]

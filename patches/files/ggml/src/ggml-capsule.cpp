@@ -72,8 +72,10 @@ ggml_tensor * ggml_capsule_tile_attn(ggml_context * ctx, const ggml_capsule_tile
     const int64_t n_blocks = (n_tokens + CAPSULE_TILE_TOKENS - 1)/CAPSULE_TILE_TOKENS;
     const int64_t n_units  = n_slots + (n_kv + CAPSULE_TILE_PART_CELLS - 1)/CAPSULE_TILE_PART_CELLS;
 
+    const int64_t n_items  = p.n_parts > 0 ? p.n_parts : CAPSULE_TILE_ITEMS;
+
     p.op      = GGML_CAPSULE_OP_TILE_ATTN;
-    p.n_parts = std::clamp<int64_t>(CAPSULE_TILE_ITEMS/(p.n_head_kv*n_blocks), 1, std::max<int64_t>(1, n_units));
+    p.n_parts = std::clamp<int64_t>(n_items/(p.n_head_kv*n_blocks), 1, std::max<int64_t>(1, n_units));
 
     ggml_tensor * parts = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_v + 2, n_head*n_tokens, p.n_parts);
 

@@ -24,7 +24,7 @@ static void get_plane(const uint8_t * bytes, int width, int n, uint8_t * element
 // codes: [2*n_rows][n_lanes]
 static void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, int8_t * codes) {
     const int n     = n_rows*n_lanes;
-    const int width = bits == 1 ? 2 : bits <= 3 ? 4 : 8; // of the first plane
+    const int width = ggml_capsule_plane_width(bits);
     const int low   = width - bits;                      // bits of b in it
     uint8_t first [MAX_N];
     uint8_t second[MAX_N] = {};

@@ -1,17 +1,7 @@
-#pragma once
-
 #include "common.cuh"
 
-// GGML_OP_CAPSULE, see ggml-capsule.h: CUDA has no kernels for it yet, so the CPU unpacks slots and copies them to the device
+// GGML_OP_CAPSULE, see ggml-capsule.h
 
-static inline void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    GGML_UNUSED(ctx);
-    GGML_UNUSED(dst);
-    GGML_ABORT("no kernel");
-}
+void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-static inline bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
-    GGML_UNUSED(device);
-    GGML_UNUSED(op);
-    return false;
-}
+bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op);

@@ -97,11 +97,14 @@ private:
 
     struct layer {
         int32_t il;
-        bool    host;    // the hot cells are in host memory: the CPU reads the slots, or writes them beside the hot cells
-        bool    attend;  // the CPU attends to the slots as they are
-        int     i_kind;  // of RoPE, -1: none
-        size_t  i_scratch;
-        bool    checked; // see llama_capsule_check_rope()
+        bool    local;   // slots lie in the memory of the hot cells and are read there, otherwise the CPU unpacks them and copies the result
+        bool    attend;  // the op attends to the slots as they are
+
+        ggml_backend_dev_t dev; // that has the op, nullptr: the CPU
+
+        int    i_kind;  // of RoPE, -1: none
+        size_t i_scratch;
+        bool   checked; // see llama_capsule_check_rope()
 
         ggml_capsule_tile_params params;
 
@@ -128,6 +131,9 @@ private:
     uint32_t n_forms = 0; // in the tables
 
     void init_layers();
+
+    // what runs the op of a layer
+    ggml_backend_t backend_of(const llm_graph_context & g, uint32_t i_layer) const;
 
     bool update_tables();
     bool reserve_scratch(scratch & s, uint32_t n_cold);
