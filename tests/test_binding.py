@@ -50,9 +50,9 @@ said(L.llama_init_from_model(model, P))
 
 def test_parameters_of_another_version(models, capsule):
     code = """
-raw = L._lib.llama_capsule_context_default_params()
+raw = L.llama_capsule_context_default_params()
 raw.size, raw.capsule = 24, capsule.handle
-said(L._lib.llama_capsule_init_from_model(model, P, raw))
+said(L.llama_capsule_init_from_model(model, P, raw))
 for wanted in ({"ratio": float("nan")}, {"quality": float("nan")}, {"quality": -0.5}, {"quality": 0.5, "ratio": 0.5}):
     said(native.init_context(model, P, native.Attachment(capsule, **wanted)))
 """
@@ -88,7 +88,10 @@ def test_contexts_of_llama_cpp_python(models, capsule):
 import threading
 from contextlib import ExitStack
 from types import SimpleNamespace
+native.llama_cpp()
+import llama_cpp
 from llama_cpp._internals import LlamaContext
+P = llama_cpp.llama_context_default_params(); P.n_ctx = 1024
 def create():
     said(LlamaContext(model=SimpleNamespace(model=model, _exit_stack=ExitStack()), params=P, verbose=False).ctx)
 with native.attached(lambda: native.Attachment(capsule)):

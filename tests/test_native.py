@@ -1,10 +1,8 @@
-"""Finding and loading the libraries, each case in a process of its own, and the layout of the C structs."""
+"""Finding and loading the libraries, each case in a process of its own."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +14,6 @@ from tiny_archs import FULL, SLIDING
 from tiny_gguf import TinyModel
 
 from kvcapsule_gguf.native import CapsuleStats
-from kvcapsule_gguf.native.structs import CapsuleContextParams, CapsuleStatsStruct
-
-HEADER = ROOT / "patches" / "files" / "include" / "llama-capsule.h"
 
 
 def python(code: str, lib: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -36,10 +31,18 @@ def error_of(process: subprocess.CompletedProcess[str]) -> str:
 LOAD = "from kvcapsule_gguf import native; n = native.load(); "
 
 
-def test_load_uses_one_folder_for_both_libraries() -> None:
+def test_load_uses_one_folder_for_all_libraries() -> None:
     lib = library("patched")
-    result = python(LOAD + "n.mtmd.mtmd_default_marker(); print(n.llama._base_path, n.mtmd._libmtmd_base_path, native.load() is n)", lib)
-    assert result.stdout.split() == [str(lib.resolve())] * 2 + ["True"], result.stderr
+    code = "m = native.llama_cpp(); import llama_cpp.mtmd_cpp as t; n.mtmd; print(m._base_path, t._libmtmd_base_path, n.directory, native.load() is n)"
+    result = python(LOAD + code, lib)
+    assert result.stdout.split() == [str(lib.resolve())] * 3 + ["True"], result.stderr
+
+
+def test_llama_cpp_python_is_not_needed() -> None:
+    """But for its own API."""
+    without = "import sys; sys.modules['llama_cpp'] = None; import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError()); "
+    assert python(without + LOAD + "print(n.mtmd.mtmd_context_params_default().media_marker)", library("patched")).stdout.strip() == "b'<__media__>'"
+    assert "pip install \"kvcapsule-gguf[llama-cpp-python]\"" in error_of(python(without + "from kvcapsule_gguf import KVCapsuleLlama", library("patched")))
 
 
 def test_libraries_that_are_not_there(tmp_path: Path) -> None:
@@ -63,10 +66,9 @@ def test_another_folder_afterwards() -> None:
     assert "is loaded from" in error_of(python(LOAD + f"native.load({str(library('stock'))!r})", library("patched")))
 
 
-@pytest.mark.parametrize("code, message", [("lambda name: '0.3.35'", "0.3.35 is installed, KVCapsule needs exactly 0.3.36"), (None, "is not installed")])
-def test_another_version_of_the_package(code: str | None, message: str) -> None:
-    body = code or "lambda name: (_ for _ in ()).throw(m.PackageNotFoundError())"
-    assert message in error_of(python(f"import importlib.metadata as m; m.version = {body}; " + LOAD, library("patched")))
+def test_another_version_of_llama_cpp_python() -> None:
+    code = "import importlib.metadata as m; m.version = lambda name: '0.3.35'; " + LOAD + "native.llama_cpp()"
+    assert "0.3.35 is installed, KVCapsule needs exactly 0.3.36" in error_of(python(code, library("patched")))
 
 
 def test_a_library_of_another_version(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_a_library_of_another_version(tmp_path: Path) -> None:
         pytest.skip("needs a C compiler and Linux")
     (tmp_path / "x.c").write_text("int llama_something_else;\n")
     subprocess.run([compiler, "-shared", "-o", tmp_path / "libllama.so", tmp_path / "x.c"], check=True)
-    assert "does not fit llama-cpp-python" in error_of(python(LOAD, tmp_path))
+    assert "older or newer than this package" in error_of(python(LOAD, tmp_path))
 
 
 def test_a_library_that_was_not_built_again() -> None:
@@ -90,31 +92,6 @@ def test_the_stock_library_has_no_capsules() -> None:
     assert "has no capsules" in error_of(python(LOAD + "native.fingerprint(None)", stock))
 
 
-# --- structs ---------------------------------------------------------------------------------------------------------------------------------
-
-C_TYPES = {"size_t": ctypes.c_size_t, "uint32_t": ctypes.c_uint32, "uint64_t": ctypes.c_uint64, "float": ctypes.c_float, "bool": ctypes.c_bool}
-
-
-@pytest.mark.parametrize("name, struct", [("llama_capsule_context_params", CapsuleContextParams), ("llama_capsule_stats", CapsuleStatsStruct)])
-def test_structs_are_those_of_the_header(name: str, struct: type[ctypes.Structure]) -> None:
-    body = re.search(rf"struct {name} {{(.*?)\n    }};", HEADER.read_text(), re.DOTALL)[1]
-    fields = []
-    for line in re.sub(r"//.*", "", body).split(";"):
-        if match := re.fullmatch(r"\s*(?:const )?(?:struct )?(\w+)\s+(\*?)\s*(\w+)(?:\[(\d+)\])?\s*", line):
-            kind = ctypes.c_void_p if match[2] else C_TYPES[match[1]]
-            fields.append((match[3], kind * int(match[4]) if match[4] else kind))
-    assert struct._fields_ == fields
-
-
-def test_every_function_of_the_header_is_bound() -> None:
-    from kvcapsule_gguf.native import structs
-
-    declared = set(re.findall(r"LLAMA_API [^;]*?(llama_capsule_\w+)\(", HEADER.read_text()))
-    lib = type("Lib", (), {name: type("F", (), {})() for name in declared})()
-    assert structs.bind(lib, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    assert all(hasattr(getattr(lib, name), "argtypes") for name in declared)
-
-
 def test_derived_sizes() -> None:
     s = CapsuleStats(block_size=48, n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, n_slots=(1, 1), bytes_slot=(1000, 2000), bytes_slots=3000,
                      bytes_pools=8000, bytes_scratch=500, bytes_hot=51200, bytes_f16_token=100)
@@ -126,7 +103,7 @@ def test_derived_sizes() -> None:
 WITH_MODEL = LOAD + """
 import sys, ctypes
 L = n.llama
-silent = L.llama_log_callback(lambda *a: None)
+silent = L.ggml_log_callback(lambda *a: None)
 L.llama_log_set(silent, ctypes.c_void_p(0))
 model = L.llama_model_load_from_file(sys.argv[1].encode(), L.llama_model_default_params())
 """
@@ -210,7 +187,7 @@ def test_a_context_that_only_measures_leaves_the_capsule_of_the_environment_alon
     require_capsules()
     code = """
 del model
-params = L.llama_model_default_params(); params.no_alloc = True; params.load_mode = L.LLAMA_LOAD_MODE_NONE
+params = L.llama_model_default_params(); params.no_alloc = True; params.load_mode = 0
 model = L.llama_model_load_from_file(sys.argv[1].encode(), params)
 print(bool(L.llama_init_from_model(model, L.llama_context_default_params())))
 """

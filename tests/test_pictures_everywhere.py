@@ -58,6 +58,8 @@ def bitmaps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     """What mtmd is given, as uint8 [height, width, 3]; a file given to mtmd's own reader fails the test."""
     seen: list[np.ndarray] = []
     mtmd = native.load(library("patched")).mtmd
+    import llama_cpp.mtmd_cpp
+
     init = mtmd.mtmd_bitmap_init
 
     def watch(width: int, height: int, data: ctypes.Array) -> int:
@@ -69,7 +71,8 @@ def bitmaps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
 
     monkeypatch.setattr(mtmd, "mtmd_bitmap_init", watch)
     for name in ("mtmd_helper_bitmap_init_from_buf", "mtmd_helper_bitmap_init_from_file"):
-        monkeypatch.setattr(mtmd, name, file)
+        assert not hasattr(mtmd, name)
+        monkeypatch.setattr(llama_cpp.mtmd_cpp, name, file)
     yield seen
 
 

@@ -225,11 +225,11 @@ def test_libraries_are_copied_with_their_links(tmp_path: Path) -> None:
     (built / "libllama.so.0").symlink_to("libllama.so.0.5.0")
     (built / "libllama.so").symlink_to("libllama.so.0")
     (built / "llama-bench").write_bytes(b"elf")
-    native._install(built, lib, [])
+    native.install(built, lib, [])
     assert (lib / "libllama.so").read_bytes() == b"elf" and (lib / "libllama.so").is_symlink()
     assert not (lib / "bin").exists()
     inode = (lib / "libllama.so.0.5.0").stat().st_ino
-    native._install(built, lib, ["llama-bench"])
+    native.install(built, lib, ["llama-bench"])
     assert (lib / "libllama.so.0.5.0").stat().st_ino == inode
     assert (lib / "bin" / "llama-bench").is_file()
 

@@ -8,7 +8,7 @@ from synthetic_kv import field
 
 from kvcapsule_gguf.codec.channels import key_groups
 from kvcapsule_gguf.codec.head import F16, F32, Head
-from kvcapsule_gguf.codec.transform import N, Learned, Retain, gate_of_channels
+from kvcapsule_gguf.codec.transform import Learned, N, Retain, gate_of_channels
 
 RNG = np.random.default_rng(5)
 D, KEPT, NEAR, H = 24, 25, 3, 5

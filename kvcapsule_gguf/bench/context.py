@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import native
 from ..chat.args import CACHE_TYPES
+from ..chat.log import Log
 from ..chat.stats import BITS
 from ..runtime import interrupts
 from .capsule import make_capsule
@@ -32,8 +33,7 @@ class Bench:
         self.native = native.load()
         self.native.require_capsule()
         self.llama = self.native.llama
-        self.log = self.llama.llama_log_callback(lambda level, text, user: None)  # must outlive the library's use of it
-        self.llama.llama_log_set(self.log, c.c_void_p(0))
+        Log(self.native, False, False)
         self.llama.llama_backend_init()
         options = self.llama.llama_model_default_params()
         options.n_gpu_layers = run.gpu_layers

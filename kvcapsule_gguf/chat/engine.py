@@ -87,7 +87,7 @@ class Engine:
             params.n_gpu_layers = self.options.n_gpu_layers
         handles = choose_devices(self.options)
         if handles is not None:
-            params.devices = ctypes.cast(handles, ctypes.c_void_p)
+            params.devices = handles
         self.model = self.llama.llama_model_load_from_file(os.fsencode(self.path), interrupts.stoppable(params))
         if not self.model:
             raise KVCapsuleError(f"{self.path} cannot be loaded: {self.log.take() or 'unknown reason (-v shows the log)'}")

@@ -36,7 +36,7 @@ class Log(Lines):
         self.verbose = verbose
         self._level = 0
         self._native, self._with_mtmd = native, with_mtmd
-        self._callback = native.llama.llama_log_callback(self._write)
+        self._callback = native.llama.ggml_log_callback(self._write)
         self.attach()
 
     def attach(self) -> None:

@@ -47,7 +47,7 @@ def chunks(engine: Engine, text: str, pictures: list[Picture], first: bool) -> I
             mtmd.mtmd_bitmap_set_id(handles[-1], str(index).encode())
         data = text.encode("utf-8", "replace")
         request = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
-        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * len(handles))(*handles)
+        bitmaps = (ctypes.c_void_p * len(handles))(*handles)
         status = mtmd.mtmd_tokenize(engine.mtmd_ctx, found, ctypes.byref(request), bitmaps, len(handles))
         if status != 0:
             names = ", ".join(picture.name for picture in pictures)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import native
 from ..chat.files import BUILT_IN
+from ..chat.log import Log
 from ..format.projector import check_projector, has_m_rope
 from ..native.shapes import metadata
 from ..runtime import interrupts
@@ -41,13 +42,8 @@ class Vlm:
         self.llama, self.mtmd = self.native.llama, self.native.mtmd
         self.path, self.mmproj = model, mmproj
         self._capsules: dict[Path, native.Capsule] = {}
-        # ctypes callbacks must outlive the library's use of them
-        self._log = self.llama.llama_log_callback(lambda level, text, user: None)
         if not verbose:
-            nothing = c.c_void_p(0)
-            self.llama.llama_log_set(self._log, nothing)
-            self.mtmd.mtmd_log_set(self._log, nothing)
-            self.mtmd.mtmd_helper_log_set(self._log, nothing)
+            Log(self.native, False, True)
         with ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
@@ -130,7 +126,7 @@ class Vlm:
         try:
             text = (before + MARKER * len(made)).encode()
             asked = self.mtmd.mtmd_input_text(text, len(text), True, True)
-            bitmaps = (self.mtmd.mtmd_bitmap_p_ctypes * len(made))(*made)
+            bitmaps = (c.c_void_p * len(made))(*made)
             if self.mtmd.mtmd_tokenize(self.projector, chunks, c.byref(asked), bitmaps, len(made)) != 0:
                 sizes = ", ".join(f"{p.width} x {p.height}" for p in pictures)
                 raise EvalError(f"pictures of {sizes} pixels cannot be prepared for the model")

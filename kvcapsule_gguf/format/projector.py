@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
+from ..native.library import Library
 from ..runtime.errors import KVCapsuleError
 from .gguf_header import GGUFError, read_header
 
@@ -15,8 +15,8 @@ M_ROPE = {
 }  # fmt: skip
 
 
-def has_m_rope(llama: ModuleType, model: int) -> bool:
-    """Of a loaded model. llama: the module llama_cpp.llama_cpp."""
+def has_m_rope(llama: Library, model: int) -> bool:
+    """Of a loaded model. llama: libllama (native.Library)."""
     return llama.llama_model_rope_type(model) in (llama.LLAMA_ROPE_TYPE_MROPE, llama.LLAMA_ROPE_TYPE_IMROPE)
 
 

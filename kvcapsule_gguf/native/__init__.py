@@ -18,7 +18,7 @@ from .capsule import (
     why_no_context,
 )
 from .devices import Device, DeviceError, Devices
-from .library import LLAMA_CPP_PYTHON, Native, NativeError, library_dir, load
+from .library import LLAMA_CPP_PYTHON, Native, NativeError, library_dir, llama_cpp, load
 from .shapes import LayerShape, layer_shapes
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "last_error",
     "layer_shapes",
     "library_dir",
+    "llama_cpp",
     "load",
     "read_kv",
     "stats",

@@ -1,4 +1,4 @@
-"""Thin wrappers of the capsule API. `model` and `ctx` are the pointers of llama_cpp's low-level API."""
+"""Thin wrappers of the capsule API. `model` and `ctx` are pointers, as numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import CapsuleError
-from .library import load
+from .library import Library, llama_cpp, load
 from .shapes import layer_shapes
-from .structs import CapsuleContextParams, CapsuleStatsStruct
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
         return load().llama.llama_init_from_model(model, params)
     lib = _lib()
     raw = lib.llama_capsule_context_default_params()
-    raw.size = c.sizeof(CapsuleContextParams)
+    raw.size = c.sizeof(raw)
     raw.capsule = wanted.capsule.handle
     raw.n_hot, raw.quality, raw.ratio, raw.auto_compress = wanted.n_hot, wanted.quality, wanted.ratio, wanted.auto_compress
     return lib.llama_capsule_init_from_model(model, params, raw)
@@ -148,15 +147,15 @@ _thread = threading.local()
 @contextmanager
 def attached(wanted: Callable[[], Attachment | None]) -> Iterator[None]:
     """Contexts that llama_cpp.Llama creates in this thread meanwhile get what `wanted` says then; None = what they would get anyway."""
-    llama = load().llama
+    llama: Any = llama_cpp()
     if not hasattr(llama.llama_init_from_model, "plain"):
         plain = llama.llama_init_from_model
 
         def init(model: int, params: Any) -> int | None:
             asked = getattr(_thread, "wanted", None)
-            _thread.wanted = None  # init_context() may come here again
+            _thread.wanted = None
             found = asked() if asked else None
-            return init_context(model, params, found) if found else plain(model, params)
+            return init_context(model, load().llama.llama_context_params.from_buffer(params), found) if found else plain(model, params)
 
         init.plain = plain  # type: ignore[attr-defined]
         llama.llama_init_from_model = init
@@ -175,7 +174,7 @@ def environment_capsule() -> Path | None:
 
 def is_attached(ctx: int) -> bool:
     native = load()
-    return native.has_capsule and bool(native.llama._lib.llama_capsule_is_attached(ctx))
+    return native.has_capsule and bool(native.llama.llama_capsule_is_attached(ctx))
 
 
 def compress(ctx: int, seq: int, p0: int, p1: int) -> int:
@@ -185,8 +184,9 @@ def compress(ctx: int, seq: int, p0: int, p1: int) -> int:
 
 def stats(ctx: int) -> CapsuleStats:
     """Raises CapsuleError if no capsule is attached."""
-    raw = CapsuleStatsStruct(size=c.sizeof(CapsuleStatsStruct))
-    _check(-abs(_lib().llama_capsule_get_stats(ctx, c.byref(raw))), "no capsule is attached")
+    lib = _lib()
+    raw = lib.llama_capsule_stats(size=c.sizeof(lib.llama_capsule_stats))
+    _check(-abs(lib.llama_capsule_get_stats(ctx, c.byref(raw))), "no capsule is attached")
     values = {f.name: getattr(raw, f.name) for f in fields(CapsuleStats) if f.name != "tiers"}
     tiers = (TierStats(raw.smaller[i], raw.n_slots_tier[i], raw.n_cold_tier[i], raw.bytes_tier[i]) for i in range(raw.n_tiers))
     return CapsuleStats(**values, tiers=tuple(tiers))
@@ -230,7 +230,7 @@ def _check(value: int, what: str) -> int:
     return value
 
 
-def _lib() -> c.CDLL:
+def _lib() -> Library:
     native = load()
     native.require_capsule()
-    return native.llama._lib
+    return native.llama

@@ -34,7 +34,7 @@ def layer_shapes(model: int) -> list[LayerShape]:
         return _from_metadata(model)
     shape = (c.c_int32 * 3)()
     found: list[LayerShape] = []
-    while native.llama._lib.llama_capsule_layer_shape(model, len(found), shape) == 0:
+    while native.llama.llama_capsule_layer_shape(model, len(found), shape) == 0:
         found.append(LayerShape(*shape))
     return found
 

@@ -1,15 +1,16 @@
 """A sequence in the memory of a llama_context: its state as bytes, and going back to an earlier position.
 
-`llama` is the module llama_cpp.llama_cpp; `ctx` and `model` are its pointers.
+`llama` is libllama (native.Library); `ctx` and `model` are its pointers.
 """
 
 from __future__ import annotations
 
 import ctypes
-from types import ModuleType
+
+from ..native.library import Library
 
 
-def state(llama: ModuleType, ctx: int, seq: int) -> bytearray | None:
+def state(llama: Library, ctx: int, seq: int) -> bytearray | None:
     """The state of a sequence, slots of a capsule included; None if the library cannot give it."""
     size = llama.llama_state_seq_get_size(ctx, seq)
     if size <= 0:
@@ -22,7 +23,7 @@ def state(llama: ModuleType, ctx: int, seq: int) -> bytearray | None:
     return data
 
 
-def restore(llama: ModuleType, ctx: int, seq: int, data: bytearray | memoryview, pos_max: int) -> bool:
+def restore(llama: Library, ctx: int, seq: int, data: bytearray | memoryview, pos_max: int) -> bool:
     """Replaces the sequence; it is empty when that fails. pos_max: the last position it must have then."""
     memory = llama.llama_get_memory(ctx)
     llama.llama_memory_seq_rm(memory, seq, -1, -1)
@@ -34,7 +35,7 @@ def restore(llama: ModuleType, ctx: int, seq: int, data: bytearray | memoryview,
     return False
 
 
-def rewind(llama: ModuleType, ctx: int, model: int, seq: int, n_past: int) -> bool:
+def rewind(llama: Library, ctx: int, model: int, seq: int, n_past: int) -> bool:
     """Forgets positions from n_past on; False if the model cannot go back that far, and nothing is left then."""
     memory = llama.llama_get_memory(ctx)
     window = llama.llama_model_n_swa(model)

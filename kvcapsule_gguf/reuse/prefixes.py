@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from ..native.library import Library
 from . import memory
 from .parts import Item, prefix_keys
 from .store import Store
@@ -26,7 +26,7 @@ class Found:
 class Prefixes:
     """Nothing here raises after creation: what cannot be read is a miss, what cannot be written is told once and left out."""
 
-    def __init__(self, folder: Path, mib: int, binding: str, llama: ModuleType, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, mib: int, binding: str, llama: Library, say: Callable[[str], None]) -> None:
         """Raises OSError when the folder cannot be made."""
         self._store = Store(Path(folder), mib << 20)
         self._binding = binding

@@ -221,7 +221,7 @@ def stoppable(params: Any) -> Any:
 
 
 def stoppable_context(llama: Any, ctx: int) -> None:
-    """The same for a llama_context that is there already. llama: the module llama_cpp.llama_cpp."""
+    """The same for a llama_context that is there already. llama: libllama (native.Library)."""
     if threading.current_thread() is threading.main_thread():
         llama.llama_set_abort_callback(ctx, ctypes.cast(_strlen, llama.ggml_abort_callback), ctypes.cast(_stop, ctypes.c_void_p))
 

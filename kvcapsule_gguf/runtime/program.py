@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from . import interrupts
 from .errors import KVCapsuleError
+from .version import Version
 
 ERROR = 1
 FAULT = 70  # EX_SOFTWARE of sysexits.h
@@ -61,6 +62,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **how: Any) -> None:
         super().__init__(*args, **{**how, "allow_abbrev": False})
+        self.add_argument("--version", action=Version)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         return []

@@ -53,7 +53,7 @@ def serve(options: Options, stop: threading.Event) -> None:
     try:
         from .gateway import Gateway
     except ModuleNotFoundError as error:
-        raise KVCapsuleError(f"{error.name} is missing: pip install 'kvcapsule-gguf[server]'") from None
+        raise KVCapsuleError(f"{error.name} is missing: pip install {error.name}") from None
     upstream = Upstream(options, say)
     try:
         most = pictures.Limits(options.max_image_mib << 20, int(options.max_megapixels * 1e6), int(options.max_megapixels * 4e6), options.max_images)

@@ -65,9 +65,11 @@ def hooks(series: Series) -> list[Hook]:
     return [hook for patch in series.patches for hook in _parse(patch)]
 
 
-def check(series: Series, tree: Path) -> list[Finding]:
-    """One finding for each hook, in order; hooks that were found are applied in memory for those behind them."""
-    texts: dict[str, list[str] | None] = {}
+def check(series: Series, tree: Path, texts: dict[str, list[str] | None] | None = None) -> list[Finding]:
+    """One finding for each hook, in order; hooks that were found are applied in memory for those behind them.
+
+    texts: becomes the lines of each file with its hooks, None for a file that is not there."""
+    texts = {} if texts is None else texts
     grown: dict[tuple[str, str], int] = {}  # by the hooks before
     drift: dict[tuple[str, str], int] = {}  # of the last hook that was found
     out = []
