@@ -47,7 +47,7 @@ def sizes(slots: dict[str, int]) -> list[float]:
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
 def test_no_file_is_needed(chat: Run, folder: Path, arch: str) -> None:
     seen = report(chat, folder, "--capsule", "built-in", arch=arch)
-    assert seen["capsule"] and sizes(seen["slots"]) == pytest.approx([6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95], rel=0.02)
+    assert seen["capsule"] and sizes(seen["slots"]) == pytest.approx([6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95], rel=0.025)
     assert sum(seen["slots"].values()) == 1 and seen["kv_bytes_f16_equivalent"] == TOKENS * F16_TOKEN
     (image,) = seen["images"]
     assert image["tokens"] == image["tokens_compressed"] == TOKENS
