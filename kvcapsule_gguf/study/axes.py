@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..codec.builtin import SMALLER as BUILTIN
-from ..codec.quality import BUILTIN_QUALITY, QUALITY, choose
+from ..codec.quality import QUALITY, choose
 from ..codec.rope import pair_index
 from ..train.coded import Coded, N, fit_basis, quality_scores, rival_scores, scores, table_bits, tile_errors, whole_tiles, worst_tokens
 from ..train.cross import cross_coded
@@ -27,7 +28,7 @@ from .divergence import Answers, paired, picture_only
 from .measure import Measure, RoundTrip, rotated
 from .pictures import Asked
 
-QUALITIES = (0.5, 0.7, 1.0, 2.0)
+QUALITIES = (0.5, 0.75, QUALITY, 2.0)
 LOGIT = 0.05
 # height and width of the tiles that are compared, where they divide the pictures
 SHAPES = ((4, 4), (4, 8), (8, 8), (12, 12), (8, 16), (16, 16), (8, 24), (1, 32), (1, 64), (1, 96), (1, 128), (1, 144))
@@ -42,12 +43,15 @@ class Suite:
     answers: Answers
     samples: list[KVSample] = field(default_factory=list)
     rival: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         self.samples = self.answers.samples()
         self.rival = self.divergence(rotated("q4_0"))
-        self.measure = Measure(self.answers.decoder.model, self.samples[:6])
+
+    @cached_property
+    def measure(self) -> Measure:
+        """Of attention over six of the pictures; only the first suite's is asked for."""
+        return Measure(self.answers.decoder.model, self.samples[:6])
 
     def divergence(self, way: Callable) -> np.ndarray:
         return self.answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, self.samples[n].keys[i], self.samples[n].values[i])))[0]
@@ -198,7 +202,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         unit = measure.by_layer(rotated("q4_0")) * measure.unit
         rival = {x: fitted.energy[x] / float(fitted.rival[x].mean()) for x in fitted.energy}
         attention = {(kind, i): float(unit[i, 1 + "kv".index(kind)]) * rival[kind, i] for kind in "kv" for i in layers}
-        for name, w in (("energy around the mean", None), ("q4_0's error", rival), ("attention's error", attention)):
+        for name, w in (("energy around the mean", dict.fromkeys(fitted.energy, 1)), ("q4_0's error", rival), ("attention's error", attention)):
             for per_layer in (False, True):
                 yield from fixed(f"{name}, {'the same bytes for each layer' if per_layer else 'over all layers'}", weight=w, per_layer=per_layer)
     elif axis == "kinds":
@@ -350,10 +354,10 @@ def bias_rows(decoder: Decoder, asked: Sequence[Asked], questions: int, all_time
         samples = answers.samples()
         coded = Coded(decoder.model, samples, fit_basis(samples[:1], decoder.model, mean=False, v_axes="none"), types=TYPES)
         tables = [builtin_tables(decoder.model, x) for x in BUILTIN]
-        pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), BUILTIN_QUALITY)(coded)
+        pick = smallest(tables, lambda c, t: quality_scores(c, t, c.energy), QUALITY)(coded)
         read, rival = coded.read(tables, pick), rotated("q4_0")
         smaller = 16 / np.array([table_bits(t, coded.groups) for t in tables])[pick].mean()
-        for name, size, way in ((f"built in, quality {BUILTIN_QUALITY:g}", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
+        for name, size, way in ((f"built in, quality {QUALITY:g}", smaller, lambda i, k, v: read[id(k)]), ("rotated q4_0", 16 / 4.5, rival)):
             kld, turned = answers.divergence(picture_only(lambda n: lambda i, k, v: way(i, samples[n].keys[i], samples[n].values[i])))
             yield f"| {times} | {name} | {size:.2f}x | {kld.mean():.5f} | {100 * turned.mean():.1f} % |"
         for name in [n for n in decoder.w if n.endswith("attn_k.bias")]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..chat.files import find_mmproj
 from ..codec.cut import BlockShape
-from ..codec.quality import BUILTIN_QUALITY, QUALITY
+from ..codec.quality import QUALITY
 from ..eval.pictures import Pictures, from_folder
 from ..format.base_model import read_base_model
 from ..format.capsule import GRID_ROPE_TYPES
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             write_tile_capsule(output, tiles)
             say(f"{output}: tiers {', '.join(f'{x:.2f}x' for x in tiles.smaller)}, {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")
             how = tiles.provenance
-            say(f"pictures that the axes do not know get {how['smaller']:.2f}x smaller at quality {QUALITY:g}; without a file {how['builtin_smaller']:.2f}x at {BUILTIN_QUALITY:g}")
+            say(f"pictures that the axes do not know get {how['smaller']:.2f}x smaller at quality {QUALITY:g}, without a file {how['builtin_smaller']:.2f}x")
             return
         capsule = train(source, options, say, work)
     capsule.provenance["images_from"] = "folder" if args.images else "drawn"

@@ -8,7 +8,7 @@ from copy import copy
 import numpy as np
 
 from ..codec.builtin import SMALLER as BUILTIN
-from ..codec.quality import BUILTIN_QUALITY, QUALITY, choose
+from ..codec.quality import QUALITY, choose
 from ..format.base_model import BaseModel
 from .coded import TYPES, Coded, energy_of, fit_basis, quality_scores, table_bits, tiles_of
 from .source import KVSample
@@ -38,10 +38,10 @@ def cross_coded(model: BaseModel, samples: Sequence[KVSample], types: Sequence[i
 
 
 def sizes(coded: Coded, tiers: Sequence[Tables]) -> tuple[float, float]:
-    """How many times smaller these pictures get at the default qualities: with the tables, and with the built-in ones, which have no mean and no axes."""
+    """How many times smaller these pictures get at the default quality: with the tables, and with the built-in ones, which have no mean and no axes."""
     plain = Coded(coded.model, coded.samples, fit_basis(coded.samples[:1], coded.model, mean=False, v_axes="none"), types=coded.types, keep=False)
     builtin = [builtin_tables(coded.model, x) for x in BUILTIN]
-    return _smaller(coded, tiers, coded.energy, QUALITY), _smaller(plain, builtin, coded.energy, BUILTIN_QUALITY)
+    return _smaller(coded, tiers, coded.energy, QUALITY), _smaller(plain, builtin, coded.energy, QUALITY)
 
 
 def _smaller(coded: Coded, tiers: Sequence[Tables], energy: dict[tuple[str, int], float], quality: float) -> float:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.allocate import allocate
-from ..codec.builtin import builtin_table
+from ..codec.builtin import MORE, builtin_bits, builtin_table
 from ..format.base_model import BaseModel
 from .coded import KINDS, Coded, costs, groups_of
 
 Tables = dict[tuple[str, int], np.ndarray]
+KEYS = 2  # an error of keys counts so many times (docs/reference/format-v2.md)
 
 
 def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups: str = "group", per_layer: bool = False, types: Sequence[int] | None = None,
@@ -19,12 +20,12 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     """One set of tables for each mean number of bits (scales included).
 
     scope: head, layer (the heads of a layer share), model (all layers share). groups: group, or row (all groups share).
-    per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, relative to the energy of its layer around the mean, K and V alike.
-    types: those that may be used. weight: of the errors of a kind in a layer.
+    per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, relative to the energy of its layer around the mean.
+    types: those that may be used. weight: of the errors of a kind in a layer (None: KEYS for keys, 1 for values).
     """
     layers = range(len(coded.model.kv_layers))
     keys = [(kind, i) for i in layers for kind in KINDS]
-    errors = {x: coded.relative(*x) * (weight[x] if weight else 1) for x in keys}
+    errors = {x: coded.relative(*x) * (weight[x] if weight else KEYS if x[0] == "k" else 1) for x in keys}
     if types is not None:
         banned = [t for t, b in enumerate(coded.types) if b not in types]
         for e in errors.values():
@@ -62,11 +63,11 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     return out
 
 
-def builtin_tables(model: BaseModel, smaller: float, more: float = 0) -> Tables:
-    """The tables that need no file. more: bits that keys have above the mean, and values below it (study only)."""
+def builtin_tables(model: BaseModel, smaller: float, more: float = MORE) -> Tables:
+    """The tables that need no file. more: another one than the format's is for the study only."""
     out = {}
     for i, layer in enumerate(model.kv_layers):
         for kind in KINDS:
-            table = builtin_table(16 / smaller + (more if kind == "k" else -more), len(groups_of(model, kind, i)))
+            table = builtin_table(builtin_bits(smaller, kind, more), len(groups_of(model, kind, i)))
             out[kind, i] = np.repeat(table[None], model.head_count_kv[layer], 0)
     return out

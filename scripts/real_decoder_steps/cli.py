@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     keep.add_argument("--name", default="run")
     out = steps.add_parser("export", help="the GGUF files of the committed state")
     out.add_argument("-o", "--out", type=Path, help="a folder (default: the work folder)")
+    out.add_argument("--without-lora", action="store_true", help="the decoder as its makers published it, to see what the LoRA is worth")
     test = steps.add_parser("evaluate", help="answers about held-out pictures, word for word")
     test.add_argument("-n", type=int, default=100, help="pictures, or groups of pictures (%(default)s)")
     test.add_argument("--several", action="store_true", help="2 to 4 pictures at a time")
@@ -58,6 +59,8 @@ def _run(args: argparse.Namespace) -> int:
     elif args.step == "export":
         model, onnx_file = fetch.models(args.work)
         learned, folder = export.load_trained(), args.out or args.work
+        if args.without_lora:
+            learned = {name: a for name, a in learned.items() if not name.startswith("lora.")}
         export.mmproj(onnx_file, learned, folder / f"mmproj-{export.NAME}.gguf")
         export.language_model(model, learned, folder / f"{export.NAME}-f16.gguf")
     elif args.step == "suites":

@@ -176,7 +176,6 @@ void tables_reader::read_base() {
         need(i == 0 || tables.smaller[i] < tables.smaller[i - 1], "kvcapsule.smaller does not fall");
     }
 
-    tables.quality = 0.7f;
     tables.init_tier_first();
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 //
 // sizes
@@ -60,19 +61,31 @@ void llama_capsule_tables::init_tier_first() {
 //
 
 // bits of the row blocks of each tier, what kvcapsule_gguf/codec/builtin.py finds
-static constexpr uint8_t BUILTIN[][llama_capsule_tables::N_ROWS] = {
-    { 16, 4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 3, 2, 2, 2, 3, 2, 2, 1, 2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0 },
-    { 16, 4, 4, 4, 3, 4, 3, 3, 3, 3, 3, 3, 2, 3, 2, 2, 2, 3, 2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 1, 1, 1, 1, 2 },
-    { 16, 6, 4, 4, 4, 4, 3, 3, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3 },
-    { 16, 6, 6, 6, 4, 4, 4, 4, 4, 3, 4, 4, 3, 4, 3, 3, 3, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2 },
-    { 16, 6, 6, 6, 6, 6, 6, 4, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 6 },
-    { 16, 8, 8, 8, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4, 6, 4, 4, 4 },
-    { 16, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 6, 8, 6, 6, 8 },
+using capsule_builtin = uint8_t[7][llama_capsule_tables::N_ROWS];
+
+static constexpr capsule_builtin BUILTIN_K = {
+    { 16, 6, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 2, 3, 2, 2, 2, 3, 2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1 },
+    { 16, 6, 4, 4, 4, 4, 3, 3, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 3, 3, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2 },
+    { 16, 6, 4, 6, 4, 4, 4, 4, 4, 3, 3, 3, 3, 4, 3, 3, 3, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 3 },
+    { 16, 6, 6, 6, 6, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 3, 4, 4, 3, 3, 3, 3, 3, 3, 4 },
+    { 16, 8, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4, 6, 4, 4, 4, 6, 4, 4, 4, 4, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4, 6 },
+    { 16, 8, 8, 8, 8, 8, 8, 6, 8, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 8 },
+    { 16, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8 },
 };
 
-static std::vector<uint8_t> capsule_builtin_table(uint32_t n_head, uint32_t n_groups) {
+static constexpr capsule_builtin BUILTIN_V = {
+    { 16, 4, 3, 4, 3, 3, 2, 2, 3, 2, 2, 2, 2, 2, 2, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0 },
+    { 16, 4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0 },
+    { 16, 4, 4, 4, 3, 4, 3, 3, 3, 3, 3, 3, 2, 3, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1 },
+    { 16, 6, 4, 4, 4, 4, 4, 3, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 3, 3, 2, 3, 3, 3, 2, 2, 2, 2, 2, 2 },
+    { 16, 6, 6, 6, 4, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 3, 4, 3, 4, 3, 3, 3, 3, 3, 3 },
+    { 16, 8, 6, 8, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4, 6, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4 },
+    { 16, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 6, 6, 8, 6, 6, 6, 6, 6, 6, 6, 6, 6, 8 },
+};
+
+static std::vector<uint8_t> capsule_builtin_table(const capsule_builtin & tiers, uint32_t n_head, uint32_t n_groups) {
     std::vector<uint8_t> res;
-    for (const auto & tier : BUILTIN) {
+    for (const auto & tier : tiers) {
         for (uint32_t h = 0; h < n_head; ++h) {
             for (uint8_t bits : tier) {
                 res.insert(res.end(), n_groups, bits);
@@ -85,24 +98,24 @@ static std::vector<uint8_t> capsule_builtin_table(uint32_t n_head, uint32_t n_gr
 void llama_capsule_tables::init_builtin() {
     path    = "built in";
     builtin = true;
-    quality = 0.5f;
 
     llama_capsule_sha256 sha;
 
     sha.update("kvcapsule-builtin\n" + fingerprint + format("\nn_rot=%u\n", n_rot));
-    sha.update(BUILTIN, sizeof(BUILTIN));
+    sha.update(BUILTIN_K, sizeof(BUILTIN_K));
+    sha.update(BUILTIN_V, sizeof(BUILTIN_V));
 
     for (auto & l : layers) {
         l.k_mean.assign(l.n_head_kv*l.n_embd_head_k, 0.0f);
         l.v_mean.assign(l.n_head_kv*l.n_embd_head_v, 0.0f);
 
-        l.k_table = capsule_builtin_table(l.n_head_kv, ggml_capsule_n_groups(channels_k(l)));
-        l.v_table = capsule_builtin_table(l.n_head_kv, ggml_capsule_n_groups(channels_v(l)));
+        l.k_table = capsule_builtin_table(BUILTIN_K, l.n_head_kv, ggml_capsule_n_groups(channels_k(l)));
+        l.v_table = capsule_builtin_table(BUILTIN_V, l.n_head_kv, ggml_capsule_n_groups(channels_v(l)));
 
         sha.update(format("%u,%d,%u,%u,%u\n", l.il, l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v));
     }
 
-    smaller.resize(sizeof(BUILTIN)/sizeof(BUILTIN[0]));
+    smaller.resize(std::size(BUILTIN_K));
     for (uint32_t i = 0; i < smaller.size(); ++i) {
         smaller[i] = (double) bytes_tile_f16()/bytes_tile(i);
     }

@@ -53,7 +53,7 @@ struct llama_capsule_tables {
 
     std::array<uint32_t, 4> rope_sections = {};
 
-    float quality = 0.0f; // the score that a tile may have, unless the program asks for another
+    float quality = 1.0f; // the score that a tile may have, unless the program asks for another
 
     std::vector<float> smaller; // per tier, falling: f16 bytes over slot bytes of a whole tile
 
