@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, library
-from make_capsule import random_capsule
 from make_capsule import MIXED, random_capsule
 from PIL import Image
 from synthetic_kv import source

@@ -18,13 +18,13 @@ import numpy as np
 from ..codec.channels import key_groups, plain_groups
 from ..codec.head import F16, F32, Head
 from ..codec.transform import Learned, Retain, gate_of_channels
-from .capsule import ROPE_TYPES, Base, Capsule, CapsuleFileError
+from .capsule import ROPE_TYPES, Base, CapsuleFileError
 from .gguf_header import GGUFError
-from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
+from .reader import array_of, check_cover, check_names, is_string, read_keys
 from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
 from .tile_transform import Shapes, check_near, check_order, ggml_shape, transform_shapes
 from .validate import Invalid, need, read_tensor
-from .writer import add_general, check_place, whole_file, write_capsule
+from .writer import add_general, check_place, whole_file
 
 VERSION = 2
 STORED = (0, 1, 2, 3, 4, 6, 8, F16, F32)
@@ -247,16 +247,6 @@ def read_tile_capsule(path: str | Path) -> TileCapsule:
         raise CapsuleFileError(path, str(e)) from None
     except OSError as e:
         raise CapsuleFileError(path, f"can not be read: {e.strerror or e}") from None
-
-
-def read_any_capsule(path: str | Path) -> Capsule | TileCapsule:
-    """Of the format version that the file says it has. Raises CapsuleError."""
-    return read_tile_capsule(path) if capsule_version(path) == VERSION else read_capsule(path)
-
-
-def write_any_capsule(path: str | Path, c: Capsule | TileCapsule) -> Path:
-    """Raises CapsuleError."""
-    return write_tile_capsule(path, c) if isinstance(c, TileCapsule) else write_capsule(path, c)
 
 
 def _read(path: Path) -> TileCapsule:

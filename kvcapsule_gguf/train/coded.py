@@ -15,11 +15,10 @@ from ..codec.channels import LANES, gather, key_groups, plain_groups, scatter
 from ..codec.hadamard import hadamard
 from ..codec.head import F16, row_blocks
 from ..codec.quality import score
+from ..codec.quantize import rotated
 from ..codec.registers import mix
-from ..codec.rows import round_trip
 from ..codec.scale import search
 from ..codec.tiles import SIDE, inverse, transform
-from ..codec.types import row_counts
 from ..format.base_model import BaseModel
 from .source import KVSample
 
@@ -171,7 +170,7 @@ class Coded:
                 if self.keep:
                     self.codes[kind, i, bits] = scale.reshape(shape), c.reshape(y.shape).astype(np.int8)
         self.errors[kind, i] = errors
-        stored = round_trip(x, row_counts(q4_0=self.n))
+        stored = rotated(x, "q4_0")
         self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
         self.energy[kind, i] = energy_of(x)
 
