@@ -93,7 +93,7 @@ def test_the_stock_library_has_no_capsules() -> None:
 
 
 def test_derived_sizes() -> None:
-    s = CapsuleStats(block_size=48, n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, n_slots=(1, 1), bytes_slot=(1000, 2000), bytes_slots=3000,
+    s = CapsuleStats(n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, bytes_slots=3000,
                      bytes_pools=8000, bytes_scratch=500, bytes_hot=51200, bytes_f16_token=100)
     assert (s.vision_tokens, s.kv_bytes_f16, s.kv_bytes, s.bytes_allocated) == (128, 12800, 3000 + 3200, 51200 + 8000 + 500)
 

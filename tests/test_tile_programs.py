@@ -1,4 +1,4 @@
-"""Format v2 in the programs: files, the capsule that needs none, and what --quality and --ratio choose."""
+"""Capsules in the programs: files, the capsule that needs none, and what --quality and --ratio choose."""
 
 from __future__ import annotations
 
@@ -83,13 +83,6 @@ def test_statistics_name_the_tiers(chat: Run, folder: Path) -> None:
     head, *rows = result.stderr[result.stderr.index("picture"):].splitlines()[:4]
     assert re.fullmatch(r"picture +tokens +6\.\d\dx +MiB before +MiB now", head)
     assert [row.split()[1:3] for row in rows] == [[str(TOKENS), "1"], [str(TOKENS), "1"], [str(2 * TOKENS), "2"]]
-
-
-def test_a_capsule_of_format_1_has_no_quality(chat: Run, folder: Path) -> None:
-    from make_capsule import random_capsule
-
-    old = random_capsule(folder / "llama" / "tiny.gguf", folder / "old.gguf", block_size=8)
-    refused(chat(folder / "llama" / "tiny.gguf", "--capsule", old, "--quality", "0.7", "-p", "x"), "format v1, which has no quality")
 
 
 def test_the_python_api(folder: Path) -> None:
