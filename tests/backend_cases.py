@@ -32,11 +32,12 @@ FILES: dict[str, dict[str, Any]] = {"axes": {}, "no axes": {"axes": False}}
 
 @dataclass(frozen=True)
 class Device:
-    """Where the layers go. `exact`: it computes as the CPU does, as the CPU of an RPC server; others round products to f16."""
+    """Where the layers go. `exact`: it computes as the CPU does, as the CPU of an RPC server; others round products to f16. `op`: it attends to slots itself, in f32."""
 
     name: str = ""  # --device
     rpc: str = ""  # --rpc
     exact: bool = True
+    op: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def limit(device: Device, setting: Setting) -> float:
     type_k, fa = setting.type_k, setting.fa
     if not device.exact:
         return 5e-5
+    if device.op:
+        return 1.1 * lossless_limit(fa, type_k)
     if type_k == "q8_0" and not fa:
         return 1e-6  # queries are rounded to q8_0: this script gives 2.6e-7 on the CPU too, and 2e-13 with an f32 cache
     return rounded_limit(fa, type_k) if setting.ngl > LAYERS else lossless_limit(fa, type_k)

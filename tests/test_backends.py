@@ -12,7 +12,9 @@ import sys
 import pytest
 from backend_cases import CHAT, LAYERS, Device, compare, rpc_server, settings
 from conftest import ROOT, library
-from llama_runner import Case, nmse, rounded_limit
+from llama_runner import Case, compress, image, nmse, rounded_limit, state_load, state_save, stats, text
+
+OP = {"LLAMA_KVCAPSULE_PATH": "op", "GGML_RPC_CAPSULE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,24 @@ def test_rpc(models, capsules, patched, server):
     rows = compare(patched, models, capsules, Device(rpc=server), settings(full=True))
     assert not [row for row in rows if not row.good]
     assert all(row.splits > row.splits_without for row in rows)
+
+
+def test_the_op_on_a_device_with_memory_of_its_own(models, capsules, patched, server):
+    """GGML_OP_CAPSULE of the server, which is of the same build: slots are there, all layers or some, and the graph has no more splits."""
+    rows = compare(patched, models, capsules, Device(rpc=server, op=True), settings(full=True), env=OP)
+    assert not [row for row in rows if not row.good]
+    assert all(row.splits == row.splits_without for row in rows)
+
+
+def test_slots_do_not_depend_on_where_the_op_runs(models, patched, server):
+    """A state that was saved there is read in host memory, and says the same."""
+    model = models(arch="qwen2vl", n_layer=LAYERS)
+    steps = [text(9), image((12, 9), seed=1), compress(), state_save("s", 0), text(3)]
+    there = Case("there", model, steps, capsule="auto", ngl=99, rpc=server)
+    here = Case("here", model, [text(3), state_load("s", 0), text(3), stats()], capsule="auto")
+    done = patched([there, here], env=OP)
+    assert done["here"].values("stats")[0]["n_cold"] == 108
+    assert nmse(done["here"].logits(2), done["there"].logits(4)) <= 1e-3
 
 
 def test_cache_in_host_memory(models, capsules, patched, server):

@@ -86,7 +86,7 @@ def test_every_quantization_fits(models, capsules, patched):
 
 
 DEMO = ROOT / "kvcapsule_gguf" / "demo"
-DEMOS = {DEMO / "kvdemo-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-8M.gguf", DEMO / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-mrope-8M.gguf"}
+DEMOS = {model: model.with_name(f"kvcapsule-{model.stem.removesuffix('-F16')}.gguf") for model in (DEMO / "kvdemo-8M-v1-F16.gguf", DEMO / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf")}
 
 
 def test_the_bundled_capsules(patched):
@@ -113,7 +113,7 @@ def test_a_file_for_another_model(models, patched, folder):
     }
     paths = [rewrite(good, folder / f"tiles-{i}.gguf", kv=kv) for i, kv in enumerate(changes.values())]
     heads, size = (random_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
-    result = patched([Case("v2", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["v2"]
+    result = patched([Case("a", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["a"]
     first, *others = (s.values for s in result.steps)
     assert first == {"loaded": True, "last_error": ""}
     for reason, seen in zip([*changes, "layer 0 has 2 KV heads, the capsule 1", "head size of layer 0"], others, strict=True):

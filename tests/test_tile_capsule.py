@@ -15,7 +15,7 @@ from synthetic_kv import field, source
 from tile_damages import NEEDS_THE_MODEL, RETAIN_ACCEPTED, RETAIN_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
-from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_any_capsule, read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.train.fit_tiles import SMALLER, fit_tile_capsule
 from kvcapsule_gguf.train.source import TrainError
 
@@ -111,10 +111,10 @@ def test_what_is_wrong_is_named(models, tmp_path, name):
     damage, reason = TILE_DAMAGES.get(name) or (TILE_ACCEPTED[name], None)
     damage(good, path)
     if reason is None or name in NEEDS_THE_MODEL:
-        assert len(read_any_capsule(path).layers) == 2
+        assert len(read_tile_capsule(path).layers) == 2
         return
     with pytest.raises(CapsuleFileError) as e:
-        read_any_capsule(path)
+        read_tile_capsule(path)
     assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
 
 
