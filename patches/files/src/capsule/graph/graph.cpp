@@ -33,35 +33,7 @@ llm_graph_input_tiles::llm_graph_input_tiles(std::shared_ptr<llama_capsule_graph
 }
 
 void llm_graph_input_tiles::set_input(const llama_ubatch * ubatch) {
-    const auto used = [](const ggml_tensor * t) {
-        return t && t->buffer;
-    };
-
-    graph->angles.update(graph->slots);
-
-    if (used(slots)) {
-        graph->set_slots(slots);
-    }
-    for (size_t i = 0; i < angles.size(); ++i) {
-        if (used(angles[i])) {
-            graph->set_angles(angles[i], i);
-        }
-    }
-    if (!used(mask) && !used(mask_cold)) {
-        return;
-    }
-
-    const auto visible = graph->visible(*ubatch, causal_attn);
-
-    if (used(mask)) {
-        graph->set_mask(mask, visible);
-    }
-    if (used(mask_cold) && mask_cold != mask) {
-        graph->set_mask(mask_cold, visible);
-    }
-    if (used(seen)) {
-        graph->set_seen(seen, visible);
-    }
+    graph->set_inputs(*this, *ubatch);
 }
 
 bool llm_graph_input_tiles::can_reuse(const llm_graph_params & params) {
@@ -382,6 +354,38 @@ std::vector<int64_t> llama_capsule_graph::shape() {
         add(s.v);
     }
     return res;
+}
+
+void llama_capsule_graph::set_inputs(const llm_graph_input_tiles & inp, const llama_ubatch & ubatch) {
+    const auto used = [](const ggml_tensor * t) {
+        return t && t->buffer;
+    };
+
+    angles.update(slots);
+
+    if (used(inp.slots)) {
+        set_slots(inp.slots);
+    }
+    for (size_t i = 0; i < inp.angles.size(); ++i) {
+        if (used(inp.angles[i])) {
+            set_angles(inp.angles[i], i);
+        }
+    }
+    if (!used(inp.mask) && !used(inp.mask_cold)) {
+        return;
+    }
+
+    const auto seen = visible(ubatch, inp.causal_attn);
+
+    if (used(inp.mask)) {
+        set_mask(inp.mask, seen);
+    }
+    if (used(inp.mask_cold) && inp.mask_cold != inp.mask) {
+        set_mask(inp.mask_cold, seen);
+    }
+    if (used(inp.seen)) {
+        set_seen(inp.seen, seen);
+    }
 }
 
 void llama_capsule_graph::set_slots(ggml_tensor * dst) const {

@@ -77,13 +77,17 @@ public:
     // throws if a layer did not pass through build_attn(): its images would be lost
     void check_layers() const;
 
+    // what the shapes and the pools of a graph depend on
+    std::vector<int64_t> shape();
+
+    // for the slots that there are now
+    void set_inputs(const llm_graph_input_tiles & inp, const llama_ubatch & ubatch);
+
     // of the scratch and the tables
     size_t n_bytes() const;
     void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
 private:
-    friend class llm_graph_input_tiles;
-
     // K and V of hot and cold cells side by side, for stock attention; the layers of a device take turns
     struct scratch {
         ggml_backend_buffer_type_t buft;
@@ -143,8 +147,6 @@ private:
     uint32_t n_slots()    const; // of a graph
     uint32_t n_cold()     const; // columns of a graph
     uint32_t n_cold_pad() const;
-
-    std::vector<int64_t> shape();
 
     // as bytes: what each token sees of each column
     std::vector<uint8_t> visible(const llama_ubatch & ubatch, bool causal_attn) const;
