@@ -15,11 +15,12 @@ from ..format.reader import capsule_version, read_capsule
 from ..plot import Panel, Series, draw
 from ..runtime import program
 from . import report as v1, tiles
+from .builtin import builtin_of
 
 
 def parser() -> argparse.ArgumentParser:
     p = program.Parser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
-    p.add_argument("file", type=Path, metavar="FILE", help="a capsule, or an mmproj with one inside")
+    p.add_argument("file", type=Path, metavar="FILE", help="a capsule, an mmproj with one inside, or a model, for its built-in capsule")
     p.add_argument("--json", action="store_true", help="machine-readable, instead of the text")
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits and errors by layer")
     return p
@@ -47,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    if capsule_version(args.file) == tile_capsule.VERSION:
-        report: ModuleType = tiles
+    report: ModuleType
+    version = capsule_version(args.file)
+    if version is None and (builtin := builtin_of(args.file)) is not None:
+        report = tiles
+        data = {**tiles.as_json(args.file, builtin), "builtin": True}
+    elif version == tile_capsule.VERSION:
+        report = tiles
         data = tiles.as_json(args.file, tile_capsule.read_tile_capsule(args.file))
     else:
         report, data = v1, v1.as_json(args.file, read_capsule(args.file))
