@@ -40,6 +40,12 @@ def require_server() -> None:
         pytest.skip(f"no llama-server in {folder}: scripts/setup --tools builds it")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the user has typed in sessions of their own is left alone."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="module")
 def llama() -> Iterator[None]:
     """llama_cpp on our libraries, in this process; the environment that names them is put back."""

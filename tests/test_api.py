@@ -254,7 +254,7 @@ def test_what_cannot_be_read_or_does_not_fit_is_a_value_error(folder: Path, tmp_
         KVCapsuleLlama(tmp_path / "no.gguf")
     with pytest.raises(ValueError, match="needs a vision projector"):
         KVCapsuleLlama(write_model(tmp_path / "tiny.gguf"), capsule=tmp_path / "c.gguf")
-    for wrong, words in (({"ratio": 2.0}, "ratio: 2.0 is not between 0 and 1"), ({"ratio": float("nan")}, "ratio: nan"), ({"hot": -1}, "hot: -1 is below 0")):
+    for wrong, words in (({"ratio": 2.0}, "ratio: 2.0 is not a number above 0 and up to 1"), ({"quality": 0}, "quality: 0 is not a number above 0"), ({"quality": 1.0, "capsule": "off"}, "leave one of them out"), ({"ratio": float("nan")}, "ratio: nan"), ({"hot": -1}, "hot: -1 is below 0")):
         with pytest.raises(ValueError, match=words):
             ours(folder, **wrong)
     (tmp_path / "damaged.gguf").write_bytes((folder / "llama" / "lossless.gguf").read_bytes()[:5000])
@@ -304,7 +304,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
         target.write_bytes((folder / "llama" / files[name]).read_bytes() if name in files else b"{}")
         return str(target)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: [*files, "tiny-F16.gguf", "config.json"])
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, **_: [*files, "tiny-F16.gguf", "config.json"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return fetched
 

@@ -92,13 +92,13 @@ for arguments, options in (((), {{}}), ((MODEL,), dict(nonsense=1, n_ctx="x")), 
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["TypeError", "TypeError", "ValueError", "ValueError"], "")
 
 
-def test_one_line_when_there_is_no_capsule(tmp_path: Path) -> None:
-    """It says how it is silenced, and that works."""
+def test_without_a_file_the_built_in_capsule_is_used_and_one_line_says_so(tmp_path: Path) -> None:
+    """It can be silenced."""
     for name in (MODEL.name, "mmproj-kvdemo-8M-v1-F16.gguf"):
         shutil.copy(DEMO / name, tmp_path)  # a link would lead back to its capsule
     code = f"print(ask(KVCapsuleLlama(Path({str(tmp_path)!r}) / MODEL.name, n_threads=1, n_threads_batch=1, **OPTIONS)))"
-    line = f'no capsule for {MODEL.name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule="off" silences this line)\n'
-    for options, expected in (("{}", line), ("{'capsule': 'off'}", ""), ("{}; import logging; logging.getLogger('kvcapsule_gguf').setLevel('ERROR')", "")):
+    line = "capsule: built in, quality 1; one from kvcapsule-train saves more\n"
+    for options, expected in (("{}", line), ("{'quality': 0.6}", line.replace("quality 1", "quality 0.6")), ("{'capsule': 'off'}", ""), ("{'capsule': 'built-in'}", ""), ("{}; import logging; logging.getLogger('kvcapsule_gguf').setLevel('ERROR')", "")):
         result = run(f"OPTIONS = {options}\n{code}")
         assert (result.returncode, result.stdout, result.stderr) == (0, "yellow star\n", expected)
 
@@ -192,12 +192,12 @@ def test_ctrl_c_in_the_main_thread_spoils_no_answer_of_another(made_in: str) -> 
 
 
 def test_the_environment_is_hidden_until_the_last_thread_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcapsule_gguf.api.llama import _environment_capsule, _without_environment
+    from kvcapsule_gguf.api.llama import _environment, _without_environment
 
     monkeypatch.setenv("LLAMA_KVCAPSULE", "c.gguf")
     first, second = _without_environment(), _without_environment()
     first.__enter__(), second.__enter__()
-    assert "LLAMA_KVCAPSULE" not in os.environ and _environment_capsule() == Path("c.gguf")
+    assert "LLAMA_KVCAPSULE" not in os.environ and _environment() == {"LLAMA_KVCAPSULE": "c.gguf"}
     first.__exit__(None, None, None)
     assert "LLAMA_KVCAPSULE" not in os.environ
     second.__exit__(None, None, None)

@@ -58,7 +58,7 @@ for wanted in ({"ratio": float("nan")}, {"quality": float("nan")}, {"quality": -
 """
     size, ratio, *qualities, both = lines(models, capsule, code)
     assert size.startswith("refused: llama_capsule_context_params has ") and "24 in the program" in size
-    assert ratio == "refused: the ratio is not a finite number"
+    assert ratio == "refused: the ratio is not a number of at most 1"
     assert qualities == ["refused: the quality is not a positive number"] * 2
     assert both == "refused: a quality and a ratio are given: a ratio is one tier for everything, so give one of them"
 

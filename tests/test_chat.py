@@ -80,15 +80,26 @@ def test_stdout_is_the_answer_and_nothing_else(chat: Run, folder: Path, arch: st
     assert chat(*arguments[:2], folder / "b.jpg", *arguments[3:]).stdout != result.stdout
 
 
+def test_penalties_and_a_projector_that_is_not_wanted(chat: Run, folder: Path) -> None:
+    """With a large penalty no letter of an answer comes again; the usual answer has some twice."""
+    arguments = folder / "llama" / "tiny.gguf", "--no-mmproj", "-p", "hello", "-n", "16"
+    usual, apart = (chat(*arguments, *more).stdout.strip() for more in ((), ("--repeat-penalty", "50")))
+    assert len(set(usual)) < len(usual) == 16 == len(apart) == len(set(apart))
+    refused(chat(*arguments, "--image", folder / "a.png"), "pictures need a vision projector")
+
+
+def test_a_chat_template_of_ones_own(chat: Run, folder: Path, tmp_path: Path) -> None:
+    """It is used: one that is the model's own changes nothing, another one does."""
+    (tmp_path / "same").write_text(TEMPLATE)
+    arguments = folder / "llama" / "tiny.gguf", "-p", "hello", "-n", "12"
+    own, same, other = (chat(*arguments, *more).stdout for more in ((), ("--chat-template-file", tmp_path / "same"), ("--chat-template", "{{ messages[0]['content'] }}:")))
+    assert own == same != other
+    refused(chat(*arguments, "--chat-template", "{% for %}"), "cannot be read")
+
+
 def test_text_without_a_projector(chat: Run, tmp_path: Path) -> None:
     result = chat(write_model(tmp_path / "tiny.gguf"), "-p", "hello", "-n", "5")
     assert result.returncode == 0 and len(result.stdout.strip()) == 5
-
-
-def test_without_a_capsule_one_line_says_how_to_train_one(chat: Run, folder: Path) -> None:
-    result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "3")
-    assert result.returncode == 0 and len(result.stderr.strip().splitlines()) == 1
-    assert "kvcapsule-train" in result.stderr or "scripts/setup" in result.stderr
 
 
 def test_json_has_its_fields(chat: Run, folder: Path) -> None:

@@ -13,7 +13,7 @@ def test_defaults_and_model_positional_or_flag() -> None:
     for argv in (["m.gguf"], ["-m", "m.gguf"], ["--model", "m.gguf"]):
         options = parse(argv, {})
         assert options.model == Path("m.gguf")
-        assert (options.capsule, options.n_predict, options.n_ctx, options.n_hot, options.ratio, options.json) == ("auto", -1, None, 0, 0.0, False)
+        assert (options.capsule, options.n_predict, options.n_ctx, options.n_hot, options.ratio, options.json) == ("auto", -1, None, 0, None, False)
 
 
 def test_every_flag() -> None:
@@ -38,6 +38,28 @@ def test_devices() -> None:
     assert parse(["--list-devices"], {}).list_devices, "without a model"
 
 
+def test_texts_come_from_files(tmp_path: Path) -> None:
+    """As llama-cli reads them: without the last end of line."""
+    for name, text in (("ask", "why?\n"), ("be", "brief\n\n"), ("t", "{{ x }}")):
+        (tmp_path / name).write_text(text)
+    options = parse(["m", "-f", str(tmp_path / "ask"), "-sysf", str(tmp_path / "be"), "--chat-template-file", str(tmp_path / "t")], {})
+    assert (options.prompt, options.system, options.chat_template) == ("why?", "brief\n", "{{ x }}")
+
+
+def test_flags_of_llama_cli() -> None:
+    options = parse(["-hf", "u/r", "--offline", "-hft", "secret", "--no-mmproj", "-tb", "3", "-lm", "mlock", "--min-p", "0.1", "--repeat-penalty", "1.1", "--repeat-last-n", "9"], {})
+    assert (options.offline, options.hf_token, options.use_mmproj, options.threads_batch, options.load_mode) == (True, "secret", False, 3, "mlock")
+    assert (options.min_p, options.repeat_penalty, options.repeat_last_n) == (0.1, 1.1, 9)
+
+
+def test_without_a_model_a_line_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a model that is there, so that it works as it stands."""
+    with pytest.raises(SystemExit):
+        parse([], {})
+    command = capsys.readouterr().err.partition("such as: kvcapsule-chat ")[2].split(" (see")[0]
+    assert parse([command], {}).model == Path(command) and Path(command).is_file()
+
+
 def test_a_data_url_keeps_its_comma() -> None:
     assert parse(["m", "--image", "data:image/png;base64,AA=="], {}).images == ["data:image/png;base64,AA=="]
 
@@ -59,7 +81,7 @@ def test_the_variables_for_unmodified_programs_mean_the_same() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["m", "-hf", "a/b"], ["m", "-c", "-5"], ["m", "-n", "many"], ["m", "--ratio", "1.5"], ["m", "-fa", "maybe"], ["m", "-ctk", "q9"], ["m", "--nope"], ["m", "--temp", "-1"], ["m", "-st", "7"], ["m", "--see", "7"], ["m", "-t4"], ["m", "--image", ""]],
+    [[], ["m", "-hf", "a/b"], ["m", "-c", "-5"], ["m", "-n", "many"], ["m", "--ratio", "1.5"], ["m", "-fa", "maybe"], ["m", "-ctk", "q9"], ["m", "--nope"], ["m", "--temp", "-1"], ["m", "-st", "7"], ["m", "--see", "7"], ["m", "-t4"], ["m", "--image", ""], ["m", "-f", "/no/such/file"], ["m", "--repeat-penalty", "0"], ["m", "-lm", "fast"]],
 )
 def test_mistakes_are_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -180,11 +180,12 @@ class FakeHub:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
 
-        self.folder, self.fetched, self.error = folder, [], None
+        self.folder, self.fetched, self.error, self.asked, self.cached = folder, [], None, 0, False
         for name in ("list_repo_files", "hf_hub_download", "snapshot_download"):
             monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
 
-    def list_repo_files(self, repo: str) -> list[str]:
+    def list_repo_files(self, repo: str, token: str | None = None) -> list[str]:
+        self.asked += 1
         if self.error:
             raise self.error
         return [path.name for path in self.folder.iterdir()]
@@ -195,7 +196,7 @@ class FakeHub:
 
     def snapshot_download(self, repo: str, local_files_only: bool) -> str:
         assert local_files_only
-        if not self.folder.exists():
+        if not self.cached:
             raise FileNotFoundError("nothing cached")
         return str(self.folder)
 
@@ -211,8 +212,30 @@ def test_fetching_brings_the_capsule_beside_the_model(model: Path, monkeypatch: 
 
 def test_without_a_network_the_cached_files_are_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHub(model.parent, monkeypatch)
-    fake.error = ConnectionError("offline")
+    fake.error, fake.cached = ConnectionError("offline"), True
     assert hub.fetch("user/repo") == (model, None)
-    fake.folder = model.parent / "nowhere"
+    fake.cached = False
     with pytest.raises(KVCapsuleError, match="cannot be reached and nothing is cached .offline."):
         hub.fetch("user/repo")
+
+
+def test_what_is_cached_is_used_before_anybody_is_asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not without a projector, which an interrupted download may have left out, nor for another quantization."""
+    fake = FakeHub(model.parent, monkeypatch)
+    fake.cached = True
+    assert hub.fetch("user/repo") == (model, None) and fake.asked == 1
+    mmproj = write_gguf(model.with_name("mmproj-Some-VL-7B-F16.gguf"), "clip")
+    assert hub.fetch("user/repo") == hub.fetch("user/repo:Q4_K_M") == (model, mmproj) and fake.asked == 1
+    with pytest.raises(KVCapsuleError, match="no model with quantization Q8_0"):
+        hub.fetch("user/repo:Q8_0")
+    assert fake.asked == 2
+
+
+def test_offline_nobody_is_asked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHub(model.parent, monkeypatch)
+    with pytest.raises(KVCapsuleError, match="-hf user/repo: not in the local cache"):
+        hub.fetch("user/repo", offline=True)
+    fake.cached = True
+    assert hub.fetch("user/repo", offline=True) == (model, None)
+    assert hub.fetch(str(model.parent), offline=True) == (model, None), "a folder"
+    assert fake.asked == 0

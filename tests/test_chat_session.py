@@ -156,3 +156,13 @@ def test_pictures_without_a_projector_are_refused() -> None:
     s.engine = SimpleNamespace(mtmd_ctx=None)
     with pytest.raises(KVCapsuleError, match="--mmproj"):
         s.ask("what?", [object()], print)
+
+
+def test_a_question_that_is_asked_again_in_vain_stays_as_it_was() -> None:
+    s = session(VICUNA)
+    s.messages, s.pictures = [user(MARKER + "what?"), said("red"), user(MARKER * 2 + "and?"), said("blue")], ["a", "b", "c"]
+    before = list(s.messages), list(s.pictures)
+    with pytest.raises(KeyboardInterrupt), s.asked_again() as (question, pictures):
+        assert (question, pictures, s.messages, s.pictures) == ("and?", ["b", "c"], before[0][:2], ["a"])
+        raise KeyboardInterrupt
+    assert (s.messages, s.pictures) == before

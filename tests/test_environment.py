@@ -90,11 +90,21 @@ def test_the_api_wins(models, capsules, patched):
 def test_auto_needs_no_file(models, patched):
     """A quality that anything holds takes the smallest tier, one that nothing holds leaves the images hot, and a ratio is one tier."""
     cases = [Case(name, models(arch="llama"), STEPS, env={"LLAMA_KVCAPSULE": "auto", **{f"LLAMA_KVCAPSULE_{k}": v for k, v in env.items()}})
-             for name, env in {"small": {"QUALITY": "1e9"}, "none": {"QUALITY": "1e-9"}, "ratio": {"RATIO": "0.75"}}.items()]  # fmt: skip
+             for name, env in {"small": {"QUALITY": "100"}, "none": {"QUALITY": "1e-9"}, "ratio": {"RATIO": "0.75"}}.items()]  # fmt: skip
     seen = {name: result.values("stats")[-1] for name, result in patched(cases).items()}
     assert {name: s["n_cold_tier"][:7] for name, s in seen.items()} == {"small": [320, *[0] * 6], "none": [0] * 7, "ratio": [0, 0, 0, 320, 0, 0, 0]}
     assert [s["n_tiers"] for s in seen.values()] == [7] * 3 and seen["none"]["n_hot_vision"] == 320
     assert all(s["bytes_tier"] == [s["bytes_slots"] * (n > 0) for n in s["n_cold_tier"]] for s in seen.values())
+
+
+def test_two_images_without_text_between_them(models, patched):
+    """On a line of positions they are one run, unless their size is known: then each is a grid of 8 x 8, 8 x 4, 4 x 8 and 4 x 4 tokens."""
+    steps = [text(7), image((12, 12), seed=1), image((12, 12), seed=2), text(5, seed=1), stats()]
+    cases = [Case(name, models(arch="llama"), steps, env={"LLAMA_KVCAPSULE": "auto", "LLAMA_KVCAPSULE_RATIO": "0.75", **env})
+             for name, env in {"one run": {}, "two grids": {"LLAMA_KVCAPSULE_IMAGE_TOKENS": "144"}}.items()]  # fmt: skip
+    seen = {name: result.values("stats")[-1] for name, result in patched(cases).items()}
+    assert [s["n_cold"] for s in seen.values()] == [288, 288]
+    assert {name: sum(s["n_slots_tier"]) for name, s in seen.items()} == {"one run": 5, "two grids": 8}
 
 
 def test_auto_leaves_other_models_alone(models, stock, patched):
@@ -106,9 +116,10 @@ def test_auto_leaves_other_models_alone(models, stock, patched):
 
 @pytest.mark.parametrize("env, line", [
     ({"QUALITY": "0.7", "RATIO": "0.8"}, "give one of them"),
-    ({"QUALITY": "-1"}, "the quality is not a positive number"),
-    ({"QUALITY": "nan"}, "the quality is not a positive number"),
-    ({"RATIO": "nan"}, "the ratio is not a finite number"),
+    *[({"QUALITY": wrong}, f"LLAMA_KVCAPSULE_QUALITY={wrong} is not a number above 0 and up to 100") for wrong in ("-1", "0", "nan", "1e9", "0.5x")],
+    *[({"RATIO": wrong}, f"LLAMA_KVCAPSULE_RATIO={wrong} is not a number above 0 and up to 1") for wrong in ("nan", "7", "0", "much")],
+    ({"RATIO": "0.9"}, "the ratio 0.900 is above the largest of this capsule, 0.840 (6.26 times smaller)"),
+    ({"HOT": "many"}, "LLAMA_KVCAPSULE_HOT=many is not a number above 0"),
 ])  # fmt: skip
 def test_a_wrong_number_fails_at_once(models, patched, env, line):
     result = patched([Case("a", models(arch="llama"), STEPS)], env={"LLAMA_KVCAPSULE": "auto", **{f"LLAMA_KVCAPSULE_{k}": v for k, v in env.items()}})["a"]

@@ -170,7 +170,7 @@ def test_questions_do_not_disturb_each_other(tiny):
 
 
 def test_the_table(tiny, tmp_path):
-    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--report", str(tmp_path), "--json")
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--report", str(tmp_path), "--json", "--capsule", "off")
     data = json.loads(out)
     rows = {r["setting"]: r for r in data["settings"]}
     assert list(rows) == ["f16", "floor", "q8_0", "q4_0", "drop0.6"] and data["questions"] == 20
@@ -216,7 +216,7 @@ def test_a_journal_with_any_line_is_read_or_refused(entry, said, tmp_path):
 
 def test_an_interrupted_run_goes_on(tiny, tmp_path):
     """A journal with two of three pictures and half a line gives the numbers of a whole run, with more settings too; one of another run is refused."""
-    command = ["-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q4_0", "--report", str(tmp_path)]
+    command = ["-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--capsule", "off", "--against", "q4_0", "--report", str(tmp_path)]
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
@@ -279,7 +279,7 @@ MIXED = ("q8_0+q4_0", "q5_0+q4_0", "iq4_nl", "q4_0", "q8_0")
 def test_vision_cells_alone(tiny):
     """Quantizing the vision cells alone costs less than quantizing all, and more bits cost less; the bytes are those of the types."""
     names = [f"{name}{where}" for name in MIXED for where in ("", "-vision")]
-    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", ",".join(names))
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--capsule", "off", "--against", ",".join(names))
     rows = {r["setting"]: r for r in json.loads(out)["settings"]}
     kld = {name: (rows[f"{name}-vision"]["kld"], rows[name]["kld"]) for name in MIXED}
     assert all(0 < vision < everywhere for vision, everywhere in kld.values())
@@ -378,8 +378,8 @@ def test_mixed_sizes():
 
 def test_two_pictures(tiny):
     """Both are in the cache, each compressed for itself."""
-    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "pairs", "-n", "9", "-c", "4096", "-t", "1", "--json", "--against", "q8_0-vision")
-    one = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "scenes", "-n", "5", "--per-picture", "5", "-c", "4096", "-t", "1", "--json", "--against", "q8_0-vision")
+    out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "pairs", "-n", "9", "-c", "4096", "-t", "1", "--json", "--capsule", "off", "--against", "q8_0-vision")
+    one = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "--suite", "scenes", "-n", "5", "--per-picture", "5", "-c", "4096", "-t", "1", "--json", "--capsule", "off", "--against", "q8_0-vision")
     two, one = json.loads(out), json.loads(one)
     assert (two["questions"], two["pictures"]) == (9, 2) and two["settings"][0]["tasks"].keys() == {"compare"}
     assert two["vision_tokens"] == [2 * n for n in one["vision_tokens"]]
@@ -396,6 +396,7 @@ def test_pictures_of_ones_own(tiny, tmp_path):
     data = json.loads(out)
     assert (data["questions"], data["pictures"]) == (4, 2)
     assert data["settings"][0]["exact_match"] == 1
+    assert [s["setting"] for s in data["settings"]] == ["f16", "floor", "built-in"], "without --capsule: what the chat would take"
 
 
 @pytest.mark.parametrize("wrong", [("-n", "0"), ("--per-picture", "-1"), ("-t", "0"), ("--ratio", "x"), ("--ratio", "0.6,2"), ("--ratio", "nan")])
@@ -445,7 +446,7 @@ def test_models_with_many_positions(tmp_path):
     from chat_model import write_mmproj, write_model
 
     model, _ = write_model(tmp_path / "tiny.gguf", arch="qwen2vl"), write_mmproj(tmp_path / "mmproj-tiny.gguf", arch="qwen2vl")
-    command = [str(model), "-n", "2", "--per-picture", "2", "-c", "2048", "-t", "1"]
+    command = [str(model), "-n", "2", "--per-picture", "2", "-c", "2048", "-t", "1", "--capsule", "off"]
     out = run("patched", "-m", "kvcapsule_gguf.eval", *command, "--json")
     assert [r["setting"] for r in json.loads(out)["settings"]] == ["f16", "floor", "q8_0", "q4_0"]
     assert refused(*command, "--against", "drop0.5,q8_0") == (1, ["kvcapsule-eval: error: --against drop0.5: tokens cannot be dropped from a model with M-RoPE"])

@@ -79,7 +79,8 @@ def test_a_changed_question_keeps_what_is_before_it(folder: Path, arch: str) -> 
     with chat(folder, arch) as c:
         c.ask("what?", "a.png")
         first = c.ask("this?", "b.png")
-        assert c.session.undo() == "this?"
+        question, pictures = c.session.undo() or ("", [])
+        assert question == "this?" and [Path(picture.name).name for picture in pictures] == ["b.png"]
         again = c.ask("this?", "b.png")
         # the second picture is where it was, and only the question after it is read
         assert counts(again) == (0, 0) and again.vision_tokens == 0 and again.answer == first.answer
@@ -244,6 +245,36 @@ def test_a_conversation_of_other_settings_is_read_again(folder: Path, tmp_path: 
         assert counts(c.ask("and?")) == (1, 0)
 
 
+def test_what_was_taken_back_is_still_marked_after_a_restart(folder: Path, tmp_path: Path) -> None:
+    from kvcapsule_gguf.chat import stats
+
+    def table(c: Chat) -> str:
+        return stats.table(c.session.engine, c.session.state.images, c.session.state.n_cells, c.session.taken_back)
+
+    with chat(folder) as c:
+        c.ask("what?", "a.png"), c.ask("this?", "b.png")
+        assert "taken back" not in table(c)
+        c.session.undo()
+        saved.save(c.session, tmp_path / "talk")
+        expected = table(c)
+        assert expected.count("b.png (taken back)") == 1
+    with chat(folder) as c:
+        assert saved.load(c.session, tmp_path / "talk") == "1 question and 1 picture, ready"
+        assert table(c) == expected
+        c.ask("and?")
+        assert "taken back" not in table(c)
+
+
+def test_a_conversation_of_another_model_is_read_again_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    with chat(folder) as c:
+        c.ask("what?", "a.png")
+        saved.save(c.session, tmp_path / "talk")
+    with chat(folder, "qwen2vl") as c:
+        said = saved.load(c.session, tmp_path / "talk")
+        assert said.startswith("warning: 1 question and 1 picture; of another model (tiny.gguf)") and said.endswith("read again with the next question")
+        assert counts(c.ask("and?")) == (1, 0)
+
+
 @pytest.mark.parametrize("damage", [truncate, flip])
 def test_a_damaged_file_is_refused_and_the_conversation_stays(folder: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     path = tmp_path / "talk"
@@ -294,7 +325,7 @@ def test_a_file_of_somebody_else_is_not_replaced(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize("change", [
     {"messages": 5}, {"messages": [["user", "x"]]}, {"messages": [{"role": "user"}]}, {"marker": ""}, {"marker": 7}, {"pictures": ["a", "b"]}, {"pictures": 3}, {"items": [[1]]},
     {"items": [["x", 1 << 40, 1]]}, {"items": "abc"}, {"images": [{}]}, {"images": 9}, {"images": [{"name": 3}]}, {"images": None}, {"pos_max": "x"}, {"pos_max": None}, {"pos_max": 1 << 70},
-    {"binding": 5}, {"text": None}, {"text": 5},
+    {"binding": 5}, {"text": None}, {"text": 5}, {"model": None}, {"model": 5}, {"model": ["x"]}, {"undone": "yes"},
 ])  # fmt: skip
 def test_a_crafted_conversation_is_one_line_or_read_again(folder: Path, tmp_path: Path, change: dict) -> None:
     """Its checksum is right. The conversation before it stays where it is refused."""

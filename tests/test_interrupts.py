@@ -379,7 +379,7 @@ def test_ctrl_c_in_a_session(folder: Path) -> None:
     terminal.until(b"> ")
     terminal.write("talk\n")
     terminal.until(b" s\r\n", anywhere=True)  # the line about the picture
-    assert "a.png: 16 tokens, 0.02 MiB, " in terminal.said.decode()
+    assert "a.png: being read |" in terminal.said.decode() and "a.png: 16 tokens, 0.02 MiB, " in terminal.said.decode()
     terminal.press()  # while it talks, or a moment before
     assert "Traceback" not in terminal.until(b"> ")
     terminal.write("half a line")

@@ -93,7 +93,7 @@ def serve(folder: Path, capsule: str | None) -> Iterator[Server]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "MTMD_", "KVCAPSULE_")) and k not in ("HOST", "PORT", "CONFIG_FILE", "API_KEY")}
     env |= {"LLAMA_CPP_LIB_PATH": lib, "MTMD_CPP_LIB": lib}
     if capsule:
-        env |= {"LLAMA_KVCAPSULE": str(folder / capsule), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+        env |= {"LLAMA_KVCAPSULE": capsule if capsule == "auto" else str(folder / capsule), "LLAMA_KVCAPSULE_HOT": str(HOT)}
     options = {
         "model": folder / "tiny.gguf", "clip_model_path": folder / "mmproj-tiny.gguf", "chat_format": "mtmd", "n_ctx": CONTEXT,
         "api_key": "sk-x", "n_threads": 1, "n_threads_batch": 1, "verbose": "true", "host": "127.0.0.1", "port": 0,
@@ -113,7 +113,7 @@ def serve(folder: Path, capsule: str | None) -> Iterator[Server]:
 def servers(folder: Path) -> Iterator[dict[str | None, Server]]:
     """All of them at once: most of their time goes into starting."""
     with ExitStack() as stack:
-        yield {capsule: stack.enter_context(serve(folder, capsule)) for capsule in (None, "lossless.gguf", "damaged.gguf")}
+        yield {capsule: stack.enter_context(serve(folder, capsule)) for capsule in (None, "lossless.gguf", "damaged.gguf", "auto")}
 
 
 def test_pictures_from_slots(folder: Path, servers: dict[str | None, Server]) -> None:
@@ -147,6 +147,15 @@ def test_the_openai_client(folder: Path, servers: dict[str | None, Server]) -> N
     answers = [openai_client.check(openai_client.client(server.port), pictures, TOKENS) for server in (servers[None], servers["lossless.gguf"])]
     assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
     openai_client.check_key(servers[None].port)
+
+
+def test_the_built_in_capsule(folder: Path, servers: dict[str | None, Server]) -> None:
+    """More pictures than there are hot cells."""
+    server = servers["auto"]
+    server.wait()
+    assert re.search(rf"the built-in capsule, quality 1.00 \(6.* times smaller\), {HOT} hot cells of {CONTEXT}", server.log)
+    answer = server.chat(folder / "a.png", folder / "b.png", "what?")
+    assert len(content(answer)) == 12 and answer["usage"]["prompt_tokens"] > 2 * TOKENS > HOT
 
 
 def test_a_damaged_capsule(folder: Path, servers: dict[str | None, Server]) -> None:

@@ -8,15 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_model import write_folder
+from chat_model import TOKENS, write_folder
 from conftest import ROOT, library, require_server
 from test_native import require_capsules
+
+from kvcapsule_gguf.format.projector import fixed_tokens
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_capsules()
     return write_folder(tmp_path_factory.mktemp("projector"), ("llama", "qwen2vl"))
+
+
+def test_the_size_of_a_picture_is_known_where_all_have_one(folder: Path, tmp_path: Path) -> None:
+    demo = ROOT / "kvcapsule_gguf" / "demo"
+    assert fixed_tokens(folder / "llama" / "mmproj-tiny.gguf") == TOKENS and fixed_tokens(demo / "mmproj-kvdemo-8M-v1-F16.gguf") == 24 * 24
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    for path in (folder / "qwen2vl" / "mmproj-tiny.gguf", folder / "llama" / "tiny.gguf", tmp_path / "broken.gguf", tmp_path / "none.gguf"):
+        assert fixed_tokens(path) == 0
 
 
 @pytest.mark.parametrize("program", ["chat", "train", "eval", "server"])

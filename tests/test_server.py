@@ -97,6 +97,20 @@ def test_a_damaged_capsule_is_one_line(folder: Path) -> None:
     assert len(lines) == 1 and "damaged.gguf" in lines[0]
 
 
+def test_without_a_file_the_built_in_capsule_is_used(folder: Path) -> None:
+    """llama-server itself says so, and a model that is not supported goes without."""
+    with serve(folder, "--quality", "0.6", "-v", "-lv", "4") as (_, port, log):
+        assert "(capsule: built in, quality 0.6; one from kvcapsule-train saves more; 4 slots, API key)" in log.read_text()
+        assert openai_client.client(port).chat.completions.create(model="x", messages=openai_client.messages("?", folder / "a.png"), max_tokens=2).usage.prompt_tokens > TOKENS
+        assert "the built-in capsule, quality 0.60" in log.read_text()
+    (folder / "other").mkdir()
+    model = write_model(folder / "other" / "tiny.gguf", arch="xverse", template=TEMPLATE)
+    write_mmproj(folder / "other" / "mmproj-tiny.gguf", image=IMAGE)
+    with serve(folder, model=model) as (_, port, log):
+        assert openai_client.client(port).chat.completions.create(model="x", messages=openai_client.messages("?", folder / "a.png"), max_tokens=2).usage.prompt_tokens > TOKENS
+        assert "the architecture 'xverse' is not supported, continuing without it" in log.read_text()
+
+
 def inner(process: subprocess.Popen) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 

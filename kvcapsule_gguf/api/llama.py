@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,10 +15,10 @@ from weakref import WeakSet
 from llama_cpp import Llama
 
 from .. import native
-from ..chat import files
+from ..chat import capsules, files
 from ..chat.args import DEFAULT_CTX
 from ..chat.stats import ImageUse
-from ..format.projector import check_projector, has_m_rope
+from ..format.projector import check_projector, fixed_tokens, has_m_rope
 from ..native.shapes import metadata
 from ..reuse.prefixes import DEFAULT_MIB
 from ..runtime import interrupts
@@ -25,9 +26,9 @@ from ..runtime.errors import KVCapsuleError
 from . import pretrained
 from .alone import Alone, alone
 from .handler import KVCapsuleChatHandler, PromptStats
-from .quiet import reasons, say
+from .quiet import info, reasons, say
 
-VARIABLES = ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT", "LLAMA_KVCAPSULE_QUALITY", "LLAMA_KVCAPSULE_RATIO")
+VARIABLES = (capsules.VARIABLE, *(f"{capsules.VARIABLE}_{name}" for name in ("HOT", "QUALITY", "RATIO")))
 _lock = threading.Lock()
 _inside = 0
 _taken: dict[str, str] = {}
@@ -51,10 +52,19 @@ def _without_environment() -> Iterator[None]:
                 _taken.clear()
 
 
-def _environment_capsule() -> Path | None:
+def _environment() -> dict[str, str]:
+    """The variables, also while they are taken."""
     with _lock:
-        name = _taken.get(VARIABLES[0]) or os.environ.get(VARIABLES[0])
-    return Path(name) if name else None
+        return {name: os.environ[name] for name in VARIABLES if os.environ.get(name)} | _taken
+
+
+def _variable(name: str) -> float | None:
+    """Raises ValueError."""
+    text = _environment().get(f"{capsules.VARIABLE}_{name}")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"{capsules.VARIABLE}_{name}: {text} is not a number") from None
 
 
 _open: WeakSet[KVCapsuleLlama] = WeakSet()
@@ -72,7 +82,7 @@ class KVCapsuleLlama(Llama):
     """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
 
     mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "built-in", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text
-    and one picture; quality: as in kvcapsule-chat, 0 = the capsule's; ratio: share to save, in place of a quality; image_cache,
+    and one picture; quality: as in kvcapsule-chat, None = the capsule's; ratio: share to save, in place of a quality; image_cache,
     image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or what the model was trained with, if that is less. The rest goes to Llama.
 
     One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
@@ -91,34 +101,32 @@ class KVCapsuleLlama(Llama):
         llama._alone, llama._stack = Alone(), ExitStack()  # close() needs them, also where __init__ never began
         return llama
 
-    def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, quality: float = 0.0, ratio: float = 0.0,
+    def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, quality: float | None = None, ratio: float | None = None,
                  image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
         try:
             path = files.check_model(Path(model_path))
             self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
-        if self.mmproj is None and str(capsule) not in ("auto", "off"):
+        if self.mmproj is None and str(capsule) not in (files.AUTO, "off"):
             raise ValueError("a capsule needs a vision projector: give it as mmproj, or put mmproj*.gguf beside the model")
         if kwargs.get("chat_format") is not None:
             raise ValueError("chat_format: the model's own chat template is used; leave this out, or give a chat_handler")
-        if hot < 0 or not 0 <= ratio <= 1:
-            raise ValueError(f"hot: {hot} is below 0" if hot < 0 else f"ratio: {ratio} is not between 0 and 1")
-        if not 0 <= quality <= 100 or (quality and ratio):
-            raise ValueError("give quality or ratio, not both: a ratio is one tier for everything" if quality and ratio else f"quality: {quality} is not between 0 and 100")
+        if hot < 0:
+            raise ValueError(f"hot: {hot} is below 0")
+        self._setting = capsules.from_variables(str(capsule), _environment())
+        self.hot, self.quality, self.ratio = hot or int(_variable("HOT") or 0), quality, ratio
+        self._check_amount()
         self.capsule_path: Path | None = None
         self._attachment: native.Attachment | None = None
-        self.hot, self.quality, self.ratio = hot, quality, ratio
+        self._optional = False  # where the context cannot have it, it goes without
         self._n_ctx_given = n_ctx is not None
-        self._setting = str(capsule)
-        if self._setting == "auto" and (named := _environment_capsule()) is not None:
-            self._setting = str(named)
         handler = kwargs.pop("chat_handler", None)
         if handler is None:
             projector = str(self.mmproj) if self.mmproj is not None else None
             handler = KVCapsuleChatHandler(projector, verbose, kwargs.get("n_gpu_layers", 0) != 0, image_cache=image_cache, image_cache_mib=image_cache_mib)
         try:
-            with reasons() as said, _without_environment(), interrupts.Interrupts(guest=True), native.attached(lambda: self._attachment):
+            with reasons() as said, _without_environment(), interrupts.Interrupts(guest=True), native.attached(self._wanted):
                 super().__init__(str(path), n_ctx=DEFAULT_CTX if n_ctx is None else n_ctx, verbose=verbose, chat_handler=handler, **kwargs)
         except BaseException as error:
             reason, with_capsule = said.take(), self._attachment is not None
@@ -151,21 +159,39 @@ class KVCapsuleLlama(Llama):
             check_projector(self.mmproj, has_m_rope(native.load().llama, model.model))
             if self._setting == "off":
                 return
-            if self._setting == files.BUILT_IN:
-                self._attach(native.Capsule.builtin(model.model))
-                return
-            path = files.find_capsule(self._setting, Path(self.model_path), self.mmproj, architecture, native.fingerprint(model.model))
+            chosen = capsules.choose(self._setting, model.model, Path(self.model_path), self.mmproj, architecture)
+        except native.CapsuleError:
+            raise
         except KVCapsuleError as error:
             raise ValueError(str(error)) from None
-        if path is not None:
-            self._attach(native.Capsule.load(model.model, path))
-            self.capsule_path = path
-        else:
-            say(f"no capsule for {Path(self.model_path).name}, its pictures stay uncompressed: kvcapsule-train makes one (capsule=\"off\" silences this line)")
+        if chosen.capsule is None:
+            self._without_capsule(chosen.reason)
+            return
+        self._stack.callback(chosen.capsule.close)
+        self.capsule_path = chosen.path
+        self._optional = chosen.optional
+        self._attachment = native.Attachment(chosen.capsule, n_hot=self.hot, quality=self.quality or 0, ratio=self.ratio or 0, image_tokens=fixed_tokens(self.mmproj))
+        (say if chosen.path is None and chosen.optional else info)(capsules.described(chosen.path, self.quality, self.ratio))
 
-    def _attach(self, capsule: native.Capsule) -> None:
-        self._stack.callback(capsule.close)
-        self._attachment = native.Attachment(capsule, n_hot=self.hot, quality=self.quality, ratio=self.ratio)
+    def _wanted(self) -> native.Attachment | None:
+        # what refers to this object stays outside of it: it is freed with its last reference
+        return replace(self._attachment, otherwise=self._without_capsule) if self._attachment and self._optional else self._attachment
+
+    def _without_capsule(self, reason: str) -> None:
+        self._attachment = self.capsule_path = None
+        say(f'{capsules.uncompressed(reason)} (capsule="off" silences this line)')
+
+    def _check_amount(self) -> None:
+        """Arguments win over variables. Raises ValueError."""
+        if self.quality is None and self.ratio is None:
+            self.quality, self.ratio = _variable("QUALITY"), _variable("RATIO")
+        elif self._setting == "off":
+            raise ValueError('quality and ratio say how much a capsule saves, and capsule="off" says that there is none: leave one of them out')
+        if self.quality is not None and self.ratio is not None:
+            raise ValueError("give quality or ratio, not both: a ratio is one tier for everything")
+        for name, value, most in (("quality", self.quality, 100), ("ratio", self.ratio, 1)):
+            if value is not None and not 0 < value <= most:
+                raise ValueError(f"{name}: {value} is not a number above 0 and up to {most}")
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,

@@ -21,6 +21,7 @@ from ..native.library import find_library
 from ..runtime import interrupts
 
 say = logging.getLogger("kvcapsule_gguf").warning  # one line on stderr, unless the program sets logging up in another way
+info = logging.getLogger("kvcapsule_gguf").info
 
 
 class Said(Lines):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..chat.args import number
 from ..chat.files import demo_folder, model_in
 from ..runtime import program
 from . import compress, demo, op, report, whole
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
-    q.add_argument("--quality", type=float, default=0.0, metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")
+    q.add_argument("--quality", type=number(float, 0, 100, above=True), metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")
     q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
     return p
 

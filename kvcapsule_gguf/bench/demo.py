@@ -55,13 +55,13 @@ def read_pictures(stack: ExitStack, model: Path, flags: list[str], n: int, folde
     return engine, turns
 
 
-def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int, quality: float = 0.0) -> list[DemoRow]:
-    """quality: of the built-in capsule, 0 = its default. Raises KVCapsuleError, BenchError."""
+def measure_demo(model: Path, n: int, names: tuple[str, ...], rounds: int, quality: float | None = None) -> list[DemoRow]:
+    """quality: of the built-in capsule, None = its default. Raises KVCapsuleError, BenchError."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         timers = {}
         for name in names:
-            flags = [*SETTINGS[name], "--quality", str(quality)] if BUILT_IN in SETTINGS[name] else SETTINGS[name]
+            flags = [*SETTINGS[name], "--quality", str(quality)] if quality is not None and BUILT_IN in SETTINGS[name] else SETTINGS[name]
             engine, _ = read_pictures(stack, model, flags, n, folder)
             for size in (1, QUESTION):
                 timers[f"{name} {size}"] = lambda e=engine, size=size: decode(e.llama, e.ctx, size)

@@ -41,7 +41,10 @@ def run(options: Options) -> int:
         session.state.on_picture = progress.picture
 
         def answer(question: str, shown: list[Picture]) -> Turn:
-            turn = session.ask(question, list(shown), (lambda text: None) if options.json else write, keep_part=True)
+            try:
+                turn = session.ask(question, list(shown), (lambda text: None) if options.json else write, keep_part=True)
+            finally:
+                progress.stop()
             if options.json:
                 print(json.dumps(report(session, turn), ensure_ascii=False), flush=True)
             else:

@@ -30,7 +30,8 @@ class Contents:
         self.text = ""
         self.n_past = 0
         self.n_cells = 0
-        self.on_picture: Callable[[ImageUse, float | None], None] = lambda image, seconds: None  # None: it is about to be read
+        # a picture, the seconds that it took (None: it is about to be read), its tokens
+        self.on_picture: Callable[[ImageUse, float | None, int], None] = lambda image, seconds, total: None
 
     def clear(self) -> None:
         self.engine.llama.llama_memory_clear(self.engine.memory, True)

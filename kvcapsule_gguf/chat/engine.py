@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,15 +11,15 @@ from functools import cached_property
 from pathlib import Path
 
 from .. import native
-from ..format.projector import check_projector, has_m_rope
+from ..format.projector import check_projector, fixed_tokens, has_m_rope
 from ..native.shapes import metadata
 from ..reuse.binding import binding
 from ..reuse.prefixes import Prefixes
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
 from ..runtime.marker import MARKER
-from . import files, hub
-from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, Options
+from . import capsules, files, hub
+from .args import CACHE_TYPES, DEFAULT_CTX, FLASH_ATTN, LOAD_MODES, Options
 from .devices import choose_devices
 from .log import Log
 
@@ -37,7 +36,9 @@ class Engine:
         self.options = options
         self.say = say
         self.capsule: native.Capsule | None = None
+        self._capsule_optional = False
         self.capsule_path: Path | None = None
+        self.capsule_line = ""  # for the user: which one is used
         self.mtmd_ctx: int | None = None
         self.prefixes: Prefixes | None = None
         with ExitStack() as stack:
@@ -55,17 +56,16 @@ class Engine:
 
     def _open(self, stack: ExitStack) -> None:
         options = self.options
-        path, mmproj = hub.fetch(options.hf_repo) if options.hf_repo else (options.model, options.mmproj)
+        path, mmproj = hub.fetch(options.hf_repo, options.offline, options.hf_token) if options.hf_repo else (options.model, options.mmproj)
         assert path is not None
         self.path = files.check_model(path)
-        self.mmproj = files.find_mmproj(self.path, options.mmproj or mmproj)
+        self.mmproj = files.find_mmproj(self.path, options.mmproj or mmproj) if options.use_mmproj else None
         if self.mmproj is None and options.images:
             raise KVCapsuleError("pictures need a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
-        if self.mmproj is None and options.capsule not in ("auto", "off"):
+        if self.mmproj is None and options.capsule not in (files.AUTO, files.NO_FILE, "off"):
             raise KVCapsuleError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
         # chosen here or not at all
-        for name in ("LLAMA_KVCAPSULE", "LLAMA_KVCAPSULE_HOT"):
-            os.environ.pop(name, None)
+        os.environ.pop(capsules.VARIABLE, None)
         self.native = native.load()
         self.llama = self.native.llama
         self.log = Log(self.native, options.verbose, self.mmproj is not None)
@@ -85,6 +85,8 @@ class Engine:
         params = self.llama.llama_model_default_params()
         if self.options.n_gpu_layers is not None:
             params.n_gpu_layers = self.options.n_gpu_layers
+        if self.options.load_mode is not None:
+            params.load_mode = LOAD_MODES[self.options.load_mode]
         handles = choose_devices(self.options)
         if handles is not None:
             params.devices = handles
@@ -107,7 +109,7 @@ class Engine:
         params.print_timings = False
         params.warmup = False
         params.media_marker = MARKER.encode()
-        params.n_threads = self.threads()
+        params.n_threads = self.options.threads_batch or self.threads()
         params.flash_attn_type = FLASH_ATTN[self.options.flash_attn]
         params.image_min_tokens = self.options.image_min_tokens
         params.image_max_tokens = self.options.image_max_tokens
@@ -123,21 +125,22 @@ class Engine:
         if setting == "off":
             return
         if not self.native.has_capsule:
-            if setting != "auto":
+            if setting not in (files.AUTO, files.NO_FILE):
                 self.native.require_capsule()
-            self.say("this llama.cpp has no capsules (scripts/setup builds one that has), pictures stay uncompressed")
+            self._without_capsule("this llama.cpp has none (scripts/setup builds one that has)")
             return
-        if setting == files.BUILT_IN:
-            self.capsule = native.Capsule.builtin(self.model)
-            stack.callback(self.capsule.close)
+        chosen = capsules.choose(setting, self.model, self.path, self.mmproj, self.architecture)
+        if chosen.capsule is None:
+            self._without_capsule(chosen.reason)
             return
-        fingerprint = native.fingerprint(self.model)
-        path = files.find_capsule(setting, self.path, self.mmproj, self.architecture, fingerprint)
-        if path is None:
-            self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.path, self.mmproj)}")
-            return
-        self.capsule, self.capsule_path = native.Capsule.load(self.model, path), path
-        stack.callback(self.capsule.close)
+        stack.callback(chosen.capsule.close)
+        self.capsule, self.capsule_path, self._capsule_optional = chosen.capsule, chosen.path, chosen.optional
+        self.capsule_line = capsules.described(chosen.path, self.options.quality, self.options.ratio)
+
+    def _without_capsule(self, reason: str) -> None:
+        self.capsule = self.capsule_path = None
+        self.capsule_line = ""
+        self.say(capsules.uncompressed(reason))
 
     def _open_context(self, stack: ExitStack) -> None:
         options = self.options
@@ -146,7 +149,7 @@ class Engine:
         params.n_ctx = min(DEFAULT_CTX, trained) if options.n_ctx is None else options.n_ctx
         params.n_batch = options.n_batch
         params.n_ubatch = min(options.n_ubatch, options.n_batch)
-        params.n_threads = params.n_threads_batch = self.threads()
+        params.n_threads, params.n_threads_batch = self.threads(), options.threads_batch or self.threads()
         params.flash_attn_type = FLASH_ATTN[options.flash_attn]
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
@@ -155,7 +158,9 @@ class Engine:
         # one question without a picture: nothing will be compressed
         text_only = options.prompt is not None and not options.images
         n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
-        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality, ratio=options.ratio)
+        otherwise = self._without_capsule if self._capsule_optional else None
+        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality or 0, ratio=options.ratio or 0, otherwise=otherwise,
+                                   image_tokens=fixed_tokens(self.mmproj) if self.mmproj else 0)
         self.ctx: int = native.init_context(self.model, interrupts.stoppable(params), wanted) or 0
         if not self.ctx:
             raise KVCapsuleError(f"the context cannot be created: {native.why_no_context(self.model, params.n_ctx, self.capsule is not None, self.log.take())}")
@@ -186,11 +191,6 @@ class Engine:
             buffer = ctypes.create_string_buffer(-n)
             n = self.llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[:n]
-
-
-def train_command(model: Path, mmproj: Path | None) -> str:
-    output = model.with_name(f"kvcapsule-{model.name.removesuffix('.gguf')}.gguf")
-    return shlex.join(["kvcapsule-train", str(model), "--mmproj", str(mmproj), "-o", str(output)])
 
 
 def say(text: str) -> None:

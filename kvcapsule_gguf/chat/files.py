@@ -13,7 +13,9 @@ from ..runtime.errors import KVCapsuleError
 from .hub import _likeness
 
 MAGIC = b"GGUF"
+AUTO = "auto"  # a file that fits, else the built-in capsule
 BUILT_IN = "built-in"  # the capsule that needs no file
+NO_FILE = "LLAMA_KVCAPSULE=auto"  # as auto, but no file is looked for
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class CapsuleInfo:
     path: Path
     architecture: str = ""
     fingerprint: str = ""
+    version: int = 0
     damaged: bool = False
 
     def fits(self, architecture: str, fingerprint: str) -> bool:
@@ -88,7 +91,7 @@ def find_capsule(setting: str, model: Path, mmproj: Path | None, architecture: s
     A file that is damaged is still chosen when nothing else fits: loading it tells the user, ignoring it would silently run uncompressed."""
     if setting == "off":
         return None
-    if setting != "auto":
+    if setting != AUTO:
         return check_file(Path(setting), "the capsule")
     if mmproj is not None and (inside := read_info(mmproj)) is not None and inside.fits(architecture, fingerprint):
         return mmproj
@@ -110,7 +113,8 @@ def read_info(path: Path) -> CapsuleInfo | None:
     if keys[0] not in values:
         return None
     architecture, fingerprint = (value.data if (value := values.get(key)) and value.type == "str" and not value.array else "" for key in keys[1:])
-    return CapsuleInfo(path, architecture, fingerprint)
+    version = values[keys[0]].data
+    return CapsuleInfo(path, architecture, fingerprint, version if isinstance(version, int) else 0)
 
 
 def _ggufs(folder: Path) -> list[Path]:

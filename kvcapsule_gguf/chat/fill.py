@@ -83,6 +83,7 @@ def _after(chunks: list[Chunk], n: int) -> list[Chunk]:
 
 def _evaluate(contents: Contents, chunks: list[Chunk], pictures: list[Picture], work: Work, prefixes: Prefixes | None) -> None:
     uses: dict[int, ImageUse] = {}
+    totals: dict[int, int] = {}
     last = {chunk.picture: index for index, chunk in enumerate(chunks)}
     begun = 0.0
     last_image = max((i for i, chunk in enumerate(chunks) if chunk.tokens is None), default=-1)
@@ -93,7 +94,8 @@ def _evaluate(contents: Contents, chunks: list[Chunk], pictures: list[Picture], 
             continue
         if chunk.picture not in uses:
             uses[chunk.picture] = ImageUse(pictures[chunk.picture].name)
-            contents.on_picture(uses[chunk.picture], None)
+            totals[chunk.picture] = sum(c.n_tokens for c in chunks if c.picture == chunk.picture)
+            contents.on_picture(uses[chunk.picture], None, totals[chunk.picture])
             begun = time.monotonic()
         image = uses[chunk.picture]
         contents.add_image(chunk, image)
@@ -102,7 +104,7 @@ def _evaluate(contents: Contents, chunks: list[Chunk], pictures: list[Picture], 
         work.compress_s += time.monotonic() - start
         work.vision_tokens += chunk.n_tokens
         if index == last[chunk.picture]:
-            contents.on_picture(image, time.monotonic() - begun)
+            contents.on_picture(image, time.monotonic() - begun, totals[chunk.picture])
         if prefixes is not None and index == last_image:
             prefixes.put(contents.engine.ctx, SEQ, contents.items, contents.to_note())
     work.images_encoded = len(uses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,10 +26,20 @@ class Choice:
     capsules: list[str]
 
 
-def fetch(spec: str) -> tuple[Path, Path | None]:
-    """Downloads what `spec` names; (model, mmproj). Capsules land beside the model, where files.find_capsule() looks. A folder works too. Raises KVCapsuleError."""
+def fetch(spec: str, offline: bool = False, token: str | None = None) -> tuple[Path, Path | None]:
+    """(model, mmproj) of what `spec` names: from the local cache if both are there, else downloaded. Capsules land beside the model, where
+    files.find_capsule() looks. A folder works too. offline: nothing is asked for. Raises KVCapsuleError."""
     repo, _, quant = spec.partition(":") if not Path(spec).is_dir() else (spec, "", "")
-    names, get = repository(repo, f"-hf {spec}")
+    if not Path(repo).is_dir() and (cached := _cached(repo)) is not None:
+        with suppress(KVCapsuleError):
+            names, get = cached
+            choice = choose(names, quant, f"-hf {spec}")
+            # without a projector it may be that a download was interrupted
+            if choice.mmproj or offline:
+                return get(choice.model[0]), get(choice.mmproj) if choice.mmproj else None
+    if offline and not Path(repo).is_dir():
+        raise KVCapsuleError(f"-hf {spec}: not in the local cache, and --offline asks for nothing else")
+    names, get = repository(repo, f"-hf {spec}", **({"token": token} if token else {}))
     choice = choose(names, quant, f"-hf {spec}")
     paths = [get(name) for name in choice.model]
     mmproj = get(choice.mmproj) if choice.mmproj else None
@@ -91,7 +102,7 @@ def _bits(name: str) -> int:
 def repository(repo: str, spec: str, **where: Any) -> tuple[list[str], Callable[[str], Path]]:
     """Names of all files, and a function that fetches one; from the local cache when the Hub cannot be reached. A folder is a repository too.
 
-    spec: what the user wrote, for messages; where: local_dir, cache_dir of huggingface_hub. Raises KVCapsuleError."""
+    spec: what the user wrote, for messages; where: local_dir, cache_dir, token of huggingface_hub. Raises KVCapsuleError."""
     folder = Path(repo)
     if folder.is_dir():
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))], lambda name: folder / name
@@ -101,14 +112,25 @@ def repository(repo: str, spec: str, **where: Any) -> tuple[list[str], Callable[
     from huggingface_hub import errors
 
     try:
-        names = huggingface_hub.list_repo_files(repo)
+        names = huggingface_hub.list_repo_files(repo, **{name: value for name, value in where.items() if name == "token"})
         return names, lambda name: Path(huggingface_hub.hf_hub_download(repo, name, **where))
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise KVCapsuleError(f"{spec}: no such repository, or no access to it") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if (cached := _cached(repo, **where)) is None:
+        raise KVCapsuleError(f"{spec}: the Hub cannot be reached and nothing is cached ({reason})")
+    return cached
+
+
+def _cached(repo: str, **where: Any) -> tuple[list[str], Callable[[str], Path]] | None:
+    """As repository(), of what earlier downloads have left."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        return None
+    import huggingface_hub
+
     try:
-        cached = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **where))
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **where))
     except Exception:
-        raise KVCapsuleError(f"{spec}: the Hub cannot be reached and nothing is cached ({reason})") from None
-    return [path.relative_to(cached).as_posix() for path in sorted(cached.rglob("*.gguf"))], lambda name: cached / name
+        return None
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))], lambda name: folder / name

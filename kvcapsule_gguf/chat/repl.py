@@ -12,10 +12,14 @@ from ..runtime import interrupts
 from ..runtime.errors import ContextFull, KVCapsuleError
 from ..runtime.pictures import Budget, Picture, load, split_dropped, split_pasted, unquoted
 from . import saved, stats
+from .lines import Lines
 from .session import Session, Turn
 
 HELP = """\
 /image PATH   add a picture to the next question (path, http(s) or data URL)
+/images       the pictures of the conversation, and those of the next question
+/drop [N]     leave a picture out of the next question: number N of /images, or the last one
+/regen        ask the last question again
 /undo         take back the last question and its answer
 /save FILE    keep the conversation, pictures and all
 /load FILE    go on with a kept one
@@ -23,8 +27,9 @@ HELP = """\
 /stats        what the cache holds: tokens, slots per tier, MiB before and after
 /help         this list
 /exit         end (also Ctrl-D)
-A picture that is dropped into the line goes with the question too."""
+A picture that is dropped into the line goes with the question too. A line that ends with \\ goes on in the next one."""
 
+COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 COMMAND = re.compile(r"/\w*(\s|$)")  # not the path of a file that was dropped
 
 
@@ -36,6 +41,7 @@ class Repl:
         self.session, self.answer = session, answer
         self.pending = pending  # pictures of the next question
         self.terminal = sys.stdin.isatty()
+        self.lines = Lines(COMMANDS)
         self.status = 0
         self._missing = False  # a picture of the next question
         self._waiting = self._hinted = False
@@ -47,7 +53,7 @@ class Repl:
             while True:
                 try:
                     self._waiting = True
-                    line = _read_line()
+                    line = self._read()
                     self._waiting = False
                     if line is None or self._do(line.strip()):
                         return self.status
@@ -55,13 +61,23 @@ class Repl:
                 except KeyboardInterrupt:
                     self._interrupted()
 
+    def _read(self) -> str | None:
+        """A line, or several where each but the last ends with a backslash; None at the end of the input."""
+        lines: list[str] = []
+        while (line := self.lines.read("| " if lines else "> ")) is not None:
+            line = line.rstrip("\r\n")
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+        return "\n".join(lines) if lines else None
+
     def _interrupted(self) -> None:
         if not self.terminal or (self._waiting and self._hinted):
             raise KeyboardInterrupt
         if not self._waiting:
             note("\ninterrupted" + (f"; {_its(self.pending)} dropped" if self.pending else ""))
             self.pending.clear()
-        elif _typed():
+        elif self.lines.typed():
             note("")
         else:
             self._hinted = True
@@ -79,10 +95,8 @@ class Repl:
                 self._failed("this question is not asked, because its picture is missing")
                 self.pending.clear()
             elif line:
-                turn = self.answer(line, self.pending)
+                self._ask(line, self.pending)
                 self.pending.clear()
-                if turn.finish_reason == "interrupted" and not self.terminal:
-                    raise KeyboardInterrupt
         except ContextFull as error:
             kept = f"; {_its(self.pending)} kept for the next question" if self.pending else ""
             self._failed(f"{error}{kept}")
@@ -92,6 +106,26 @@ class Repl:
             if lost:
                 self.pending.clear()
         return False
+
+    def _ask(self, question: str, pictures: list[Picture]) -> None:
+        turn = self.answer(question, pictures)
+        if turn.finish_reason == "interrupted" and not self.terminal:
+            self.pending.clear()
+            raise KeyboardInterrupt
+
+    def _list(self) -> None:
+        asked = self.session.pictures
+        for number, picture in enumerate([*asked, *self.pending], 1):
+            note(f"{number}: {picture.name}, {picture.width} x {picture.height}{', goes with the next question' if number > len(asked) else ''}")
+        if not asked and not self.pending:
+            note("no pictures")
+
+    def _drop(self, which: str) -> None:
+        n_asked = len(self.session.pictures)
+        number = int(which) if which.isdecimal() else 0 if which else n_asked + len(self.pending)
+        if not n_asked < number <= n_asked + len(self.pending):
+            raise KVCapsuleError("/drop takes a picture out of the next question, by its number in /images" if self.pending else "no picture goes with the next question")
+        note(f"{self.pending.pop(number - n_asked - 1).name}: left out")
 
     def _failed(self, line: str) -> None:
         note(f"error: {line}")
@@ -113,8 +147,15 @@ class Repl:
             self._missing = False
             note("forgotten")
         elif name == "/undo":
-            question = session.undo()
-            note("nothing to take back" if question is None else f"taken back: {question}")
+            last = session.undo()
+            note("nothing to take back" if last is None else f"taken back: {last[0]}")
+        elif name == "/regen":
+            with session.asked_again() as (question, pictures):
+                self._ask(question, pictures)
+        elif name == "/images":
+            self._list()
+        elif name == "/drop":
+            self._drop(rest)
         elif name in ("/save", "/load") and not rest:
             self._failed(f"{name} needs a file")
         elif name == "/save":
@@ -128,8 +169,7 @@ class Repl:
             pending.clear()
             self._missing = False
         elif name == "/stats":
-            taken_back = len(session.state.images) - len(session.pictures) if session.undone else None
-            print(stats.table(session.engine, session.state.images, session.state.n_cells, taken_back), file=sys.stderr)
+            print(stats.table(session.engine, session.state.images, session.state.n_cells, session.taken_back), file=sys.stderr)
         elif name == "/image" and rest and rest != "-":
             self._add(split_pasted(rest))
         elif name == "/image":
@@ -153,30 +193,6 @@ class Repl:
 
 def _its(pictures: list[Picture]) -> str:
     return f"its picture{'s are' if len(pictures) > 1 else ' is'}"
-
-
-def _read_line() -> str | None:
-    """None at the end of the input."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline() or None
-    if sys.stdout.isatty():
-        try:
-            import readline  # noqa: F401  gives input() its history and editing
-        except ImportError:
-            pass
-    else:
-        # input() would write its prompt between the answers
-        print("> ", end="", file=sys.stderr, flush=True)
-    try:
-        return input("> " if sys.stdout.isatty() else "")
-    except EOFError:
-        return None
-
-
-def _typed() -> bool:
-    """Whether there was something in the line that Ctrl-C has ended."""
-    readline = sys.modules.get("readline")
-    return bool(readline and readline.get_line_buffer())
 
 
 @contextmanager

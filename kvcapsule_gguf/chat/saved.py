@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..reuse import container, memory
+from ..reuse.digest import model_digest
 from ..reuse.parts import Item, from_json, positions, to_json
 from ..runtime import interrupts
 from ..runtime.errors import KVCapsuleError
@@ -38,6 +39,8 @@ def save(session: Session, path: Path, ask: Callable[[str], bool] | None = None)
     header = {
         "kind": KIND,
         "binding": engine.binding,
+        "model": [engine.path.name, model_digest(engine.path)],
+        "undone": session.undone,
         "marker": MARKER,
         "messages": session.messages,
         "pictures": [picture.name for picture in session.pictures],
@@ -65,6 +68,8 @@ def load(session: Session, path: Path) -> str:
         pictures = [decode(bytes(blob), budget, str(name)) for name, blob in zip(header["pictures"], blobs[1:], strict=True)]
         items = from_json(header["items"])
         text, pos_max = _marked(header["text"], header["marker"], MARKER), int(header["pos_max"])
+        name, digest = (str(part) for part in header["model"])
+        undone = bool(header["undone"])
         images = [ImageUse.from_json(value) for value in header["images"]]
         if sum(message["content"].count(MARKER) for message in messages) != len(pictures):
             raise ValueError("its pictures are not those of its questions")
@@ -79,9 +84,14 @@ def load(session: Session, path: Path) -> str:
         session.messages, session.pictures = messages, pictures
         ready = _restore(session, header["binding"], items, images, blobs[0], pos_max)
         session.state.text = text if ready else ""
+        session.undone = undone and ready
     turns = sum(message["role"] == "user" for message in messages)
     said = f"{turns} question{'s' * (turns != 1)} and {len(pictures)} picture{'s' * (len(pictures) != 1)}"
-    return f"{said}, ready" if ready else f"{said}; saved with other files or settings, so they are read again with the next question"
+    if ready:
+        return f"{said}, ready"
+    other = digest != model_digest(session.engine.path)
+    why = f"of another model ({name}), whose answers stay in the conversation" if other else "saved with other files or settings"
+    return f"{'warning: ' * other}{said}; {why}: they are read again with the next question"
 
 
 def _restore(session: Session, binding: str, items: list[Item], images: list[ImageUse], blob: memoryview, pos_max: int) -> bool:

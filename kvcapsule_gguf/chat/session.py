@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..runtime import interrupts
@@ -41,10 +42,11 @@ class Session:
         llama = engine.llama
         self.engine = engine
         self.options = options
-        source = llama.llama_model_chat_template(engine.model, None)
+        own = llama.llama_model_chat_template(engine.model, None)
+        source = options.chat_template or (own.decode("utf-8", "replace") if own else None)
         bos, eos = (self._special(token(engine.vocab)) for token in (llama.llama_vocab_bos, llama.llama_vocab_eos))
         adds_bos = llama.llama_vocab_get_add_bos(engine.vocab)
-        self.template = ChatTemplate(source.decode("utf-8", "replace") if source else None, bos, eos, adds_bos)
+        self.template = ChatTemplate(source, bos, eos, adds_bos)
         self.state = Contents(engine)
         self.clear()
 
@@ -56,18 +58,36 @@ class Session:
             self.pictures: list[Picture] = []
             self.undone = False  # the cache holds more than the conversation
 
-    def undo(self) -> str | None:
-        """Takes back the last question, its pictures and its answer; returns the question, None if there is none. The part before stays in the cache."""
+    @property
+    def taken_back(self) -> int | None:
+        """How many of the last pictures in the cache are in the conversation no more, since /undo took them back; None: nothing was taken back."""
+        return len(self.state.images) - len(self.pictures) if self.undone else None
+
+    def undo(self) -> tuple[str, list[Picture]] | None:
+        """Takes back the last question, its pictures and its answer; returns question and pictures, None if there is none. The part before stays in the cache."""
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
             return None
         question = self.messages[asked[-1]]["content"]
+        first = len(self.pictures) - question.count(MARKER)
         with interrupts.deferred():
+            pictures, self.pictures = self.pictures[first:], self.pictures[:first]
             self.messages = self.messages[: asked[-1]]
-            del self.pictures[len(self.pictures) - question.count(MARKER) :]
             self.state.text = ""
             self.undone = True
-        return question.replace(MARKER, "")
+        return question.replace(MARKER, ""), pictures
+
+    @contextmanager
+    def asked_again(self) -> Iterator[tuple[str, list[Picture]]]:
+        """The last question and its pictures, taken back; an exception inside puts them and the answer back. Raises KVCapsuleError if there is none."""
+        before = self.messages, self.pictures
+        if (last := self.undo()) is None:
+            raise KVCapsuleError("there is no question yet")
+        try:
+            yield last
+        except BaseException:
+            self.messages, self.pictures = before
+            raise
 
     def ask(self, question: str, pictures: list[Picture], on_text: Callable[[str], None], keep_part: bool = False) -> Turn:
         """Streams the answer to `on_text`. Raises KVCapsuleError and KeyboardInterrupt; the conversation is then as it was before. keep_part: once the answer

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..chat.files import check_model, find_mmproj
+from ..chat.capsules import beside
+from ..chat.files import AUTO, BUILT_IN, check_model, find_mmproj
 from ..runtime import interrupts, program
 from ..runtime.timing import Progress
 from . import settings, suites
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p = program.Parser("kvcapsule-eval", description="Answers of a model with a compressed cache against its own with an f16 cache.")
     p.add_argument("model", type=Path, metavar="MODEL", help="GGUF file of the model")
     p.add_argument("--mmproj", type=Path, metavar="FILE", help="vision projector (default: mmproj*.gguf beside the model)")
-    p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE|built-in", help="a capsule to measure; may be given several times")
+    p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE|auto|built-in|off", help="a capsule to measure; may be given several times (default: auto, as in kvcapsule-chat; off: none)")
     p.add_argument("--quality", type=_qualities, default=[], metavar="Q,Q,...", help="qualities of the capsules (default: each capsule's own)")
     p.add_argument("--ratio", type=_ratios, default=[], metavar="R,R,...", help="tiers of the capsules, by the share of the bytes that they save (default: none)")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes", help="pictures and questions (default: %(default)s)")
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> dict:
         raise EvalError("no projector: give it with --mmproj")
     names = [name for name in args.against.split(",") if name not in ("", "f16", settings.FLOOR.name)]
     todo = [settings.Setting("f16"), settings.FLOOR, *settings.rivals(names)]
-    for capsule in args.capsule:
+    for capsule in named_capsules(args.capsule, args.model, mmproj):
         todo += settings.capsules(capsule, args.quality, args.ratio)
     if len({s.name for s in todo}) < len(todo):  # two files
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
@@ -122,6 +123,17 @@ def run(args: argparse.Namespace) -> dict:
         return as_json(result)
     finally:
         vlm.close()
+
+
+def named_capsules(named: list[Path], model: Path, mmproj: Path) -> list[Path]:
+    """Raises KVCapsuleError."""
+    found = []
+    for path in named or [Path(AUTO)]:
+        if str(path) == AUTO:
+            path = beside(model, mmproj) or Path(BUILT_IN)
+        if str(path) != "off":
+            found.append(path)
+    return found
 
 
 def without_drop(todo: list[settings.Setting], asked: bool) -> list[settings.Setting]:

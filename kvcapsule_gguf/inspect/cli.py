@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..format.reader import has_capsule
 from ..format.tile_capsule import read_tile_capsule
 from ..plot import Panel, Series, draw
 from ..runtime import program
 from . import report
+from .builtin import builtin_of
 
 
 def parser() -> argparse.ArgumentParser:
     p = program.Parser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
-    p.add_argument("file", type=Path, metavar="FILE", help="a capsule, or an mmproj with one inside")
+    p.add_argument("file", type=Path, metavar="FILE", help="a capsule, an mmproj with one inside, or a model, for its built-in capsule")
     p.add_argument("--json", action="store_true", help="machine-readable, instead of the text")
     p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits by layer")
     return p
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    data = report.as_json(args.file, read_tile_capsule(args.file))
+    builtin = builtin_of(args.file) if not has_capsule(args.file) else None
+    data = report.as_json(args.file, builtin or read_tile_capsule(args.file)) | ({"builtin": True} if builtin else {})
     if args.plot:
         draw(args.plot, panels(data))
     print(json.dumps(data, indent=1) if args.json else report.text(data))

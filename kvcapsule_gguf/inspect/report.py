@@ -37,7 +37,9 @@ def _tier(capsule: TileCapsule, t: int) -> dict[str, Any]:
     tables = np.concatenate([table[t].ravel() for x in capsule.layers for table in (x.k_table, x.v_table)])
     return {
         "times_smaller": round(capsule.smaller[t], 2),
+        "ratio": round(1 - 1 / capsule.smaller[t], 4),
         "by_quality": t >= capsule.first_tier,
+        "bytes_per_token": round(capsule.slot_bytes(t) / 64, 1),
         "bytes_per_tile": capsule.slot_bytes(t),
         "bytes_per_tile_f16": capsule.f16_bytes(),
         "blocks": {{F16: "f16", F32: "f32"}.get(b, f"{b} bits"): int(n) for b, n in zip(*np.unique(tables, return_counts=True))},
@@ -71,15 +73,15 @@ def head_lines(data: dict[str, Any]) -> list[str]:
 def text(data: dict[str, Any]) -> str:
     axes = sum(x["value_axes"] for x in data["layers"])
     lines = [
-        *head_lines(data),
+        *([f"the built-in capsule of {data['file']}", head_lines(data)[1]] if data.get("builtin") else head_lines(data)),
         f"tiles: 8 x 8 tokens; {len(data['layers'])} layers, {axes} of them with axes of values",
         "",
-        f"{'smaller':>8} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits (*: --ratio alone takes it)",
+        f"{'smaller':>8} {'ratio':>7} {'bytes/token':>12} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits (*: --ratio alone takes it)",
     ]
     for tier in data["tiers"]:
         blocks = ", ".join(f"{n} {name}" for name, n in tier["blocks"].items())
         mark = " " if tier["by_quality"] else "*"
-        lines.append(f"{tier['times_smaller']:>7.2f}x{mark}{tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
+        lines.append(f"{tier['times_smaller']:>7.2f}x{mark}{tier['ratio']:>7.3f} {tier['bytes_per_token']:>12.1f} {tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
     lines += ["", "bits of a key (K) and of a value (V), by layer, for each tier", "layer " + " ".join(f"{tier['times_smaller']:>10.2f}x" for tier in data["tiers"])]
     for i, x in enumerate(data["layers"]):
         each = [tier["layers"][i] for tier in data["tiers"]]

@@ -102,19 +102,23 @@ class Capsule:
         self.close()
 
 
+CANNOT_ATTACH = "can not attach the capsule: "
 ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsule.cpp
 
 
 @dataclass(frozen=True)
 class Attachment:
     """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
-    q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality."""
+    q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality.
+    image_tokens: of each picture, where all have the same number, 0 = not known; otherwise: is told why a context cannot have the capsule, which is then made without."""
 
     capsule: Capsule | None
     n_hot: int = 0
     quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = True
+    image_tokens: int = 0
+    otherwise: Callable[[str], None] | None = None
 
 
 def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
@@ -125,8 +129,13 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw = lib.llama_capsule_context_default_params()
     raw.size = c.sizeof(raw)
     raw.capsule = wanted.capsule.handle
-    raw.n_hot, raw.quality, raw.ratio, raw.auto_compress = wanted.n_hot, wanted.quality, wanted.ratio, wanted.auto_compress
-    return lib.llama_capsule_init_from_model(model, params, raw)
+    raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
+    raw.auto_compress, raw.image_tokens = wanted.auto_compress, wanted.image_tokens
+    ctx = lib.llama_capsule_init_from_model(model, params, raw)
+    if not ctx and wanted.otherwise is not None and (said := last_error()).startswith(CANNOT_ATTACH):
+        wanted.otherwise(said.removeprefix(CANNOT_ATTACH))
+        return load().llama.llama_init_from_model(model, params)
+    return ctx
 
 
 def why_no_context(model: int, n_ctx: int, with_capsule: bool, said: str) -> str:

@@ -323,8 +323,10 @@ LLAMA = {
     "llama_sampler_init_dist": (c.POINTER(llama_sampler), [c.c_uint32]),
     "llama_sampler_init_top_k": (c.POINTER(llama_sampler), [c.c_int32]),
     "llama_sampler_init_top_p": (c.POINTER(llama_sampler), [c.c_float, c.c_size_t]),
+    "llama_sampler_init_min_p": (c.POINTER(llama_sampler), [c.c_float, c.c_size_t]),
     "llama_sampler_init_temp": (c.POINTER(llama_sampler), [c.c_float]),
     "llama_sampler_init_grammar": (c.POINTER(llama_sampler), [c.c_void_p, c.c_char_p, c.c_char_p]),
+    "llama_sampler_init_penalties": (c.POINTER(llama_sampler), [c.c_int32, c.c_int32, c.c_float, c.c_float, c.c_float]),
     "llama_sampler_sample": (llama_token, [c.POINTER(llama_sampler), c.c_void_p, c.c_int32]),
     "llama_log_set": (None, [ggml_log_callback, c.c_void_p]),
 }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..chat import capsules
+from ..chat.args import number
 from ..runtime.program import Parser
 
 DEFAULT_CTX = 16384
@@ -21,10 +23,10 @@ class Options:
     model: Path | None = None
     hf_repo: str | None = None
     mmproj: Path | None = None
-    capsule: str = "auto"  # auto, built-in, off or a file
+    capsule: str = "auto"  # auto, built-in, off or a file; files.NO_FILE
     n_hot: int = 0
-    quality: float = 0.0
-    ratio: float = 0.0
+    quality: float | None = None
+    ratio: float | None = None
     n_ctx: int | None = None  # None = DEFAULT_CTX or the model's, if that is less
     parallel: int = 4
     host: str = "127.0.0.1"
@@ -49,21 +51,21 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
         epilog="All other flags are llama-server's: kvcapsule_gguf/lib/bin/llama-server --help",
     )
 
-    def add(*flags: str, help: str, env: str | None = None, **rest: Any) -> None:
+    def add(*flags: str, help: str, env: str | None = None, also: str = "", **rest: Any) -> None:
         if env:
             help += f" (env: {env})"
-            if environ.get(env):
-                rest["default"] = environ[env]
+            if value := environ.get(env) or environ.get(also):
+                rest["default"] = value
         p.add_argument(*flags, help=help, **rest)
 
     add("positional", nargs="?", type=Path, metavar="MODEL", help="GGUF file of the model")
     add("-m", "--model", type=Path, metavar="FILE", help="the same as MODEL (env: LLAMA_ARG_MODEL)")
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="take model, mmproj and capsule from the Hugging Face Hub (env: LLAMA_ARG_HF_REPO)")
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
-    add("--capsule", metavar="FILE|auto|built-in|off", default=environ.get("LLAMA_KVCAPSULE") or "auto", env="LLAMA_ARG_CAPSULE", help="as in kvcapsule-chat (default: auto)")
-    add("--hot", dest="n_hot", type=int, metavar="N", default=0, env="LLAMA_ARG_HOT", help="cells of the uncompressed cache, shared by all slots (default: a picture for each slot + max(2048, context/4))")
-    add("--quality", type=float, metavar="Q", default=0.0, env="LLAMA_ARG_QUALITY", help="as in kvcapsule-chat (default: the capsule's)")
-    add("--ratio", type=float, metavar="R", default=0.0, env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality")
+    add("--capsule", metavar="FILE|auto|built-in|off", default="auto", env="LLAMA_ARG_CAPSULE", help="as in kvcapsule-chat (default: auto)")
+    add("--hot", dest="n_hot", type=number(int, 0), metavar="N", default=0, env="LLAMA_ARG_HOT", also="LLAMA_KVCAPSULE_HOT", help="cells of the uncompressed cache, shared by all slots (default: a picture for each slot + max(2048, context/4))")
+    add("--quality", type=number(float, 0, 100, above=True), metavar="Q", env="LLAMA_ARG_QUALITY", also="LLAMA_KVCAPSULE_QUALITY", help="as in kvcapsule-chat (default: the capsule's)")
+    add("--ratio", type=number(float, 0, 1, above=True), metavar="R", env="LLAMA_ARG_RATIO", also="LLAMA_KVCAPSULE_RATIO", help="share of a picture's cache to save, in place of --quality")
     add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")
     add("-np", "--parallel", type=int, metavar="N", default=4, env="LLAMA_ARG_N_PARALLEL", help="slots (default: 4)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", env="LLAMA_ARG_HOST", help="address to listen on (default: 127.0.0.1)")
@@ -109,12 +111,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
         options.hf_repo = get("LLAMA_ARG_HF_REPO") if options.model is None else None
     if (options.model is None) == (options.hf_repo is None):
         p.error("give a model file" if options.model is None else "give a model file or -hf, not both")
-    numbers = (options.n_hot, options.quality, options.ratio, options.drain_s, options.max_megapixels)
+    numbers = (options.drain_s, options.max_megapixels)
     limits = (options.parallel, options.max_body_mib, options.max_image_mib, options.max_megapixels, options.max_images)
     if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or min(limits) <= 0 or not 0 <= options.port <= 65535:
         p.error("a limit or size is out of range")
-    if options.quality and options.ratio:
-        p.error("give --quality or --ratio, not both: a ratio is one tier for everything")
+    options.capsule = capsules.from_variables(options.capsule, environ)
+    capsules.check_amount(p, options, {name for name, value in vars(parser({}).parse_known_args(argv)[0]).items() if value is not None})
     if any(flag.partition("=")[0] in NOT_HERE for flag in rest):
         p.error(f"{' and '.join(NOT_HERE)} are not for this server")
     return options

@@ -64,7 +64,7 @@ def serve(options: Options, stop: threading.Event) -> None:
         gateway.start()
         host, port = gateway.server_address[:2]
         shown = f"[{host}]" if ":" in str(host) else host
-        say(f"listening on http://{shown}:{port} ({upstream.capsule_name()}, {options.parallel} slots{', API key' if options.api_keys else ''})")
+        say(f"listening on http://{shown}:{port} ({upstream.capsule_name()}; {options.parallel} slots{', API key' if options.api_keys else ''})")
         while not stop.wait(0.2):
             upstream.tend()
         say("stopping: running answers are finished first")

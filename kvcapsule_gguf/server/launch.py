@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ..chat import files, hub
-from ..chat.engine import train_command
+from ..chat import capsules, files, hub
 from ..format.base_model import read_base_model
 from ..format.capsule import CapsuleError
 from ..format.fingerprint import fingerprint_of
 from ..format.gguf_header import GGUFError, read_header
-from ..format.projector import check_projector
+from ..format.projector import check_projector, fixed_tokens
 from ..native.library import library_dir
 from ..runtime import program
 from ..runtime.errors import KVCapsuleError
@@ -35,7 +34,6 @@ STARTS = 5  # llama-server is given up when it has ended so many times in a row
 YOUNG_S = 10.0  # an end so soon after it was ready is one of a row
 PAUSE_S = 1.0  # before its second start in a row; before each further one twice as long
 KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH")  # no flag says these
-LIBRARY_BUILT_IN = "auto"  # the built-in capsule, in LLAMA_KVCAPSULE
 LINE = re.compile(r"(?:[\d.]+ (?P<level>[A-Z]) )?(?P<text>.*)")  # of its log: time and level, except where it is about to abort
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 _libc = ctypes.CDLL(None) if os.name != "nt" else None
@@ -161,8 +159,9 @@ class Upstream:
     def _find_capsule(self) -> str | None:
         """What LLAMA_KVCAPSULE is to say; None: nothing."""
         setting = self.options.capsule
+        optional = setting in (files.AUTO, files.NO_FILE)
         if setting == "off" or self.mmproj is None:
-            if setting not in ("off", "auto"):
+            if setting != "off" and not optional:
                 raise KVCapsuleError("a capsule needs a vision projector: give it with --mmproj, or put mmproj*.gguf beside the model")
             return None
         try:
@@ -171,25 +170,23 @@ class Upstream:
                 check_projector(self.mmproj, base.rope_type in ("mrope", "imrope"))
             architecture, fingerprint = base.architecture, fingerprint_of(base)
         except CapsuleError as error:
-            if setting == "auto":
-                self.say(f"{error}; pictures stay uncompressed")
-                return None
+            if optional or setting == files.BUILT_IN:
+                if optional:
+                    self.say(capsules.uncompressed(str(error)))
+                    return None
+                raise
             architecture = fingerprint = ""
-        if setting == files.BUILT_IN:
-            return LIBRARY_BUILT_IN
-        path = files.find_capsule(setting, self.model, self.mmproj, architecture, fingerprint)
-        if path is None:
-            self.say(f"no capsule for this model, pictures stay uncompressed; train one: {train_command(self.model, self.mmproj)}")
-        elif setting != "auto" and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
+        path = None if setting in (files.BUILT_IN, files.NO_FILE) else files.find_capsule(setting, self.model, self.mmproj, architecture, fingerprint)
+        if path is not None and not optional and (info := files.read_info(path)) is not None and not info.damaged and not info.fits(architecture, fingerprint):
             # llama-server would go on without it
             raise KVCapsuleError(f"{path} is a capsule for another model")
-        return None if path is None else str(path)
+        return files.AUTO if path is None else str(path)
 
     def capsule_name(self) -> str:
         """For people."""
         if self.capsule is None:
             return "no capsule"
-        return "built-in capsule" if self.capsule == LIBRARY_BUILT_IN else f"capsule {Path(self.capsule).name}"
+        return capsules.described(None if self.capsule == files.AUTO else Path(self.capsule), self.options.quality, self.options.ratio)
 
     def _flags(self) -> list[str]:
         options = self.options
@@ -228,6 +225,8 @@ class Upstream:
         if self.capsule is not None:
             env["LLAMA_KVCAPSULE"] = self.capsule
             env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot or self._hot())
+            if self.mmproj is not None and (tokens := fixed_tokens(self.mmproj)):
+                env["LLAMA_KVCAPSULE_IMAGE_TOKENS"] = str(tokens)
             for name, value in (("QUALITY", self.options.quality), ("RATIO", self.options.ratio)):
                 if value:
                     env[f"LLAMA_KVCAPSULE_{name}"] = str(value)
@@ -239,6 +238,8 @@ class Upstream:
             self.lines.append(line)
             if self.options.verbose:
                 program.say(line)
+            elif "can not attach the capsule" in line:  # a warning, and the model goes without it
+                self.say(line.partition(": ")[2])
 
 
 def _end_with_parent() -> None:

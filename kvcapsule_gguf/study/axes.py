@@ -1,6 +1,6 @@
 """One table for each choice of format v2: everything else as decided, one thing changed (docs/reference/format-v2.md says what was chosen, and why).
 
-Errors are those of rotated q4_0 on the vision cells times the figure: `KLD` of forced answers with a 95 % interval over pictures (study/divergence.py),
+Errors are those of rotated q4_0 on the vision cells times the figure: `KLD` of forced answers with a 95 % interval over pictures, and the geometric mean over pictures (study/divergence.py),
 `attention` as study/measure.py defines it, of keys alone and of values alone.
 """
 
@@ -24,7 +24,7 @@ from ..train.source import KVSample
 from ..train.tables import Tables, builtin_tables, fit_tables
 from . import methods, stock
 from .decoder import Cache, Cells, Decoder
-from .divergence import Answers, paired, picture_only
+from .divergence import Answers, paired, picture_only, typical
 from .measure import Measure, RoundTrip, rotated
 from .pictures import Asked
 
@@ -134,8 +134,9 @@ class Bench:
         cells = []
         for n, (name, (smaller, way)) in enumerate(stored.items()):
             suite = self.suites[name]
-            ratio, low, high = paired(suite.divergence(way), suite.rival)
-            cells.append(f"{smaller:.2f}x | {ratio:.2f} ({low:.2f} to {high:.2f})")
+            kld = suite.divergence(way)
+            ratio, low, high = paired(kld, suite.rival)
+            cells.append(f"{smaller:.2f}x | {ratio:.2f} ({low:.2f} to {high:.2f}); {typical(kld, suite.rival):.2f}")
             if n == 0:
                 cells.append(" | ".join(f"{e:.2f}" for e in suite.measure(way)))
         return f"| {label} | {' | '.join(cells)} |"
@@ -182,13 +183,16 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
         for tables in fit_tables(fitted, [16 / x for x in at], **({"types": TYPES} | options)):  # type: ignore[arg-type]
             yield bench.row(label, tests, [tables])
 
-    def by_tile(label: str, coding: tuple[Coded, dict[str, Coded]], **options: object) -> Iterator[str]:
+    def by_tile(label: str, coding: tuple[Coded, dict[str, Coded]], keys: float = 1, **options: object) -> Iterator[str]:
         """A tier for each tile by its error over q4_0's, with the limit that makes the first suite so many times smaller."""
+        def way(c: Coded, t: Tables) -> np.ndarray:
+            return rival_scores(c, t, keys)
+
         fitted, tests = coding
         tables = fit_tables(fitted, [16 / x for x in SMALLER[BY_QUALITY:]], types=TYPES, **options)  # type: ignore[arg-type]
         for size in sizes:
-            limit = matched(tables, rival_scores, next(iter(tests.values())), size)
-            yield bench.row(f"{label}, a tier for each tile", tests, tables, smallest(tables, rival_scores, limit))
+            limit = matched(tables, way, next(iter(tests.values())), size)
+            yield bench.row(f"{label}, a tier for each tile", tests, tables, smallest(tables, way, limit))
 
     if axis == "stock":
         for keys, values in (("q4_0", "q4_0"), ("iq4_nl", "iq4_nl"), ("q5_0", "q4_0"), ("q8_0", "q4_0"), ("q8_0", "q8_0")):
@@ -211,6 +215,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             weight = {x: times if x[0] == "k" else 1 for x in fitted.energy}
             yield from fixed(f"keys count {times:g} times", weight=weight)
             yield from by_tile(f"keys count {times:g} times", bench.default(), weight=weight)
+        yield from by_tile("keys count 2 times, in the score as well", bench.default(), keys=2)
         plain = bench.plain()
         for more in (0, 0.25, 0.5):
             yield bench.row(f"built in, {2 * more:g} bits more for keys than for values", plain, [builtin_tables(model, 4.25, more)])

@@ -87,3 +87,9 @@ def paired(a: np.ndarray, b: np.ndarray, rounds: int = 2000, seed: int = 0) -> t
     pick = np.random.default_rng(seed).integers(0, len(a), (rounds, len(a)))
     ratio = a[pick].mean(1) / b[pick].mean(1)
     return float(a.mean() / b.mean()), *(float(x) for x in np.quantile(ratio, (0.025, 0.975)))
+
+
+def typical(a: np.ndarray, b: np.ndarray) -> float:
+    """The geometric mean of a / b over pictures: what a few of them with large divergences do not decide."""
+    least = 1e-9
+    return float(np.exp(np.mean(np.log(np.maximum(a, least) / np.maximum(b, least)))))

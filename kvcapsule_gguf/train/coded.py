@@ -263,9 +263,10 @@ def scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> 
     return np.mean([e / energy[x] for x, e in tile_errors(coded, tables).items()], 0)
 
 
-def rival_scores(coded: Coded, tables: dict) -> np.ndarray:
-    """f64 [T]: the same in units of rotated q4_0's error on the same tile."""
-    return np.mean([e / np.maximum(coded.rival[x], 1e-20) for x, e in tile_errors(coded, tables).items()], 0)
+def rival_scores(coded: Coded, tables: dict, keys: float = 1) -> np.ndarray:
+    """f64 [T]: the same in units of rotated q4_0's error on the same tile. keys: how often a key's error counts (the study's)."""
+    parts = [(keys if x[0] == "k" else 1, e / np.maximum(coded.rival[x], 1e-20)) for x, e in tile_errors(coded, tables).items()]
+    return np.average([e for _, e in parts], 0, [w for w, _ in parts])
 
 
 def quality_scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> np.ndarray:

@@ -53,31 +53,49 @@ static llama_capsule_memory * capsule_get(const llama_context & lctx) {
 //
 
 static void capsule_check_request(const capsule_request & req) {
-    if (!std::isfinite(req.ratio) || !std::isfinite(req.quality) || req.quality < 0.0f) {
-        throw std::runtime_error(std::isfinite(req.ratio) ? "the quality is not a positive number" : "the ratio is not a finite number");
+    if (!std::isfinite(req.quality) || req.quality < 0.0f) {
+        throw std::runtime_error("the quality is not a positive number");
+    }
+    if (!(req.ratio <= 1.0f) || !std::isfinite(req.ratio)) { // a lossless tier saves less than nothing
+        throw std::runtime_error("the ratio is not a number of at most 1");
     }
     if (req.quality > 0.0f && req.ratio > 0.0f) {
         throw std::runtime_error("a quality and a ratio are given: a ratio is one tier for everything, so give one of them");
     }
+    const float largest = 1.0f - 1.0f/req.tables->smaller[0];
+    if (req.ratio > std::max(0.0f, largest + 0.005f)) { // the names of tiers are rounded
+        throw std::runtime_error(format("the ratio %.3f is above the largest of this capsule, %.3f (%.2f times smaller)", req.ratio, largest, req.tables->smaller[0]));
+    }
 }
 
-// for programs that know nothing of capsules: LLAMA_KVCAPSULE=auto|FILE, _HOT=N, _QUALITY=Q or _RATIO=R
+// for programs that know nothing of capsules: LLAMA_KVCAPSULE=auto|FILE, _HOT=N, _IMAGE_TOKENS=N, _QUALITY=Q or _RATIO=R
 static std::optional<capsule_request> capsule_request_from_env(const llama_model & model) {
     const char * path = getenv("LLAMA_KVCAPSULE");
     if (!path || !*path) {
         return {};
     }
 
-    auto number = [](const char * name) {
+    auto number = [](const char * name, double most) {
         const char * value = getenv(name);
-        return value ? (float) atof(value) : 0.0f;
+        if (!value || !*value) {
+            return 0.0;
+        }
+        char * end = nullptr;
+        const double number = strtod(value, &end);
+        if (*end || !(number > 0.0 && number <= most)) {
+            throw std::runtime_error(format("%s=%s is not a number above 0 and up to %g", name, value, most));
+        }
+        return number;
     };
 
-    capsule_request res = { nullptr, 0, 0, number("LLAMA_KVCAPSULE_QUALITY"), number("LLAMA_KVCAPSULE_RATIO"), true };
-
-    if (const char * hot = getenv("LLAMA_KVCAPSULE_HOT")) {
-        res.n_hot = std::max(0, atoi(hot));
-    }
+    capsule_request res = {
+        nullptr,
+        (uint32_t) number("LLAMA_KVCAPSULE_HOT", 1 << 30),
+        (uint32_t) number("LLAMA_KVCAPSULE_IMAGE_TOKENS", 1 << 20),
+        (float) number("LLAMA_KVCAPSULE_QUALITY", 100),
+        (float) number("LLAMA_KVCAPSULE_RATIO", 1),
+        true,
+    };
 
     try {
         res.tables = strcmp(path, "auto") == 0 ? llama_capsule_tables_builtin(model) : llama_capsule_tables_load(model, path);
@@ -101,7 +119,7 @@ void llama_capsule_refuse(const std::string & reason) {
 // logical cells -> cells of the hot cache
 static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams & hparams, const llama_cparams & cparams) {
     const uint32_t n_ctx   = cparams.n_ctx_seq;
-    const uint32_t n_image = req.image_tokens > 0 ? req.image_tokens : 4096;
+    const uint32_t n_image = 4096; // also with smaller ones: text needs the room that they leave
 
     uint32_t n_hot = std::min(n_ctx, req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4));
 
