@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..reuse.prefixes import DEFAULT_MIB
-from ..runtime.pictures import split_listed
 from ..runtime.errors import KVCapsuleError
+from ..runtime.pictures import split_listed
 from ..runtime.program import Parser
 from . import capsules, files
 
