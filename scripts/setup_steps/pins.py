@@ -19,7 +19,8 @@ IDENTITY = {
     "tools/mtmd/mtmd.h": "b0f1ba884e8688980789f0547147d2b7330d65772ebac8f36c0dbb8ece7cf7d0",
 }
 
-REQUIREMENTS = ["numpy", "gguf", "huggingface-hub", "pillow>=11.3", "jinja2", "tqdm", "typing-extensions", "diskcache", "uvicorn>=0.30", "httpx2", "pytest", "hypothesis", "pycparser", "hatchling>=1.26"]
+REQUIREMENTS = ["numpy", "gguf", "huggingface-hub", "pillow>=11.3", "jinja2", "tqdm", "typing-extensions", "diskcache",
+                "uvicorn>=0.30", "httpx2", "pytest", "hypothesis", "pycparser", "hatchling>=1.26"]
 TRAIN_REQUIREMENTS = ["torch==2.13.0", "safetensors>=0.4", "onnx>=1.16", "pypdfium2>=4.30"]  # the last two for scripts/real_decoder
 # for the tests of the servers only: what llama-cpp-python's extra `server` names, and the client that most people use
 SERVER_REQUIREMENTS = ["openai>=1.50", "fastapi>=0.100.0", "uvicorn>=0.22.0", "sse-starlette>=1.6.1", "starlette-context>=0.3.6,<0.4", "pydantic-settings>=2.0.1", "PyYAML>=5.1"]
