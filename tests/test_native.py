@@ -167,7 +167,7 @@ def test_context_stats_and_reading_the_cache(models, capsules) -> None:
     code = """
 capsule = native.Capsule.load(model, sys.argv[2])
 params = L.llama_context_default_params(); params.n_ctx = 512
-ctx = native.init_context(model, params, native.Attachment(capsule, n_hot=256, ratio=0.5))
+ctx = native.init_context(model, params, native.Attachment(capsule, n_hot=256, quality=0.5))
 assert native.is_attached(ctx), native.last_error()
 tokens = (L.llama_token * 5)(1, 2, 3, 4, 5)
 assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, 5)) == 0
