@@ -176,13 +176,13 @@ def test_a_capsule_has_the_licence_of_its_model(capsule, tmp_path, said, kept):
     assert read_tile_capsule(path).provenance["license"] == said
 
 
-def test_training_writes_format_2(tmp_path):
+def test_training_writes_a_capsule(tmp_path):
     library("patched")
     from kvcapsule_gguf.chat.files import demo_folder, model_in
     from kvcapsule_gguf.train.cli import main
 
     out = tmp_path / "two.gguf"
-    assert main([str(model_in(demo_folder())), "--format", "2", "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
+    assert main([str(model_in(demo_folder())), "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
     capsule = read_tile_capsule(out)
     assert len(capsule.layers) == 8 and capsule.provenance["images"] == 4
     assert capsule.smaller == pytest.approx(SMALLER, rel=0.02)
