@@ -11,6 +11,8 @@ from typing import Any
 
 from kvcapsule_gguf.native.library import find_library
 
+__all__ = ["L"]
+
 
 def _made(file: Path, folder: Path) -> SimpleNamespace:
     declared: dict[str, Any] = {}
