@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as L
 import numpy as np
+from llama_api import L
 
 from kvcapsule_gguf.bench.fill import state_hash
 from kvcapsule_gguf.native.devices import Devices
@@ -371,6 +371,28 @@ class Context:
                 rc = self.decode(len(part), pos, [seq] * len(part), None if vision else np.array([c[3] for c in part]), embd)
                 if rc:
                     raise Failed(f"llama_decode returned {rc}")
+
+    def do_mixed(self, values, found, parts, seq):
+        """For models with plain positions."""
+        batch, n = L.llama_batch_ext_init(self.ctx), 0
+        rows: list[tuple[int | None, np.ndarray | None]] = []
+        for part in parts:
+            rows += [(token, None) for token in part["tokens"]] if part["op"] == "text" else [(None, row) for row in image_rows(part["seed"], part["h"] * part["w"], self.n_embd)]
+        for token, row in rows:
+            if row is None:
+                at = L.llama_batch_ext_add_token(batch, seq, token)
+            else:
+                row = np.ascontiguousarray(row, np.float32)
+                at = L.llama_batch_ext_add_embd(batch, seq, L.llama_embd(row.ctypes.data_as(FLOAT_P), 1, self.n_embd))
+            L.llama_batch_ext_set_pos(batch, at, ctypes.byref(ctypes.c_int32(self.next.get(seq, 0) + n)))
+            L.llama_batch_ext_set_output_logits(batch, at, True)
+            n += 1
+        rc = L.llama_process(self.ctx, 1, batch)  # LLAMA_PROCESS_TYPE_DECODE
+        L.llama_batch_ext_free(batch)
+        if rc == 0:
+            found["logits"] = self.logits(n)
+            self.next[seq] = self.next.get(seq, 0) + n
+        return self.check(rc, False, values, found)
 
     # --- sequences ---
 

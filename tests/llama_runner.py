@@ -51,6 +51,11 @@ def image_file(path: Path, h: int, w: int, seq: int = 0) -> Step:
     return {"op": "image", "h": h, "w": w, "file": str(path), "seq": seq, "may_fail": False}
 
 
+def mixed(*parts: Step, seq: int = 0) -> Step:
+    """Decodes texts and images, steps as text() and image() give them, in one batch."""
+    return {"op": "mixed", "parts": list(parts), "seq": seq}
+
+
 def compress(seq: int = 0, p0: int = 0, p1: int = ALL) -> Step:
     return {"op": "compress", "seq": seq, "p0": p0, "p1": p1}
 

@@ -1,6 +1,7 @@
 #include "capsule/model/kv.h"
 
 #include "capsule/util/floats.h"
+#include "capsule/util/upstream.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -89,8 +90,8 @@ ggml_type llama_capsule_kv::type_k() const { return kv.type_k(); }
 ggml_type llama_capsule_kv::type_v() const { return kv.type_v(); }
 
 bool llama_capsule_kv::v_trans() const { return kv.v_trans; }
-bool llama_capsule_kv::rot_k()   const { return kv.attn_rot_k; }
-bool llama_capsule_kv::rot_v()   const { return kv.attn_rot_v; }
+bool llama_capsule_kv::rot_k()   const { return LLAMA_CAPSULE_ROT_K(kv); }
+bool llama_capsule_kv::rot_v()   const { return LLAMA_CAPSULE_ROT_V(kv); }
 
 //
 // llama_capsule_kv::reader
@@ -185,7 +186,7 @@ void llama_capsule_kv::reader::read_k(uint32_t i_head, size_t first, size_t n, f
     for (size_t i = 0; i < n; ++i) {
         llama_capsule_to_float(t->type, row(k, t, first + i, i_head*d), dst + i*ld, d);
 
-        if (kv.attn_rot_k) {
+        if (LLAMA_CAPSULE_ROT_K(kv)) {
             // see llama_kv_cache::build_input_k_rot()
             llama_capsule_hadamard(dst + i*ld, llama_capsule_hadamard_size(kv.n_embd_head_k_all), d);
         }
@@ -220,7 +221,7 @@ void llama_capsule_kv::reader::read_v(uint32_t i_head, size_t first, size_t n, f
     for (size_t i = 0; i < n; ++i) {
         llama_capsule_to_float(t->type, row(v, t, first + i, i_head*d), dst + i*ld, d);
 
-        if (kv.attn_rot_v) {
+        if (LLAMA_CAPSULE_ROT_V(kv)) {
             // see llama_kv_cache::build_input_v_rot()
             llama_capsule_hadamard(dst + i*ld, 64, d);
         }
