@@ -12,6 +12,7 @@ from conftest import library
 from damages import ACCEPTED, DAMAGES, STR
 from hypothesis import HealthCheck, given, settings, strategies as st
 from make_capsule import MIXED, old_capsule, random_capsule
+from tile_damages import NEEDS_THE_MODEL
 from tiny_gguf import TinyModel, rewrite, weights
 
 from kvcapsule_gguf.format.base_model import read_base_model
@@ -75,7 +76,7 @@ def refusal(path) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", [n for n in DAMAGES if n not in NEEDS_THE_MODEL])
 def test_refused(good, tmp_path, name):
     damage, reason = DAMAGES[name]
     bad = tmp_path / "bad.gguf"

@@ -130,6 +130,7 @@ def tensors_of(x: TileLayer) -> dict[str, np.ndarray]:
 
 def validate_base(c: TileCapsule, n_layers: int) -> None:
     """Everything but layers and tensors. Raises Invalid."""
+    need(c.base.architecture != "", f"{PREFIX}base.architecture is empty")
     need(c.base.rope_type in ROPE_TYPES, f"{PREFIX}base.rope.type is not one of {', '.join(ROPE_TYPES)}")
     need(re.fullmatch("[0-9a-f]{64}", c.base.fingerprint) is not None, f"{PREFIX}base.fingerprint is not 64 hex digits")
     need(1 <= len(c.smaller) <= MAX_TIERS, f"{PREFIX}smaller has {len(c.smaller)} tiers, not 1..{MAX_TIERS}")
