@@ -2,6 +2,7 @@
 
 #include "half.h"
 #include "quantize.h"
+#include "vec.h"
 
 #include <cmath>
 #include <cstring>
@@ -9,27 +10,6 @@
 //
 // ggml_capsule_read() with vectors, for code that is built for an instruction set (ggml-cpu)
 //
-
-// 16 lanes
-#if defined(__GNUC__)
-typedef float capsule_vec __attribute__((vector_size(64), aligned(4), may_alias));
-#else
-struct capsule_vec {
-    float x[GGML_CAPSULE_LANES];
-
-    template<typename F>
-    static capsule_vec map(F f) {
-        capsule_vec res;
-        for (int i = 0; i < GGML_CAPSULE_LANES; ++i) {
-            res.x[i] = f(i);
-        }
-        return res;
-    }
-    capsule_vec operator+(const capsule_vec & y) const { return map([&](int i) { return x[i] + y.x[i]; }); }
-    capsule_vec operator-(const capsule_vec & y) const { return map([&](int i) { return x[i] - y.x[i]; }); }
-    capsule_vec operator*(float y)               const { return map([&](int i) { return x[i]*y; }); }
-};
-#endif
 
 struct capsule_read_tables {
     float   cosines[GGML_CAPSULE_SIDE + 1][GGML_CAPSULE_SIDE][GGML_CAPSULE_SIDE];    // [n][u][t], orthonormal

@@ -1,5 +1,6 @@
 #include "tile.h"
 
+#include "clones.h"
 #include "dct.h"
 #include "half.h"
 
@@ -10,19 +11,21 @@
 
 static constexpr int MAX_N = 4*GGML_CAPSULE_LANES;
 
-static float get_half(const uint8_t * bytes) {
+static CAPSULE_INLINE float get_half(const uint8_t * bytes) {
     return ggml_capsule_from_half((uint16_t) (bytes[0] | bytes[1] << 8));
 }
 
-static void get_plane(const uint8_t * bytes, int width, int n, uint8_t * elements) {
+static CAPSULE_INLINE void get_plane(const uint8_t * bytes, int width, int n, uint8_t * elements) {
     const int size = (width*n + 7)/8;
-    for (int j = 0; j < n; ++j) {
-        elements[j] = (uint8_t) (bytes[j % size] >> j/size*width & ((1 << width) - 1));
+    for (int first = 0, shift = 0; first < n; first += size, shift += width) {
+        for (int k = 0; k < std::min(size, n - first); ++k) {
+            elements[first + k] = (uint8_t) (bytes[k] >> shift & ((1 << width) - 1));
+        }
     }
 }
 
 // codes: [2*n_rows][n_lanes]
-static void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, int8_t * codes) {
+static CAPSULE_INLINE void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, int8_t * codes) {
     const int n     = n_rows*n_lanes;
     const int width = ggml_capsule_plane_width(bits);
     const int low   = width - bits;                      // bits of b in it
@@ -44,38 +47,53 @@ static void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, 
     }
 }
 
+// the values of a block as they are stored: f32 [2*n_rows][n_lanes]
+CAPSULE_CLONES static void load_block(const uint8_t * scale_at, const uint8_t * code, int bits, int n_rows, int n_lanes, float * x) {
+    const int n = 2*n_rows*n_lanes;
+    if (bits == GGML_CAPSULE_F16) {
+        for (int i = 0; i < n; ++i) {
+            x[i] = get_half(code + 2*i);
+        }
+        return;
+    }
+    if (bits == GGML_CAPSULE_F32) {
+        memcpy(x, code, n*sizeof(float));
+        return;
+    }
+
+    int8_t codes[MAX_N];
+    if (n_rows == 2 && n_lanes == GGML_CAPSULE_LANES) {
+        get_codes(code, bits, 2, GGML_CAPSULE_LANES, codes); // almost always
+    } else {
+        get_codes(code, bits, n_rows, n_lanes, codes);
+    }
+    const float scale = get_half(scale_at);
+    for (int i = 0; i < n; ++i) {
+        x[i] = scale*codes[i];
+    }
+}
+
 void ggml_capsule_load(const ggml_capsule_channels & channels, const ggml_capsule_plan * plan, const uint8_t * bytes, float * rows) {
     std::fill(rows, rows + plan->h*plan->w*channels.d, 0.0f);
 
     for (int g = 0; g < plan->n_groups; ++g) {
-        const auto & group = plan->groups[g];
-        const uint8_t * code = bytes + group.code;
+        const int n_lanes = plan->groups[g].n_lanes;
+        const uint8_t * code = bytes + plan->groups[g].code;
 
+        int places[2*GGML_CAPSULE_LANES];
+        for (int i = 0; i < 2*n_lanes; ++i) {
+            places[i] = ggml_capsule_channel(channels, g, i/n_lanes, i % n_lanes);
+        }
         ggml_capsule_plan_blocks(plan, g, [&](int row, int n_rows, int bits, int scale_at) {
-            float  x    [MAX_N];
-            int8_t codes[MAX_N];
-            const int n = 2*n_rows*group.n_lanes;
-            if (bits == GGML_CAPSULE_F16) {
-                for (int i = 0; i < n; ++i) {
-                    x[i] = get_half(code + 2*i);
-                }
-            } else if (bits == GGML_CAPSULE_F32) {
-                memcpy(x, code, n*sizeof(float));
-            } else {
-                const float scale = get_half(bytes + scale_at);
-                get_codes(code, bits, n_rows, group.n_lanes, codes);
-                for (int i = 0; i < n; ++i) {
-                    x[i] = scale*codes[i];
-                }
-            }
-            code += ggml_capsule_code_size(bits, n_rows, group.n_lanes);
+            float x[MAX_N];
+            load_block(bytes + scale_at, code, bits, n_rows, n_lanes, x);
+            code += ggml_capsule_code_size(bits, n_rows, n_lanes);
 
-            ggml_capsule_mix(x, n_rows, group.n_lanes);
+            ggml_capsule_mix(x, n_rows, n_lanes);
             for (int r = 0; r < n_rows; ++r) {
-                for (int i = 0; i < 2*group.n_lanes; ++i) {
-                    const int c = ggml_capsule_channel(channels, g, i/group.n_lanes, i % group.n_lanes);
-                    if (c >= 0) {
-                        rows[(row + r)*channels.d + c] = x[2*r*group.n_lanes + i];
+                for (int i = 0; i < 2*n_lanes; ++i) {
+                    if (places[i] >= 0) {
+                        rows[(row + r)*channels.d + places[i]] = x[2*r*n_lanes + i];
                     }
                 }
             }
@@ -175,14 +193,17 @@ float ggml_capsule_step(const ggml_capsule_coder & coder, const ggml_capsule_pla
     for (int g = 0; g < plan->n_groups; ++g) {
         const auto & group = plan->groups[g];
 
+        int channels[2][GGML_CAPSULE_LANES];
+        for (int i = 0; i < 2*group.n_lanes; ++i) {
+            channels[i/group.n_lanes][i % group.n_lanes] = ggml_capsule_channel(coder.channels, g, i/group.n_lanes, i % group.n_lanes);
+        }
+
         tracked::T x[GGML_CAPSULE_SIDE][GGML_CAPSULE_SIDE][2] = {};
         for (int r = 0; r < h*w; ++r) {
             auto & at = x[shape.place[r]/GGML_CAPSULE_SIDE][shape.place[r]%GGML_CAPSULE_SIDE];
             for (int i = 0; i < group.n_lanes; ++i) {
-                const int   ca = ggml_capsule_channel(coder.channels, g, 0, i);
-                const int   cb = ggml_capsule_channel(coder.channels, g, 1, i);
-                const float a  = rows[r*d + ca];
-                const float b  = cb < 0 ? 0.0f : rows[r*d + cb];
+                const float a = rows[r*d + channels[0][i]];
+                const float b = channels[1][i] < 0 ? 0.0f : rows[r*d + channels[1][i]];
                 at[0].x[i] = (a + b)*0.70710678f*shape.factor[r]; // the kernels leave the registers mixed
                 at[1].x[i] = (a - b)*0.70710678f*shape.factor[r];
             }
