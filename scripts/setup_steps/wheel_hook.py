@@ -17,7 +17,7 @@ class Libraries(BuildHookInterface):
         folder = os.environ.get("KVCAPSULE_WHEEL_LIB")
         if not folder:
             raise SystemExit("kvcapsule-gguf holds libraries that have to be built first: run scripts/wheel")
-        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        files = (path for pattern in ("*", "bin/*") for path in sorted(Path(folder).glob(pattern)) if path.is_file())
         build_data["force_include"] = {str(path): f"kvcapsule_gguf/lib/{path.relative_to(folder).as_posix()}" for path in files}
         build_data["pure_python"] = False
         # the libraries are called by ctypes: any Python 3 on this platform
