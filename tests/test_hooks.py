@@ -65,7 +65,7 @@ def test_a_draft_that_shares_the_cells_of_its_target(models, capsules, tmp_path)
     target = models(arch="gemma4")
     code = CONTEXT + """
 heard = []
-L.llama_log_set(keep := L.llama_log_callback(lambda level, message, data: heard.append(message.decode())), ctypes.c_void_p(0))
+L.llama_log_set(keep := L.ggml_log_callback(lambda level, message, data: heard.append(message.decode())), ctypes.c_void_p(0))
 draft = L.llama_model_load_from_file(sys.argv[3].encode(), L.llama_model_default_params())
 assert draft, "".join(heard)
 for wanted in (None, capsule):
