@@ -20,7 +20,7 @@ import pytest
 from attacks.make import FILES
 from hypothesis import HealthCheck, given, settings, strategies as st
 from make_capsule import MIXED, random_capsule
-from tile_damages import TILE_ACCEPTED, TILE_DAMAGES
+from tile_damages import TILE_ACCEPTED, TILE_DAMAGES, WHOLE_ACCEPTED, WHOLE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleError
 from kvcapsule_gguf.format.tile_capsule import TileCapsule, read_tile_capsule
@@ -123,10 +123,13 @@ def printer(compiler) -> Path:
 def test_both_readers_agree_on_the_damaged(printer, models, tmp_path):
     model = models(arch="llama")
     good = random_capsule(model, tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32])
+    whole = random_capsule(model, tmp_path / "whole.gguf", tiers=[MIXED], codec="retain", mlp=3)
+    damages = [(good, d) for d in (*(d for d, _ in TILE_DAMAGES.values()), *TILE_ACCEPTED.values())]
+    damages += [(whole, d) for d in (*(d for d, _ in WHOLE_DAMAGES.values()), *WHOLE_ACCEPTED.values())]
     paths = []
-    for i, damage in enumerate([*(d for d, _ in TILE_DAMAGES.values()), *TILE_ACCEPTED.values()]):
+    for i, (file, damage) in enumerate(damages):
         paths.append(tmp_path / f"{i}.gguf")
-        damage(good, paths[-1])
+        damage(file, paths[-1])
     # those that only do not fit the model, and the strange ones
     assert compare(printer, [good, *CORPUS, *FILES.iterdir(), *paths]) >= 1 + len(CORPUS) + len(TILE_ACCEPTED)
 

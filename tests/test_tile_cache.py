@@ -57,6 +57,15 @@ def test_ragged_grids(models, capsules, stock, patched):
     assert all(s["n_hot_vision"] == 0 for s in ours.values("stats"))
 
 
+@pytest.mark.parametrize("path", ["", "unpack"])
+@pytest.mark.parametrize("codec", ["learned", "retain"])
+def test_transforms_are_lossless_too(models, capsules, stock, patched, codec, path):
+    """Whole tiles with a transform beside short ones, in one picture and in a run."""
+    model = models(arch="qwen2vl", head=32, n_head=2, n_head_kv=1, n_ff=64)
+    steps = [text(3), image((17, 16), seed=1), compress(), text(4), image(80, seed=2), compress(), *[text(1, seed=i) for i in range(3)]]
+    like_stock(patched, stock, model, capsules(model, codec=codec, mlp=3), steps, env={"LLAMA_KVCAPSULE_PATH": path})
+
+
 # --- tiers: the reference chooses the same, and reads the same ---
 
 
@@ -72,9 +81,9 @@ def picture(path, h, w, n_embd, seed):
     return path
 
 
-def graded(model, path, energy):
+def graded(model, path, energy, codec="dct"):
     """Tiers of 2, 3, 4 and 6 bits, the constant row in f16."""
-    capsule = read_tile_capsule(random_capsule(model, path, tiers=(2, 3, 4, 6), energy=energy))
+    capsule = read_tile_capsule(random_capsule(model, path, tiers=(2, 3, 4, 6), energy=energy, codec=codec, mlp=3))
     for layer in capsule.layers:
         layer.k_table[:, :, 0] = layer.v_table[:, :, 0] = F16
     write_tile_capsule(path, capsule)
@@ -105,12 +114,13 @@ def tile_scores(capsule, keys, values, h, w, tokens):
     return np.array(scores), reads
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
-@pytest.mark.parametrize("energy", [1e6, 500.0])
-def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy):
+@pytest.mark.parametrize(("arch", "energy", "codec"), [
+    ("llama", 1e6, "dct"), ("llama", 500.0, "dct"), ("qwen2vl", 1e6, "dct"), ("qwen2vl", 500.0, "dct"), ("llama", 1e6, "retain"), ("qwen2vl", 500.0, "learned"),
+])  # fmt: skip
+def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy, codec):
     model = models(arch=arch, head=64, n_head=2, n_head_kv=1, n_ff=64)
     path = tmp_path / "graded.gguf"
-    capsule = graded(model, path, energy)
+    capsule = graded(model, path, energy, codec)
     h, w = (17, 17) if arch == "llama" else (18, 13)
     shown = image_file(picture(tmp_path / "a.npy", h, w, 128, 1), h, w)
     reads = [read_kv(i, p0=3) for i in range(LAYERS)]

@@ -12,7 +12,7 @@ import pytest
 from conftest import library
 from make_capsule import LOSSLESS, MIXED, random_capsule
 from synthetic_kv import field, source
-from tile_damages import NEEDS_THE_MODEL, RETAIN_ACCEPTED, RETAIN_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
+from tile_damages import NEEDS_THE_MODEL, WHOLE_ACCEPTED, WHOLE_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
@@ -118,10 +118,10 @@ def test_what_is_wrong_is_named(models, tmp_path, name):
     assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [*RETAIN_DAMAGES, *RETAIN_ACCEPTED])
+@pytest.mark.parametrize("name", [*WHOLE_DAMAGES, *WHOLE_ACCEPTED])
 def test_what_is_wrong_with_a_transform_is_named(models, tmp_path, name):
     good, path = random_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[MIXED], codec="retain", mlp=3), tmp_path / "bad.gguf"
-    damage, reason = RETAIN_DAMAGES.get(name) or (RETAIN_ACCEPTED[name], None)
+    damage, reason = WHOLE_DAMAGES.get(name) or (WHOLE_ACCEPTED[name], None)
     damage(good, path)
     if reason is None:
         assert len(read_tile_capsule(path).layers) == 2

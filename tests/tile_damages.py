@@ -72,7 +72,7 @@ TILE_DAMAGES: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 
 # of a capsule with `retain`, values with a learned transform, and key MLPs
-RETAIN_DAMAGES: dict[str, tuple[Damage, str]] = {
+WHOLE_DAMAGES: dict[str, tuple[Damage, str]] = {
     **{f"no {t}": (without(K + t), f"{t} is missing") for t in ("k_order", "k_gate", "k_mlp_up", "k_mlp_down")},
     "no k_near": (without(K + "k_near"), "unexpected tensor blk.1.kvcapsule.k_order"),
     "no bias": (without(K + "k_mlp_bias"), "unexpected tensor blk.1.kvcapsule.k_mlp_up"),
@@ -104,7 +104,7 @@ RETAIN_DAMAGES: dict[str, tuple[Damage, str]] = {
     "a transform in f32": (tensor(K + "v_transform", lambda a: a.astype(np.float32)), "v_transform has type f32, not f16"),
 }  # fmt: skip
 
-RETAIN_ACCEPTED: dict[str, Damage] = {"values by the DCT in one layer": without(K + "v_transform")}
+WHOLE_ACCEPTED: dict[str, Damage] = {"values by the DCT in one layer": without(K + "v_transform")}
 
 TILE_ACCEPTED: dict[str, Damage] = {
     **ACCEPTED,

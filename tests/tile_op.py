@@ -14,6 +14,7 @@ from typing import Any
 import native_code
 import numpy as np
 from ggml_graph import TYPES, Graph, ggml, graph
+from whole_tiles import whole_tiles
 
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
 from kvcapsule_gguf.codec.hadamard import hadamard
@@ -54,6 +55,8 @@ class Setting:
     ragged: float = 0.0  # share of the columns that no query sees
     bent: bool = False
     seed: int = 0
+    codec: str = "dct"  # of whole tiles: dct, learned or retain
+    mlp: int = 0  # hidden units of retain's key MLP
 
     @property
     def flags(self) -> int:
@@ -102,6 +105,7 @@ class Data:
         groups_k = key_groups(s.d_k, s.rope, s.rotated_channels) if s.rotated_channels else plain_groups(s.d_k)
         groups_v = plain_groups(s.d_v)
         self.k_table, self.v_table = (self._tables(rng, len(groups)) for groups in (groups_k, groups_v))
+        self.whole = whole_tiles(s.codec, s.heads, groups_k, groups_v, s.mlp, rng)
         self.tiles = [(i, tile) for i, (h, w) in enumerate(s.grids) for tile in (cut_grid(h, w) if h else cut_run(w))]
         tiers = rng.integers(0, 2, len(self.tiles))
         self.forms = sorted({(int(t), h, w) for t, (_, (h, w, _)) in zip(tiers, self.tiles)})
@@ -109,6 +113,7 @@ class Data:
         lib.make_forms.restype, lib.pack_forms.restype = ctypes.c_void_p, ctypes.c_int64
         self.handle = ctypes.c_void_p(
             lib.make_forms(s.heads, s.d_k, s.d_v, s.rotated_channels, int(s.rope != "norm"), 2, at(self.k_mean), at(self.v_mean), at(self.axes),
+                           ctypes.byref(self.whole["k"].native), ctypes.byref(self.whole["v"].native),
                            at(self.k_table), at(self.v_table), len(self.forms), at(np.array(self.forms, np.int32)), at(sizes))
         )  # fmt: skip
         self.packed = np.zeros(lib.pack_forms(self.handle, None), np.uint8)
@@ -119,11 +124,11 @@ class Data:
         for i, (tier, (_, (h, w, _))) in enumerate(zip(tiers, self.tiles)):
             form = self.forms.index((int(tier), h, w))
             parts, k_hat, v_hat = [], [], []
-            for mean, table, groups, axes, out in (
-                (self.k_mean, self.k_table, groups_k, None, k_hat), (self.v_mean, self.v_table, groups_v, self.axes, v_hat)
+            for kind, mean, table, groups, axes, out in (
+                ("k", self.k_mean, self.k_table, groups_k, None, k_hat), ("v", self.v_mean, self.v_table, groups_v, self.axes, v_hat)
             ):  # fmt: skip
                 for head in range(s.heads):
-                    code = Head(mean[head], groups, table[tier, head], None if axes is None else axes[head])
+                    code = Head(mean[head], groups, table[tier, head], None if axes is None else axes[head], self.whole[kind].head(head))
                     data = code.encode(normal(h * w, len(mean[head])), h, w)
                     parts.append(data)
                     out.append(code.decode(data, h, w))

@@ -18,7 +18,8 @@ from ..format.writer import check_place
 from ..runtime import interrupts, program
 from ..runtime.timing import duration
 from .collect import LlamaSource
-from .fit_tiles import fit_tile_capsule
+from .fit_tiles import CODECS, LAYERS, fit_tile_capsule
+from .fit_transform import RetainOptions
 from .images import Drawn
 from .source import TrainError
 
@@ -35,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mmproj", type=Path, metavar="F", help="its vision projector (default: mmproj*.gguf beside the model)")
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: drawn ones)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="capsule to write (default: kvcapsule-<model>.gguf beside the model)")
+    p.add_argument("--codec", choices=CODECS, default="dct", help="transform of a tile: the DCT, the fastest (dct); learned for each layer, KVCapsule's own PCA along the sequence (learned); or kept tokens that predict the other keys, with learned values, KVCapsule's own method in whole (retain) (default: %(default)s)")
+    p.add_argument("--neighbours", type=int, default=RetainOptions.neighbours, metavar="N", help="retain: kept tokens that a dropped one is predicted from (default: %(default)s)")
+    p.add_argument("--mlp", type=int, default=RetainOptions.mlp, metavar="N", help="retain: hidden units of the key MLP, which needs torch and makes decoding slower (default: none)")
+    p.add_argument("--layers", choices=LAYERS, default=LAYERS[0], help="how bytes are shared between layers: by measured errors, or falling from the first layer to the last as KVCapsule's pyramid (default: %(default)s)")
     p.add_argument("--n-images", type=int, default=DEFAULT_IMAGES, metavar="N", help="pictures to look at; 4 have most of the gain (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="which pictures are drawn or taken (default: %(default)s)")
     p.add_argument("-c", "--ctx-size", type=int, default=8192, metavar="N", help="context while collecting, one picture (default: %(default)s)")
@@ -67,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
     with LlamaSource(args.model, mmproj, pictures, n_ctx=args.ctx_size, threads=args.threads, device=args.device) as source:
         samples = list(source.read(say))
         say(f"looked at {len(samples)} pictures in {duration(time.monotonic() - start)}")
-        capsule = fit_tile_capsule(source.model, samples)
+        retain = RetainOptions(neighbours=args.neighbours, mlp=args.mlp, seed=args.seed, device=args.device)
+        capsule = fit_tile_capsule(source.model, samples, args.codec, retain, args.layers)
     capsule.provenance |= {"images_from": "folder" if args.images else "drawn", "seed": args.seed}
     write_tile_capsule(output, capsule)
     say(f"{output}: tiers {', '.join(f'{x:.2f}x' for x in capsule.smaller)}, {output.stat().st_size / 2**20:.1f} MiB, {duration(time.monotonic() - start)}")

@@ -135,7 +135,7 @@ struct test_capsule : public test_case {
 
             const ggml_capsule_coder coder = { is_v ? ch_v : ch_k, (is_v ? v_mean : k_mean).data() + head*d, is_v && axes ? v_axes.data() + head*d*d : nullptr };
             const auto x = random(h*w*d);
-            ggml_capsule_rows(coder, h, w, x.data(), d, rows.data(), work.data());
+            ggml_capsule_rows(coder, nullptr, h, w, x.data(), d, rows.data(), work.data());
             ggml_capsule_store(coder.channels, is_v ? ggml_capsule_form_v(s.form, head) : ggml_capsule_form_k(s.form, head), rows.data(),
                     s.slot.data() + (is_v ? s.v_offset : s.k_offset)[head]);
             coders.push_back(coder);

@@ -42,6 +42,21 @@ extern "C" {
         int32_t k_mean; // F32 [n_head_kv][d_k]
         int32_t v_mean; // F32 [n_head_kv][d_v]
         int32_t v_axes; // F32 [n_head_kv][d_v][d_v]
+
+        // ggml_capsule_transform of ggml-capsule/transform.h
+        int32_t k_matrix;
+        int32_t k_columns;
+        int32_t v_matrix;
+        int32_t v_columns;
+        int32_t k_order;
+        int32_t k_near;
+        int32_t k_gates;
+        int32_t k_mlp_up;
+        int32_t k_mlp_bias;
+        int32_t k_mlp_down;
+        int32_t n_kept;
+        int32_t n_near;
+        int32_t n_mlp;
     };
 
     // a ggml_capsule_form of ggml-capsule/layout.h

@@ -107,11 +107,12 @@ inline void capsule_read_floats(int n_rows, int n_lanes, F value, float * a, flo
 }
 
 // the rows of a group -> x: [u*w + v][ld], 2 registers of 16 lanes side by side; lanes that are not there are finite
-inline void capsule_read_group(const ggml_capsule_plan * plan, int g, const uint8_t * bytes, float * x, size_t ld) {
+// order: where else each row goes
+inline void capsule_read_group(const ggml_capsule_plan * plan, int g, const uint8_t * bytes, float * x, size_t ld, const uint8_t * order = nullptr) {
     constexpr int L = GGML_CAPSULE_LANES;
 
     const auto & group   = plan->groups[g];
-    const auto & order   = capsule_read_tables::get().order[plan->h][plan->w];
+    order = order ? order : capsule_read_tables::get().order[plan->h][plan->w];
     const int    n_lanes = group.n_lanes;
 
     for (int i = 0; i < ggml_capsule_n_blocks(plan->h, plan->w); ++i) {

@@ -232,6 +232,9 @@ float ggml_capsule_step(const ggml_capsule_coder & coder, const ggml_capsule_pla
 }
 
 void ggml_capsule_slot_seal(const ggml_capsule_form & form, int n_head_kv, const ggml_capsule_coder * k, uint8_t * slot) {
+    if (!k[0].whole.is_dct(form.h, form.w)) {
+        return; // the kernels do not read it
+    }
     for (int i = 0; i < n_head_kv; ++i) {
         uint8_t * bytes = slot + form.k_offset[i];
         *ggml_capsule_step_of(bytes) = ggml_capsule_step(k[i], ggml_capsule_form_k(form, i), bytes);

@@ -158,25 +158,36 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
     uint8_t used[GGML_CAPSULE_MAX_BLOCKS];
     ggml_capsule_table_rows(cut.h, cut.w, used);
 
-    // those of a block, which costs a search for each of them
-    std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
-    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
-        for (int i = 0; i < n_blocks*n_groups; ++i) {
-            wanted[i] |= 1 << place[bits_of(t)[used[i/n_groups]*n_groups + i%n_groups]];
-        }
-    }
+    // what is left of dropped tokens depends on the tier: then each of them is a pass of its own
+    const bool     each = coder.whole.order && !coder.whole.is_dct(cut.h, cut.w);
+    const uint32_t step = each ? 1 : tier_end() - tier_first();
 
-    ggml_capsule_rows(coder, cut.h, cut.w, x, d, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
-    ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), wanted.data(), errors.resize(n_blocks*n_groups*bits.size()));
-
-    for (int i = 0; i < n_blocks; ++i) {
-        for (int g = 0; g < n_groups; ++g) {
-            const float * e = errors.data() + (i*n_groups + g)*bits.size();
-            for (uint32_t t = tier_first(); t < tier_end(); ++t) {
-                const uint8_t b = bits_of(t)[used[i]*n_groups + g];
-                res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+    for (uint32_t t0 = tier_first(); t0 < tier_end(); t0 += step) {
+        // the types of a block, which costs a search for each of them
+        std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
+        for (uint32_t t = t0; t < t0 + step; ++t) {
+            for (int i = 0; i < n_blocks*n_groups; ++i) {
+                wanted[i] |= 1 << place[bits_of(t)[used[i/n_groups]*n_groups + i%n_groups]];
             }
-            res.energy += i > 0 ? e[0] : 0.0f;
+        }
+
+        std::vector<uint32_t> plan((ggml_capsule_plan_size(n_groups) + 3)/4);
+        if (each) {
+            ggml_capsule_plan_init((ggml_capsule_plan *) plan.data(), coder.channels, bits_of(t0), cut.h, cut.w);
+        }
+
+        ggml_capsule_rows(coder, each ? (const ggml_capsule_plan *) plan.data() : nullptr, cut.h, cut.w, x, d, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
+        ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), wanted.data(), errors.resize(n_blocks*n_groups*bits.size()));
+
+        for (int i = 0; i < n_blocks; ++i) {
+            for (int g = 0; g < n_groups; ++g) {
+                const float * e = errors.data() + (i*n_groups + g)*bits.size();
+                for (uint32_t t = t0; t < t0 + step; ++t) {
+                    const uint8_t b = bits_of(t)[used[i]*n_groups + g];
+                    res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+                }
+                res.energy += i > 0 && t0 == tier_first() ? e[0] : 0.0f;
+            }
         }
     }
 
@@ -313,7 +324,7 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
             const size_t offs  = is_v ? form[i]->v_offset[i_head] : form[i]->k_offset[i_head];
             const size_t d     = coder.channels.d;
 
-            ggml_capsule_rows(coder, cuts[i].h, cuts[i].w, x, d, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
+            ggml_capsule_rows(coder, plan, cuts[i].h, cuts[i].w, x, d, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
             ggml_capsule_store(coder.channels, plan, rows.data(), data[i].data() + offs);
         });
 

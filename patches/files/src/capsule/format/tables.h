@@ -35,6 +35,23 @@ struct llama_capsule_tables {
         std::vector<uint8_t> k_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of keys]
         std::vector<uint8_t> v_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of values]
 
+        // in place of the DCT of whole tiles, see ggml_capsule_transform; empty: there is none
+        struct transform {
+            std::vector<float>   matrix;
+            std::vector<float>   columns;
+            std::vector<uint8_t> order;
+            std::vector<uint8_t> near;
+            std::vector<float>   gates;
+            std::vector<float>   mlp_up;
+            std::vector<float>   mlp_bias;
+            std::vector<float>   mlp_down;
+
+            uint32_t n_near = 0;
+            uint32_t n_mlp  = 0;
+        };
+        transform k_transform;
+        transform v_transform;
+
         float k_energy = 0.0f; // of a usual tile around the mean; 0: not known (built in)
         float v_energy = 0.0f;
     };
