@@ -12,7 +12,7 @@ import pytest
 from conftest import library
 from make_capsule import LOSSLESS, MIXED, random_capsule
 from synthetic_kv import field, source
-from tile_damages import NEEDS_THE_MODEL, WHOLE_ACCEPTED, WHOLE_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
+from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES, WHOLE_ACCEPTED, WHOLE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
