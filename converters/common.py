@@ -10,7 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvcapsule_gguf.format.capsule import Capsule
 from kvcapsule_gguf.format.tile_capsule import TileCapsule
 from kvcapsule_gguf.runtime.errors import CapsuleError
 
@@ -25,17 +24,9 @@ def outfile(given: Path | None, default: Path, outtype: str) -> Path:
     return Path(str(given).replace("{ftype}", outtype)) if given else default
 
 
-def describe(logger: logging.Logger, capsule: Capsule | TileCapsule) -> None:
-    base = capsule.base
-    if isinstance(capsule, TileCapsule):
-        tiers = ", ".join(f"{x:.2f}x" for x in capsule.smaller)
-        logger.info("%s: format v2, %d layers of %s, tiers of %s", capsule.name or "capsule", len(capsule.layers), base.architecture, tiers)
-        return
-    logger.info("%s: %d layers of %s, blocks of %d tokens", capsule.name or "capsule", len(capsule.layers), base.architecture, capsule.block_size)
-    for tier in capsule.tiers:
-        logger.info("preset %s: ratio %.3f", tier.name, tier.ratio)
-    for layer in capsule.layers:
-        logger.debug("layer %d: %d heads, keys %d, values %d, kept %d, MLP %d", layer.index, layer.head_count_kv, layer.key_length, layer.value_length, layer.kept_count, layer.mlp_width)
+def describe(logger: logging.Logger, capsule: TileCapsule) -> None:
+    tiers = ", ".join(f"{x:.2f}x" for x in capsule.smaller)
+    logger.info("%s: %d layers of %s, tiers of %s", capsule.name or "capsule", len(capsule.layers), capsule.base.architecture, tiers)
 
 
 def main(logger: logging.Logger, args: argparse.Namespace, work: Callable[[argparse.Namespace], Path]) -> int:

@@ -14,7 +14,7 @@ from kvcapsule_gguf.format.base_model import read_base_model
 from kvcapsule_gguf.format.capsule import CapsuleFileError
 from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
 from kvcapsule_gguf.format.fingerprint import base_of
-from kvcapsule_gguf.format.tile_capsule import read_any_capsule, write_any_capsule
+from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.runtime.program import Parser
 
 logger = logging.getLogger("kvcapsule-to-gguf")
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> Path:
     """Raises CapsuleError, ImportError."""
-    capsule = read_any_capsule(args.input) if args.reverse else read_checkpoint(args.input)
+    capsule = read_tile_capsule(args.input) if args.reverse else read_checkpoint(args.input)
     common.describe(logger, capsule)
     if args.base:
         base = base_of(read_base_model(args.base))
@@ -52,7 +52,7 @@ def convert(args: argparse.Namespace) -> Path:
         if args.reverse:
             write_checkpoint(path, capsule, args.outtype)
         else:
-            write_any_capsule(path, capsule)
+            write_tile_capsule(path, capsule)
     return path
 
 

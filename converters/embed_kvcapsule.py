@@ -12,7 +12,7 @@ import common
 
 from kvcapsule_gguf.format.embed import embed, extract
 from kvcapsule_gguf.format.reader import has_capsule
-from kvcapsule_gguf.format.tile_capsule import read_any_capsule, write_any_capsule
+from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.runtime.program import Parser
 
 logger = logging.getLogger("embed-kvcapsule")
@@ -38,11 +38,11 @@ def parse() -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> Path:
     """Raises CapsuleError."""
-    capsule = extract(args.mmproj) if args.extract else read_any_capsule(args.capsule)
+    capsule = extract(args.mmproj) if args.extract else read_tile_capsule(args.capsule)
     common.describe(logger, capsule)
     if args.extract:
         path = args.outfile or args.mmproj.with_name(f"kvcapsule-{args.mmproj.stem.removeprefix('mmproj-')}.gguf")
-        return path if args.dry_run else write_any_capsule(path, capsule)
+        return path if args.dry_run else write_tile_capsule(path, capsule)
     if has_capsule(args.mmproj):
         logger.warning("%s has a capsule already, the new one takes its place", args.mmproj)
     path = args.outfile or args.mmproj.with_name(f"{args.mmproj.stem}-kvcapsule.gguf")

@@ -32,7 +32,7 @@ class Cell:
     x: int
     token: Token
     seqs: set[int]
-    slot: tuple[int, int] | None = None  # (tier, number), None = hot
+    slot: int | None = None  # its number, None = hot
     slot_size: int = 0  # tokens of the slot when it was made
     history: int = 0  # what it was computed from: a hash of the cells before it
 
@@ -43,10 +43,9 @@ class Cell:
 
 @dataclass
 class CacheModel:
-    block: int
+    """Every vision cell goes into a slot. Slots are tiles of 8 x 8 tokens; what has no grid, or is left of a tile, makes lines of 8."""
+
     mrope: bool
-    tile: int = 0  # width of a tile, 0 = blocks of consecutive tokens
-    side: int = 0  # of an image where positions do not tell the place of a token
     cells: list[Cell] = field(default_factory=list)
     next_pos: dict[int, int] = field(default_factory=dict)  # M-RoPE: an image takes more positions than its cells show
     n_slots: int = 0  # ever made
@@ -93,36 +92,36 @@ class CacheModel:
 
     def compress(self, seq: int, p0: int, p1: int) -> None:
         for run in self._runs(seq, p0, p1):
-            for image in self._images(run):
-                for i in range(0, len(image), self.block):
-                    part = image[i:i + self.block]
-                    if len(part) >= self.block // 2:
-                        self.n_slots += 1
-                        for c in part:
-                            c.slot, c.slot_size = (int(len(part) < self.block), self.n_slots), len(part)
+            first, n = run[0].pos, run[-1].pos - run[0].pos + 1
+            side = isqrt(n) if isqrt(n) ** 2 == n else 0  # a square number of tokens is taken for a square
+            if not (self.mrope or side):
+                self._lines(run)
+                continue
+            places = {id(c): (c.y, c.x) if self.mrope else divmod(c.pos - first, side) for c in run}
+            y0, x0 = (min(at) for at in zip(*places.values()))
+            for _, tile in groupby(sorted(run, key=lambda c: (tile_of(places[id(c)], y0, x0), places[id(c)])), key=lambda c: tile_of(places[id(c)], y0, x0)):
+                cells = list(tile)
+                sides = [max(at) - min(at) + 1 for at in zip(*(places[id(c)] for c in cells))]
+                if sides[0] * sides[1] == len(cells):
+                    self._slot(cells)
+                else:
+                    self._lines(cells)
+
+    def _lines(self, cells: list[Cell]) -> None:
+        whole = len(cells) // 8 * 8
+        for i in range(0, whole, 64):
+            self._slot(cells[i:min(i + 64, whole)])
+        self._slot(cells[whole:])
+
+    def _slot(self, cells: list[Cell]) -> None:
+        self.n_slots += 1
+        for c in cells:
+            c.slot, c.slot_size = self.n_slots, len(cells)
 
     def _runs(self, seq: int, p0: int, p1: int) -> list[list[Cell]]:
         """Hot vision cells without text between them; with M-RoPE a new position is a new image."""
         runs = groupby((c for c in self.of(seq, p0, p1) if c.slot is None), key=lambda c: (c.token.vision, c.pos if self.mrope and c.token.vision else 0))
         return [list(run) for (vision, _), run in runs if vision]
-
-    def _images(self, run: list[Cell]) -> list[list[Cell]]:
-        """A run of vision cells as images, each in the order in which it is cut."""
-        if not self.tile:
-            return [run]
-        images: list[list[Cell]] = []
-        for c in run:
-            if not images or (not self.mrope and c.pos - images[-1][0].pos >= self.side**2):
-                images.append([])
-            images[-1].append(c)
-        return [self._tiles(image) for image in images]
-
-    def _tiles(self, image: list[Cell]) -> list[Cell]:
-        places = {id(c): (c.y, c.x) if self.mrope else divmod(c.pos - image[0].pos, self.side) for c in image}
-        y0, x0 = (min(p[i] for p in places.values()) for i in (0, 1))
-        tile = {i: ((y - y0) // (self.block // self.tile), (x - x0) // self.tile) for i, (y, x) in places.items()}
-        size = Counter(tile.values())
-        return sorted(image, key=lambda c: (size[tile[id(c)]] < self.block, tile[id(c)], places[id(c)]))
 
     # --- sequences ---
 
@@ -179,7 +178,7 @@ class CacheModel:
     def restore(self, saved: CacheModel, seq: int) -> None:
         saved = copy.deepcopy(saved)
         for c in saved.cells:
-            c.slot = c.slot and (c.slot[0], c.slot[1] + self.n_slots)
+            c.slot = c.slot and c.slot + self.n_slots
         if seq < 0:
             self.cells, self.next_pos = saved.cells, saved.next_pos
         else:
@@ -205,40 +204,7 @@ class CacheModel:
         hot = [c for c in self.cells if c.slot is None]
         slots = {c.slot for c in self.cells if c.slot}
         return {"n_hot_used": len(hot), "n_hot_vision": sum(c.token.vision for c in hot), "n_cold": len(self.cells) - len(hot),
-                "economy": sum(tier == 0 for tier, _ in slots), "faithful": sum(tier == 1 for tier, _ in slots)}
-
-
-@dataclass
-class TileCacheModel(CacheModel):
-    """The same with a capsule of format v2: every vision cell goes into a slot. Slots are tiles of 8 x 8 tokens; what has no grid, or is left of a tile, makes lines of 8."""
-
-    def compress(self, seq: int, p0: int, p1: int) -> None:
-        for run in self._runs(seq, p0, p1):
-            first, n = run[0].pos, run[-1].pos - run[0].pos + 1
-            side = isqrt(n) if isqrt(n) ** 2 == n else 0  # a square number of tokens is taken for a square
-            if not (self.mrope or side):
-                self._lines(run)
-                continue
-            places = {id(c): (c.y, c.x) if self.mrope else divmod(c.pos - first, side) for c in run}
-            y0, x0 = (min(at) for at in zip(*places.values()))
-            for _, tile in groupby(sorted(run, key=lambda c: (tile_of(places[id(c)], y0, x0), places[id(c)])), key=lambda c: tile_of(places[id(c)], y0, x0)):
-                cells = list(tile)
-                sides = [max(at) - min(at) + 1 for at in zip(*(places[id(c)] for c in cells))]
-                if sides[0] * sides[1] == len(cells):
-                    self._slot(cells)
-                else:
-                    self._lines(cells)
-
-    def _lines(self, cells: list[Cell]) -> None:
-        whole = len(cells) // 8 * 8
-        for i in range(0, whole, 64):
-            self._slot(cells[i:min(i + 64, whole)])
-        self._slot(cells[whole:])
-
-    def _slot(self, cells: list[Cell]) -> None:
-        self.n_slots += 1
-        for c in cells:
-            c.slot, c.slot_size = (0, self.n_slots), len(cells)
+                "slots": len(slots)}
 
 
 def tile_of(place: tuple[int, int], y0: int, x0: int) -> tuple[int, int]:

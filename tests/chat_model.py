@@ -122,7 +122,7 @@ def write_folder(root: Path, archs: tuple[str, ...], template: str | None = TEMP
         (root / arch).mkdir()
         model = write_model(root / arch / "tiny.gguf", arch=arch, template=template)
         write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=8, lossless=False)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", tiers=(4, 8))
     for name, seed in (("a.png", 3), ("b.png", 4), ("c.png", 5)):
         write_picture(root / name, seed=seed, size=(112, 112))
     return root

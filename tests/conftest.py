@@ -59,14 +59,6 @@ def llama() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory) -> list[str]:
-    """See native_code.kernels()."""
-    import native_code
-
-    return native_code.kernels(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture(scope="session")
 def stock() -> Callable[..., dict[str, Any]]:
     """run(cases) against the stock library."""
     return _runner("stock")
@@ -99,21 +91,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def capsules(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """capsules(model, block_size=16, ...) -> path of a capsule for that model, lossless by default, see make_capsule.random_capsule.
-
-    capsules(model, version=2, ...): of format v2, see make_tile_capsule.random_tile_capsule.
-    """
+    """capsules(model, tiers=(4, 8), ...) -> path of a capsule for that model, lossless by default, see make_capsule.random_capsule."""
     folder = tmp_path_factory.mktemp("capsules")
 
     def make(model: Path, **options: Any) -> Path:
         from make_capsule import random_capsule
-        from make_tile_capsule import random_tile_capsule
 
         name = "-".join([model.stem, *(f"{k}={v}" for k, v in sorted(options.items()))]).replace("/", "_").replace(" ", "")
         path = folder / f"{name}.gguf"
-        if not path.exists():
-            write = random_capsule if options.pop("version", 1) == 1 else random_tile_capsule
-            write(model, path, **options)
-        return path
+        return path if path.exists() else random_capsule(model, path, **options)
 
     return make

@@ -37,8 +37,7 @@ def steps(n: int) -> list[Step]:
 
 def case(n: int, models: Callable[[TinyModel], Path], capsules: Callable[..., Path]) -> Case:
     model = models(TINY)
-    capsule = capsules(model, block_size=16, lossless=False, kappa=30.0, image_tokens=TOKENS)
-    return Case("loop", model, steps(n), capsule=capsule, auto_compress=True, guard=True, n_ctx=8192, n_hot=512, n_seq_max=2)
+    return Case("loop", model, steps(n), capsule=capsules(model, tiers=(4, 8, 32)), quality=1.14, image_tokens=TOKENS, auto_compress=True, n_ctx=8192, n_hot=512, n_seq_max=2)
 
 
 def growth(result: Result, warm_up: int) -> float:

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as L
 import numpy as np
+from llama_api import L
 
-from kvcapsule_gguf.bench.fill import HEADER, state_hash
+from kvcapsule_gguf.bench.fill import state_hash
 from kvcapsule_gguf.native.devices import Devices
 
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q8_0": 8}
@@ -25,13 +25,12 @@ FLOAT_P = ctypes.POINTER(ctypes.c_float)
 
 class ContextParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("image_tokens", ctypes.c_uint32),
-                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("guard", ctypes.c_bool)]
+                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool)]
 
 
 class Stats(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("block_size", ctypes.c_uint32), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32),
-                ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32), ("n_slots", ctypes.c_uint32 * 2),
-                ("bytes_slot", ctypes.c_uint64 * 2), ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
+    _fields_ = [("size", ctypes.c_size_t), ("n_hot", ctypes.c_uint32), ("n_hot_used", ctypes.c_uint32), ("n_hot_vision", ctypes.c_uint32), ("n_cold", ctypes.c_uint32),
+                ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
                 ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64),
                 ("n_tiers", ctypes.c_uint32), ("n_slots_tier", ctypes.c_uint32 * 16), ("n_cold_tier", ctypes.c_uint32 * 16),
                 ("bytes_tier", ctypes.c_uint64 * 16), ("smaller", ctypes.c_float * 16)]
@@ -64,13 +63,13 @@ def open_capsule(model: int, path: str) -> int | None:
     return LIB.llama_capsule_init_default(model) if path == "auto" else LIB.llama_capsule_load_from_file(model, path.encode())
 
 
-TILES_HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
+STATE_HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
 
 
-def fill_tiles(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> bytes:
-    """A state of format v2 whose slots, which are of one shape and tier, hold nothing but this byte; see llama_capsule_cache::state_write()."""
-    first = at + TILES_HEADER.size + TILES_HEADER.unpack_from(state, at)[3]
-    slots = struct.unpack_from("<3I", state, at + TILES_HEADER.size)[2]
+def fill_slots(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> bytes:
+    """A state whose slots, which are of one shape and tier, hold nothing but this byte; see llama_capsule_cache::state_write()."""
+    first = at + STATE_HEADER.size + STATE_HEADER.unpack_from(state, at)[3]
+    slots = struct.unpack_from("<3I", state, at + STATE_HEADER.size)[2]
     size, rest = divmod(len(state) - first, slots)
     layer, more = divmod(size - 8, layers)
     assert not rest and not more
@@ -245,7 +244,7 @@ class Context:
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
             c.capsule = process.capsule(self.model, case["capsule"])
-            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "guard"):
+            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress"):
                 setattr(c, name, case[name])
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}
@@ -373,6 +372,28 @@ class Context:
                 if rc:
                     raise Failed(f"llama_decode returned {rc}")
 
+    def do_mixed(self, values, found, parts, seq):
+        """For models with plain positions."""
+        batch, n = L.llama_batch_ext_init(self.ctx), 0
+        rows: list[tuple[int | None, np.ndarray | None]] = []
+        for part in parts:
+            rows += [(token, None) for token in part["tokens"]] if part["op"] == "text" else [(None, row) for row in image_rows(part["seed"], part["h"] * part["w"], self.n_embd)]
+        for token, row in rows:
+            if row is None:
+                at = L.llama_batch_ext_add_token(batch, seq, token)
+            else:
+                row = np.ascontiguousarray(row, np.float32)
+                at = L.llama_batch_ext_add_embd(batch, seq, L.llama_embd(row.ctypes.data_as(FLOAT_P), 1, self.n_embd))
+            L.llama_batch_ext_set_pos(batch, at, ctypes.byref(ctypes.c_int32(self.next.get(seq, 0) + n)))
+            L.llama_batch_ext_set_output_logits(batch, at, True)
+            n += 1
+        rc = L.llama_process(self.ctx, 1, batch)  # LLAMA_PROCESS_TYPE_DECODE
+        L.llama_batch_ext_free(batch)
+        if rc == 0:
+            found["logits"] = self.logits(n)
+            self.next[seq] = self.next.get(seq, 0) + n
+        return self.check(rc, False, values, found)
+
     # --- sequences ---
 
     def do_seq_rm(self, values, found, seq, p0, p1):
@@ -446,27 +467,14 @@ class Context:
             data[frame + int(flip * (len(data) - 1 - frame))] ^= 0x10
         self.states[into] = (bytes(data), pos)
 
-    def do_state_fill(self, values, found, slot, into, fill, block_size, hashed):
+    def do_state_version(self, values, found, slot, into, version):
+        data, pos = self.states[slot]
+        at = data.find(b"KVCS") + 4
+        self.states[into] = (data[:at] + struct.pack("<I", version) + data[at + 4:], pos)
+
+    def do_state_fill(self, values, found, slot, into, fill, hashed):
         state, pos = self.states[slot]
-        at = state.find(b"KVCS")
-        if struct.unpack_from("<I", state, at + 4) == (4,):
-            self.states[into] = (fill_tiles(state, at, fill, hashed, L.llama_model_n_layer(self.model)), pos)
-            return
-        header = list(HEADER.unpack_from(state, at))
-        meta = bytearray(state[at + HEADER.size:at + HEADER.size + header[5]])
-        data = len(state) - at - HEADER.size - len(meta)
-        vision, pending, economy, faithful = struct.unpack_from("<4I", meta)
-        layers = L.llama_model_n_layer(self.model)
-        size, rest = divmod(data, economy * layers)
-        assert economy and not faithful and not rest
-        layer = bytes([fill]) * size
-        for i in range(economy if hashed else 0):
-            h = 0
-            for _ in range(layers):
-                h = state_hash(layer, h)
-            struct.pack_into("<Q", meta, 16 + 16 * (vision + pending) + i * (24 + 16 * block_size), h)
-        header[6] = state_hash(bytes(meta))
-        self.states[into] = (state[:at] + HEADER.pack(*header) + bytes(meta) + layer * (layers * economy), pos)
+        self.states[into] = (fill_slots(state, state.find(b"KVCS"), fill, hashed, L.llama_model_n_layer(self.model)), pos)
 
     # --- capsules ---
 

@@ -51,6 +51,11 @@ def image_file(path: Path, h: int, w: int, seq: int = 0) -> Step:
     return {"op": "image", "h": h, "w": w, "file": str(path), "seq": seq, "may_fail": False}
 
 
+def mixed(*parts: Step, seq: int = 0) -> Step:
+    """Decodes texts and images, steps as text() and image() give them, in one batch."""
+    return {"op": "mixed", "parts": list(parts), "seq": seq}
+
+
 def compress(seq: int = 0, p0: int = 0, p1: int = ALL) -> Step:
     return {"op": "compress", "seq": seq, "p0": p0, "p1": p1}
 
@@ -152,9 +157,14 @@ def state_spoil(slot: str, into: str, cut: float = 1.0, flip: float = -1.0) -> S
     return {"op": "state_spoil", "slot": slot, "into": into, "cut": cut, "flip": flip}
 
 
-def state_fill(slot: str, into: str, fill: int, block_size: int, hashed: bool) -> Step:
+def state_version(slot: str, into: str, version: int) -> Step:
+    """Copies a saved state, with another version of the frame that describes the slots."""
+    return {"op": "state_version", "slot": slot, "into": into, "version": version}
+
+
+def state_fill(slot: str, into: str, fill: int, hashed: bool) -> Step:
     """Copies the saved state of one sequence, with slots that hold nothing but this byte; hashed: their hashes fit, as those of a program that lies would."""
-    return {"op": "state_fill", "slot": slot, "into": into, "fill": fill, "block_size": block_size, "hashed": hashed}
+    return {"op": "state_fill", "slot": slot, "into": into, "fill": fill, "hashed": hashed}
 
 
 # --- cases and results -----------------------------------------------------------------------------------------------------------------------
@@ -181,7 +191,6 @@ class Case:
     quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = False
-    guard: bool = False
     image_causal: bool = True  # False: the tokens of an image see each other, as gemma's do
     reuse: bool = True
     threads: int = 1

@@ -5,118 +5,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import gguf
 import numpy as np
 
-from kvcapsule_gguf.codec.types import legal, row_counts
+from kvcapsule_gguf.codec.channels import key_groups, plain_groups
+from kvcapsule_gguf.codec.head import F16, F32
 from kvcapsule_gguf.format.base_model import read_base_model
-from kvcapsule_gguf.format.capsule import CODEC_NAMES, PCA, Capsule, Layer, Tier
 from kvcapsule_gguf.format.fingerprint import base_of
-from kvcapsule_gguf.format.writer import write_capsule
+from kvcapsule_gguf.format.tile_capsule import ROWS, TileCapsule, TileLayer, write_tile_capsule
+
+LOSSLESS = (F32,)
+MIXED = (0, 1, 2, 3, 4, 6, 8, F16)
 
 
-def random_capsule(
-    model_gguf: Path | str,
-    path: Path | str,
-    *,
-    block_size: int = 16,
-    lossless: bool = True,
-    rows: Sequence[int] | int | None = None,
-    value_rows: Sequence[int] | int | None = None,
-    faithful_rows: Sequence[int] | int | None = None,
-    key_codec: str = "pca",
-    kept: int | None = None,
-    neighbours: int = 2,
-    mlp_width: int = 0,
-    basis: str = "orthonormal",
-    kappa: float = 0.0,
-    image_tokens: int = 0,
-    block_width: int = 0,
-    tile_width: int = 0,
-    seed: int = 1,
-) -> Path:
-    """Writes `path` and returns it.
+def exact_axes(d: int, rng: np.random.Generator) -> np.ndarray:
+    """f16 [d, d], orthonormal without rounding: four channels are mixed at a time, or swapped if d is no multiple of four."""
+    four = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    blocks = np.kron(np.eye(d // 4), four) if d % 4 == 0 else np.eye(d)
+    return (rng.choice([-1, 1], d) * blocks[rng.permutation(d)][:, rng.permutation(d)]).astype(np.float16)
 
-    lossless: all rows of both tiers are f32, so that a block decodes to itself up to rounding; otherwise `faithful` is graded q8_0 and q4_0 and
-    `economy` q8_0, q4_0 and q2_0 (types that do not fit the head size are moved up). `rows`, `value_rows` (default: the same) and
-    `faithful_rows` replace them: counts in the order f32, f16, q8_0, q4_0, q2_0, or a number of f32 rows.
-    key_codec "retain": `kept` tokens (default: every other), `neighbours`, an MLP of width `mlp_width`; if lossless in both tiers, else in economy.
-    tile_width: blocks are tiles, so many tokens wide. basis: "orthonormal" (random) or "identity". kappa, of the economy tier: <= 0 turns the guard off.
+
+def random_transforms(codec: str, heads: int, d_k: int, groups: int, mlp: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The tensors of a layer that a codec has beside those of the DCT; groups: of keys; mlp: hidden units of its key MLP."""
+    if codec == "dct":
+        return {}
+    out = {"v_transform": exact_axes(64, rng)}
+    if codec == "learned":
+        return out | {"k_transform": exact_axes(64, rng)}
+    kept, near = int(rng.choice([21, 25, 33])), int(rng.integers(1, 5))
+    lead = (heads, 64 - kept, near)
+    out |= {"k_order": rng.permutation(64).astype(np.uint8), "k_near": rng.integers(0, kept, lead[1:]).astype(np.uint8)}
+    out["k_gate"] = (rng.standard_normal((*lead, 16 * groups)) / near).astype(np.float16)
+    if mlp:
+        shapes = {"k_mlp_up": (heads, mlp, near * d_k), "k_mlp_bias": (heads, mlp), "k_mlp_down": (heads, d_k, mlp)}
+        out |= {name: (0.1 * rng.standard_normal(shape)).astype(np.float32 if name == "k_mlp_bias" else np.float16) for name, shape in shapes.items()}
+    return out
+
+
+def random_capsule(model_gguf: Path | str, path: Path | str, *, tiers: Sequence[int | Sequence[int]] = LOSSLESS, axes: bool = True, energy: float = 1e6, seed: int = 1,
+                   codec: str = "dct", mlp: int = 0) -> Path:
+    """Writes `path` and returns it. tiers, from the smallest: the bits of all blocks, or those to draw the bits of each block from.
+
+    codec: dct, learned or retain, with `mlp` hidden units. LOSSLESS decodes a tile to itself up to rounding. `energy` of a usual tile is so large that the second limit of the score never counts.
     """
-    base = read_base_model(model_gguf)
-    rng = np.random.default_rng(seed)
-    n = block_size
-    m = 0 if key_codec == "pca" else (n + 1) // 2 if kept is None else kept
-    codec = CODEC_NAMES[key_codec]
-    layers = [_layer(base, i, n, m, neighbours, mlp_width if m else 0, basis, rng) for i in base.kv_layers]
+    base, rng = read_base_model(model_gguf), np.random.default_rng(seed)
 
-    def tier(name: str, keys: Sequence[int] | int, values: Sequence[int] | int, codec: int, kappa: float) -> Tier:
-        keys, values = (row_counts(f32=x) if isinstance(x, int) else x for x in (keys, values))
-        return Tier(
-            name=name,
-            key_codec=[codec] * len(layers),
-            key_rows=[legal(keys, x.key_length) for x in layers],
-            value_rows=[legal(values, x.value_length) for x in layers],
-            kappa=[kappa] * len(layers),
-        )
+    def table(heads: int, groups: int) -> np.ndarray:
+        return np.stack([rng.choice(np.atleast_1d(bits), (heads, ROWS, groups)) for bits in tiers]).astype(np.uint8)
 
-    head = max(1, n // 12)
-    faithful = n if lossless else row_counts(q8_0=head, q4_0=n - head)
-    economy = n if lossless else row_counts(q8_0=head, q4_0=n // 4, q2_0=n - head - n // 4)
-    faithful, economy = (given if given is not None else default for given, default in ((faithful_rows, faithful), (rows, economy)))
-    tiers = [
-        tier("faithful", faithful, faithful, codec if lossless else PCA, 0.0),
-        tier("economy", economy, economy if value_rows is None else value_rows, codec, kappa),
-    ]
-    capsule = Capsule(
-        base=base_of(base),
-        block_size=n,
-        layers=layers,
-        tiers=tiers,
-        name=f"random capsule for {base.name}",
-        block_shape="tile" if tile_width else "raster",
-        block_width=tile_width or block_width,
-        image_tokens=image_tokens,
-        neighbour_count=neighbours if m else 0,
-        provenance={"tool": "tests/make_capsule.py", "seed": seed},
-    )
-    capsule.set_ratios()
-    capsule.default_ratio = capsule.tiers[1].ratio
-    return write_capsule(path, capsule)
+    layers = []
+    for i in base.kv_layers:
+        heads, d_k, d_v = base.head_count_kv[i], base.key_length[i], base.value_length[i]
+        groups = len(key_groups(d_k, base.rope_type if base.layer_rope[i] else "none", base.rope_dimensions)), len(plain_groups(d_v))
+        means = [(0.3 * rng.standard_normal((heads, d))).astype(np.float32) for d in (d_k, d_v)]
+        turn = np.stack([exact_axes(d_v, rng) for _ in range(heads)]) if axes else None
+        layers.append(TileLayer(i, base.layer_rope[i], *means, *(table(heads, g) for g in groups), energy, energy, turn,
+                                **random_transforms(codec, heads, d_k, groups[0], mlp, rng)))
+    name = f"random capsule for {base.name}"
+    return write_tile_capsule(path, TileCapsule(base_of(base), base.rope_dimensions, [0.0] * len(tiers), layers, name, {"tool": "tests/make_capsule.py"}))
 
 
-def orthonormal(n: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-    if kind == "identity":
-        return np.eye(n, dtype=np.float32)
-    return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
-
-
-def _layer(base, i: int, n: int, m: int, neighbours: int, h: int, basis: str, rng: np.random.Generator) -> Layer:
-    heads, d_k, d_v = base.head_count_kv[i], base.key_length[i], base.value_length[i]
-    f32, f16 = np.float32, np.float16
-    weight = np.abs(1 + 0.5 * rng.standard_normal((heads, d_k)))
-    layer = Layer(
-        index=i,
-        head_count_kv=heads,
-        key_length=d_k,
-        value_length=d_v,
-        k_mean=(0.3 * rng.standard_normal((heads, d_k))).astype(f32),
-        v_mean=(0.3 * rng.standard_normal((heads, d_v))).astype(f32),
-        k_basis=orthonormal(n, basis, rng),
-        v_basis=orthonormal(n, basis, rng),
-        k_query_weight=(weight / weight.mean()).astype(f32),
-        freq_base=base.freq_base[i],
-        rope=base.layer_rope[i],
-    )
-    if m:
-        layer.kept_count, layer.mlp_width = m, h
-        order = rng.permutation(n)
-        layer.token_order = np.concatenate([np.sort(order[:m]), order[m:]]).astype(np.uint16)
-        layer.k_neighbours = rng.integers(0, m, (n - m, neighbours)).astype(np.int32)
-        # equal within a frequency pair for every kind of RoPE: one number per neighbour and head
-        gate = (rng.random((heads, n - m, neighbours, 1)) / neighbours).astype(f16)
-        layer.k_gate = np.broadcast_to(gate, (heads, n - m, neighbours, d_k)).copy()
-    if m and h:
-        layer.k_mlp_up = (rng.standard_normal((heads, h, neighbours * d_k)) / np.sqrt(neighbours * d_k)).astype(f16)
-        layer.k_mlp_up_bias = (0.1 * rng.standard_normal((heads, h))).astype(f32)
-        layer.k_mlp_down = (0.2 * rng.standard_normal((heads, d_k, h))).astype(f16)
-    return layer
+def old_capsule(path: Path) -> Path:
+    """What a reader sees of a capsule of format v1 before it refuses it."""
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "kvcapsule")
+    w.add_uint32("kvcapsule.version", 1)
+    w.add_uint32("kvcapsule.block_size", 64)
+    for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close):
+        write()
+    return path

@@ -28,40 +28,14 @@ def compiler() -> str:
     return found
 
 
-def includes() -> list[str]:
-    tree = source() / "ggml"
-    return [f"-I{tree / 'include'}", f"-I{tree / 'src'}"]
-
-
-def libraries() -> list[str]:
-    folder = library("patched")
-    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lggml-base", "-lggml-cpu"]
-
-
 def run(*command: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
-
-
-def kernels(folder: Path) -> list[str]:
-    """What code that calls the kernels of the CPU paths needs: the folder of the headers, and objects, compiled into `folder`."""
-    src = source() / "src"
-    files = [src / "llama-capsule-rows.cpp", src / "llama-capsule-views.cpp", *sorted(src.glob("llama-capsule-simd*.cpp"))]
-    done = subprocess.run([compiler(), "-std=c++17", "-ffp-contract=off", "-O2", "-fPIC", *includes(), "-c", *map(str, files)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [f"-I{src}", *(str(folder / f"{file.stem}.o") for file in files)]
 
 
 def tiles(name: str, folder: Path, *flags: str) -> Path:
     """tests/native/<name>.cpp with the plain C++ of ggml-capsule/, as a library; it needs nothing of llama.cpp."""
     src, out = ROOT / "patches" / "files" / "ggml" / "src" / "ggml-capsule", folder / f"{name}.so"
     done = run(compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def build(code: Path, out: Path, *flags: str) -> Path:
-    """Raises AssertionError with the compiler's messages."""
-    done = run(compiler(), "-std=c++17", "-ffp-contract=off", *includes(), *flags, code, "-o", out, *libraries(), "-pthread")
     assert done.returncode == 0, done.stderr
     return out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cache_model import END, CacheModel, TileCacheModel, Token
+from cache_model import END, CacheModel, Token
 from cache_truth import afresh, first_layer
 from llama_runner import (
     Case,
@@ -54,29 +54,21 @@ class Setting:
     arch: str
     n_layer: int  # with one layer a cell depends on nothing but its token and its position
     flash_attn: bool
-    block: int
     auto: bool
     n_seq: int
     n_ubatch: int
-    tile: int = 0  # width of a tile, 0 = raster
-    version: int = 1  # of the capsule's format; 2 knows no blocks but its tiles
-
-    @property
-    def side(self) -> int:
-        """Of the images that a capsule with tiles expects where there is no M-RoPE; many of those shown are others."""
-        return {8: 4, 12: 6, 16: 8}[self.block] if self.tile and self.arch != "qwen2vl" else 0
 
     @property
     def model(self) -> TinyModel:
         return TINY.but(arch=self.arch, n_layer=self.n_layer)
 
 
-def random_setting(rng: np.random.Generator, version: int = 1) -> Setting:
+def random_setting(rng: np.random.Generator) -> Setting:
     def pick(*values: Any) -> Any:
         return values[rng.integers(len(values))]
 
-    return Setting(pick("llama", "qwen2", "qwen2vl"), pick(1, 2), pick(False, False, False, True), pick(8, 12, 16), pick(False, False, True), pick(1, 2, 3, 4),
-                   pick(16, 64, 512), pick(0, 2, 4), version)
+    return Setting(pick("llama", "qwen2", "qwen2vl"), pick(1, 2), pick(False, False, False, True), pick(False, False, True), pick(1, 2, 3, 4),
+                   pick(16, 64, 512))
 
 
 def random_script(rng: np.random.Generator, n: int) -> list[Operation]:
@@ -100,8 +92,7 @@ class Script:
     op_of_step: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        kind = CacheModel if self.setting.version == 1 else TileCacheModel
-        self.model = kind(self.setting.block, self.setting.arch == "qwen2vl", self.setting.tile, self.setting.side)
+        self.model = CacheModel(self.setting.arch == "qwen2vl")
         self.saved: dict[int, tuple[CacheModel, int]] = {}
         for i, (name, seq, a, b, c) in enumerate(self.operations):
             seq %= self.setting.n_seq
@@ -162,7 +153,7 @@ class Script:
         cold = [cell for cell in self.model.of(seq) if cell.slot]
         if cold:
             p0 = cold[a % len(cold)].pos
-            self.remove(seq, p0, p0 + 1 + b % (self.setting.block + 2))
+            self.remove(seq, p0, p0 + 1 + b % 18)
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
         self.add(seq_rm(seq, p0, -1 if p1 == END else p1))
@@ -265,8 +256,7 @@ class Script:
         s = self.setting
         model = folder(s.model)
         common = {"flash_attn": s.flash_attn, "type_k": "f32", "type_v": "f32", "n_ctx": CELLS, "n_ubatch": s.n_ubatch}
-        file = capsule(model, block_size=s.block, tile_width=s.tile, image_tokens=s.side**2) if s.version == 1 else capsule(model)
-        ours = Case(self.name, model, self.ours, capsule=file, n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
+        ours = Case(self.name, model, self.ours, capsule=capsule(model), n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
         stock = [Case(self.name, model, self.stock, n_seq_max=s.n_seq + 1, **common)]
         for seq, (at, steps) in self.fresh.items():
             stock.append(Case(f"{self.name}/{seq}", model, [*steps, self.ours[at] | {"seq": 0}], **common))
@@ -303,9 +293,8 @@ class Script:
         if "positions" in step.values:
             return "" if step.values["positions"] == want else f"positions {step.values['positions']}, expected {want}"
         if "stats" in step.values:
-            slots = step.values["stats"]["n_slots" if self.setting.version == 1 else "n_slots_tier"]
-            seen = step.values["stats"] | dict(zip(("economy", "faithful"), slots))
-            seen = {k: seen[k] for k in want}
+            seen = step.values["stats"]
+            seen = {k: (seen | {"slots": sum(seen["n_slots_tier"])})[k] for k in want}
             if self.setting.auto:  # when an image is compressed is not modelled, what is there is
                 want, seen = ({"vision": c["n_hot_vision"] + c["n_cold"], "text": c["n_hot_used"] - c["n_hot_vision"]} for c in (want, seen))
             return "" if seen == want else f"counts {seen}, expected {want}"

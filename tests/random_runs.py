@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llama_runner import run
 from make_capsule import random_capsule
-from make_tile_capsule import random_tile_capsule
 from random_operations import Operation, Script, Setting
 from tiny_gguf import ModelStore
 
@@ -19,11 +18,9 @@ class Runner:
         self.folder, self.patched, self.stock = folder, patched, stock
         self.models = ModelStore(folder)
 
-    def capsule(self, model: Path, **file: int) -> Path:
-        path = self.folder / f"capsule-{'-'.join(map(str, (model.stem, *file.values())))}.gguf"
-        if not path.exists():
-            random_capsule(model, path, **file) if file else random_tile_capsule(model, path)
-        return path
+    def capsule(self, model: Path) -> Path:
+        path = self.folder / f"capsule-{model.stem}.gguf"
+        return path if path.exists() else random_capsule(model, path)
 
     def problems(self, scripts: Sequence[Script]) -> dict[str, str]:
         """name -> what went wrong, of those that failed. All run in one process of each library."""

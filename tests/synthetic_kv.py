@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kvcapsule_gguf.format.base_model import BaseModel, read_base_model
-from kvcapsule_gguf.train.source import ArraySource, KVSample
+from kvcapsule_gguf.train.source import KVSample
+
+
+@dataclass
+class Source:
+    model: BaseModel
+    samples: list[KVSample]
 
 
 def field(rng: np.random.Generator, side: int, channels: tuple[int, ...]) -> np.ndarray:
@@ -35,6 +42,6 @@ def sample(model: BaseModel, seed: int, side: int = 16) -> KVSample:
     return KVSample(keys, values, queries, side, 0)
 
 
-def source(model_gguf: Path, count: int = 8, side: int = 16) -> ArraySource:
+def source(model_gguf: Path, count: int = 8, side: int = 16) -> Source:
     model = read_base_model(model_gguf)
-    return ArraySource(model, [sample(model, i, side) for i in range(count)])
+    return Source(model, [sample(model, i, side) for i in range(count)])

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     native.load(library("patched"))
     root = write_folder(tmp_path_factory.mktemp("api"), ARCHS, TYPED)
     for arch in ARCHS:
-        random_capsule(root / arch / "tiny.gguf", root / arch / "lossless.gguf", block_size=8)
+        random_capsule(root / arch / "tiny.gguf", root / arch / "lossless.gguf")
     return root
 
 
@@ -193,7 +193,7 @@ def test_statistics_per_picture(folder: Path, arch: str) -> None:
         llm.create_chat_completion([user("?", folder / "a.png", folder / "b.png")], max_tokens=2)
         images = llm.image_stats()
         stats = native.stats(llm.ctx)
-    assert [(image.name, image.tokens, image.moved, sum(image.slots.values())) for image in images] == [(f"image {i}", TOKENS, TOKENS, 2) for i in (1, 2)]
+    assert [(image.name, image.tokens, image.moved, sum(image.slots.values())) for image in images] == [(f"image {i}", TOKENS, TOKENS, 1) for i in (1, 2)]
     assert all(0 < image.bytes_now < image.bytes_f16 for image in images) and stats.n_cold == 2 * TOKENS
 
 
@@ -222,7 +222,7 @@ def test_the_environment_is_for_others(folder: Path, monkeypatch: pytest.MonkeyP
     handler = KVCapsuleChatHandler(clip_model_path=str(folder / "llama" / "mmproj-tiny.gguf"))
     llm = Llama(str(folder / "llama" / "tiny.gguf"), chat_handler=handler, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
     llm.create_chat_completion([user("?", folder / "a.png")], max_tokens=2)
-    assert sum(handler.stats.images[0].slots.values()) == 2 and native.stats(llm.ctx).n_hot == 512
+    assert sum(handler.stats.images[0].slots.values()) == 1 and native.stats(llm.ctx).n_hot == 512
     llm.close()
     with ours(folder, capsule="off") as llm:
         assert not native.is_attached(llm.ctx)
@@ -316,7 +316,7 @@ def test_from_pretrained_brings_projector_and_capsule(folder: Path, tmp_path: Pa
         hub.clear()
         with KVCapsuleLlama.from_pretrained(repo_id="user/repo", filename="*Q8_0.gguf", n_ctx=512, n_threads=1, n_threads_batch=1, **options) as llm:
             llm.create_chat_completion([user("?", folder / "a.png")], max_tokens=2)
-            assert sum(llm.image_stats()[0].slots.values()) == 2
+            assert sum(llm.image_stats()[0].slots.values()) == 1
         assert set(hub) == {"tiny-Q8_0.gguf", "mmproj-tiny-Q8_0.gguf", "kvcapsule-tiny.gguf", *options.get("additional_files", [])}
     assert (tmp_path / "here" / "tiny-Q8_0.gguf").is_file()
     for pattern, words in (("*.gguf", "Multiple files"), ("*Q2_K.gguf", "No file")):

@@ -1,6 +1,6 @@
 """Every architecture that a capsule attaches to: the logits after compression are those of the unpatched library (see test_lossless.py).
 
-llama-capsule-kv.cpp lists the architectures of ARCHS as supported, and no other.
+capsule/model/resolve.cpp lists the architectures of ARCHS as supported, and no other.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from llama_runner import Case, Step, clear, compress, image, lossless_limit, nms
 from tiny_archs import ARCHS
 from tiny_gguf import TinyModel
 
-N = 16  # block size
-FORMS = {"blocks": {"block_size": N}, "tiles": {"version": 2}}
-# 64 tokens are 4 blocks, 28 are one and a padded slot; the single-token batches reuse their graph
+# the single-token batches reuse their graph
 CHAT = [text(7), image((8, 8), seed=1), compress(), text(3, seed=1), text(4, seed=2, one_by_one=True), image((4, 7), seed=2), compress(),
         text(3, seed=3, one_by_one=True), positions(), stats()]
 SETTINGS = [(fa, k) for fa in (False, True) for k in ("f16", "q8_0")]
@@ -24,7 +22,7 @@ GRID = [(arch, fa, k, reuse) for arch in ARCHS for fa, k in SETTINGS for reuse i
 GELU = [arch for arch in ARCHS if arch.startswith("gemma")]
 
 
-UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}  # the usual attention, which rounds as stock does
+UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}  # before the usual attention, which rounds as stock does
 
 
 def limit(arch: str, fa: bool, type_k: str) -> float:
@@ -54,19 +52,14 @@ def truth(models, stock):
     return stock([case(models, f"{arch}-{fa}-{k}", arch, without_capsule(CHAT), fa, k) for arch in ARCHS for fa, k in SETTINGS])
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def form(request):
-    return FORMS[request.param]
-
-
 @pytest.fixture(scope="module")
-def ours(models, capsules, patched, form):
-    return patched([case(models, f"{arch}-{fa}-{k}-{reuse}", arch, CHAT, fa, k, reuse=reuse, capsule=capsules(models(arch=arch), **form))
+def ours(models, capsules, patched):
+    return patched([case(models, f"{arch}-{fa}-{k}-{reuse}", arch, CHAT, fa, k, reuse=reuse, capsule=capsules(models(arch=arch)))
                     for arch, fa, k, reuse in GRID])
 
 
 @pytest.mark.parametrize(("arch", "fa", "type_k", "reuse"), GRID)
-def test_lossless(truth, ours, form, arch, fa, type_k, reuse):
+def test_lossless(truth, ours, arch, fa, type_k, reuse):
     expected, result = truth[f"{arch}-{fa}-{type_k}"], ours[f"{arch}-{fa}-{type_k}-{reuse}"]
     assert nmse(result.logits(), expected.logits()) <= limit(arch, fa, type_k)
     assert result.values("moved") == [64, 28]
@@ -74,14 +67,14 @@ def test_lossless(truth, ours, form, arch, fa, type_k, reuse):
     seen = result.values("stats")[-1]
     assert (seen["n_cold"], seen["n_hot_vision"], seen["n_hot_used"]) == (92, 0, 17)
     # 28 tokens without a grid are 3 lines of 8, and 4
-    assert seen["n_slots"] == [5, 1] if form is FORMS["blocks"] else sum(seen["n_slots_tier"]) == 1 + (1 if TinyModel(arch=arch).mrope else 2)
+    assert sum(seen["n_slots_tier"]) == 1 + (1 if TinyModel(arch=arch).mrope else 2)
     # some architectures never reuse a graph; a capsule costs one at each change of its slots
     assert (result.n_reused >= min(4, expected.n_reused)) if reuse else (result.n_reused == 0)
 
 
 @pytest.fixture(scope="module")
-def unpacked(models, capsules, patched, form):
-    return patched([case(models, f"{arch}-{fa}-{k}", arch, CHAT, fa, k, capsule=capsules(models(arch=arch), **form)) for arch in ARCHS for fa, k in SETTINGS],
+def unpacked(models, capsules, patched):
+    return patched([case(models, f"{arch}-{fa}-{k}", arch, CHAT, fa, k, capsule=capsules(models(arch=arch))) for arch in ARCHS for fa, k in SETTINGS],
                    env=UNPACK)
 
 
@@ -101,12 +94,12 @@ def test_the_mean(truth, unpacked):
 
 @pytest.fixture(scope="module")
 def damaged(models, capsules, patched):
-    return patched([case(models, arch, arch, CHAT, capsule=capsules(models(arch=arch), block_size=N, rows=N - 2)) for arch in ARCHS])
+    return patched([case(models, arch, arch, CHAT, capsule=capsules(models(arch=arch), tiers=(4,)), quality=1e9) for arch in ARCHS])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_wrong_capsule_is_seen(truth, damaged, arch):
-    """An eighth of the rows of a random basis is missing: the covered layers matter in every one of these models."""
+    """All blocks have 4 bits: the covered layers matter in every one of these models."""
     assert nmse(damaged[arch].logits(), truth[f"{arch}-False-f16"].logits()) > 1e-5
 
 
@@ -122,9 +115,8 @@ def test_stock_itself(models, stock):
         assert 1e-12 < nmse(b, a) <= rounded(arch, False, k)
 
 
-# --- RoPE with factors and YaRN; the path of stock ops ---
+# --- RoPE with factors and YaRN ---
 
-RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
 SCALED: dict[str, dict[str, Any]] = {
     f"{arch}-{'-'.join(how)}": {"arch": arch} | dict.fromkeys(how, True)
     for arch, *how in [
@@ -136,30 +128,20 @@ SCALED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def scaled(models, capsules, stock, patched, form):
+def scaled(models, capsules, stock, patched):
     def cases(steps: list[Step], **more: Any) -> list[Case]:
         return [Case(name, models(**options), steps, n_ctx=512, image_causal=ARCHS[options["arch"]].causal,
                      **{k: f(models(**options)) for k, f in more.items()}) for name, options in SCALED.items()]
 
-    packed = cases(CHAT, capsule=lambda model: capsules(model, **form))
-    return stock(cases(without_capsule(CHAT))), patched(packed), patched(packed, env=RECONSTRUCT)
+    packed = cases(CHAT, capsule=capsules)
+    return stock(cases(without_capsule(CHAT))), patched(packed), patched(packed, env=UNPACK)
 
 
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_rope(scaled, name):
-    expected, unpack, reconstruct = (runs[name] for runs in scaled)
-    for result in (unpack, reconstruct):
+    expected, attend, unpack = (runs[name] for runs in scaled)
+    for result in (attend, unpack):
         assert nmse(result.logits(), expected.logits()) <= limit(SCALED[name]["arch"], False, "f16")
-
-
-@pytest.fixture(scope="module")
-def reconstructed(models, capsules, patched):
-    return patched([case(models, arch, arch, CHAT, capsule=capsules(models(arch=arch), block_size=N)) for arch in ARCHS], env=RECONSTRUCT)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_reconstruct(truth, reconstructed, arch):
-    assert nmse(reconstructed[arch].logits(), truth[f"{arch}-False-f16"].logits()) <= rounded(arch, False, "f16")
 
 
 # --- sliding windows, state, automatic mode ---
@@ -168,7 +150,7 @@ def test_reconstruct(truth, reconstructed, arch):
 def test_the_cache_of_the_window(models, capsules, patched):
     """It is small, which is said, and the hot cache is never smaller: the window and a batch are in it."""
     sizes = {"n_ctx": 2048, "n_hot": 256, "n_ubatch": 512}
-    runs = patched([Case(arch, models(arch=arch), [stats()], capsule=capsules(models(arch=arch), block_size=N), **sizes) for arch in ("llama", "gemma3")])
+    runs = patched([Case(arch, models(arch=arch), [stats()], capsule=capsules(models(arch=arch)), **sizes) for arch in ("llama", "gemma3")])
     line = "swa_full is off with a capsule"
     assert [sum(line in x for x in runs[arch].log) for arch in ("llama", "gemma3")] == [0, 1]
     assert [runs[arch].values("stats")[0]["n_hot"] for arch in ("llama", "gemma3")] == [256, 768]
@@ -182,7 +164,7 @@ def test_state(models, capsules, patched):
     ask = text(5, seed=2, one_by_one=True)
     steps = [text(5), image((4, 8), seed=1), compress(), text(3, seed=1)]
     again = {seq: [*steps, state_save("a", seq), ask, image((2, 8), seed=2), compress(), clear(), state_load("a", seq), ask, stats()] for seq in (-1, 0)}
-    runs = patched([case(models, f"{arch}{seq}", arch, again[seq], capsule=capsules(models(arch=arch), block_size=N)) for arch in KINDS for seq in again])
+    runs = patched([case(models, f"{arch}{seq}", arch, again[seq], capsule=capsules(models(arch=arch))) for arch in KINDS for seq in again])
     for name, result in runs.items():
         assert nmse(result.logits(10), result.logits(5)) <= 5e-8, name
         assert result.values("stats")[-1]["n_cold"] == 32
@@ -191,7 +173,7 @@ def test_state(models, capsules, patched):
 def test_automatic(models, capsules, stock, patched):
     steps = [s for s in CHAT if s["op"] != "compress"]
     expected = stock([case(models, arch, arch, without_capsule(steps)) for arch in KINDS])
-    seen = patched([case(models, arch, arch, steps, capsule=capsules(models(arch=arch), block_size=N), auto_compress=True) for arch in KINDS])
+    seen = patched([case(models, arch, arch, steps, capsule=capsules(models(arch=arch)), auto_compress=True) for arch in KINDS])
     for arch in KINDS:
         assert nmse(seen[arch].logits(), expected[arch].logits()) <= limit(arch, False, "f16")
         assert seen[arch].values("stats")[-1]["n_cold"] == 92
@@ -203,7 +185,7 @@ def test_a_small_hot_cache(models, capsules, stock, patched):
     archs = [arch for arch in KINDS if arch != "llama4"]  # its window is 8,192
     sizes = {"n_ubatch": 64, "n_batch": 64}
     expected = stock([replace(case(models, arch, arch, without_capsule(steps), **sizes), n_ctx=1024) for arch in archs])
-    seen = patched([replace(case(models, arch, arch, steps, capsule=capsules(models(arch=arch), block_size=N), auto_compress=True, n_hot=256, **sizes), n_ctx=1024)
+    seen = patched([replace(case(models, arch, arch, steps, capsule=capsules(models(arch=arch)), auto_compress=True, n_hot=256, **sizes), n_ctx=1024)
                     for arch in archs])
     for arch in archs:
         assert nmse(seen[arch].logits(), expected[arch].logits()) <= limit(arch, False, "f16")
@@ -224,7 +206,7 @@ IN_ONE_CACHE = ("llama", "qwen2vl", "gemma3", "qwen35", "lfm2")
 def test_several_sequences(models, capsules, stock, patched):
     common = {"n_seq_max": 3, "kv_unified": True}
     expected = stock([case(models, arch, arch, without_capsule(SEQUENCES), **common) for arch in IN_ONE_CACHE])
-    seen = patched([case(models, arch, arch, SEQUENCES, capsule=capsules(models(arch=arch), block_size=N), **common) for arch in IN_ONE_CACHE])
+    seen = patched([case(models, arch, arch, SEQUENCES, capsule=capsules(models(arch=arch)), **common) for arch in IN_ONE_CACHE])
     for arch in IN_ONE_CACHE:
         assert nmse(seen[arch].logits(), expected[arch].logits()) <= limit(arch, False, "f16")
         assert seen[arch].values("stats")[-1]["n_cold"] == 32 + 48 + 16
@@ -253,7 +235,7 @@ def test_adapters(models, capsules, stock, patched, adapted):
         return name.split("-")[0]
 
     expected = stock([case(models, name, arch(name), without_capsule(CHAT), **extra) for name, extra in adapted.items()])
-    seen = patched([case(models, name, arch(name), CHAT, capsule=capsules(models(arch=arch(name)), block_size=N), **extra)
+    seen = patched([case(models, name, arch(name), CHAT, capsule=capsules(models(arch=arch(name))), **extra)
                     for name, extra in adapted.items()])
     for name in adapted:
         assert nmse(seen[name].logits(), expected[name].logits()) <= limit(arch(name), False, "f16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from make_tile_capsule import random_tile_capsule
 from test_native import with_model
 
 CONTEXT = """
@@ -14,11 +13,9 @@ def said(ctx):
 """
 
 
-@pytest.fixture(params=["format 1", "format 2", "built-in"])
-def capsule(request, models, capsules, tmp_path):
-    if request.param == "format 2":
-        return random_tile_capsule(models(), tmp_path / "tiles.gguf")
-    return capsules(models()) if request.param == "format 1" else request.param
+@pytest.fixture(params=["file", "built-in"])
+def capsule(request, models, capsules):
+    return capsules(models()) if request.param == "file" else request.param
 
 
 def lines(models, capsule, code: str, *more) -> list[str]:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 from chat_model import TOKENS, write_mmproj, write_model, write_picture
-from make_capsule import random_capsule
+from make_capsule import old_capsule, random_capsule
 from test_chat import F16_TOKEN, Run, chat, refused  # noqa: F401  (chat is a fixture)
 from test_native import require_capsules
-
-N = 8  # block size; a picture is two blocks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / arch).mkdir()
         model = write_model(root / arch / "tiny.gguf", arch=arch)
         write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", block_size=N, lossless=False)
-        random_capsule(model, root / arch / "lossless.gguf", block_size=N, lossless=True)
+        random_capsule(model, root / arch / "kvcapsule-tiny.gguf", tiers=(4, 8))  # a picture is one tile
+        random_capsule(model, root / arch / "lossless.gguf")
     write_picture(root / "a.png", size=(112, 112))
     write_picture(root / "b.png", size=(112, 112), seed=4)
     return root
@@ -41,24 +39,13 @@ def test_the_capsule_beside_the_model_is_used(chat: Run, folder: Path, arch: str
     assert result.returncode == 0 and result.stderr == ""
     report = json.loads(result.stdout)
     assert report["capsule"] and report["vision_tokens"] == TOKENS
-    assert sum(report["slots"].values()) == TOKENS // N
+    assert sum(report["slots"].values()) == 1
     assert report["kv_bytes_f16_equivalent"] == TOKENS * F16_TOKEN
     assert 0 < report["kv_bytes"] < report["kv_bytes_f16_equivalent"] <= report["kv_bytes_allocated"]
     assert report["kv_ratio"] == round(1 - report["kv_bytes"] / report["kv_bytes_f16_equivalent"], 4)
     (image,) = report["images"]
     assert image["tokens"] == image["tokens_compressed"] == TOKENS
     assert image["kv_bytes"] == report["kv_bytes"] and image["slots"] == report["slots"]
-
-
-def test_the_guard_can_be_turned_off(chat: Run, folder: Path) -> None:
-    """With a threshold that no block stays under: all go to the faithful tier, or none."""
-    model = folder / "llama" / "tiny.gguf"
-    capsule = random_capsule(model, folder / "strict.gguf", block_size=N, lossless=False, kappa=1e-6)
-    for guard, tier in (("on", "faithful"), ("off", "economy")):
-        result = chat(model, "--capsule", capsule, "--guard", guard, "--image", folder / "a.png", "-p", "what?", "-n", "2", "--json")
-        slots = json.loads(result.stdout)["slots"]
-        assert slots[tier] == sum(slots.values()) == TOKENS // N, (guard, slots)
-    assert "faithful" in chat(model, "--capsule", capsule, "-n", "2", stdin=f"/image {folder / 'a.png'}\nwhat?\n/stats\n").stderr
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
@@ -88,7 +75,7 @@ def test_a_capsule_inside_the_mmproj(chat: Run, folder: Path, tmp_path: Path) ->
             kv[key] = (field.contents(), field.types[-1])
     rewrite(folder / "llama" / "mmproj-tiny.gguf", tmp_path / "mmproj-tiny.gguf", kv=kv, add=[(t.name, t.data) for t in capsule.tensors])
     report = json.loads(chat(model, "--image", folder / "a.png", "-p", "x", "-n", "2", "--json").stdout)
-    assert report["capsule"] and sum(report["slots"].values()) == TOKENS // N
+    assert report["capsule"] and sum(report["slots"].values()) == 1
 
 
 def test_stats_of_a_session(chat: Run, folder: Path) -> None:
@@ -97,7 +84,7 @@ def test_stats_of_a_session(chat: Run, folder: Path) -> None:
     first, second = result.stderr.split("MiB now\n")[1:]
     rows = {line.split()[0]: line.split()[1:] for line in first.splitlines()[:3]}
     assert rows["total"][0] == str(2 * TOKENS)
-    assert sum(map(int, rows["total"][1:-2])) == 2 * TOKENS // N
+    assert sum(map(int, rows["total"][1:-2])) == 2
     assert "memory breaks even at" in first and "breaks even" not in second
 
 
@@ -123,20 +110,21 @@ def test_many_pictures_go_through_a_hot_cache_that_holds_one(chat: Run, folder: 
     last = reports[-1]
     tokens = last["tokens_reused"] + last["tokens_evaluated"] + last["generated_tokens"]
     assert tokens - 24 * TOKENS <= 640 < tokens
-    assert all(r["slots"] == {"economy": TOKENS // N * len(r["images"]), "faithful": 0} for r in reports)
+    assert all(sum(r["slots"].values()) == len(r["images"]) for r in reports)
     assert all(image["tokens_compressed"] == TOKENS for image in last["images"])
 
 
 def test_wrong_truncated_and_unfitting_capsules(chat: Run, folder: Path, tmp_path: Path) -> None:
     model, picture = folder / "llama" / "tiny.gguf", folder / "a.png"
     ask = ("--image", picture, "-p", "x")
-    other = random_capsule(write_model(tmp_path / "other.gguf", seed=9), tmp_path / "kvcapsule-other.gguf", block_size=N)
+    other = random_capsule(write_model(tmp_path / "other.gguf", seed=9), tmp_path / "kvcapsule-other.gguf")
     refused(chat(model, "--capsule", other, *ask), "kvcapsule-other.gguf")
     whole = (folder / "llama" / "kvcapsule-tiny.gguf").read_bytes()
     for size in (3, 100, 2000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         refused(chat(model, "--capsule", tmp_path / "cut.gguf", *ask), "cut.gguf")
     refused(chat(model, "--capsule", model, *ask), "tiny.gguf")
+    refused(chat(model, "--capsule", old_capsule(tmp_path / "old.gguf"), *ask), "old.gguf", "of format v1: train it anew with kvcapsule-train")
 
 
 def test_a_damaged_sibling_is_not_passed_over(chat: Run, folder: Path, tmp_path: Path) -> None:
@@ -173,9 +161,9 @@ def test_a_session_goes_on_after_a_picture_that_does_not_fit(chat: Run, folder: 
     assert second["vision_tokens"] == 0 and len(second["images"]) == 1 and second["slots"] == first["slots"]
 
 
-def test_ratio_picks_a_preset(chat: Run, folder: Path, tmp_path: Path) -> None:
-    result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--json", "--ratio", "0.6")
-    assert result.returncode == 0 and json.loads(result.stdout)["slots"]["economy"] == TOKENS // N
+def test_ratio_picks_a_tier(chat: Run, folder: Path, tmp_path: Path) -> None:
+    result = chat(folder / "llama" / "tiny.gguf", "--image", folder / "a.png", "-p", "x", "-n", "2", "--json", "--ratio", "0.7")
+    assert result.returncode == 0 and list(json.loads(result.stdout)["slots"].values()) == [1, 0]
 
 
 def test_undo_save_and_load_in_a_session(chat: Run, folder: Path, tmp_path: Path) -> None:

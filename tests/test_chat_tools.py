@@ -24,13 +24,12 @@ def mtmd_cli() -> Path:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
 def test_the_capsule_of_the_environment(mtmd_cli: Path, chat: Run, folder: Path, tmp_path: Path, arch: str) -> None:
-    # one row of a block's eight: lossy enough to change the answer
-    lossy = random_capsule(folder / arch / "tiny.gguf", tmp_path / "lossy.gguf", block_size=8, lossless=False, rows=(0, 0, 0, 1, 0))
+    lossy = random_capsule(folder / arch / "tiny.gguf", tmp_path / "lossy.gguf", tiers=((0, 1), 3))  # lossy enough to change the answer
     common = ["-m", folder / arch / "tiny.gguf", "--mmproj", folder / arch / "mmproj-tiny.gguf", "--image", folder / "a.png", "-p", "hello", "-n", "8", "-c", "1024"]
     answers = []
     for capsule in (None, lossy):
-        env = environment(**({"LLAMA_KVCAPSULE": str(capsule), "LLAMA_KVCAPSULE_HOT": "256"} if capsule else {}))
-        answers.append(chat(*common, "--hot", "256", "--capsule", capsule or "off").stdout.strip())
+        env = environment(**({"LLAMA_KVCAPSULE": str(capsule), "LLAMA_KVCAPSULE_HOT": "256", "LLAMA_KVCAPSULE_RATIO": "0.9"} if capsule else {}))
+        answers.append(chat(*common, "--hot", "256", *(("--capsule", capsule, "--ratio", "0.9") if capsule else ("--capsule", "off"))).stdout.strip())
         # its log is written by a thread, which at the end may not have written all: never something else, but now and then too little
         for _ in range(20):
             result = subprocess.run([mtmd_cli, *map(str, common), "--temp", "0", "-t", "1"], env=env, capture_output=True, text=True, timeout=300)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from llama_runner import Case, cells, image, lossless_limit, nmse, set_pos, stats, text
 
-N, GRID = 16, (8, 8)
+GRID = (8, 8)
 TOKENS = GRID[0] * GRID[1]
 
 
@@ -15,12 +15,11 @@ def counted(result) -> list[int]:
 
 @pytest.mark.parametrize("n", [5, 50, TOKENS - 1, TOKENS + 1, 2 * TOKENS - 3])
 def test_positions_along_a_line(models, capsules, stock, patched, n):
-    """The capsule knows how many tokens an image has: what has not so many is none. Two images may follow each other."""
+    """The program says how many tokens an image has: what has not so many is none. Two images may follow each other."""
     model = models(arch="llama")
     sound = [text(4), image(n, seed=1), text(3)]
     steps = [*sound, stats(), image(GRID, seed=2), image(GRID, seed=3), text(3), stats()]
-    capsule = capsules(model, block_size=N, image_tokens=TOKENS)
-    result = patched([Case("a", model, steps, capsule=capsule, auto_compress=True, type_k="f32", type_v="f32")])["a"]
+    result = patched([Case("a", model, steps, capsule=capsules(model), image_tokens=TOKENS, auto_compress=True, type_k="f32", type_v="f32")])["a"]
     extra = TOKENS if n > TOKENS else 0  # the first ones of a longer run may be an image
     assert counted(result) == [extra, extra + 2 * TOKENS]
     truth = stock([Case("a", model, [s for s in steps if s["op"] != "stats"], type_k="f32", type_v="f32")])["a"]
@@ -32,5 +31,5 @@ def test_m_rope(models, capsules, patched):
     model = models(arch="qwen2vl")
     sound = cells([[4 + i, 4 + i, 4 + i, 1, i, 50] for i in range(50)])
     steps = [text(4), sound, set_pos(0, 54), text(3), stats(), image(GRID, seed=2), text(3), stats()]
-    result = patched([Case("a", model, steps, capsule=capsules(model, block_size=N), auto_compress=True)])["a"]
+    result = patched([Case("a", model, steps, capsule=capsules(model), auto_compress=True)])["a"]
     assert counted(result) == [0, TOKENS]

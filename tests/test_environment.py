@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from damages import K, key, put, tensor
+from damages import F32, K, key, put, tensor
 from llama_runner import Case, image, lossless_limit, nmse, stats, text
-from make_tile_capsule import random_tile_capsule
 
-N, HOT, GRID = 16, 256, (10, 16)
+HOT, GRID = 256, (10, 16)
 STEPS = [text(7), stats(), image(GRID, seed=1), stats(), text(5, seed=1), stats(), image(GRID, seed=2), text(6, seed=2, one_by_one=True), stats()]
 ARCHS = ("llama", "qwen2vl")
 
@@ -20,22 +19,22 @@ def lines(log: list[str]) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_images_are_compressed(models, capsules, stock, patched, arch):
     model = models(arch=arch)
-    env = {"LLAMA_KVCAPSULE": str(capsules(model, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    env = {"LLAMA_KVCAPSULE": str(capsules(model)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
     cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
     truth, ours = stock(cases), patched(cases, env=env)
     for fa in (False, True):
         assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= lossless_limit(fa)
         assert all(ours[str(fa)].values("attached"))
         seen = ours[str(fa)].values("stats")
-        assert [s["n_cold"] for s in seen] == [0, 0, 160, 320]  # an image goes when text follows it
-        assert [s["n_hot_vision"] for s in seen] == [0, 160, 0, 0]
-        assert {s["n_hot"] for s in seen} == {HOT}
+        # an image goes when text follows it
+        assert [(s["n_cold"], s["n_hot_vision"], s["n_hot"]) for s in seen] == [(0, 0, HOT), (0, 160, HOT), (160, 0, HOT), (320, 0, HOT)]
+        assert (seen[-1]["n_tiers"], seen[-1]["n_cold_tier"][0], seen[-1]["smaller"][0]) == (1, 320, 0.5)
 
 
 def test_the_default_hot_size(models, capsules, patched):
     """Without LLAMA_KVCAPSULE_HOT a short context keeps all its cells hot."""
     model = models(arch="llama")
-    ours = patched([Case("a", model, STEPS)], env={"LLAMA_KVCAPSULE": str(capsules(model, block_size=N))})["a"]
+    ours = patched([Case("a", model, STEPS)], env={"LLAMA_KVCAPSULE": str(capsules(model))})["a"]
     seen = ours.values("stats")[-1]
     assert seen["n_hot"] == 1024 and seen["n_cold"] == 320
 
@@ -49,7 +48,7 @@ def test_hot_alone_is_off(models, stock, patched):
 def test_another_model_runs_plain(models, capsules, stock, patched):
     """A draft model, say, in the process: one line, a plain cache of full size; the model that fits gets its capsule all the same."""
     fits, other = models(arch="llama"), models(arch="llama", seed=2)
-    env = {"LLAMA_KVCAPSULE": str(capsules(fits, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
+    env = {"LLAMA_KVCAPSULE": str(capsules(fits)), "LLAMA_KVCAPSULE_HOT": str(HOT)}
     large = [text(7), image((20, 30), seed=1), text(5, seed=1), text(6, seed=2, one_by_one=True)]
     cases = [Case("plain", other, [*large, stats()]), Case("other kind", models(arch="qwen2"), [*large, stats()]), Case("capsule", fits, STEPS)]
     truth, ours = stock(cases), patched(cases, env=env)
@@ -60,14 +59,14 @@ def test_another_model_runs_plain(models, capsules, stock, patched):
     assert ours["capsule"].values("stats")[-1]["n_cold"] == 320
 
 
-DAMAGED = {"NaN": tensor(K + "k_basis", put(np.nan, 0, 0)), "rows": key("kvcapsule.tier.key_rows", lambda v: [0] * len(v))}
+DAMAGED = {"NaN": tensor(K + "k_mean", put(np.nan, 0, 0)), "sizes": key("kvcapsule.smaller", lambda v: [0.0] * len(v), F32)}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_capsule_fails_at_once(models, capsules, patched, tmp_path, damage):
     model = models(arch="llama")
     bad = tmp_path / "bad.gguf"
-    DAMAGED[damage](capsules(model, block_size=N), bad)
+    DAMAGED[damage](capsules(model), bad)
     result = patched([Case("a", model, STEPS)], env={"LLAMA_KVCAPSULE": str(bad)})["a"]
     assert "context creation failed" in result.error
     assert any(str(bad) in line or "capsule" in line for line in result.log)
@@ -82,23 +81,10 @@ def test_a_missing_capsule_fails_at_once(models, patched, tmp_path):
 def test_the_api_wins(models, capsules, patched):
     """What a program asks for goes before its environment."""
     model = models(arch="llama")
-    case = Case("a", model, STEPS, n_hot=512, auto_compress=True, capsule=capsules(model, block_size=2 * N))
-    ours = patched([case], env={"LLAMA_KVCAPSULE": str(capsules(model, block_size=N)), "LLAMA_KVCAPSULE_HOT": str(HOT)})["a"]
+    case = Case("a", model, STEPS, n_hot=512, auto_compress=True, capsule=capsules(model, tiers=(4, 8)))
+    ours = patched([case], env={"LLAMA_KVCAPSULE": str(capsules(model)), "LLAMA_KVCAPSULE_HOT": str(HOT)})["a"]
     seen = ours.values("stats")[-1]
-    assert (seen["block_size"], seen["n_hot"], seen["n_cold"]) == (2 * N, 512, 320)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_file_of_format_2(models, stock, patched, tmp_path, arch):
-    model = models(arch=arch)
-    env = {"LLAMA_KVCAPSULE": str(random_tile_capsule(model, tmp_path / "tiles.gguf")), "LLAMA_KVCAPSULE_HOT": str(HOT)}
-    cases = [Case(str(fa), model, STEPS, flash_attn=fa) for fa in (False, True)]
-    truth, ours = stock(cases), patched(cases, env=env)
-    for fa in (False, True):
-        assert nmse(ours[str(fa)].logits(), truth[str(fa)].logits()) <= lossless_limit(fa)
-        seen = ours[str(fa)].values("stats")
-        assert [(s["n_cold"], s["n_hot_vision"], s["n_hot"]) for s in seen] == [(0, 0, HOT), (0, 160, HOT), (160, 0, HOT), (320, 0, HOT)]
-        assert (seen[-1]["n_tiers"], seen[-1]["n_cold_tier"][0], seen[-1]["smaller"][0]) == (1, 320, 0.5)
+    assert (seen["n_tiers"], seen["n_hot"], seen["n_cold"]) == (2, 512, 320)
 
 
 def test_auto_needs_no_file(models, patched):

@@ -453,15 +453,15 @@ def test_models_with_many_positions(tmp_path):
 
 
 def test_a_lossless_capsule_changes_nothing(tiny, tmp_path):
-    from make_capsule import random_capsule
+    from make_capsule import LOSSLESS, random_capsule
 
     folder = library("patched")
     assert folder
-    good = random_capsule(tiny[0], tmp_path / "kvcapsule-good.gguf", block_size=16, lossless=True)
-    poor = random_capsule(tiny[0], tmp_path / "kvcapsule-poor.gguf", block_size=16, lossless=False)
+    good = random_capsule(tiny[0], tmp_path / "kvcapsule-good.gguf", tiers=LOSSLESS)
+    poor = random_capsule(tiny[0], tmp_path / "kvcapsule-poor.gguf", tiers=(6,))
     out = run("patched", "-m", "kvcapsule_gguf.eval", str(tiny[0]), "-n", "20", "-c", "2048", "-t", "1", "--json", "--against", "q8_0",
               "--capsule", str(good), "--capsule", str(poor))
     f16, floor, q8, lossless, lossy = json.loads(out)["settings"]
     assert lossless["kld"] < 1e-6 < lossy["kld"]
-    assert lossless["kv_ratio"] == pytest.approx(-1, abs=1e-3) and 0.5 < lossy["kv_ratio"] < 0.9
-    assert lossy["slots"]["economy"] > 0
+    assert lossless["kv_ratio"] == pytest.approx(-1, abs=0.02) and 0.5 < lossy["kv_ratio"] < 0.9
+    assert sum(lossy["slots"].values()) > 0

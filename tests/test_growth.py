@@ -7,7 +7,6 @@ import sys
 import pytest
 from llama_runner import Case, Step, clear, compress, image, limit_memory, lossless_limit, nmse, seq_add, seq_rm, state_load, state_save, stats, text
 
-FORMS = {"blocks": {"block_size": 16}, "tiles": {"version": 2}}  # lossless capsules of both formats
 LAYERS = 8
 GRID = (10, 16)
 TOKENS = GRID[0] * GRID[1]
@@ -44,21 +43,16 @@ def warnings(result) -> list[str]:
     return [line for step in result.steps for line in step.log if "no room for more capsule slots" in line]
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def form(request):
-    return FORMS[request.param]
-
-
 @pytest.fixture(scope="module")
-def free(models, capsules, stock, patched, form):
+def free(models, capsules, stock, patched):
     """The album without a limit, on the stock library and with as many hot cells as the key says."""
     model = models(**MODEL)
     steps = [s for s in album() if s["op"] not in ("compress", "stats")]
-    ours = patched([Case(str(hot), model, album(), capsule=capsules(model, **form), n_hot=hot, **OPTIONS) for hot in (256, 1024)])
+    ours = patched([Case(str(hot), model, album(), capsule=capsules(model), n_hot=hot, **OPTIONS) for hot in (256, 1024)])
     return {"stock": stock([Case("a", model, steps, **OPTIONS)])["a"], 256: ours["256"], 1024: ours["1024"]}
 
 
-def test_only_one_layer_exists_twice(models, capsules, patched, free, form):
+def test_only_one_layer_exists_twice(models, capsules, patched, free):
     start, *seen = free[256].values("stats")
     (pools1, scratch1), (pools2, scratch2) = (grown(s, start) for s in seen[:2])
     _, compute1, compute2, *_ = compute(free[256])
@@ -66,19 +60,19 @@ def test_only_one_layer_exists_twice(models, capsules, patched, free, form):
     limit = max(limit, pools2 + scratch2 + compute2)
     assert limit < pools1 + pools2 + scratch1 + compute1, "this would be enough for all layers at once"
     model = models(**MODEL)
-    result = patched([limited("a", model, capsules(model, **form), limit, album()[:10], n_hot=256)])["a"]
+    result = patched([limited("a", model, capsules(model), limit, album()[:10], n_hot=256)])["a"]
     assert [s["n_cold"] for s in result.values("stats")[1:]] == [TOKENS, 2 * TOKENS]
     assert not warnings(result)
 
 
-def test_out_of_memory_leaves_images_hot(models, capsules, patched, free, form):
+def test_out_of_memory_leaves_images_hot(models, capsules, patched, free):
     """At any point of the growth."""
     truth, ours = free["stock"], free[1024]
     assert nmse(ours.logits(), truth.logits()) <= lossless_limit(False, "f32")
     last = ours.values("stats")[-1]
     needed = last["bytes_pools"] + last["bytes_scratch"] + compute(ours)[-1]
     model = models(**MODEL)
-    capsule = capsules(model, **form)
+    capsule = capsules(model)
     cases = [limited(str(i), model, capsule, 1 + 1.6 * needed * i / 16, album(), n_hot=1024) for i in range(17)]
     seen = set()
     for result in patched(cases).values():
@@ -90,29 +84,14 @@ def test_out_of_memory_leaves_images_hot(models, capsules, patched, free, form):
     assert {0, IMAGES * TOKENS} < seen
 
 
-def test_the_guard_needs_faithful_slots(models, capsules, patched):
-    """Blocks that the economy tier refuses stay hot when there is no memory for a faithful slot."""
-    model = models(**MODEL)
-    capsule = capsules(model, block_size=16, lossless=False, kappa=1e-6)
-    steps = [text(4), image(GRID, seed=1), compress(), text(3), stats()]
-    free = patched([Case("a", model, steps, capsule=capsule, guard=True, n_hot=512, **OPTIONS)])["a"].values("stats")[0]
-    assert free["n_slots"][1] == TOKENS // 16
-    economy = free["bytes_slot"][0] * (TOKENS // 16)
-    limit = economy + free["bytes_scratch"] + free["bytes_slot"][1]  # what the compute buffer grows by does not fit either, so economy slots may be refused as well
-    result = patched([limited("a", model, capsule, limit, steps, guard=True, n_hot=512)])["a"]
-    seen = result.values("stats")[0]
-    assert (seen["n_cold"], seen["n_hot_vision"], seen["n_slots"]) == (0, TOKENS, [0, 0])
-    assert len(warnings(result)) == 1
-
-
-def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free, form):
+def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free):
     """An image that found no slots is compressed once others were removed and the hot cells are needed."""
     start, first = free[256].values("stats")[:2]
     limit = sum(grown(first, start)) + compute(free[256])[1]
     model = models(**MODEL)
     steps = [text(4), image(GRID, seed=1), text(3), image(GRID, seed=2), text(3), stats(), seq_rm(0, 4, 4 + TOKENS), text(160), stats(), text(5)]
     options = {"n_hot": 256, "auto_compress": True}
-    result = patched([limited("a", model, capsules(model, **form), limit, steps, **options)])["a"]
+    result = patched([limited("a", model, capsules(model), limit, steps, **options)])["a"]
     before, after = result.values("stats")
     assert before["n_cold"] + before["n_hot_vision"] == 2 * TOKENS and before["n_hot_vision"] > 0
     assert (after["n_cold"], after["n_hot_vision"]) == (TOKENS, 0)
@@ -125,11 +104,11 @@ LARGE = {"n_ctx": 16384, "n_batch": 1024, "n_ubatch": 1024, "n_hot": 4096, "auto
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
-def test_the_system_has_no_memory_for_more(models, capsules, stock, patched, form):
+def test_the_system_has_no_memory_for_more(models, capsules, stock, patched):
     """Slots, scratch, scheduler or compute buffer: whatever is not there, the images stay hot and every answer is right."""
     model = models(arch="llama")
     album = [s for i in range(3) for s in (image((32, 32), seed=i), text(2, seed=i))]
-    cases = [Case(str(mib), model, [text(3072), clear(), limit_memory(mib * MIB), *album, stats()], capsule=capsules(model, **form), **LARGE)
+    cases = [Case(str(mib), model, [text(3072), clear(), limit_memory(mib * MIB), *album, stats()], capsule=capsules(model), **LARGE)
              for mib in (24, 32, 40, 50, 64, 96, 160, 4096)]
     truth = stock([Case("a", model, [text(3072), clear(), *album], **LARGE | {"n_hot": 0, "auto_compress": False})])["a"].logits()[3072:]
     cold = []
@@ -144,12 +123,12 @@ def test_the_system_has_no_memory_for_more(models, capsules, stock, patched, for
     assert min(cold) < cold[-1] == 3 * 1024
 
 
-@pytest.mark.parametrize(("path", "form"), [("fused", {"block_size": 16, "lossless": False}), ("reconstruct", {"block_size": 16, "lossless": False}), ("", FORMS["tiles"])])
-def test_growth_a_shift_and_a_save(models, capsules, patched, path, form):
+@pytest.mark.parametrize("path", ["", "unpack"])
+def test_growth_a_shift_and_a_save(models, capsules, patched, path):
     """The shift needs a graph of its own before the next decode has reserved the larger one."""
     model = models(arch="llama", head=256, n_head=2, n_head_kv=2, n_ff=64)
     steps = [text(4), image(2048), compress(), seq_add(0, 0, -1, 1), state_save("s"), text(3), state_load("s"), text(3)]
-    case = Case("a", model, steps, capsule=capsules(model, **form), n_ctx=8192, n_hot=2304, env={"LLAMA_KVCAPSULE_PATH": path})
+    case = Case("a", model, steps, capsule=capsules(model), n_ctx=8192, n_hot=2304, env={"LLAMA_KVCAPSULE_PATH": path})
     result = patched([case])["a"]
     assert result.values("moved") == [2048]
     before, after = result.logits(5), result.logits(7)

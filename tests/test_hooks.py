@@ -19,7 +19,7 @@ from test_native import with_model
 def test_a_layer_that_passes_by_the_store(models, capsules, patched, tmp_path, arch):
     """The context is refused, by both doors. Without a capsule it works."""
     model = models(arch=arch)
-    capsule = capsules(model, block_size=16)
+    capsule = capsules(model)
     cases = [Case("given", model, capsule=capsule), Case("by the environment", model, env={"LLAMA_KVCAPSULE": str(capsule)}), Case("none", model, [text(3), image(16)])]
     seen = patched(cases, env={"LD_PRELOAD": str(shared_library("missed_layer", tmp_path))})
     line = "can not attach the capsule: attention of layer 1 does not pass through the capsule"
@@ -75,5 +75,5 @@ for wanted in (None, capsule):
     said(L.llama_init_from_model(draft, D))
     print("".join(heard).count("fewer drafts are accepted"))
 """
-    done = with_model(code, target, capsules(target, block_size=16), draft(tmp_path / "draft.gguf", 256, 64))
+    done = with_model(code, target, capsules(target), draft(tmp_path / "draft.gguf", 256, 64))
     assert done.stdout.split() == ["plain", "0", "plain", "1"], done.stdout + done.stderr[-3000:]

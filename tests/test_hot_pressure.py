@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 from llama_runner import Case, clear, compress, image, lossless_limit, nmse, rss, seq_rm, stats, text
 
-HOT, N = 256, 16
+HOT = 256
 GRID = (10, 16)  # 160 tokens: one image fits in the hot cells, two do not
 TOKENS = GRID[0] * GRID[1]
 ARCHS = ("llama", "qwen2vl")
 BOTH = [(arch, fa) for arch in ARCHS for fa in (False, True)]
 
 
-def hot(models, capsules, arch: str, name: str, steps: list, file: dict | None = None, **options) -> Case:
+def hot(models, capsules, arch: str, name: str, steps: list, **options) -> Case:
     model = models(arch=arch)
-    capsule = capsules(model, block_size=N, **(file or {}))
+    capsule = capsules(model)
     return Case(name, model, steps, **({"n_ctx": 4096, "n_hot": HOT, "auto_compress": True, "capsule": capsule} | options))
 
 
@@ -38,7 +38,7 @@ def albums(models, capsules, stock, patched):
         cases += [
             hot(models, capsules, arch, f"album-{arch}-{fa}", ALBUM, flash_attn=fa),
             hot(models, capsules, arch, f"batches-{arch}-{fa}", ALBUM, flash_attn=fa, **SMALL_BATCHES),
-            hot(models, capsules, arch, f"burst-{arch}-{fa}", BURST, {"image_tokens": TOKENS}, flash_attn=fa),
+            hot(models, capsules, arch, f"burst-{arch}-{fa}", BURST, image_tokens=TOKENS, flash_attn=fa),
         ]
     return stock([plain(c) for c in cases]), patched(cases)
 
@@ -85,7 +85,7 @@ def test_full_of_text(models, capsules, stock, patched, arch, fa):
 def test_full_of_an_image(models, capsules, patched):
     """An image in the making is not compressed; the line tells vision tokens from text."""
     script = [text(50), image((10, 20), seed=1), image((10, 20), seed=2, may_fail=True)]
-    result = patched([hot(models, capsules, "llama", "a", script, {"image_tokens": 400})])["a"]
+    result = patched([hot(models, capsules, "llama", "a", script, image_tokens=400)])["a"]
     assert [s.rc for s in result.steps] == [0, 0, 1]
     (line,) = said(result.steps[2].log)
     assert "50" in line and "200" in line and str(HOT) in line and "vision" in line
@@ -126,7 +126,6 @@ def test_forty_images(loops, arch, fa):
     assert nmse(ours.logits(), truth.logits()) <= lossless_limit(fa)
     seen = ours.values("stats")
     assert [s["n_cold"] for s in seen] == [min(i + 1, KEEP) * TOKENS for i in range(LOOP)]
-    assert all(sum(s["n_slots"]) * N == s["n_cold"] for s in seen)
     assert len({s["bytes_pools"] for s in seen[KEEP:]}) == 1
     memory = ours.values("rss")
     # memory is touched for the first time when image 25 takes the hot cells past a multiple of 256, not before and not after

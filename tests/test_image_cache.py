@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     native.load(library("patched"))
     root = write_folder(tmp_path_factory.mktemp("cache"), ARCHS)
     for arch in ARCHS:
-        random_capsule(root / arch / "tiny.gguf", root / arch / "other.gguf", block_size=8, seed=2)
+        random_capsule(root / arch / "tiny.gguf", root / arch / "other.gguf", tiers=(4, 8), seed=2)
     write_mmproj(root / "llama" / "other-mmproj.gguf", seed=9)
     return root
 

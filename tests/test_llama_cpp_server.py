@@ -25,7 +25,6 @@ from test_native import require_capsules
 CONTEXT, HOT = 2048, 768
 IMAGE = 24 * PATCH
 TOKENS = 24 * 24  # one picture fits into the hot cells, two do not
-BLOCK = 48
 NEEDED = ("openai", "fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "yaml")
 START_TIMEOUT = 120
 
@@ -39,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("server")
     model = write_model(root / "tiny.gguf")
     write_mmproj(root / "mmproj-tiny.gguf", image=IMAGE)
-    lossless = random_capsule(model, root / "lossless.gguf", block_size=BLOCK)
+    lossless = random_capsule(model, root / "lossless.gguf")
     (root / "damaged.gguf").write_bytes(lossless.read_bytes()[: lossless.stat().st_size // 2])
     write_picture(root / "a.png")
     write_picture(root / "b.png", seed=4)

@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ROOT
-from damages import ACCEPTED, DAMAGES, NEEDS_THE_MODEL, RETAIN_DAMAGES, STR, U32, N
+from damages import STR, U32
 from llama_runner import Case, StepResult, compress, image, load_capsule, stats, text
-from make_tile_capsule import random_tile_capsule
+from make_capsule import old_capsule, random_capsule
+from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES
 from tiny_gguf import rewrite
 
 from kvcapsule_gguf.format.capsule import CapsuleError
-from kvcapsule_gguf.format.reader import read_capsule
-from kvcapsule_gguf.format.tile_capsule import read_any_capsule, read_tile_capsule
+from kvcapsule_gguf.format.tile_capsule import read_tile_capsule
 from kvcapsule_gguf.train.fit_tiles import SMALLER
 
 BOOL = gguf.GGUFValueType.BOOL
@@ -31,30 +31,29 @@ def folder(tmp_path_factory) -> Path:
 def refusals(models, capsules, patched, folder) -> dict[str, StepResult]:
     """Loads all of them in one process, the good file before, between and after; then the good one is used."""
     model = models(arch="llama")
-    good = capsules(model, block_size=N)
-    paths = {"good": good, "missing": folder / "missing.gguf", "a folder": folder}
-    retain = capsules(model, block_size=N, key_codec="retain", mlp_width=8)
-    damages = [(good, n, d) for n, (d, _) in DAMAGES.items()] + [(retain, n, d) for n, (d, _) in RETAIN_DAMAGES.items()]
-    for source, name, damage in damages + [(good, n, d) for n, d in ACCEPTED.items()]:
+    good = capsules(model, tiers=(3, 4, 8))
+    paths = {"good": good, "missing": folder / "missing.gguf", "a folder": folder, "format 1": old_capsule(folder / "old.gguf")}
+    for name, damage in ({n: d for n, (d, _) in TILE_DAMAGES.items()} | TILE_ACCEPTED).items():
         paths[name] = folder / f"{name.replace(' ', '_')}.gguf"
-        damage(source, paths[name])
+        damage(good, paths[name])
     for name, other in {"another seed": models(arch="llama", seed=2), "another model": models(arch="qwen2"), "a model": None}.items():
-        paths[name] = capsules(other, block_size=N) if other else model
+        paths[name] = capsules(other) if other else model
     steps = [load_capsule(p) for p in paths.values()]
     result = patched([Case("load", model, [*steps, load_capsule(good)]),
-                      Case("use", model, [text(5), image(2 * N), compress(), text(5), stats()], capsule=good)])
+                      Case("use", model, [text(5), image(32), compress(), text(5), stats()], capsule=good)])
     assert not result["load"].error and not result["use"].error
-    assert result["use"].values("stats")[0]["n_cold"] == 2 * N
+    assert result["use"].values("stats")[0]["n_cold"] == 32
     return {**dict(zip(paths, result["load"].steps)), "good again": result["load"].steps[-1]}
 
 
-@pytest.mark.parametrize("name", ["good", "good again", *ACCEPTED.keys()])
+@pytest.mark.parametrize("name", ["good", "good again", *TILE_ACCEPTED])
 def test_loads(refusals, name):
     assert refusals[name].values == {"loaded": True, "last_error": ""}
 
 
-REASONS = {name: reason for name, (_, reason) in (DAMAGES | RETAIN_DAMAGES).items()} | {
-    "missing": "open", "a folder": "capsule", "another seed": "fingerprint", "another model": "architecture", "a model": "capsule"}
+EARLIER = {"RoPE on fewer channels": "layer 0 has RoPE on 64 channels, the capsule on 30"}  # the model is looked at before the tensors
+REASONS = {name: reason for name, (_, reason) in TILE_DAMAGES.items()} | EARLIER | {
+    "format 1": "of format v1: train it anew with kvcapsule-train$", "missing": "open", "a folder": "capsule", "another seed": "fingerprint", "another model": "architecture", "a model": "capsule"}
 
 
 @pytest.mark.parametrize("name", REASONS)
@@ -66,10 +65,10 @@ def test_refused_with_one_line(refusals, name):
     assert re.search(REASONS[name], line), line
 
 
-@pytest.mark.parametrize("name", [n for n in DAMAGES | RETAIN_DAMAGES if n not in NEEDS_THE_MODEL])
+@pytest.mark.parametrize("name", [n for n in TILE_DAMAGES if n not in NEEDS_THE_MODEL | EARLIER.keys()])
 def test_both_readers_say_the_same(refusals, folder, name):
     with pytest.raises(CapsuleError) as e:
-        read_any_capsule(folder / f"{name.replace(' ', '_')}.gguf")
+        read_tile_capsule(folder / f"{name.replace(' ', '_')}.gguf")
     assert refusals[name].values["last_error"] == str(e.value)
 
 
@@ -77,7 +76,7 @@ def test_every_quantization_fits(models, capsules, patched):
     """The fingerprint is that of the base, whatever the types of its weights."""
     from llama_runner import fingerprint
 
-    capsule = capsules(models(arch="llama"), block_size=N)
+    capsule = capsules(models(arch="llama"))
     cases = [Case(t, models(arch="llama", dtype=t), [load_capsule(capsule), fingerprint()]) for t in ("f32", "f16", "q8_0")]
     done = patched([*cases, Case("other", models(arch="llama", seed=2), [fingerprint()])])
     assert all(done[t].steps[0].values["loaded"] for t in ("f32", "f16", "q8_0"))
@@ -87,10 +86,10 @@ def test_every_quantization_fits(models, capsules, patched):
 
 
 DEMO = ROOT / "kvcapsule_gguf" / "demo"
-DEMOS = {DEMO / "kvdemo-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-8M.gguf", DEMO / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf": DEMO / "v2" / "kvcapsule-kvdemo-mrope-8M.gguf"}
+DEMOS = {model: model.with_name(f"kvcapsule-{model.stem.removesuffix('-F16')}.gguf") for model in (DEMO / "kvdemo-8M-v1-F16.gguf", DEMO / "mrope" / "kvdemo-mrope-8M-v1-F16.gguf")}
 
 
-def test_the_bundled_capsules_of_format_2(patched):
+def test_the_bundled_capsules(patched):
     """Each is for its model and not for the other."""
     cases = [Case(model.stem, model, [load_capsule(DEMOS[model]), load_capsule(other)], n_ctx=64) for model, other in zip(DEMOS, reversed(DEMOS.values()))]
     for case, result in patched(cases).items():
@@ -100,10 +99,10 @@ def test_the_bundled_capsules_of_format_2(patched):
     assert all(read_tile_capsule(path).smaller == pytest.approx(SMALLER, rel=0.01) for path in DEMOS.values())
 
 
-def test_a_file_of_format_2_for_another_model(models, patched, folder):
+def test_a_file_for_another_model(models, patched, folder):
     """What only the model tells, in the order of the checks."""
     model = models(arch="llama")
-    good = random_tile_capsule(model, folder / "tiles.gguf", tiers=[4])
+    good = random_capsule(model, folder / "tiles.gguf", tiers=[4])
     changes = {
         "architecture": {"kvcapsule.base.architecture": ("qwen2", STR), "general.architecture": ("qwen2", STR)},
         "3 layers, not 2": {"kvcapsule.base.block_count": (3, U32)},
@@ -113,8 +112,8 @@ def test_a_file_of_format_2_for_another_model(models, patched, folder):
         "fingerprint": {"kvcapsule.base.fingerprint": ("0" * 64, STR)},
     }
     paths = [rewrite(good, folder / f"tiles-{i}.gguf", kv=kv) for i, kv in enumerate(changes.values())]
-    heads, size = (random_tile_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
-    result = patched([Case("v2", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["v2"]
+    heads, size = (random_capsule(models(arch="llama", **other), folder / f"{name}.gguf") for name, other in (("heads", {"n_head_kv": 1}), ("size", {"head": 32})))
+    result = patched([Case("a", model, [load_capsule(p) for p in (good, *paths, heads, size)], n_ctx=64)])["a"]
     first, *others = (s.values for s in result.steps)
     assert first == {"loaded": True, "last_error": ""}
     for reason, seen in zip([*changes, "layer 0 has 2 KV heads, the capsule 1", "head size of layer 0"], others, strict=True):
@@ -125,13 +124,13 @@ def test_a_file_of_format_2_for_another_model(models, patched, folder):
 @pytest.mark.parametrize("bundled", [True, False])
 def test_a_mean_that_overflows_with_what_is_added_to_it(models, capsules, patched, folder, bundled, layers):
     """f16 just holds 65504. With a whole mean of that, answers became NaN; both readers refuse it with the same line."""
-    model, good = (DEMO / "kvdemo-8M-v1-F16.gguf", DEMO / "kvcapsule-kvdemo-8M-v1.gguf") if bundled else (models(arch="llama"), capsules(models(arch="llama"), block_size=N, lossless=False))
+    model, good = next(iter(DEMOS.items())) if bundled else (models(arch="llama"), capsules(models(arch="llama"), tiers=(4,)))
     bad = folder / f"mean-{bundled}-{layers}.gguf"
     means = [t.name for t in gguf.GGUFReader(good).tensors if t.name.endswith(".v_mean")]
     rewrite(good, bad, tensors={n: lambda a: np.full_like(a, 65504) for n in (means if layers == "all" else means[:1])})
     fine, refused = (s.values for s in patched([Case("a", model, [load_capsule(good), load_capsule(bad)], n_ctx=64)])["a"].steps)
     assert fine == {"loaded": True, "last_error": ""}
     with pytest.raises(CapsuleError) as e:
-        read_capsule(bad)
+        read_tile_capsule(bad)
     line = f"capsule '{bad}': tensor blk.0.kvcapsule.v_mean has values beyond +-8192: keys and values could overflow f16"
     assert refused == {"loaded": False, "last_error": line} and str(e.value) == line

@@ -93,7 +93,7 @@ def test_the_stock_library_has_no_capsules() -> None:
 
 
 def test_derived_sizes() -> None:
-    s = CapsuleStats(block_size=48, n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, n_slots=(1, 1), bytes_slot=(1000, 2000), bytes_slots=3000,
+    s = CapsuleStats(n_hot=512, n_hot_used=40, n_hot_vision=32, n_cold=96, bytes_slots=3000,
                      bytes_pools=8000, bytes_scratch=500, bytes_hot=51200, bytes_f16_token=100)
     assert (s.vision_tokens, s.kv_bytes_f16, s.kv_bytes, s.bytes_allocated) == (128, 12800, 3000 + 3200, 51200 + 8000 + 500)
 
@@ -167,7 +167,7 @@ def test_context_stats_and_reading_the_cache(models, capsules) -> None:
     code = """
 capsule = native.Capsule.load(model, sys.argv[2])
 params = L.llama_context_default_params(); params.n_ctx = 512
-ctx = native.init_context(model, params, native.Attachment(capsule, n_hot=256, ratio=0.5))
+ctx = native.init_context(model, params, native.Attachment(capsule, n_hot=256, quality=0.5))
 assert native.is_attached(ctx), native.last_error()
 tokens = (L.llama_token * 5)(1, 2, 3, 4, 5)
 assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, 5)) == 0

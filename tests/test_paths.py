@@ -1,155 +1,142 @@
-"""The portable path (reconstruct, stock ggml ops) and those of the CPU (unpack, fused) give the same attention; each alone is lossless.
+"""Slots in a graph: attention on them, unpacked before the usual attention, and unpacked in host memory for a device are the same.
 
-LLAMA_KVCAPSULE_PATH selects one; reconstruct is what every backend but the CPU runs, fused the default of the CPU, which test_lossless runs.
-LLAMA_KVCAPSULE_SIMD=0 selects plain C++: sums of floats instead of products in 8 bits.
+What a slot holds is tested elsewhere; here all paths read the same slots, and each alone is lossless. LLAMA_KVCAPSULE_PATH=unpack and host select the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, rounded_limit, state_load, state_save, stats, text
-from test_lossless import CHAT, N, Script, both as run_both, label, mean, settings
-from test_lossy import GRID, KINDS, wild
+from llama_runner import Case, compress, image, nmse, rounded_limit, seq_add, seq_cp, seq_rm, state_load, state_save, stats, text, together
+from test_lossless import CHAT as LOSSLESS_CHAT, Script, both, label, mean, settings
 from tiny_gguf import TinyModel
 
-RECONSTRUCT = {"LLAMA_KVCAPSULE_PATH": "reconstruct"}
-UNPACK = {"LLAMA_KVCAPSULE_PATH": "unpack"}
-FUSED = {"LLAMA_KVCAPSULE_PATH": "fused"}
-OP = {"LLAMA_KVCAPSULE_PATH": "op"}  # GGML_OP_CAPSULE, on the CPU its reference
-PLAIN = {"LLAMA_KVCAPSULE_SIMD": "0"}
-MANY = 24  # images: more slots than one chunk of the reconstruction
+UNPACK, HOST = ({"LLAMA_KVCAPSULE_PATH": path} for path in ("unpack", "host"))
+BEFORE, AFTER = 7, 6
+FIRST = BEFORE + AFTER  # logits that know one image only: its slots are the same bytes on every path
+LONG = 260  # tokens: more than attention on slots takes
+KERNELS = 3e-4  # NMSE of logits: integer kernels, on random values
+SECOND = 5e-3  # the second image was computed with the first in view, so that some of its codes are the next ones
+LIMITS = {"q4_0": 0.03, "q8_0": 1e-3}  # what is unpacked has the type of the cache
 
-
-PATHS = {"reconstruct": RECONSTRUCT | PLAIN, "reconstruct, 8 bits": RECONSTRUCT, "unpack": UNPACK | PLAIN, "unpack, 8 bits": UNPACK, "fused": FUSED | PLAIN, "fused, 8 bits": FUSED, "op": OP | PLAIN, "op, 8 bits": OP}
-FIRST = 7 + 6  # logits that know one image only: its slots are the same bytes on every path with the same kernels (the op has its own)
-SECOND = 5e-3  # the second image was computed with the first in view, so that some codes of its slots are the next ones: a random model makes much of that
-
-
-def limit(path: str, cache: str, fa: bool) -> float:
-    """NMSE of logits against reconstruct. The usual attention rounds queries and weights to the type of the cache and with flash attention sums in f16."""
-    if "8 bits" in path:
-        return 3e-4  # of random rows; test_lossy holds attention itself to 1e-4
-    if path == "unpack":
-        return 1e-7
-    return 1.5e-4 if cache == "q8_0" else 3e-6 if fa else 3e-7
-
-
-@pytest.fixture(scope="module")
-def lossy(models, capsules, patched):
-    steps = [text(7), image((8, 8), seed=1), compress(), text(6, seed=1), image((6, 10), seed=2), compress(), text(4, seed=2, one_by_one=True)]
-    cases = []
-    for kind, fa in GRID:
-        k = KINDS[kind]
-        capsule = capsules(models(k.model), block_size=N, lossless=False, **k.file)
-        cases.append(Case(f"{kind}-{fa}", models(k.model), steps, flash_attn=fa, capsule=capsule, type_k=k.cache, type_v=k.cache))
-    return {path: patched(cases, env=env) for path, env in PATHS.items()}
-
-
-@pytest.mark.parametrize("path", [p for p in PATHS if not p.startswith("reconstruct")])
-@pytest.mark.parametrize(("kind", "fa"), GRID)
-def test_the_cpu_is_reconstruct(lossy, kind, fa, path):
-    reference = "reconstruct" + ", 8 bits" * ("8 bits" in path)  # images are compressed with the same kernels
-    ours, reconstruct = (lossy[p][f"{kind}-{fa}"].logits() for p in (path, reference))
-    # the first key of a slot is stored as it is attended to: its values lie halfway between two codes of a q8_0 scratch
-    halfway = kind == "retain, q8_0 cache" and path == "unpack"
-    assert nmse(ours[:FIRST], reconstruct[:FIRST]) <= (1e-5 if halfway else limit(path, KINDS[kind].cache, fa))
-    assert nmse(ours, reconstruct) <= SECOND
-
-
-def test_the_paths_differ(lossy):
-    """The switches do something: not every bit is the same."""
-    for path in PATHS:
-        for other in PATHS:
-            assert path == other or any((a.logits() != lossy[other][name].logits()).any() for name, a in lossy[path].items())
-
-
-SETTINGS = settings(heads=(64, 80))
-SCRIPTS = {
-    "pca": Script(CHAT),
-    "retain": Script(CHAT, file={"key_codec": "retain", "mlp_width": 8, "neighbours": 4, "kept": 5}),
-    "many": Script([s for i in range(MANY) for s in (image((4, 8), seed=i), compress(), text(2, seed=i))], {"n_ctx": 2048}),
+CHAT = [text(BEFORE), image((12, 9), seed=1), compress(), text(AFTER, seed=1), image((5, 17), seed=2), compress(), stats(),
+        text(4, seed=2, one_by_one=True), text(LONG, seed=3), text(2, seed=4)]  # fmt: skip
+MODELS = {
+    **{arch: TinyModel(arch) for arch in ("llama", "qwen2", "qwen2vl", "qwen3vl", "phi3", "gemma2", "gemma3", "smollm3", "deci")},
+    **{f"head {head}": TinyModel("llama", head=head) for head in (80, 96, 128, 512)},
+    "one KV head": TinyModel("qwen2", n_head=8, n_head_kv=1),
+    "no groups": TinyModel("qwen2", n_head=4, n_head_kv=4),
 }
-LOSSLESS = [(s, script) for s in SETTINGS for script in SCRIPTS if script != "many" or s[1] == 64]
+CACHES = {"f16": ("f16", True), "f16, no FA": ("f16", False), "f32, no FA": ("f32", False), "bf16": ("bf16", True), "q8_0": ("q8_0", True), "q4_0": ("q4_0", True)}
+ALL = [(model, cache) for model in MODELS for cache in CACHES if model in ("llama", "qwen2vl") or cache in ("f16", "f32, no FA")]
+ALL = [(model, cache) for model, cache in ALL if not (model == "head 80" and cache.startswith("q"))]
 
 
-@pytest.fixture(scope="module", params=["reconstruct", "unpack", "op"])
-def path(request):
-    return request.param
+def cases(models, steps=CHAT, which=ALL, **options) -> list[Case]:
+    out = []
+    for model, cache in which:
+        type_, fa = CACHES[cache]
+        out.append(Case(f"{model}, {cache}", models(MODELS[model]), steps, flash_attn=fa, type_k=type_, type_v=type_, capsule="auto", ratio=0.75,
+                        image_causal=model != "gemma3", n_ctx=1024, **options))  # fmt: skip
+    return out
 
 
 @pytest.fixture(scope="module")
-def lossless(path, models, capsules, stock, patched):
-    todo = {label(s, script): (s, SCRIPTS[script]) for s, script in LOSSLESS}
-    return run_both(models, capsules, stock, lambda cases: patched(cases, env={"LLAMA_KVCAPSULE_PATH": path}), todo)
+def results(models, patched):
+    return {name: patched(cases(models), env=env) for name, env in {"attend": {}, "unpack": UNPACK, "host": HOST}.items()}
 
 
-@pytest.mark.parametrize(("setting", "script"), LOSSLESS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
-def test_lossless(lossless, path, setting, script):
-    """Before the usual attention, or (op) with attention in f32."""
-    pair = lossless[label(setting, script)]
-    assert nmse(pair[1].logits(), pair[0].logits()) <= (lossless_limit if path == "op" else rounded_limit)(setting[2], setting[3])
+@pytest.mark.parametrize(("model", "cache"), ALL)
+def test_attention_on_slots_is_attention_on_what_they_hold(results, model, cache):
+    name = f"{model}, {cache}"
+    ours, unpacked = (results[path][name] for path in ("attend", "unpack"))
+    assert ours.error == unpacked.error == ""
+    assert nmse(ours.logits()[:FIRST], unpacked.logits()[:FIRST]) <= LIMITS.get(cache, KERNELS)
+    assert nmse(ours.logits(), unpacked.logits()) <= max(LIMITS.get(cache, 0), SECOND)
 
 
-def test_the_mean(lossless, path):
-    """Of all cases without flash attention."""
-    if path == "op":
-        pytest.skip("attention in f32: what is seen is the rounding of stock, and that case by case")
-    assert mean(lossless) <= 1e-9
+@pytest.mark.parametrize(("model", "cache"), ALL)
+def test_host_memory_makes_no_difference(results, model, cache):
+    name = f"{model}, {cache}"
+    assert (results["host"][name].logits() == results["unpack"][name].logits()).all()
 
 
-@pytest.mark.parametrize(("name", "known"), [("LLAMA_KVCAPSULE_PATH", "reconstruct host unpack fused op"), ("LLAMA_KVCAPSULE_SIMD", "0 plain")])
-def test_a_switch_that_is_not_there(models, capsules, patched, name, known):
-    model = models()
-    case = Case("a", model, [text(3)], capsule=capsules(model, block_size=N))
-    plain, odd = (patched([case], env=env)["a"] for env in ({}, {name: "fast"}))
-    assert any(f"{name}=fast is ignored, there are: {known}" in line for line in odd.log) and not any("is ignored" in line for line in plain.log)
-    assert (odd.logits() == plain.logits()).all()
+def test_the_paths_differ(results):
+    """The switch does something."""
+    assert any((a.logits() != results["unpack"][name].logits()).any() for name, a in results["attend"].items())
 
 
-def test_a_cache_that_the_op_does_not_know(models, capsules, patched):
-    """One line, and the layers take another path."""
-    model = models()
-    case = Case("a", model, CHAT, capsule=capsules(model, block_size=N), type_k="bf16")
-    plain, op = (patched([case], env=env)["a"] for env in ({}, OP))
-    assert len([line for line in op.log if "lacks GGML_OP_CAPSULE" in line]) == 1 and not any("lacks" in line for line in plain.log)
-    assert (op.logits() == plain.logits()).all()
-
-
-COMPRESSED = {  # kappa: some blocks are refused
-    "graded": 25, "graded, M-RoPE": 28, "graded, q8_0 cache": 25, "one of each": 200,
-    "retain, residuals": 180, "retain, M-RoPE": 30, "retain, q8_0 cache": 30, "retain, MLP": 30, "10 layers": 40,
+SHIFTED = {
+    "a part of a tile is gone": [text(BEFORE), image((12, 9), seed=1), compress(), seq_rm(0, BEFORE + 3, BEFORE + 6), text(AFTER, seed=1)],
+    "all that follows moves": [text(BEFORE), text(4, seed=5), image((12, 9), seed=1), compress(), seq_rm(0, BEFORE, BEFORE + 4),
+                               seq_add(0, BEFORE + 4, -1, -4), text(AFTER, seed=1)],
+    "a part of a tile moves": [text(BEFORE), image((12, 9), seed=1), compress(), seq_add(0, BEFORE + 40, -1, 6), text(AFTER, seed=1)],
+    "two sequences": [text(BEFORE), image((12, 9), seed=1), compress(), seq_cp(0, 1), text(3, seed=4), text(5, seed=5, seq=1), together({0: 11, 1: 12})],
+    "a state": [text(BEFORE), image((12, 9), seed=1), compress(), state_save("s"), text(3), state_load("s"), text(AFTER, seed=1)],
 }  # fmt: skip
-COMPRESSED_KINDS = KINDS | {
-    "retain, M-RoPE": replace(KINDS["retain, q8_0 cache"], model=TinyModel("qwen2vl"), cache="f16"),
-    "10 layers": replace(KINDS["graded"], model=TinyModel("llama", n_layer=10)),  # two graphs
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_positions_and_sequences(models, patched, name):
+    which = [("llama", "f16"), ("qwen2", "f32, no FA")]
+    ours, unpacked = (patched(cases(models, SHIFTED[name], which, n_seq_max=2), env=env) for env in ({}, UNPACK))
+    for case in ours:
+        assert ours[case].error == ""
+        assert nmse(ours[case].logits(), unpacked[case].logits()) <= KERNELS
+    # a tile whose tokens are not the same steps apart is unpacked
+    assert all((ours[case].logits() == unpacked[case].logits()).all() for case in ours) == (name == "a part of a tile moves")
+
+
+def test_a_graph_is_used_again(models, patched):
+    which = [("llama", "f16"), ("qwen2vl", "f32, no FA")]
+    steps = [text(BEFORE), image((12, 9), seed=1), compress(), text(12, seed=2, one_by_one=True)]
+    again, fresh = (patched(cases(models, steps, which, reuse=reuse)) for reuse in (True, False))
+    for case in again:
+        assert again[case].n_reused >= 8 and fresh[case].n_reused == 0
+        assert (again[case].logits() == fresh[case].logits()).all()
+
+
+def test_any_number_of_threads(models, patched):
+    which = [("llama", "f32, no FA")]
+    one, three = (patched(cases(models, CHAT[:-2], which, threads=n))["llama, f32, no FA"] for n in (1, 3))
+    assert nmse(three.logits(), one.logits()) <= 1e-9
+
+
+def test_small_batches(models, patched):
+    """The tokens of a batch in pieces of 32, whichever way each goes."""
+    which = [("llama", "f32, no FA")]
+    whole, pieces = (patched(cases(models, CHAT, which, n_ubatch=n))["llama, f32, no FA"] for n in (512, 32))
+    assert nmse(pieces.logits()[:FIRST], whole.logits()[:FIRST]) <= KERNELS
+
+
+def test_a_path_that_is_not_there(models, patched):
+    plain, odd = (patched(cases(models, CHAT[:4], [("llama", "f16")]), env=env)["llama, f16"] for env in ({}, {"LLAMA_KVCAPSULE_PATH": "fast"}))
+    assert any("LLAMA_KVCAPSULE_PATH=fast is ignored, there are: unpack host op" in line for line in odd.log) and not any("is ignored" in line for line in plain.log)
+    assert (odd.logits() == plain.logits()).all() and np.isfinite(plain.logits()).all()
+
+
+# --- each alone is lossless ---
+
+LOSSLESS = {
+    "chat": Script(LOSSLESS_CHAT),
+    "many": Script([s for i in range(24) for s in (image((4, 8), seed=i), compress(), text(2, seed=i))], {"n_ctx": 2048}),
 }
+SETTINGS = [(s, script) for s in settings(heads=(64, 80)) for script in LOSSLESS if script != "many" or s[1] == 64]
 
 
-def test_images_are_compressed_by_the_op(models, capsules, patched, tmp_path):
-    """The same tiers as on the host and the same slots, but for a few codes; a state with them is read. The picture has a remainder, which becomes a padded slot."""
-    h, w = 12, 26
-    picture = image_file(wild(tmp_path / "wild.npy", 256, h * w, 3), h, w)
-    cases = []
-    for name, kappa in COMPRESSED.items():
-        k = COMPRESSED_KINDS[name]
-        reads = [read_kv(il) for il in range(k.model.n_layer)]
-        steps = [picture, *reads, compress(), stats(), *reads, state_save("s"), state_load("s")]
-        capsule = capsules(models(k.model), block_size=N, lossless=False, kappa=kappa, **k.file)
-        cases.append(Case(name, models(k.model), steps, capsule=capsule, guard=True, type_k=k.cache, type_v=k.cache, flash_attn=k.cache != "f16"))
-    host, op = (patched(cases, env=env) for env in (UNPACK, OP))
-    for name in COMPRESSED:
-        assert not host[name].error and not op[name].error
-        by_op = [sum("compressed by GGML_OP_CAPSULE" in line for step in done[name].steps for line in step.log) for done in (host, op)]
-        assert by_op[0] == 0 and by_op[1] >= 2, name  # economy, then faithful
-        economy, faithful = op[name].values("stats")[0]["n_slots"]
-        assert [economy, faithful] == host[name].values("stats")[0]["n_slots"] and economy > 1 and faithful > 1, name
-        layers = COMPRESSED_KINDS[name].model.n_layer
-        for il in range(layers):
-            for x in "kv":
-                before, hot = (done[name].steps[1 + il].arrays[x] for done in (host, op))
-                wanted, ours = (done[name].steps[3 + layers + il].arrays[x] for done in (host, op))
-                assert np.array_equal(before, hot)
-                assert nmse(ours, wanted) <= 1e-3 * nmse(wanted, before)
+@pytest.fixture(scope="module", params=["unpack", "host"])
+def lossless(request, models, capsules, stock, patched):
+    todo = {label(s, script): (s, LOSSLESS[script]) for s, script in SETTINGS}
+    return both(models, capsules, stock, lambda cases: patched(cases, env={"LLAMA_KVCAPSULE_PATH": request.param}), todo)
+
+
+@pytest.mark.parametrize(("setting", "script"), SETTINGS, ids=lambda x: label(x) if isinstance(x, tuple) else x)
+def test_lossless(lossless, setting, script):
+    """Before the usual attention."""
+    pair = lossless[label(setting, script)]
+    assert nmse(pair[1].logits(), pair[0].logits()) <= rounded_limit(setting[2], setting[3])
+
+
+def test_the_mean(lossless):
+    """Of all cases without flash attention."""
+    assert mean(lossless) <= 1e-9

@@ -88,7 +88,7 @@ def test_a_fourth_section(models, patched, tmp_path: Path):
 
 def test_streams(models, capsules, patched):
     model = models(arch="llama")
-    capsule = capsules(model, block_size=16)
+    capsule = capsules(model)
     runs = patched([Case("two", model, [stats()], capsule=capsule, n_seq_max=2, kv_unified=False),
                     Case("one", model, [stats()], capsule=capsule, n_seq_max=1, kv_unified=False)])
     assert "can not attach the capsule: several streams are not supported, use a unified KV cache (--kv-unified)" in runs["two"].error
@@ -98,7 +98,7 @@ def test_streams(models, capsules, patched):
 @pytest.mark.parametrize("arch", ["llama", "smollm3", "granitehybrid"])
 def test_the_rope_flag_is_checked(models, capsules, patched, tmp_path: Path, arch: str):
     """layer_rope of the file must be what the model does, layer by layer."""
-    good = capsules(models(arch=arch), block_size=16)
+    good = capsules(models(arch=arch))
     flags = [bool(x) for x in gguf.GGUFReader(good).fields["kvcapsule.layer_rope"].contents()]
     last = TinyModel(arch).covered[-1]
     assert flags == [i not in ARCHS[arch].no_rope for i in TinyModel(arch).covered]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from llama_runner import Case, Step, cells, clear, compress, image, lossless_limit, nmse, positions, seq_add, seq_cp, seq_div, seq_keep, seq_rm, set_pos, state_load, state_save, stats, text, together
 
-FORMS = {"blocks": {"block_size": 16}, "tiles": {"version": 2}}  # lossless capsules of both formats
-IMAGE = image((8, 8), seed=1)  # 4 blocks, one tile
+IMAGE = image((8, 8), seed=1)  # one tile
 AT = 7  # its position: there are 7 tokens before it
 END = {"llama": AT + 64, "qwen2": AT + 64, "qwen2vl": AT + 8}  # of the image
 
@@ -51,70 +50,57 @@ def scripts(arch: str) -> dict[str, list[Step]]:
 
 ARCHS = ("llama", "qwen2", "qwen2vl")
 GRID = [(arch, fa, k, name) for arch in ARCHS for fa in (False, True) for k in ("f32", "f16", "q8_0") for name in scripts(arch)]
-SLOTS = {  # (slots, tokens in them) at the end, with blocks
-    "remove the text behind": (4, 64), "remove the image": (0, 0), "remove the end of the conversation": (0, 0), "remove all": (2, 32),
-    "remove in all sequences": (0, 0), "fork": (4, 64), "fork, one ends": (4, 64), "fork, one loses the image": (4, 64),
-    "fork before the compression": (4, 64), "fork, another image": (6, 96), "keep": (4, 64), "keep the other": (0, 0), "clear": (3, 48),
-    "two users": (6, 96), "cut across": (2, 24), "cut inside a slot": (4, 60), "cut the middle": (2, 24), "empty a slot bit by bit": (3, 48),
-    "cut in one branch": (4, 64), "fork of a part": (4, 64), "cut, then a new image": (5, 64), "replace the image": (4, 64),
+SLOTS = {  # (slots, tokens in them) at the end: one for each image that there is something left of
+    "remove the text behind": (1, 64), "remove the image": (0, 0), "remove the end of the conversation": (0, 0), "remove all": (1, 32),
+    "remove in all sequences": (0, 0), "fork": (1, 64), "fork, one ends": (1, 64), "fork, one loses the image": (1, 64),
+    "fork before the compression": (1, 64), "fork, another image": (2, 96), "keep": (1, 64), "keep the other": (0, 0), "clear": (1, 48),
+    "two users": (2, 96), "cut across": (1, 24), "cut inside a slot": (1, 60), "cut the middle": (1, 24), "empty a slot bit by bit": (1, 48),
+    "cut in one branch": (1, 64), "fork of a part": (1, 64), "cut, then a new image": (2, 64), "replace the image": (1, 64),
 }
 
 
-TILES = {0: 0, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}  # slots with blocks -> with tiles: one for each image that there is something left of
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def form(request):
-    return FORMS[request.param]
-
-
 @pytest.fixture(scope="module")
-def results(models, capsules, stock, patched, form):
+def results(models, capsules, stock, patched):
     ours, truth = [], []
     for arch, fa, k, name in GRID:
         model, key = models(arch=arch), f"{arch}-{fa}-{k}-{name}"
         common = {"flash_attn": fa, "type_k": k, "type_v": "f16" if k == "q8_0" and not fa else k, "n_seq_max": 2}
         steps = [*scripts(arch)[name], stats()]
-        ours.append(Case(key, model, steps, capsule=capsules(model, **form), **common))
+        ours.append(Case(key, model, steps, capsule=capsules(model), **common))
         truth.append(Case(key, model, [s if s["op"] != "compress" else set_pos(9, 0) for s in steps], **common))
     return stock(truth), patched(ours)
 
 
 @pytest.mark.parametrize(("arch", "fa", "type_k", "name"), GRID)
-def test_like_stock(results, form, arch, fa, type_k, name):
+def test_like_stock(results, arch, fa, type_k, name):
     truth, ours = (r[f"{arch}-{fa}-{type_k}-{name}"] for r in results)
     assert nmse(ours.logits(), truth.logits()) <= lossless_limit(fa, type_k)
     assert ours.values("positions") == truth.values("positions")
     seen = ours.values("stats")[-1]
-    slots, tokens = SLOTS[name]
-    if form is FORMS["tiles"]:
-        assert (sum(seen["n_slots_tier"]), seen["n_cold"]) == (TILES[slots], tokens)
-    else:
-        assert (sum(seen["n_slots"]), seen["n_cold"]) == (slots, tokens)
-    assert seen["n_hot_vision"] == 0
+    assert (sum(seen["n_slots_tier"]), seen["n_cold"], seen["n_hot_vision"]) == (*SLOTS[name], 0)
 
 
 # --- shifts: stock rotates its rounded keys again and rounds them again, a capsule does not ---
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_shift(models, capsules, stock, patched, form, arch):
+def test_shift(models, capsules, stock, patched, arch):
     model = models(arch=arch)
     steps = [*opening(arch), seq_rm(0, 0, 4), seq_add(0, 4, -1, -4), text(6, seed=2), positions(), text(4, seed=3, one_by_one=True)]
     truth = stock([Case("a", model, [s for s in steps if s["op"] != "compress"])])["a"]
-    ours = patched([Case("a", model, steps, capsule=capsules(model, **form))])["a"]
+    ours = patched([Case("a", model, steps, capsule=capsules(model))])["a"]
     assert ours.values("positions") == truth.values("positions")
     assert nmse(ours.logits(), truth.logits()) <= 1e-5
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_divide(models, capsules, stock, patched, form, arch):
+def test_divide(models, capsules, stock, patched, arch):
     """An image at half the positions, against a fresh evaluation there: with one layer that is the same thing.
 
     (Against the stock library's seq_div it is not: that one turns the keys of hot cells the wrong way, see llama_kv_cells::pos_div.)"""
     model = models(arch=arch, n_layer=1)
     tail = [set_pos(0, 32), text(6, seed=2), positions()]
-    ours = patched([Case("a", model, [IMAGE, compress(), seq_div(0, 0, 64, 2), *tail], capsule=capsules(model, **form), type_k="f32", type_v="f32")])["a"]
+    ours = patched([Case("a", model, [IMAGE, compress(), seq_div(0, 0, 64, 2), *tail], capsule=capsules(model), type_k="f32", type_v="f32")])["a"]
     fresh = cells([[i // 2, 0, 0, IMAGE["seed"], i, 64] for i in range(64)])
     truth = stock([Case("a", model, [fresh, *tail], type_k="f32", type_v="f32")])["a"]
     assert ours.values("positions") == truth.values("positions")
@@ -132,14 +118,14 @@ STATES = {
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kind", STATES)
-def test_save_and_restore(models, capsules, patched, form, arch, kind):
+def test_save_and_restore(models, capsules, patched, arch, kind):
     model = models(arch=arch)
     seq, forget = STATES[kind]
     target = 1 if kind == "into another" else 0
     load = state_load("a", target if seq >= 0 else -1)
     steps = [*opening(arch), state_save("a", seq), text(6, seed=2), *forget, load, text(6, seed=2, seq=target), text(2, seed=3, seq=target), stats()]
     fresh = [*opening(arch), text(6, seed=2), text(2, seed=3)]
-    capsule = capsules(model, **form)
+    capsule = capsules(model)
     done = patched([Case("a", model, steps, capsule=capsule, n_seq_max=2), Case("b", model, fresh, capsule=capsule, n_seq_max=2)])
     result = done["a"]
     before, after = result.steps[5].arrays["logits"], result.logits(len(steps) - 3, len(steps) - 2)
@@ -148,9 +134,9 @@ def test_save_and_restore(models, capsules, patched, form, arch, kind):
     assert result.values("stats")[-1]["n_cold"] == 64
 
 
-def test_streams_are_refused(models, capsules, patched, form):
+def test_streams_are_refused(models, capsules, patched):
     """Sequences with caches of their own (not kv_unified) are not supported: one line, no context."""
     model = models(arch="llama")
-    result = patched([Case("a", model, [text(3)], capsule=capsules(model, **form), n_seq_max=2, kv_unified=False)])["a"]
+    result = patched([Case("a", model, [text(3)], capsule=capsules(model), n_seq_max=2, kv_unified=False)])["a"]
     assert "context creation failed: " in result.error
     assert result.error.split("context creation failed: ")[1].strip() and "\n" not in result.error

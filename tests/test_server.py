@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("server")
     model = write_model(root / "tiny.gguf", template=TEMPLATE)
     write_mmproj(root / "mmproj-tiny.gguf", image=IMAGE)
-    random_capsule(model, root / "lossless.gguf", block_size=48)
+    random_capsule(model, root / "lossless.gguf")
     (root / "damaged.gguf").write_bytes((root / "lossless.gguf").read_bytes()[:9000])
     for name, seed in (("a.png", 3), ("b.png", 4)):
         write_picture(root / name, seed=seed)

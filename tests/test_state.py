@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import ON_DEVICE, PARTIAL_ONLY, Case, Step, clear, compress, image, nmse, positions, seq_add, seq_rm, set_pos, state_load, state_save, state_spoil, stats, text
+from llama_runner import ON_DEVICE, PARTIAL_ONLY, Case, Step, clear, compress, image, nmse, positions, seq_add, seq_rm, set_pos, state_load, state_save, state_spoil, state_version, stats, text
 
-FORMS = {"blocks": {"block_size": 16}, "tiles": {"version": 2}}  # lossless capsules of both formats
 AT = 7
 ARCHS = ("llama", "qwen2vl")
 IMAGE = image((8, 8), seed=1)
@@ -35,20 +34,15 @@ SERVER = {  # what llama-server and its speculative decoding call (server-task.c
 }
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def form(request):
-    return FORMS[request.param]
-
-
 @pytest.fixture(scope="module")
-def server(models, capsules, stock, patched, form):
+def server(models, capsules, stock, patched):
     ours, truth = [], []
     for arch in END:
         model = models(arch=arch)
         options = {"type_k": "f32", "type_v": "f32", "n_seq_max": 2}
         truth.append(Case(arch, model, [s for s in OPENING if s["op"] != "compress"] + TAIL, **options))
         for name, script in SERVER.items():
-            ours.append(Case(f"{arch}-{name}", model, [*script(END[arch]), stats()], capsule=capsules(model, **form), **options))
+            ours.append(Case(f"{arch}-{name}", model, [*script(END[arch]), stats()], capsule=capsules(model), **options))
     return stock(truth), patched(ours)
 
 
@@ -66,11 +60,11 @@ def test_calls_of_llama_server(server, arch, name):
 
 @pytest.mark.parametrize("seq", [-1, 0])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_hot_images_stay_images(models, capsules, patched, form, arch, seq):
+def test_hot_images_stay_images(models, capsules, patched, arch, seq):
     """An image that was saved uncompressed can be compressed afterwards, and text is not taken for one."""
     model = models(arch=arch)
     steps = [text(AT), IMAGE, text(5), state_save("h", seq), clear(), text(3), clear(), state_load("h", seq), stats(), compress(), stats()]
-    result = patched([Case("a", model, steps, capsule=capsules(model, **form))])["a"]
+    result = patched([Case("a", model, steps, capsule=capsules(model))])["a"]
     before, done = result.values("stats")
     assert (before["n_hot_vision"], before["n_cold"]) == (64, 0)
     assert (done["n_hot_vision"], done["n_cold"], done["n_hot_used"]) == (0, 64, AT + 5)
@@ -78,31 +72,31 @@ def test_hot_images_stay_images(models, capsules, patched, form, arch, seq):
 
 @pytest.mark.parametrize("seq", [-1, 0])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_image_that_waits_is_compressed_later(models, capsules, patched, form, arch, seq):
+def test_an_image_that_waits_is_compressed_later(models, capsules, patched, arch, seq):
     model = models(arch=arch)
     steps = [text(AT), IMAGE, state_save("w", seq), clear(), state_load("w", seq), stats(), text(4), stats()]
-    result = patched([Case("a", model, steps, capsule=capsules(model, **form), auto_compress=True)])["a"]
+    result = patched([Case("a", model, steps, capsule=capsules(model), auto_compress=True)])["a"]
     assert [s["n_cold"] for s in result.values("stats")] == [0, 64]
 
 
 @pytest.mark.parametrize("seq", [-1, 0])
-def test_a_state_without_capsules(models, capsules, patched, form, seq):
+def test_a_state_without_capsules(models, capsules, patched, seq):
     """It can be read, and all of it counts as text: nobody knows better."""
     model = models(arch="llama")
     saved = Case("plain", model, [text(AT), IMAGE, state_save("s", seq), *TAIL])
     steps = [text(3), state_load("s", seq), compress(), stats(), *TAIL]
-    result = patched([saved, Case("a", model, steps, capsule=capsules(model, **form))])
+    result = patched([saved, Case("a", model, steps, capsule=capsules(model))])
     assert not result["plain"].error
     assert result["a"].values("stats")[0]["n_cold"] == 0
     assert nmse(result["a"].logits(4, 5), result["plain"].logits(3, 4)) <= 1e-12
 
 
 @pytest.mark.parametrize("seq", [-1, 0])
-def test_saved_right_after_a_shift(models, capsules, patched, form, seq):
+def test_saved_right_after_a_shift(models, capsules, patched, seq):
     """Hot keys are rotated for their new positions first: the state does not say that they are not yet (stock llama.cpp forgets it)."""
     model = models(arch="llama")
     shift = [*OPENING, seq_rm(0, 0, 4), seq_add(0, 4, -1, -4)]
-    options = {"capsule": capsules(model, **form), "type_k": "f32", "type_v": "f32"}
+    options = {"capsule": capsules(model), "type_k": "f32", "type_v": "f32"}
     saved = Case("saved", model, [*shift, state_save("s", seq), clear(), text(3), clear(), state_load("s", seq), *TAIL], **options)
     result = patched([saved, Case("not", model, [*shift, *TAIL], **options)])
     assert nmse(result["saved"].logits()[-8:], result["not"].logits()[-8:]) <= 1e-11
@@ -112,33 +106,35 @@ def test_saved_right_after_a_shift(models, capsules, patched, form, seq):
 
 
 @pytest.fixture(scope="module")
-def strangers(models, capsules, patched, form):
+def strangers(models, capsules, patched):
     model = models(arch="llama")
-    capsule, other = capsules(model, **form), capsules(model, **form, seed=2)
+    capsule, other = capsules(model), capsules(model, seed=2)
     read = [state_load("s", may_fail=True), positions(), text(4)]
     return patched([
-        Case("saved", model, [*OPENING, state_save("s"), clear(), text(4)], capsule=capsule),
+        Case("saved", model, [*OPENING, state_save("s"), state_version("s", "v3", 3), state_version("s", "v5", 5), clear(), text(4)], capsule=capsule),
         Case("no capsule", model, read),
         Case("another capsule", model, read, capsule=other),
         Case("too small", model, read, capsule=capsule, env={"LLAMA_KVCAPSULE_LIMIT": "1000"}),
+        *(Case(name, model, [state_load(name, may_fail=True), *read[1:]], capsule=capsule) for name in ("v3", "v5")),
     ])
 
 
 @pytest.mark.parametrize(("name", "why"), [
-    ("no capsule", "no capsule is attached"), ("another capsule", "saved with another capsule"), ("too small", "no room for the ")])
+    ("no capsule", "no capsule is attached"), ("another capsule", "saved with another capsule"), ("too small", "no room for the "),
+    ("v3", "of format v1, which is not read any more: evaluate the prompt again"), ("v5", "unknown format")])
 def test_refused(strangers, name, why):
     result = strangers[name]
     assert not result.error
     lines = [line for line in result.steps[0].log if "error loading state" in line]
     assert result.steps[0].rc == 1 and len(lines) == 1 and why in lines[0]
     assert result.values("positions") == [[-1, -1]]
-    assert nmse(result.logits(2), strangers["saved"].logits(6)) <= 1e-12
+    assert nmse(result.logits(2), strangers["saved"].logits(8)) <= 1e-12
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_another_type_of_hot_cache(models, capsules, patched, form, arch):
+def test_another_type_of_hot_cache(models, capsules, patched, arch):
     """The slots do not depend on it. (The hot cells do, and llama.cpp refuses them: here there are none.)"""
-    model, capsule = models(arch=arch), capsules(models(arch=arch), **form)
+    model, capsule = models(arch=arch), capsules(models(arch=arch))
     saved = Case("saved", model, [IMAGE, compress(), state_save("s", 0), *TAIL], capsule=capsule)
     others = [Case(f"{k}-{fa}", model, [text(3), state_load("s", 0), stats(), *TAIL], capsule=capsule, type_k=k, type_v="f16" if k == "q8_0" else k,
                    flash_attn=fa) for k in ("f32", "f16", "q8_0") for fa in (False, True)]
@@ -158,9 +154,9 @@ OTHER = [s | {"seq": 1} for s in (text(6, seed=4), image((4, 8), seed=5), compre
 
 @pytest.mark.parametrize("seq", [-1, 0])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_damaged(models, capsules, patched, form, arch, seq):
+def test_damaged(models, capsules, patched, arch, seq):
     """Every cut and every flipped bit in the frame is noticed; the sequence (or the context) is empty then, others are as they were."""
-    model, capsule = models(arch=arch), capsules(models(arch=arch), **form)
+    model, capsule = models(arch=arch), capsules(models(arch=arch))
     tries = [{"cut": c} for c in CUTS] + [{"flip": f} for f in FLIPS]
     steps = [*OTHER, *OPENING, state_save("good", seq)]
     for how in tries:

@@ -75,7 +75,7 @@ def test_scores_are_errors_in_units_of_q4_0(coded):
 
 
 
-@pytest.mark.parametrize("options", [{"shape": (4, 8)}, {"shape": (1, 32)}, {"shape": (16, 16)}, {"rows": 1}, {"rows": 4}, {"learned": True}, {"k_axes": "4"}])
+@pytest.mark.parametrize("options", [{"shape": (4, 8)}, {"shape": (1, 32)}, {"shape": (16, 16)}, {"rows": 1}, {"rows": 4}, {"learned": "kv"}, {"k_axes": "4"}])
 def test_other_codings_lose_only_what_their_bits_lose(data, options):
     basis = fit_basis(data.samples, data.model, **{k: v for k, v in options.items() if k not in ("rows",)})
     coded = Coded(data.model, data.samples, basis, **{k: v for k, v in options.items() if k in ("shape", "rows")})

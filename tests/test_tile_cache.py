@@ -7,7 +7,7 @@ from math import isqrt
 import numpy as np
 import pytest
 from llama_runner import Case, compress, image, image_file, lossless_limit, nmse, read_kv, seq_rm, set_pos, state_load, state_save, stats, text
-from make_tile_capsule import random_tile_capsule
+from make_capsule import random_capsule
 
 from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.head import F16
@@ -40,7 +40,7 @@ def test_images_of_all_small_sizes(models, capsules, stock, patched, auto):
     """Of 1 to 70 tokens, without a grid: a square number of tokens is a square, others are runs."""
     model = models(arch="llama", head=32, n_head=2, n_head_kv=1, n_ff=64)
     steps = [text(3), *[s for n in range(1, 71) for s in (image(n, seed=n), text(1, seed=n))]]
-    ours = like_stock(patched, stock, model, capsules(model, version=2), [*steps, *([] if auto else [compress()]), text(5, seed=1), stats()], auto_compress=auto)
+    ours = like_stock(patched, stock, model, capsules(model), [*steps, *([] if auto else [compress()]), text(5, seed=1), stats()], auto_compress=auto)
     seen = ours.values("stats")[0]
     cuts = [cut_grid(isqrt(n), isqrt(n)) if isqrt(n) ** 2 == n else cut_run(n) for n in range(1, 71)]
     assert sum(seen["n_slots_tier"]) == sum(map(len, cuts))
@@ -51,10 +51,19 @@ def test_ragged_grids(models, capsules, stock, patched):
     model = models(arch="qwen2vl", head=32, n_head=2, n_head_kv=1, n_ff=64)
     grids = [(2, 1), (1, 9), (9, 1), (7, 13), (8, 8), (9, 9), (16, 24), (17, 5), (3, 70), (20, 23)]
     steps = [text(3), *[s for i, grid in enumerate(grids) for s in (image(grid, seed=i), compress(), text(2, seed=i), stats())], text(5)]
-    ours = like_stock(patched, stock, model, capsules(model, version=2), steps)
+    ours = like_stock(patched, stock, model, capsules(model), steps)
     slots = np.cumsum([len(cut_grid(*grid)) for grid in grids])
     assert [sum(s["n_slots_tier"]) for s in ours.values("stats")] == slots.tolist()
     assert all(s["n_hot_vision"] == 0 for s in ours.values("stats"))
+
+
+@pytest.mark.parametrize("path", ["", "unpack"])
+@pytest.mark.parametrize("codec", ["learned", "retain"])
+def test_transforms_are_lossless_too(models, capsules, stock, patched, codec, path):
+    """Whole tiles with a transform beside short ones, in one picture and in a run."""
+    model = models(arch="qwen2vl", head=32, n_head=2, n_head_kv=1, n_ff=64)
+    steps = [text(3), image((17, 16), seed=1), compress(), text(4), image(80, seed=2), compress(), *[text(1, seed=i) for i in range(3)]]
+    like_stock(patched, stock, model, capsules(model, codec=codec, mlp=3), steps, env={"LLAMA_KVCAPSULE_PATH": path})
 
 
 # --- tiers: the reference chooses the same, and reads the same ---
@@ -72,9 +81,9 @@ def picture(path, h, w, n_embd, seed):
     return path
 
 
-def graded(model, path, energy):
+def graded(model, path, energy, codec="dct"):
     """Tiers of 2, 3, 4 and 6 bits, the constant row in f16."""
-    capsule = read_tile_capsule(random_tile_capsule(model, path, tiers=(2, 3, 4, 6), energy=energy))
+    capsule = read_tile_capsule(random_capsule(model, path, tiers=(2, 3, 4, 6), energy=energy, codec=codec, mlp=3))
     for layer in capsule.layers:
         layer.k_table[:, :, 0] = layer.v_table[:, :, 0] = F16
     write_tile_capsule(path, capsule)
@@ -105,12 +114,13 @@ def tile_scores(capsule, keys, values, h, w, tokens):
     return np.array(scores), reads
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2vl"])
-@pytest.mark.parametrize("energy", [1e6, 500.0])
-def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy):
+@pytest.mark.parametrize(("arch", "energy", "codec"), [
+    ("llama", 1e6, "dct"), ("llama", 500.0, "dct"), ("qwen2vl", 1e6, "dct"), ("qwen2vl", 500.0, "dct"), ("llama", 1e6, "retain"), ("qwen2vl", 500.0, "learned"),
+])  # fmt: skip
+def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy, codec):
     model = models(arch=arch, head=64, n_head=2, n_head_kv=1, n_ff=64)
     path = tmp_path / "graded.gguf"
-    capsule = graded(model, path, energy)
+    capsule = graded(model, path, energy, codec)
     h, w = (17, 17) if arch == "llama" else (18, 13)
     shown = image_file(picture(tmp_path / "a.npy", h, w, 128, 1), h, w)
     reads = [read_kv(i, p0=3) for i in range(LAYERS)]
@@ -142,7 +152,7 @@ def test_no_tier_is_good_enough(models, capsules, patched):
     """The tiles stay hot, and nothing is lost."""
     model = models(arch="llama", head=64, n_head=2, n_head_kv=2, n_ff=64)
     steps = [text(3), image(64, seed=1), compress(), stats(), text(3)]
-    result = patched([Case("a", model, steps, capsule=capsules(model, version=2, tiers=(2, 3)), **OPTIONS), Case("b", model, without_capsule(steps), **OPTIONS)])
+    result = patched([Case("a", model, steps, capsule=capsules(model, tiers=(2, 3)), **OPTIONS), Case("b", model, without_capsule(steps), **OPTIONS)])
     seen = result["a"].values("stats")[0]
     assert (seen["n_cold"], seen["n_hot_vision"]) == (0, 64)
     assert np.array_equal(result["a"].logits(), result["b"].logits())
@@ -164,7 +174,7 @@ def test_what_images_leave_is_used_again(models, capsules, stock, patched):
     for i in range(10):
         steps += [image((7, 9), seed=20 + i), compress(), text(2, seed=i), stats(), seq_rm(0, 4 + (2 * i + 1) % 12 * one, 4 + (2 * i + 1) % 12 * one + 8)]
     steps += [text(6, seed=51)]
-    ours = like_stock(patched, stock, model, capsules(model, version=2), steps)
+    ours = like_stock(patched, stock, model, capsules(model), steps)
     pools = [s["bytes_pools"] for s in ours.values("stats")]
     assert max(pools) == pools[0]
 
@@ -172,6 +182,6 @@ def test_what_images_leave_is_used_again(models, capsules, stock, patched):
 def test_a_loop_of_images_needs_no_more_memory(models, capsules, patched):
     model = models(arch="llama", head=32, n_head=2, n_head_kv=1, n_ff=64)
     steps = [s for i in range(40) for s in (seq_rm(0, 0), set_pos(0, 0), text(4), image(16 + 7 * (i % 9), seed=i), compress(), text(2), stats())]
-    result = patched([Case("a", model, steps, capsule=capsules(model, version=2), **OPTIONS)])["a"]
+    result = patched([Case("a", model, steps, capsule=capsules(model), **OPTIONS)])["a"]
     pools = [s["bytes_pools"] for s in result.values("stats")]
     assert max(pools) == max(pools[:9]) and result.values("stats")[-1]["n_cold"] == 16 + 7 * (39 % 9)

@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 import pytest
 from conftest import library
-from make_tile_capsule import LOSSLESS, MIXED, random_tile_capsule
+from make_capsule import LOSSLESS, MIXED, random_capsule
 from synthetic_kv import field, source
-from tile_damages import NEEDS_THE_MODEL, RETAIN_ACCEPTED, RETAIN_DAMAGES, TILE_ACCEPTED, TILE_DAMAGES
+from tile_damages import NEEDS_THE_MODEL, TILE_ACCEPTED, TILE_DAMAGES, WHOLE_ACCEPTED, WHOLE_DAMAGES
 
 from kvcapsule_gguf.format.capsule import CapsuleFileError
-from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_any_capsule, read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.format.tile_capsule import KEYS, TileLayer, read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.train.fit_tiles import SMALLER, fit_tile_capsule
 from kvcapsule_gguf.train.source import TrainError
 
@@ -107,21 +107,21 @@ def test_damaged_files_are_refused_with_one_line(good, tmp_path):
 
 @pytest.mark.parametrize("name", [*TILE_DAMAGES, *TILE_ACCEPTED])
 def test_what_is_wrong_is_named(models, tmp_path, name):
-    good, path = random_tile_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32]), tmp_path / "bad.gguf"
+    good, path = random_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[(0, 1, 2, 3), MIXED, 32]), tmp_path / "bad.gguf"
     damage, reason = TILE_DAMAGES.get(name) or (TILE_ACCEPTED[name], None)
     damage(good, path)
     if reason is None or name in NEEDS_THE_MODEL:
-        assert len(read_any_capsule(path).layers) == 2
+        assert len(read_tile_capsule(path).layers) == 2
         return
     with pytest.raises(CapsuleFileError) as e:
-        read_any_capsule(path)
+        read_tile_capsule(path)
     assert re.search(reason, str(e.value)) and len(str(e.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [*RETAIN_DAMAGES, *RETAIN_ACCEPTED])
+@pytest.mark.parametrize("name", [*WHOLE_DAMAGES, *WHOLE_ACCEPTED])
 def test_what_is_wrong_with_a_transform_is_named(models, tmp_path, name):
-    good, path = random_tile_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[MIXED], codec="retain", mlp=3), tmp_path / "bad.gguf"
-    damage, reason = RETAIN_DAMAGES.get(name) or (RETAIN_ACCEPTED[name], None)
+    good, path = random_capsule(models(arch="llama"), tmp_path / "good.gguf", tiers=[MIXED], codec="retain", mlp=3), tmp_path / "bad.gguf"
+    damage, reason = WHOLE_DAMAGES.get(name) or (WHOLE_ACCEPTED[name], None)
     damage(good, path)
     if reason is None:
         assert len(read_tile_capsule(path).layers) == 2
@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_transform_is_named(models, tmp_path, name):
 
 @pytest.mark.parametrize("codec", ["learned", "retain"])
 def test_transforms_come_back(models, tmp_path, codec):
-    path = random_tile_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=[MIXED], codec=codec, mlp=2)
+    path = random_capsule(models(arch="llama"), tmp_path / "a.gguf", tiers=[MIXED], codec=codec, mlp=2)
     capsule = read_tile_capsule(path)
     assert (capsule.layers[1].k_near is None) == (codec == "learned")
     assert write_tile_capsule(tmp_path / "b.gguf", capsule).read_bytes() == path.read_bytes()
@@ -145,7 +145,7 @@ def test_transforms_come_back(models, tmp_path, codec):
 @pytest.mark.parametrize("codec", ["dct", "learned", "retain"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2vl", "smollm3"])
 def test_lossless_tables_store_a_tile_as_it_is(models, tmp_path, arch, codec):
-    capsule = read_tile_capsule(random_tile_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS, codec=codec, mlp=2))
+    capsule = read_tile_capsule(random_capsule(models(arch=arch), tmp_path / "a.gguf", tiers=LOSSLESS, codec=codec, mlp=2))
     assert capsule.smaller == [0.5]
     rng = np.random.default_rng(0)
     for kind in "kv":
@@ -176,13 +176,13 @@ def test_a_capsule_has_the_licence_of_its_model(capsule, tmp_path, said, kept):
     assert read_tile_capsule(path).provenance["license"] == said
 
 
-def test_training_writes_format_2(tmp_path):
+def test_training_writes_a_capsule(tmp_path):
     library("patched")
     from kvcapsule_gguf.chat.files import demo_folder, model_in
     from kvcapsule_gguf.train.cli import main
 
     out = tmp_path / "two.gguf"
-    assert main([str(model_in(demo_folder())), "--format", "2", "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
+    assert main([str(model_in(demo_folder())), "--n-images", "4", "-t", "1", "-o", str(out)]) == 0
     capsule = read_tile_capsule(out)
     assert len(capsule.layers) == 8 and capsule.provenance["images"] == 4
     assert capsule.smaller == pytest.approx(SMALLER, rel=0.02)

@@ -56,6 +56,16 @@ CASES = {
     "transposed V, f32": replace(BASE, v_trans=True),
     **{f"head size {d}": replace(BASE, d_k=d, d_v=d, n_rot=d, heads=1 + (d < 128), grids=((9, 8),)) for d in (32, 72, 80, 96, 100, 128, 256, 512)},
     "K and V of unlike sizes": replace(BASE, d_k=96, d_v=64, n_rot=32),
+    "learned": replace(BASE, codec="learned"),
+    "retain": replace(BASE, codec="retain"),
+    "retain with MLP": replace(BASE, codec="retain", mlp=5, rope="norm"),
+    "retain, m-rope": replace(BASE, codec="retain", rope="mrope", sections=(12, 10, 10, 0), axes=False),
+    "retain, no rope": replace(BASE, codec="retain", mlp=2, rope="none", grids=((16, 16), (0, 70))),
+    "retain, yarn": replace(BASE, codec="retain", scale=1.2, ragged=0.6),
+    "retain, part of the head": replace(BASE, codec="retain", mlp=2, d_k=100, d_v=80, n_rot=36, tokens=1, gqa=3),
+    "learned, rotated q8_0 cache": replace(BASE, codec="learned", cache="q8_0", rotated=True, mask="f16", tokens=70, sequences=2),
+    "learned, no axes": replace(BASE, codec="learned", axes=False, d_k=80, d_v=96, n_rot=80),
+    "retain, hardly anything visible": replace(BASE, codec="retain", tokens=4, ragged=0.99),
 }
 
 
@@ -76,7 +86,7 @@ def test_attention(lib, name):
     assert (run_attention(data, threads=3) == got).all()
 
 
-@pytest.mark.parametrize("name", ["neox", "norm", "m-rope", "yarn", "ragged grids", "no axes", "three sequences", "head size 100"])
+@pytest.mark.parametrize("name", ["neox", "norm", "m-rope", "yarn", "ragged grids", "no axes", "three sequences", "head size 100", "learned", "retain", "retain with MLP"])
 def test_plain_attention_is_exact(lib, name):
     """With an f32 cache only the order of the sums differs; integer kernels are for blocks of few bits, and allowed more."""
     data = Data(replace(CASES[name], exact=True), lib)

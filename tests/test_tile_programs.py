@@ -1,4 +1,4 @@
-"""Format v2 in the programs: files, the capsule that needs none, and what --quality and --ratio choose."""
+"""Capsules in the programs: files, the capsule that needs none, and what --quality and --ratio choose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chat_model import TOKENS, write_mmproj, write_model, write_picture
 from conftest import ROOT
-from make_tile_capsule import LOSSLESS, random_tile_capsule
+from make_capsule import LOSSLESS, random_capsule
 from test_chat import F16_TOKEN, Run, chat, refused  # noqa: F401  (chat is a fixture)
 from test_native import require_capsules
 
@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / arch).mkdir()
         model = write_model(root / arch / "tiny.gguf", arch=arch)
         write_mmproj(root / arch / "mmproj-tiny.gguf", arch=arch)
-        random_tile_capsule(model, root / arch / "lossless.gguf", tiers=LOSSLESS)
-        random_tile_capsule(model, root / arch / "tiers.gguf", tiers=[1, 2, 3, 4, 8])
+        random_capsule(model, root / arch / "lossless.gguf", tiers=LOSSLESS)
+        random_capsule(model, root / arch / "tiers.gguf", tiers=[1, 2, 3, 4, 8])
     (root / "other").mkdir()
     write_model(root / "other" / "tiny.gguf", arch="xverse")
     write_mmproj(root / "other" / "mmproj-tiny.gguf")
@@ -169,13 +169,6 @@ def test_statistics_name_the_tiers(chat: Run, folder: Path) -> None:
     head, *rows = result.stderr[result.stderr.index("picture"):].splitlines()[:4]
     assert re.fullmatch(r"picture +tokens +6\.\d\dx +MiB before +MiB now", head)
     assert [row.split()[1:3] for row in rows] == [[str(TOKENS), "1"], [str(TOKENS), "1"], [str(2 * TOKENS), "2"]]
-
-
-def test_a_capsule_of_format_1_has_no_quality(chat: Run, folder: Path) -> None:
-    from make_capsule import random_capsule
-
-    old = random_capsule(folder / "llama" / "tiny.gguf", folder / "old.gguf", block_size=8)
-    refused(chat(folder / "llama" / "tiny.gguf", "--capsule", old, "--quality", "0.7", "-p", "x"), "format v1, which has no quality")
 
 
 def test_the_python_api(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from synthetic_kv import field
+from synthetic_kv import field, source
 
 from kvcapsule_gguf.codec.channels import key_groups
 from kvcapsule_gguf.codec.head import F16, F32, Head
 from kvcapsule_gguf.codec.transform import Learned, N, Retain, gate_of_channels
+from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.format.tile_transform import whole_of
+from kvcapsule_gguf.train.fit_tiles import CODECS, SMALLER, fit_tile_capsule
+from kvcapsule_gguf.train.fit_transform import RetainOptions, fit_gates, fit_retain
 
 RNG = np.random.default_rng(5)
 D, KEPT, NEAR, H = 24, 25, 3, 5
@@ -91,3 +97,65 @@ def test_both_channels_of_a_lane_have_one_gate():
     for i, group in enumerate(groups):
         for lane, (a, b) in enumerate(group.T):
             assert (out[:, a] == gate[:, 16 * i + lane]).all() and (out[:, b] == gate[:, 16 * i + lane]).all()
+
+
+@pytest.fixture(scope="module")
+def fitted(models):
+    data = source(models(arch="llama"), 5)
+    return data.samples[4], {codec: fit_tile_capsule(data.model, data.samples[:4], codec) for codec in CODECS}
+
+
+def read_back(capsule, sample, tier):
+    """Squared error over energy of keys and of values in the whole tiles of the first layer."""
+    out = []
+    for kind, x in (("k", sample.keys[0]), ("v", sample.values[0])):
+        tile = x.reshape(16, 16, *x.shape[1:])[:8, :8].reshape(64, *x.shape[1:])
+        heads = capsule.heads(0, kind, tier)
+        errors = [np.square(h.decode(h.encode(tile[:, n], 8, 8), 8, 8) - tile[:, n]).sum() for n, h in enumerate(heads)]
+        out.append(sum(errors) / np.square(tile - tile.mean(0)).sum())
+    return out
+
+
+def test_fitted_transforms_store_a_new_picture(fitted, tmp_path):
+    """At the bytes that the DCT takes; smooth keys are what neighbours predict well."""
+    sample, capsules = fitted
+    for codec, capsule in capsules.items():
+        path = write_tile_capsule(tmp_path / f"{codec}.gguf", capsule)
+        again = read_tile_capsule(path)
+        assert again.smaller == pytest.approx(SMALLER, rel=0.05) and again.provenance["codec"] == codec
+        errors = np.array([read_back(again, sample, tier) for tier in (2, 6, 9)])
+        assert (np.diff(errors, axis=0) < 0).all() and errors[0].max() < 0.3 and errors[2].max() < 1e-3, codec
+        assert (again.layers[0].k_near is not None) == (codec == "retain") and (again.layers[0].v_transform is None) == (codec == "dct")
+
+
+def test_gates_are_ridge_regressions():
+    rng = np.random.default_rng(1)
+    x, near = rng.standard_normal((2, 3, 5, 40)).astype(np.float32), np.array([[0, 2], [4, 1]])
+    true = rng.standard_normal((2, 2, 2, 3))
+    y = np.einsum("hjkl,hljkt->hljt", true, x[:, :, near])
+    assert fit_gates(x, y.astype(np.float32), near, 1e-9) == pytest.approx(true, abs=1e-3)
+    assert fit_gates(x, y.astype(np.float32), near, 1e9) == pytest.approx(np.full(true.shape, 0.5), abs=1e-3)  # the mean of the neighbours
+
+
+def test_a_pyramid_gives_early_layers_more(fitted, models):
+    data = source(models(arch="llama"), 3)
+    capsule = fit_tile_capsule(data.model, data.samples, layers="pyramid")
+    bits = [np.mean([t.mean() for t in (layer.k_table[4], layer.v_table[4])]) for layer in capsule.layers]
+    assert bits[0] > 1.3 * bits[-1]
+
+
+def test_a_key_mlp_predicts_what_gates_can_not():
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((60, 1, 64, D)).astype(np.float32)
+    options = RetainOptions(mlp=16, steps=200)
+    plain = fit_retain(x, GROUPS, replace(options, mlp=0))
+    order, near = plain["k_order"], plain["k_near"]
+    for j in range(N - KEPT):  # a dropped token is a kink in one of its neighbours
+        x[:, :, order[KEPT + j]] = np.maximum(x[:, :, order[near[j, 0]]], 0)
+    errors = []
+    for h in (0, 16):
+        tensors = fit_retain(x, GROUPS, replace(options, mlp=h))
+        r = whole_of(tensors, "k", 0, GROUPS)
+        errors.append(np.square(r.predict(x[:, 0, r.order[:KEPT]]) - x[:, 0, r.order[KEPT:]]).mean())
+    assert errors[1] < 0.97 * errors[0]

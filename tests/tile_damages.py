@@ -1,4 +1,4 @@
-"""Damaged capsules of format v2, for both readers, as in damages.py."""
+"""Damaged capsules, for both readers: those of damages.py, and what belongs to the format."""
 
 from __future__ import annotations
 
@@ -11,27 +11,15 @@ I8 = gguf.GGUFValueType.INT8
 K = "blk.1.kvcapsule."
 NAN, INF = float("nan"), float("inf")
 
-# what any capsule has: the file itself, and the keys that both formats have
-COMMON = (
-    "empty", "no GGUF", "magic", "future GGUF", "cut in the header", "cut in the keys", "cut in the tensors", "last byte lost", "a billion keys",
-    "a billion tensors", "noise in the keys", "another adapter", "no version", "version is a string", "another fingerprint", "no fingerprint",
-    "another number of layers", "another architecture", "a layer too many", "a layer twice", "a tensor too many", "a foreign tensor",
-    "fingerprint is not hex", "RoPE kind", "unknown key", "bytes behind the end", "many keys", "a long array", "a false array length", "a tensor twice",
-    "overlap", "a foreign key", "a value with a zero byte", "bytes in the padding", "a long key", "alignment of 48", "alignment is a string",
-    "architectures differ", "type is not adapter", "an adapter.type that is a number", "a thousand heads too many", "an array of arrays",
-    "an unknown value type", "an unknown tensor type", "no dimensions", "a zero dimension", "dimensions that wrap", "values beyond f16",
-    "a mean of values that f16 just holds", "a head of 513", "infinite mean", "no k_mean", "no v_mean",
-)  # fmt: skip
-
 
 def smaller(i: int, value: float) -> Damage:
     return key("kvcapsule.smaller", at(i, value), F32)
 
 
 TILE_DAMAGES: dict[str, tuple[Damage, str]] = {
-    **{name: DAMAGES[name] for name in COMMON},
-    "a newer format": (key("kvcapsule.version", 3), "version 3, this program reads versions 1 and 2"),
-    "an older format": (key("kvcapsule.version", 1), "block_size is missing"),
+    **DAMAGES,
+    "a newer format": (key("kvcapsule.version", 3), "version 3, this program reads version 2"),
+    "an older format": (key("kvcapsule.version", 1), "of format v1: train it anew with kvcapsule-train"),
     "a key of the older format": (lambda g, b: rewrite(g, b, kv={"kvcapsule.block_size": (64, U32)}), "unknown key kvcapsule.block_size"),
     **{f"no {name}": (without(f"kvcapsule.{name}"), f"{name} is missing") for name in ("layers", "layer_rope", "smaller", "key_energy", "base.rope.dimension_count")},
     # numbers
@@ -84,7 +72,7 @@ TILE_DAMAGES: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 
 # of a capsule with `retain`, values with a learned transform, and key MLPs
-RETAIN_DAMAGES: dict[str, tuple[Damage, str]] = {
+WHOLE_DAMAGES: dict[str, tuple[Damage, str]] = {
     **{f"no {t}": (without(K + t), f"{t} is missing") for t in ("k_order", "k_gate", "k_mlp_up", "k_mlp_down")},
     "no k_near": (without(K + "k_near"), "unexpected tensor blk.1.kvcapsule.k_order"),
     "no bias": (without(K + "k_mlp_bias"), "unexpected tensor blk.1.kvcapsule.k_mlp_up"),
@@ -116,10 +104,10 @@ RETAIN_DAMAGES: dict[str, tuple[Damage, str]] = {
     "a transform in f32": (tensor(K + "v_transform", lambda a: a.astype(np.float32)), "v_transform has type f32, not f16"),
 }  # fmt: skip
 
-RETAIN_ACCEPTED: dict[str, Damage] = {"values by the DCT in one layer": without(K + "v_transform")}
+WHOLE_ACCEPTED: dict[str, Damage] = {"values by the DCT in one layer": without(K + "v_transform")}
 
 TILE_ACCEPTED: dict[str, Damage] = {
-    **{name: ACCEPTED[name] for name in ("GGUF version 2", "a bool of 2", "a name that is not UTF-8", "provenance of any type", "other tensors first")},
+    **ACCEPTED,
     "no axes in one layer": without(K + "v_axes"),
 }
 

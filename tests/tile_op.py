@@ -1,4 +1,4 @@
-"""GGML_OP_CAPSULE on tiles (format v2) through ctypes on the CPU backend, and what numpy says about the same slots.
+"""GGML_OP_CAPSULE through ctypes on the CPU backend, and what numpy says about the same slots.
 
 A `Setting` names a geometry; `Data` draws tables, slots (encoded by the numpy codec), positions, hot cells, masks and queries for it.
 """
@@ -13,14 +13,17 @@ from typing import Any
 
 import native_code
 import numpy as np
-from capsule_op import NORM, ROT_K, ROT_V, TYPES, V_TRANS, Graph, V, ggml, graph, rotate
+from ggml_graph import TYPES, Graph, ggml, graph
+from whole_tiles import whole_tiles
 
 from kvcapsule_gguf.codec.channels import key_groups, plain_groups
+from kvcapsule_gguf.codec.hadamard import hadamard
 from kvcapsule_gguf.codec.head import F16, Head
 from kvcapsule_gguf.codec.quantize import DECODE, ENCODE
 from kvcapsule_gguf.codec.rope import angles, apply_rope
 from kvcapsule_gguf.codec.tiles import cut_grid, cut_run
 
+V, V_TRANS, NORM, ROT_K, ROT_V = (1 << i for i in range(5))  # enum ggml_capsule_flag
 BITS = (0, 1, 2, 3, 4, 6, 8, F16)
 UNIT = 64
 BASE = 10000.0
@@ -52,6 +55,8 @@ class Setting:
     ragged: float = 0.0  # share of the columns that no query sees
     bent: bool = False
     seed: int = 0
+    codec: str = "dct"  # of whole tiles: dct, learned or retain
+    mlp: int = 0  # hidden units of retain's key MLP
 
     @property
     def flags(self) -> int:
@@ -100,6 +105,7 @@ class Data:
         groups_k = key_groups(s.d_k, s.rope, s.rotated_channels) if s.rotated_channels else plain_groups(s.d_k)
         groups_v = plain_groups(s.d_v)
         self.k_table, self.v_table = (self._tables(rng, len(groups)) for groups in (groups_k, groups_v))
+        self.whole = whole_tiles(s.codec, s.heads, groups_k, groups_v, s.mlp, rng)
         self.tiles = [(i, tile) for i, (h, w) in enumerate(s.grids) for tile in (cut_grid(h, w) if h else cut_run(w))]
         tiers = rng.integers(0, 2, len(self.tiles))
         self.forms = sorted({(int(t), h, w) for t, (_, (h, w, _)) in zip(tiers, self.tiles)})
@@ -107,6 +113,7 @@ class Data:
         lib.make_forms.restype, lib.pack_forms.restype = ctypes.c_void_p, ctypes.c_int64
         self.handle = ctypes.c_void_p(
             lib.make_forms(s.heads, s.d_k, s.d_v, s.rotated_channels, int(s.rope != "norm"), 2, at(self.k_mean), at(self.v_mean), at(self.axes),
+                           ctypes.byref(self.whole["k"].native), ctypes.byref(self.whole["v"].native),
                            at(self.k_table), at(self.v_table), len(self.forms), at(np.array(self.forms, np.int32)), at(sizes))
         )  # fmt: skip
         self.packed = np.zeros(lib.pack_forms(self.handle, None), np.uint8)
@@ -117,11 +124,11 @@ class Data:
         for i, (tier, (_, (h, w, _))) in enumerate(zip(tiers, self.tiles)):
             form = self.forms.index((int(tier), h, w))
             parts, k_hat, v_hat = [], [], []
-            for mean, table, groups, axes, out in (
-                (self.k_mean, self.k_table, groups_k, None, k_hat), (self.v_mean, self.v_table, groups_v, self.axes, v_hat)
+            for kind, mean, table, groups, axes, out in (
+                ("k", self.k_mean, self.k_table, groups_k, None, k_hat), ("v", self.v_mean, self.v_table, groups_v, self.axes, v_hat)
             ):  # fmt: skip
                 for head in range(s.heads):
-                    code = Head(mean[head], groups, table[tier, head], None if axes is None else axes[head])
+                    code = Head(mean[head], groups, table[tier, head], None if axes is None else axes[head], self.whole[kind].head(head))
                     data = code.encode(normal(h * w, len(mean[head])), h, w)
                     parts.append(data)
                     out.append(code.decode(data, h, w))
@@ -240,12 +247,9 @@ class Data:
         return rotate(y, n) if self.s.rotated else y
 
 
-def library() -> Any:
-    base = ggml()
-    pointer = ctypes.c_void_p
-    base.ggml_capsule_tile_attn.restype, base.ggml_capsule_tile_attn.argtypes = pointer, [pointer] * 12
-    base.ggml_capsule_tile_unpack.restype, base.ggml_capsule_tile_unpack.argtypes = pointer, [pointer] * 3 + [ctypes.c_bool] + [pointer] * 4
-    return base
+def rotate(x: np.ndarray, n: int | None = None) -> np.ndarray:
+    """Hadamard transform of runs of n values (or of the size for x), its own inverse."""
+    return hadamard(x.reshape(*x.shape[:-1], -1, n)).reshape(x.shape) if n else hadamard(x)
 
 
 def run_attention(data: Data, *, threads: int = 1) -> np.ndarray:
@@ -259,7 +263,7 @@ def run_attention(data: Data, *, threads: int = 1) -> np.ndarray:
         hot = [g.tensor(ENCODE[s.cache](x.reshape(-1, x.shape[-1])), s.cache, *x.shape[::-1]) for x in (k, v)]
         masks = [g.tensor(m.astype("<f4" if type_ == "f32" else "<f2"), type_, *m.shape[::-1]) for m, type_ in ((mask[:, : s.n_kv], s.mask), (mask[:, s.n_kv :], "f16"))]
         seen = g.tensor(data.seen, "i8", *data.seen.shape[::-1])
-        node = library().ggml_capsule_tile_attn(g.context, ctypes.byref(data.params()), q, *hot, *masks, seen, *data.inputs(g))
+        node = ggml().ggml_capsule_tile_attn(g.context, ctypes.byref(data.params()), q, *hot, *masks, seen, *data.inputs(g))
         out = g.run(node, np.float32, threads).reshape(s.tokens, s.heads * s.gqa, s.d_v)
     return rotate(out, 64) if s.rotated else out
 
@@ -272,7 +276,7 @@ def run_unpack(data: Data, *, is_v: bool, threads: int = 1, copy: bool = False) 
     blank = ENCODE[s.cache](np.full((width, columns) if trans else (columns, width), 7, np.float32))
     with graph(1 << 27) as g:
         dst = g.tensor(blank, s.cache, *((columns, width) if trans else (width, columns)))
-        node = library().ggml_capsule_tile_unpack(g.context, ctypes.byref(data.params(V if is_v else 0)), dst, copy, *data.inputs(g))
+        node = ggml().ggml_capsule_tile_unpack(g.context, ctypes.byref(data.params(V if is_v else 0)), dst, copy, *data.inputs(g))
         raw = g.run(node, np.uint8, threads)
     out = DECODE[s.cache](raw.reshape(blank.shape), columns if trans else width)
     return out.T if trans else out

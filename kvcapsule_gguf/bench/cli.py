@@ -12,13 +12,11 @@ from typing import Any
 
 from ..chat.args import number
 from ..chat.files import demo_folder, model_in
-from ..codec.cut import BlockShape
 from ..runtime import program
 from . import compress, demo, op, report, whole
-from .capsule import BLOCK
 from .geometry import GEOMETRIES
 from .run import Run
-from .settings import BUILTIN, SETTINGS
+from .settings import SETTINGS
 from .timing import BenchError
 
 COMPRESSED = [name for name, s in SETTINGS.items() if s.capsule and not s.hot]
@@ -45,16 +43,6 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def block(text: str) -> BlockShape:
-    try:
-        shape = BlockShape.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if shape.size != BLOCK:
-        raise argparse.ArgumentTypeError(f"{text}: a block has {BLOCK} tokens here, not {shape.size}")
-    return shape
-
-
 def parser() -> argparse.ArgumentParser:
     p = program.Parser(
         prog="kvcapsule-bench",
@@ -71,7 +59,6 @@ def parser() -> argparse.ArgumentParser:
             q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
             q.add_argument("-t", "--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
             q.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on a GPU (default: none)")
-            q.add_argument("--block", type=block, default=Run.shape, metavar="SHAPE", help=f"tokens of a block: tile:WxH or raster:N, {BLOCK} of them (default: %(default)s)")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
         if name in ("op", "model"):
             q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
@@ -80,10 +67,9 @@ def parser() -> argparse.ArgumentParser:
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
     q.add_argument("--tokens", type=numbers, default="2048,4096,8192,16384", metavar="N,...", help="vision tokens (default: %(default)s)")
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
-    q.add_argument("--capsule", choices=COMPRESSED, default="pca", help="what they are compared with (default: %(default)s)")
+    q.add_argument("--capsule", choices=COMPRESSED, default="capsule", help="what they are compared with (default: %(default)s)")
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
-    v1 = [name for name in COMPRESSED if SETTINGS[name].capsule != BUILTIN]
-    add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", v1, compress.DEFAULT)
+    add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
     q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
     q.add_argument("--quality", type=number(float, 0, 100, above=True), metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")
@@ -104,7 +90,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             say(f"{n} pictures")
             rows += demo.measure_demo(model, n, args.settings, args.rounds, args.quality)
         return rows
-    how = Run(args.folder, args.rounds, args.threads, args.block, args.gpu_layers)
+    how = Run(args.folder, args.rounds, args.threads, args.gpu_layers)
     known = [*GEOMETRIES, *(["demo"] if args.what == "compress" else [])]
     unknown = [name for name in args.geometry if name not in known]
     if unknown:

@@ -14,7 +14,6 @@ import numpy as np
 from .. import native
 from ..chat.args import CACHE_TYPES
 from ..runtime import interrupts
-from .capsule import make_capsule
 from .context import TEXT_ROOM, Bench
 from .demo import read_pictures
 from .geometry import Geometry
@@ -22,16 +21,13 @@ from .run import Run
 from .settings import Setting
 from .timing import BenchError, in_turns
 
-DEFAULT = ("pca", "retain")
+DEFAULT = ("capsule",)
 LAYERS = 2
-ALL, NONE = 1e30, 1e-30  # kappa: the guard accepts every block, or none
 
 
 @dataclass(frozen=True)
 class CompressRow:
-    """Seconds of one layer, of one image. `seconds`: the guard accepts all blocks; `worst_seconds`: it refuses all of them, in the last layer, so that all is done twice.
-
-    `share` and `worst_share` are those of the time that decoding the image takes (with the demo model also encoding it), medians of the ratios within a round."""
+    """Seconds of one layer, of one image. `share`: of the time that decoding the image takes (with the demo model also encoding it), median of the ratios within a round."""
 
     geometry: str
     setting: str
@@ -39,30 +35,23 @@ class CompressRow:
     tokens: int
     layers: int
     seconds: float
-    worst_seconds: float | None
     prefill_seconds: float
     share: float
-    worst_share: float | None
 
 
 class Image:
     """One image in a context of its own: what it takes to decode it, and to compress it. Raises BenchError."""
 
-    def __init__(self, bench: Bench, setting: Setting, last_kappa: float) -> None:
+    def __init__(self, bench: Bench, setting: Setting) -> None:
         self.g, self.llama, self.name = bench.geometry, bench.llama, setting.name
         self.clock = bench.run.clock
-        self.tier = 0 if last_kappa == ALL else 1
-        path = bench.capsule_path(setting, f"-{last_kappa}")
-        if not path.exists():
-            make_capsule(bench.path, path, setting, bench.run.shape, self.g.side, [ALL] * (self.g.n_layer - 1) + [last_kappa])
-        self.capsule = native.Capsule.load(bench.model, path)
         p = self.llama.llama_context_default_params()
         p.n_ctx = self.g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = self.g.image_tokens
-        p.type_k = p.type_v = CACHE_TYPES[setting.cache]
+        p.type_k, p.type_v = CACHE_TYPES[setting.cache], CACHE_TYPES[setting.cache_v]
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
-        self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), native.Attachment(self.capsule, n_hot=p.n_ctx, auto_compress=False)) or 0
+        self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), native.Attachment(bench.capsule, n_hot=p.n_ctx, auto_compress=False)) or 0
         if not self.ctx:
             raise BenchError(f"no context for {setting.name}: {native.last_error() or 'not enough memory?'}")
         self.memory = self.llama.llama_get_memory(self.ctx)
@@ -99,7 +88,7 @@ class Image:
         before = self.clock()
         moved = native.compress(self.ctx, 0, 0, self.g.image_positions)
         took = self.clock() - before
-        if moved != self.g.image_tokens or not native.stats(self.ctx).n_slots[self.tier]:
+        if moved != self.g.image_tokens:
             raise BenchError(f"{self.name}: {moved} of {self.g.image_tokens} tokens were compressed")
         self.clear()
         return took
@@ -109,7 +98,6 @@ class Image:
 
     def close(self) -> None:
         self.llama.llama_free(self.ctx)
-        self.capsule.close()
 
 
 def measure_compress(geometry: Geometry, settings: list[Setting], run: Run) -> list[CompressRow]:
@@ -118,13 +106,11 @@ def measure_compress(geometry: Geometry, settings: list[Setting], run: Run) -> l
     rows = []
     with Bench(g, run) as bench:
         for setting in settings:
-            with ExitStack() as stack:
-                accepted, refused = (stack.enter_context(closing(Image(bench, setting, kappa))) for kappa in (ALL, NONE))
-                t = in_turns({"prefill": accepted.prefill, "accepted": accepted.compress, "refused": refused.compress}, run.rounds)
-            seconds = {name: median(times) / LAYERS for name, times in t.items()}
-            share, worst = (median(a / b for a, b in zip(t[name], t["prefill"])) for name in ("accepted", "refused"))
-            rows.append(CompressRow(geometry.name, setting.name, run.threads, g.image_tokens, geometry.n_layer, seconds["accepted"], seconds["refused"],
-                                    seconds["prefill"], share, worst))
+            with closing(Image(bench, setting)) as image:
+                t = in_turns({"prefill": image.prefill, "compress": image.compress}, run.rounds)
+            seconds, prefill = (median(t[name]) / LAYERS for name in ("compress", "prefill"))
+            share = median(a / b for a, b in zip(t["compress"], t["prefill"]))
+            rows.append(CompressRow(geometry.name, setting.name, run.threads, g.image_tokens, geometry.n_layer, seconds, prefill, share))
     return rows
 
 
@@ -137,4 +123,4 @@ def measure_compress_demo(model: Path, run: Run) -> list[CompressRow]:
     turns = turns[1:]  # the first one builds the graphs
     seconds, prefill = (median(x) / layers for x in ([t.compress_s for t in turns], [t.prefill_s for t in turns]))
     share = median(t.compress_s / t.prefill_s for t in turns)
-    return [CompressRow("demo", "capsule FA", run.threads, turns[0].vision_tokens, layers, seconds, None, prefill, share, None)]
+    return [CompressRow("demo", "capsule FA", run.threads, turns[0].vision_tokens, layers, seconds, prefill, share)]

@@ -6,30 +6,28 @@ import ctypes as c
 import os
 import struct
 import time
-from pathlib import Path
 
 from .. import native
 from ..chat.args import CACHE_TYPES
 from ..chat.log import Log
 from ..chat.stats import BITS
 from ..runtime import interrupts
-from .capsule import make_capsule
 from .fill import ImageState, vision_part
 from .geometry import Geometry
 from .model import get_model
 from .run import Run
-from .settings import BUILTIN, Setting
+from .settings import Setting
 from .timing import BenchError, decode
 
 TEXT_ROOM, SEQ = 512, 1  # cells; images are read into this sequence and move to 0
 
 
 class Bench:
-    """The model of a geometry, loaded; capsules are made beside its file."""
+    """The model of a geometry, loaded."""
 
     def __init__(self, geometry: Geometry, run: Run) -> None:
         self.geometry, self.run = geometry, run
-        self.path = path = get_model(geometry, run.folder)
+        path = get_model(geometry, run.folder)
         self.native = native.load()
         self.native.require_capsule()
         self.llama = self.native.llama
@@ -40,26 +38,18 @@ class Bench:
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), interrupts.stoppable(options))
         if not self.model:
             raise BenchError(f"{path} cannot be loaded as a model")
-        self.capsules: dict[Path, native.Capsule] = {}
+        self._capsule: native.Capsule | None = None
 
-    def capsule(self, setting: Setting) -> native.Capsule:
-        path = self.capsule_path(setting)
-        if path not in self.capsules:
-            if setting.capsule == BUILTIN:
-                self.capsules[path] = native.Capsule.builtin(self.model)
-                return self.capsules[path]
-            if not path.exists():
-                make_capsule(self.path, path, setting, self.run.shape, self.geometry.side)
-            self.capsules[path] = native.Capsule.load(self.model, path)
-        return self.capsules[path]
-
-    def capsule_path(self, setting: Setting, variant: str = "") -> Path:
-        shape = str(self.run.shape).replace(":", "-")
-        return self.path.with_name(f"kvcapsule-{self.path.stem}-{setting.capsule}-{setting.neighbours}-{setting.mlp_width}-{shape}{variant}.gguf")
+    @property
+    def capsule(self) -> native.Capsule:
+        """The built-in one."""
+        if self._capsule is None:
+            self._capsule = native.Capsule.builtin(self.model)
+        return self._capsule
 
     def close(self) -> None:
-        for capsule in self.capsules.values():
-            capsule.close()
+        if self._capsule is not None:
+            self._capsule.close()
         self.llama.llama_model_free(self.model)
 
     def __enter__(self) -> Bench:
@@ -80,11 +70,11 @@ class Context:
         p.n_ctx = n * g.image_tokens + TEXT_ROOM
         p.n_batch = p.n_ubatch = 512
         p.n_seq_max, p.kv_unified = 2, True
-        p.type_k = p.type_v = CACHE_TYPES[setting.cache]
+        p.type_k, p.type_v = CACHE_TYPES[setting.cache], CACHE_TYPES[setting.cache_v]
         p.flash_attn_type = int(setting.flash)
         p.n_threads = p.n_threads_batch = bench.run.threads
         hot = p.n_ctx if setting.hot else g.image_tokens + TEXT_ROOM
-        wanted = native.Attachment(bench.capsule(setting) if setting.capsule else None, n_hot=hot, ratio=setting.ratio, auto_compress=False, guard=False)
+        wanted = native.Attachment(bench.capsule if setting.capsule else None, n_hot=hot, ratio=setting.ratio if setting.capsule else 0.0, auto_compress=False)
         self.ctx: int = native.init_context(bench.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise BenchError(f"no context for {setting.name} with {n} images: {native.last_error() or 'not enough memory?'}")
@@ -93,7 +83,7 @@ class Context:
 
     def _fill(self, n: int) -> None:
         g, setting, llama = self.bench.geometry, self.setting, self.llama
-        image = ImageState(g, setting.cache, not setting.flash)
+        image = ImageState(g, setting.cache, setting.cache_v, not setting.flash)
         data = image.data() if n else b""
         empty = self._save()  # magic, sequence, number of streams, 0 cells; what a capsule adds
         for i in range(n):
@@ -124,7 +114,7 @@ class Context:
     def kv_bytes(self) -> int:
         """Of all images: slots, or cells."""
         g = self.bench.geometry
-        cells = int(self.n * g.image_tokens * g.kv_bytes_f16 * BITS[self.setting.cache] / 16)
+        cells = int(self.n * g.image_tokens * g.kv_bytes_f16 * (BITS[self.setting.cache] + BITS[self.setting.cache_v]) / 32)
         return native.stats(self.ctx).kv_bytes if self.setting.capsule else cells
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Images into a cache without decoding them: as the saved state of a sequence (llama_kv_cache::state_write), written here.
 
-The capsule's part of a state (llama_capsule_store::state_write) says which of the hot cells hold vision tokens.
+The capsule's part of a state (llama_capsule_cache::state_write) says which of the hot cells hold vision tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 from ..chat.args import CACHE_TYPES
 from .geometry import Geometry
 
-HEADER = struct.Struct("<IIQIIQQ")  # magic, version, capsule, tiers, size and hash of what follows
-HEADER_V4 = struct.Struct("<IIQQQ")  # of a capsule of format v2: the same without tiers
+HEADER = struct.Struct("<IIQQQ")  # magic, version, capsule, size and hash of what follows
 NULL_TOKEN = -1
 MASK = (1 << 64) - 1
 
@@ -30,23 +29,26 @@ def cache_rows(n: int, width: int, cache: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageState:
-    """The state of one image of a geometry in a cache of a type, values transposed without flash attention."""
+    """The state of one image of a geometry in a cache of these types, values transposed without flash attention."""
 
     geometry: Geometry
-    cache: str
+    cache_k: str
+    cache_v: str
     v_trans: bool
 
     def data(self) -> bytes:
         """Keys and values of all layers; the same for every image."""
         g = self.geometry
-        width = g.n_head_kv * g.head
-        rows = cache_rows(g.image_tokens, width, self.cache)
-        keys = struct.pack("<iQ", CACHE_TYPES[self.cache], rows.shape[1]) + rows.tobytes()
-        values = keys
+        (keys, _), (values, rows) = (self._rows(cache) for cache in (self.cache_k, self.cache_v))
         if self.v_trans:
             columns = np.ascontiguousarray(rows.view(np.float16).T)
-            values = struct.pack("<iII", CACHE_TYPES[self.cache], 2, width) + columns.tobytes()
+            values = struct.pack("<iII", CACHE_TYPES[self.cache_v], 2, g.n_head_kv * g.head) + columns.tobytes()
         return struct.pack("<II", self.v_trans, g.n_layer) + keys * g.n_layer + values * g.n_layer
+
+    def _rows(self, cache: str) -> tuple[bytes, np.ndarray]:
+        g = self.geometry
+        rows = cache_rows(g.image_tokens, g.n_head_kv * g.head, cache)
+        return struct.pack("<iQ", CACHE_TYPES[cache], rows.shape[1]) + rows.tobytes(), rows
 
     def cells(self, first: int) -> bytes:
         """Positions of an image that begins at `first`, each cell in one sequence."""
@@ -73,10 +75,6 @@ def state_hash(data: bytes, seed: int = 0) -> int:
 
 def vision_part(empty: bytes, p0: int, p1: int) -> bytes:
     """The capsule's part for hot vision tokens at [p0, p1); `empty` is that of a state without cells: its header names the capsule."""
-    magic, version, capsule, _, _ = HEADER_V4.unpack(empty[: HEADER_V4.size])
-    if version == 4:
-        meta = struct.pack("<IIIiiiI", 1, 0, 0, 0, p0, p1, 0)
-        return HEADER_V4.pack(magic, version, capsule, len(meta), state_hash(meta)) + meta
-    magic, version, capsule, tier0, tier1, _, _ = HEADER.unpack(empty[: HEADER.size])
-    meta = struct.pack("<IIIIiiiI", 1, 0, 0, 0, 0, p0, p1, 0)
-    return HEADER.pack(magic, version, capsule, tier0, tier1, len(meta), state_hash(meta)) + meta
+    magic, version, capsule, _, _ = HEADER.unpack(empty[: HEADER.size])
+    meta = struct.pack("<IIIiiiI", 1, 0, 0, 0, p0, p1, 0)
+    return HEADER.pack(magic, version, capsule, len(meta), state_hash(meta)) + meta

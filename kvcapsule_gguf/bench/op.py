@@ -12,7 +12,7 @@ from .run import Run
 from .settings import SETTINGS
 from .timing import in_turns, speedup
 
-DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q4_0 FA", "own f16", "own q8_0", "pca", "retain", "retain 2")
+DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q8_0+q4_0 FA", "q4_0 FA", "own f16", "capsule")
 REFERENCES = ("f16 FA", "f16 no FA", "own f16")
 
 

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codec.cut import BlockShape
-
 
 @dataclass(frozen=True)
 class Run:
-    """folder: for models and capsules; shape: of the blocks; gpu_layers: as llama.cpp's -ngl."""
+    """folder: for models; gpu_layers: as llama.cpp's -ngl."""
 
     folder: Path
     rounds: int = 9
     threads: int = 1
-    shape: BlockShape = BlockShape(64, 8)
     gpu_layers: int = 0
 
     @property

@@ -15,7 +15,7 @@ from .run import Run
 from .settings import SETTINGS
 from .timing import QUESTION, in_turns, speedup
 
-DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q4_0 FA")
+DEFAULT = ("f16 FA", "f16 no FA", "q8_0 FA", "q8_0+q4_0 FA", "q4_0 FA")
 MIB = 1 << 20
 TEXT_SHARES = (0.1, 0.5)
 
@@ -77,6 +77,6 @@ def _open(bench: Bench, name: str, images: int) -> tuple[Context, int]:
 
 def _row(g: Geometry, images: int, name: str, context: Context, memory: int, token: list[float], first: list[float], token_ratio: float, first_ratio: float) -> WholeRow:
     kv = context.kv_bytes()
-    text = images * g.image_tokens * g.kv_bytes_f16 * BITS[SETTINGS[name].cache] / 16  # as many tokens of text as of images
+    text = images * g.image_tokens * g.kv_bytes_f16 * (BITS[SETTINGS[name].cache] + BITS[SETTINGS[name].cache_v]) / 32  # as many tokens of text as of images
     totals = tuple(int(kv + text * share / (1 - share)) for share in TEXT_SHARES)
     return WholeRow(g.name, images, name, 1 / median(token), median(first), token_ratio, first_ratio, kv, memory, totals)

@@ -1,6 +1,5 @@
-"""Rows to and from ggml's byte layouts (block_q8_0, block_q4_0, block_q2_0 of ggml-common.h).
+"""Rows to and from ggml's byte layouts (block_q8_0, block_q4_0 of ggml-common.h), byte-identical to its `quantize_row_*_ref`.
 
-q8_0 and q4_0 are byte-identical to ggml's `quantize_row_*_ref`; q2_0 has ggml's layout and a quantizer of our own (q2_0.py).
 Every quantizer takes f32 [n, d] and returns uint8 [n, bytes of a row]; every dequantizer is the inverse.
 """
 
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .q2_0 import decode_q2_0, encode_q2_0
+from .hadamard import hadamard
 
 
 def encode_f32(x: np.ndarray) -> np.ndarray:
@@ -76,5 +75,11 @@ def _unpack(data: np.ndarray, q_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return scale, np.ascontiguousarray(blocks[:, 2:])
 
 
-ENCODE = {"f32": encode_f32, "f16": encode_f16, "q8_0": encode_q8_0, "q4_0": encode_q4_0, "q2_0": encode_q2_0}
-DECODE = {"f32": decode_f32, "f16": decode_f16, "q8_0": decode_q8_0, "q4_0": decode_q4_0, "q2_0": decode_q2_0}
+ENCODE = {"f32": encode_f32, "f16": encode_f16, "q8_0": encode_q8_0, "q4_0": encode_q4_0}
+DECODE = {"f32": decode_f32, "f16": decode_f16, "q8_0": decode_q8_0, "q4_0": decode_q4_0}
+
+
+def rotated(x: np.ndarray, name: str) -> np.ndarray:
+    """f32 [..., d] -> the same as a quantized KV cache of llama.cpp gives it back: rotated by a Hadamard matrix, quantized, and rotated back."""
+    y = hadamard(x).reshape(-1, x.shape[-1])
+    return hadamard(DECODE[name](ENCODE[name](y), x.shape[-1])).reshape(x.shape)

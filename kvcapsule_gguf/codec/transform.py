@@ -6,7 +6,7 @@ are, and for the others what is left after a prediction from kept neighbours, as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ class Retain:
         return out
 
 
-def gate_of_channels(gate: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+def gate_of_channels(gate: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
     """[..., 16 * groups]: a gate for both channels of a lane -> f32 [..., d]."""
     out = np.zeros((*gate.shape[:-1], max(int(g.max()) for g in groups) + 1), np.float32)
     for i, group in enumerate(groups):

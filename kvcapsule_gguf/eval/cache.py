@@ -44,7 +44,7 @@ class Cache:
             p.cb_eval = watch
         self.n_batch = p.n_batch
         capsule = vlm.capsule(setting.capsule) if setting.capsule else None
-        wanted = native.Attachment(capsule, n_hot=n_ctx, quality=setting.quality, ratio=setting.ratio, auto_compress=False, guard=setting.guard)
+        wanted = native.Attachment(capsule, n_hot=n_ctx, quality=setting.quality, ratio=setting.ratio, auto_compress=False)
         self.ctx: int = native.init_context(vlm.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise EvalError(f"{setting.name}: the context cannot be created: {native.why_no_context(vlm.model, n_ctx, capsule is not None, 'see the log (-v)')}")

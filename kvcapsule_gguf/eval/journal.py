@@ -112,4 +112,4 @@ def _identity(setting: Setting) -> str:
     built_in = str(setting.capsule) == BUILT_IN
     content = BUILT_IN if built_in else hashlib.sha256(setting.capsule.read_bytes()).hexdigest()[:16] if setting.capsule else ""
     quality = [setting.quality] if setting.quality else []  # older journals have none
-    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.guard, setting.floor, content, *quality])
+    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.floor, content, *quality])

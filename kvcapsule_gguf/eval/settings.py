@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..chat.files import BUILT_IN
+from ..format.tile_capsule import read_tile_capsule
 from ..runtime.errors import InputError
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5}
@@ -25,8 +25,7 @@ class Setting:
     vision: bool = False  # only the vision cells have these types, the text stays in f16
     capsule: Path | None = None  # a file, or built-in
     quality: float = 0.0  # of the capsule, 0 = its default
-    ratio: float = 0.0  # in its place; format v1 has nothing else
-    guard: bool = True
+    ratio: float = 0.0  # in its place
     drop: float = 0.0  # share of the vision tokens that is removed, evenly spread
     floor: bool = False  # flash attention on where the others have it off, or the other way round
 
@@ -58,30 +57,13 @@ def _rival(name: str) -> Setting:
     raise InputError(f"--against {name}: a type of {', '.join(BITS)}, two such as q8_0+q4_0, either with {VISION} behind it, or drop0.6")
 
 
-def capsules(path: Path, qualities: list[float], ratios: list[float], guards: tuple[bool, ...] = (True,)) -> list[Setting]:
-    """A capsule at these qualities (none and no ratios: its default), and at the tiers nearest to the ratios. Of format v1: at the presets nearest to the ratios
-    (none: 0.6 and 0.8), named by its key codec. Raises CapsuleError."""
-    from ..format.reader import capsule_version, read_capsule
-
-    built_in = str(path) == BUILT_IN
-    if built_in or capsule_version(path) == 2:
-        kind = BUILT_IN if built_in else "capsule"
-        found = [Setting(f"{kind}, quality {q:g}" if q else kind, capsule=path, quality=q) for q in qualities or ([] if ratios else [0.0])]
-        return found + [Setting(f"{kind} at {ratio:g}", capsule=path, ratio=ratio) for ratio in ratios]
-    content = read_capsule(path)
-    out: dict[str, Setting] = {}
-    for ratio in ratios or [0.6, 0.8]:
-        tier = min(content.tiers[1:], key=lambda t: abs(t.ratio - ratio))
-        for guard in guards:
-            name = f"{_codec(content, tier)} {tier.ratio:.2f}" + ("" if guard else ", no guard")
-            out.setdefault(name, Setting(name, capsule=path, ratio=tier.ratio, guard=guard))
-    return list(out.values())
-
-
-def _codec(content: Any, tier: Any) -> str:
-    retain = [bool(codec) for codec in tier.key_codec]
-    name = "retain" if all(retain) else "mixed" if any(retain) else "pca"
-    return name + ("+MLP" if any(retain) and any(layer.mlp_width for layer in content.layers) else "")
+def capsules(path: Path, qualities: list[float], ratios: list[float]) -> list[Setting]:
+    """A capsule at these qualities (none and no ratios: its default), and at the tiers nearest to the ratios. Raises CapsuleError."""
+    kind = BUILT_IN if str(path) == BUILT_IN else "capsule"
+    if kind == "capsule":
+        read_tile_capsule(path)  # before a model is loaded
+    found = [Setting(f"{kind}, quality {q:g}" if q else kind, capsule=path, quality=q) for q in qualities or ([] if ratios else [0.0])]
+    return found + [Setting(f"{kind} at {ratio:g}", capsule=path, ratio=ratio) for ratio in ratios]
 
 
 def dropped(n: int, share: float) -> list[tuple[int, int]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import gguf
 
-from .capsule import Capsule, CapsuleFileError
+from .capsule import CapsuleFileError
 from .gguf_header import GGUFError, read_header
 from .schema import INFIX
-from .tile_capsule import TileCapsule, add_tile_capsule, read_any_capsule
-from .writer import add_capsule_keys, add_tensors, whole_file
+from .tile_capsule import TileCapsule, add_tile_capsule, read_tile_capsule
+from .writer import whole_file
 
 PREFIX = "kvcapsule."
 NAME = "name"  # kvcapsule.train.name: a sidecar has its name in general.name
@@ -23,7 +23,7 @@ class MmprojError(CapsuleFileError):
     what = "mmproj"
 
 
-def embed(mmproj: Path, capsule: Capsule | TileCapsule | None, out: Path) -> Path:
+def embed(mmproj: Path, capsule: TileCapsule | None, out: Path) -> Path:
     """A copy of the projector with the capsule in it, in place of the one it may have; None: without one. Raises CapsuleError."""
     _check(mmproj)
     if out.exists() and out.samefile(mmproj):
@@ -35,18 +35,14 @@ def embed(mmproj: Path, capsule: Capsule | TileCapsule | None, out: Path) -> Pat
         _copy(reader, writer)
         if capsule is not None:
             named = replace(capsule, provenance={**capsule.provenance, NAME: capsule.name}) if capsule.name else capsule
-            if isinstance(named, TileCapsule):
-                add_tile_capsule(writer, named)
-            else:
-                add_capsule_keys(writer, named)
-                add_tensors(writer, named)
+            add_tile_capsule(writer, named)
     return out
 
 
-def extract(mmproj: Path) -> Capsule | TileCapsule:
+def extract(mmproj: Path) -> TileCapsule:
     """The capsule inside. Raises CapsuleError."""
     _check(mmproj)
-    capsule = read_any_capsule(mmproj)
+    capsule = read_tile_capsule(mmproj)
     capsule.name = str(capsule.provenance.pop(NAME, ""))
     return capsule
 

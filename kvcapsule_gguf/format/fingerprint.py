@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: the same for every quantization of it, another one for every other model (docs/reference/format-v1.md)."""
+"""The fingerprint of a base model: the same for every quantization of it, another one for every other model (docs/reference/format-v2.md)."""
 
 from __future__ import annotations
 

@@ -17,14 +17,13 @@ import numpy as np
 
 from ..codec.channels import key_groups, plain_groups
 from ..codec.head import F16, F32, Head
-from ..codec.transform import Learned, Retain, gate_of_channels
-from .capsule import ROPE_TYPES, Base, Capsule, CapsuleFileError
+from .capsule import ROPE_TYPES, Base, CapsuleFileError
 from .gguf_header import GGUFError
-from .reader import array_of, capsule_version, check_cover, check_names, is_string, read_capsule, read_keys
+from .reader import array_of, check_cover, check_names, is_string, read_keys
 from .schema import MAX_HEAD, MAX_HEADS, MAX_MEAN, MAX_TIERS, MAX_VALUE, tensor_name
-from .tile_transform import Shapes, check_near, check_order, ggml_shape, transform_shapes
+from .tile_transform import Shapes, check_near, check_order, ggml_shape, transform_shapes, whole_of
 from .validate import Invalid, need, read_tensor
-from .writer import add_general, check_place, whole_file, write_capsule
+from .writer import add_general, check_place, whole_file
 
 VERSION = 2
 STORED = (0, 1, 2, 3, 4, 6, 8, F16, F32)
@@ -64,16 +63,6 @@ class TileLayer:
     k_mlp_bias: np.ndarray | None = None  # f32 [H, h]
     k_mlp_down: np.ndarray | None = None  # f16 [H, d_k, h]
 
-    def transform(self, kind: str, head: int, groups: list[np.ndarray]) -> Learned | Retain | None:
-        if kind == "k" and self.k_near is not None:
-            up, bias, down = np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0))
-            if self.k_mlp_bias is not None:
-                up, bias, down = self.k_mlp_up[head], self.k_mlp_bias[head], self.k_mlp_down[head]
-            floats = (x.astype(np.float32) for x in (up, bias, down))
-            return Retain(self.k_order.astype(int), self.k_near.astype(int), gate_of_channels(self.k_gate[head], groups), *floats)
-        matrix = self.k_transform if kind == "k" else self.v_transform
-        return None if matrix is None else Learned(matrix.astype(np.float32))
-
 
 @dataclass
 class TileCapsule:
@@ -87,12 +76,13 @@ class TileCapsule:
     def heads(self, i: int, kind: str, tier: int) -> list[Head]:
         """The codecs of the heads of layer number i; kind: k or v."""
         x = self.layers[i]
+        there = tensors_of(x)
         if kind == "k":
             groups = key_groups(x.k_mean.shape[1], self.base.rope_type if x.rope else "none", self.rotated)
-            return [Head(mean, groups, table, whole=x.transform(kind, h, groups)) for h, (mean, table) in enumerate(zip(x.k_mean, x.k_table[tier]))]
+            return [Head(mean, groups, table, whole=whole_of(there, kind, h, groups)) for h, (mean, table) in enumerate(zip(x.k_mean, x.k_table[tier]))]
         groups = plain_groups(x.v_mean.shape[1])
         axes = [None] * len(x.v_mean) if x.v_axes is None else list(x.v_axes.astype(np.float32))
-        return [Head(mean, groups, table, a, x.transform(kind, h, groups)) for h, (mean, table, a) in enumerate(zip(x.v_mean, x.v_table[tier], axes))]
+        return [Head(mean, groups, table, a, whole_of(there, kind, h, groups)) for h, (mean, table, a) in enumerate(zip(x.v_mean, x.v_table[tier], axes))]
 
     @property
     def first_tier(self) -> int:
@@ -130,6 +120,7 @@ def tensors_of(x: TileLayer) -> dict[str, np.ndarray]:
 
 def validate_base(c: TileCapsule, n_layers: int) -> None:
     """Everything but layers and tensors. Raises Invalid."""
+    need(c.base.architecture != "", f"{PREFIX}base.architecture is empty")
     need(c.base.rope_type in ROPE_TYPES, f"{PREFIX}base.rope.type is not one of {', '.join(ROPE_TYPES)}")
     need(re.fullmatch("[0-9a-f]{64}", c.base.fingerprint) is not None, f"{PREFIX}base.fingerprint is not 64 hex digits")
     need(1 <= len(c.smaller) <= MAX_TIERS, f"{PREFIX}smaller has {len(c.smaller)} tiers, not 1..{MAX_TIERS}")
@@ -247,16 +238,6 @@ def read_tile_capsule(path: str | Path) -> TileCapsule:
         raise CapsuleFileError(path, str(e)) from None
     except OSError as e:
         raise CapsuleFileError(path, f"can not be read: {e.strerror or e}") from None
-
-
-def read_any_capsule(path: str | Path) -> Capsule | TileCapsule:
-    """Of the format version that the file says it has. Raises CapsuleError."""
-    return read_tile_capsule(path) if capsule_version(path) == VERSION else read_capsule(path)
-
-
-def write_any_capsule(path: str | Path, c: Capsule | TileCapsule) -> Path:
-    """Raises CapsuleError."""
-    return write_tile_capsule(path, c) if isinstance(c, TileCapsule) else write_capsule(path, c)
 
 
 def _read(path: Path) -> TileCapsule:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..codec.channels import LANES
-from ..codec.transform import N
+from ..codec.transform import Learned, N, Retain, gate_of_channels
 from .schema import MAX_MLP, MAX_NEIGHBOURS
 from .validate import need
 
@@ -38,6 +38,16 @@ def transform_shapes(there: Mapping[str, tuple[int, ...]], name: str, heads: int
 
 def ggml_shape(array: np.ndarray) -> tuple[int, ...]:
     return array.shape[::-1] + (1,) * (4 - array.ndim)
+
+
+def whole_of(there: Mapping[str, np.ndarray], kind: str, head: int, groups: Sequence[np.ndarray]) -> Learned | Retain | None:
+    """there: short name -> tensors of a layer -> the transform of whole tiles of a head, None: the DCT."""
+    if kind == "k" and "k_near" in there:
+        mlp = [there[f"k_mlp_{name}"][head] for name in ("up", "bias", "down")] if "k_mlp_bias" in there else [np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0))]
+        gate = gate_of_channels(there["k_gate"][head], groups)
+        return Retain(there["k_order"].astype(int), there["k_near"].astype(int), gate, *(x.astype(np.float32) for x in mlp))
+    matrix = there.get(f"{kind}_transform")
+    return None if matrix is None else Learned(matrix.astype(np.float32))
 
 
 def check_order(name: str, order: np.ndarray) -> None:

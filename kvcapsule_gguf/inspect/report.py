@@ -7,76 +7,49 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.types import TYPE_NAMES, rows_bytes
-from ..format.capsule import CODEC_NAMES, Capsule
-from ..format.tile_capsule import TileCapsule
-
-CODECS = {number: name for name, number in CODEC_NAMES.items()}
-PER_TIER_AND_LAYER = ("key_error", "value_error")
+from ..codec.head import F16, F32
+from ..format.tile_capsule import VERSION, TileCapsule
 
 
-def as_json(path: Path, capsule: Capsule) -> dict[str, Any]:
-    errors = {name: _table(capsule, capsule.provenance.get(name)) for name in PER_TIER_AND_LAYER}
+def as_json(path: Path, capsule: TileCapsule) -> dict[str, Any]:
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
+        "version": VERSION,
         "name": capsule.name,
         "base": base_of(capsule),
-        "block_size": capsule.block_size,
-        "block_shape": capsule.block_shape,
-        "block_width": capsule.block_width,
-        "image_tokens": capsule.image_tokens,
-        "default_preset": capsule.tiers[capsule.tier_for_ratio()].name,
-        "neighbours": capsule.neighbour_count,
-        "presets": [_tier(capsule, i, errors) for i in range(len(capsule.tiers))],
-        "provenance": {key: plain(value) for key, value in sorted(capsule.provenance.items()) if key not in PER_TIER_AND_LAYER},
+        "tiers": [_tier(capsule, t) for t in range(len(capsule.smaller))],
+        "layers": [
+            {"layer": x.index, "heads": len(x.k_mean), "key_length": x.k_mean.shape[1], "value_length": x.v_mean.shape[1], "rope": x.rope, "value_axes": x.v_axes is not None,
+             "key_energy": x.k_energy, "value_energy": x.v_energy}
+            for x in capsule.layers
+        ],
+        "provenance": {key: plain(value) for key, value in sorted(capsule.provenance.items())},
+    }  # fmt: skip
+
+
+def _tier(capsule: TileCapsule, t: int) -> dict[str, Any]:
+    """Bits of a value with its share of the scale, of a whole tile."""
+    layers = []
+    for i, x in enumerate(capsule.layers):
+        bits = {kind: 8 * sum(h.size(8, 8) for h in capsule.heads(i, kind, t)) / (64 * mean.size) for kind, mean in (("k", x.k_mean), ("v", x.v_mean))}
+        layers.append({"layer": x.index, "key_bits": round(bits["k"], 3), "value_bits": round(bits["v"], 3)})
+    tables = np.concatenate([table[t].ravel() for x in capsule.layers for table in (x.k_table, x.v_table)])
+    return {
+        "times_smaller": round(capsule.smaller[t], 2),
+        "ratio": round(1 - 1 / capsule.smaller[t], 4),
+        "by_quality": t >= capsule.first_tier,
+        "bytes_per_token": round(capsule.slot_bytes(t) / 64, 1),
+        "bytes_per_tile": capsule.slot_bytes(t),
+        "bytes_per_tile_f16": capsule.f16_bytes(),
+        "blocks": {{F16: "f16", F32: "f32"}.get(b, f"{b} bits"): int(n) for b, n in zip(*np.unique(tables, return_counts=True))},
+        "layers": layers,
     }
 
 
-def base_of(capsule: Capsule | TileCapsule) -> dict[str, Any]:
+def base_of(capsule: TileCapsule) -> dict[str, Any]:
     base = capsule.base
     return {"architecture": base.architecture, "layers": base.block_count, "fingerprint": base.fingerprint, "rope": base.rope_type}
-
-
-def _tier(capsule: Capsule, i: int, errors: dict[str, np.ndarray | None]) -> dict[str, Any]:
-    tier, n = capsule.tiers[i], capsule.block_size
-    slots = capsule.image_tokens // n
-    return {
-        "name": tier.name,
-        "ratio": round(tier.ratio, 4),
-        "times_smaller": round(1 / (1 - tier.ratio), 2) if tier.ratio < 1 else None,
-        "bytes_per_token": round(capsule.slot_bytes(i) / n, 1),
-        "bytes_per_slot": capsule.slot_bytes(i),
-        "bytes_per_image": slots * capsule.slot_bytes(i) if slots else None,
-        "bytes_per_image_f16": slots * capsule.f16_bytes() if slots else None,
-        "layers": [_layer(capsule, i, j, errors) for j in range(len(capsule.layers))],
-    }
-
-
-def _layer(capsule: Capsule, i: int, j: int, errors: dict[str, np.ndarray | None]) -> dict[str, Any]:
-    tier, layer = capsule.tiers[i], capsule.layers[j]
-    out: dict[str, Any] = {
-        "layer": layer.index,
-        "key_codec": CODECS[tier.key_codec[j]],
-        "mlp_width": layer.mlp_width,
-        "key_rows": dict(zip(TYPE_NAMES, map(int, tier.key_rows[j]))),
-        "value_rows": dict(zip(TYPE_NAMES, map(int, tier.value_rows[j]))),
-        "key_bits": round(8 * rows_bytes(tier.key_rows[j], layer.key_length) / (capsule.block_size * layer.key_length), 3),
-        "value_bits": round(8 * rows_bytes(tier.value_rows[j], layer.value_length) / (capsule.block_size * layer.value_length), 3),
-        "kappa": round(tier.kappa[j], 3),
-    }
-    for name, table in errors.items():
-        if table is not None:
-            out[name] = float(table[i, j])
-    return out
-
-
-def _table(capsule: Capsule, values: Any) -> np.ndarray | None:
-    """[tier, layer], if the file has it; another program may have written something else under this name."""
-    shape = (len(capsule.tiers), len(capsule.layers))
-    if not isinstance(values, (list, np.ndarray)) or np.size(values) != shape[0] * shape[1]:
-        return None
-    return np.asarray(values, float).reshape(shape)
 
 
 def plain(value: Any) -> Any:
@@ -88,7 +61,7 @@ def plain(value: Any) -> Any:
 
 
 def head_lines(data: dict[str, Any]) -> list[str]:
-    """Of any format: the file, its model, its training."""
+    """The file, its model, its training."""
     base = data["base"]
     return [
         f"{data['file']}: {data['name'] or 'capsule'}, {data['file_bytes'] / 2**20:.2f} MiB",
@@ -98,49 +71,22 @@ def head_lines(data: dict[str, Any]) -> list[str]:
 
 
 def text(data: dict[str, Any]) -> str:
-    name_line, base_line, trained_line = head_lines(data)
+    axes = sum(x["value_axes"] for x in data["layers"])
     lines = [
-        name_line,
-        base_line,
-        f"blocks: {data['block_size']} tokens, {_shape(data)}"
-        + (f", {data['image_tokens']} tokens an image" if data["image_tokens"] else ", images of any size"),
-        trained_line,
+        *([f"the built-in capsule of {data['file']}", head_lines(data)[1]] if data.get("builtin") else head_lines(data)),
+        f"tiles: 8 x 8 tokens; {len(data['layers'])} layers, {axes} of them with axes of values",
         "",
-        f"{'preset':<12} {'ratio':>6} {'smaller':>8} {'bytes/token':>12} {'KiB/image':>10}",
+        f"{'smaller':>8} {'ratio':>7} {'bytes/token':>12} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits (*: --ratio alone takes it)",
     ]
-    for tier in data["presets"]:
-        image = f"{tier['bytes_per_image'] / 1024:.1f}" if tier["bytes_per_image"] else "-"
-        mark = " (default)" if tier["name"] == data["default_preset"] else ""
-        lines.append(f"{tier['name']:<12} {tier['ratio']:>6.3f} {tier['times_smaller'] or 0:>7.2f}x {tier['bytes_per_token']:>12.1f} {image:>10}{mark}")
-    for tier in data["presets"]:
-        lines += ["", f"{tier['name']}: rows by type, bits per value, error (of all but the mean), guard", *_layers(tier["layers"])]
+    for tier in data["tiers"]:
+        blocks = ", ".join(f"{n} {name}" for name, n in tier["blocks"].items())
+        mark = " " if tier["by_quality"] else "*"
+        lines.append(f"{tier['times_smaller']:>7.2f}x{mark}{tier['ratio']:>7.3f} {tier['bytes_per_token']:>12.1f} {tier['bytes_per_tile']:>11} {4 * tier['bytes_per_tile'] / 1024:>18.1f}  {blocks}")
+    lines += ["", "bits of a key (K) and of a value (V), by layer, for each tier", "layer " + " ".join(f"{tier['times_smaller']:>10.2f}x" for tier in data["tiers"])]
+    for i, x in enumerate(data["layers"]):
+        each = [tier["layers"][i] for tier in data["tiers"]]
+        lines.append(f"{x['layer']:>5} " + " ".join(f"{e['key_bits']:>5.2f} {e['value_bits']:>5.2f}" for e in each))
     return "\n".join(lines)
-
-
-def _shape(data: dict[str, Any]) -> str:
-    width = data["block_width"]
-    if data["block_shape"] == "tile":
-        return f"tiles of {width} x {data['block_size'] // width}"
-    return "raster" + (f", image {width} tokens wide" if width else "")
-
-
-def _layers(layers: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'layer':>5} {'codec':<8} {'key rows':<34} {'bits':>5} {'error':>8}  {'value rows':<34} {'bits':>5} {'error':>8} {'kappa':>7}"]
-    for x in layers:
-        codec = x["key_codec"] + (f"+{x['mlp_width']}" if x["key_codec"] == "retain" and x["mlp_width"] else "")
-        lines.append(
-            f"{x['layer']:>5} {codec:<8} {_rows(x['key_rows']):<34} {x['key_bits']:>5.2f} {_error(x.get('key_error')):>8}  "
-            f"{_rows(x['value_rows']):<34} {x['value_bits']:>5.2f} {_error(x.get('value_error')):>8} {x['kappa'] if x['kappa'] > 0 else 'off':>7}"
-        )
-    return lines
-
-
-def _rows(rows: dict[str, int]) -> str:
-    return " + ".join(f"{n} {name}" for name, n in rows.items() if n)
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5f}"
 
 
 def _short(value: Any) -> str:

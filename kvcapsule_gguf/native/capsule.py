@@ -30,15 +30,12 @@ class TierStats:
 
 @dataclass(frozen=True)
 class CapsuleStats:
-    """What llama_capsule_get_stats() counts; sizes in bytes, all layers. Pairs are (economy, faithful), of format v1 alone; tiers are from the smallest, v1 has none."""
+    """What llama_capsule_get_stats() counts; sizes in bytes, all layers; tiers are from the smallest."""
 
-    block_size: int
     n_hot: int
     n_hot_used: int
     n_hot_vision: int
     n_cold: int
-    n_slots: tuple[int, int]
-    bytes_slot: tuple[int, int]
     bytes_slots: int
     bytes_pools: int
     bytes_scratch: int
@@ -48,8 +45,8 @@ class CapsuleStats:
 
     @property
     def slots(self) -> dict[str, int]:
-        """Slots in use by tier: "6.25x", "5.50x", ... or economy and faithful."""
-        return {f"{t.smaller:.2f}x": t.slots for t in self.tiers} or dict(zip(("economy", "faithful"), self.n_slots))
+        """Slots in use by tier: "6.25x", "5.50x", ..."""
+        return {f"{t.smaller:.2f}x": t.slots for t in self.tiers}
 
     @property
     def vision_tokens(self) -> int:
@@ -112,7 +109,7 @@ ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsul
 @dataclass(frozen=True)
 class Attachment:
     """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
-    q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality (format v1: by the file); guard, of format v1: distorted blocks go to the faithful tier.
+    q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality.
     image_tokens: of each picture, where all have the same number, 0 = not known; otherwise: is told why a context cannot have the capsule, which is then made without."""
 
     capsule: Capsule | None
@@ -120,7 +117,6 @@ class Attachment:
     quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = True
-    guard: bool = True
     image_tokens: int = 0
     otherwise: Callable[[str], None] | None = None
 
@@ -134,7 +130,7 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw.size = c.sizeof(raw)
     raw.capsule = wanted.capsule.handle
     raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
-    raw.auto_compress, raw.guard, raw.image_tokens = wanted.auto_compress, wanted.guard, wanted.image_tokens
+    raw.auto_compress, raw.image_tokens = wanted.auto_compress, wanted.image_tokens
     ctx = lib.llama_capsule_init_from_model(model, params, raw)
     if not ctx and wanted.otherwise is not None and (said := last_error()).startswith(CANNOT_ATTACH):
         wanted.otherwise(said.removeprefix(CANNOT_ATTACH))
@@ -191,7 +187,7 @@ def is_attached(ctx: int) -> bool:
 
 
 def compress(ctx: int, seq: int, p0: int, p1: int) -> int:
-    """Moves whole blocks of the vision tokens of `seq` at positions [p0, p1) into slots; returns how many tokens. Raises CapsuleError."""
+    """Moves the vision tokens of `seq` at positions [p0, p1) into slots; returns how many tokens. Raises CapsuleError."""
     return _check(_lib().llama_capsule_compress(ctx, seq, p0, p1), "compression failed")
 
 
@@ -201,7 +197,6 @@ def stats(ctx: int) -> CapsuleStats:
     raw = lib.llama_capsule_stats(size=c.sizeof(lib.llama_capsule_stats))
     _check(-abs(lib.llama_capsule_get_stats(ctx, c.byref(raw))), "no capsule is attached")
     values = {f.name: getattr(raw, f.name) for f in fields(CapsuleStats) if f.name != "tiers"}
-    values |= {name: tuple(values[name]) for name in ("n_slots", "bytes_slot")}
     tiers = (TierStats(raw.smaller[i], raw.n_slots_tier[i], raw.n_cold_tier[i], raw.bytes_tier[i]) for i in range(raw.n_tiers))
     return CapsuleStats(**values, tiers=tuple(tiers))
 

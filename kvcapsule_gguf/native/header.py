@@ -197,20 +197,16 @@ class llama_capsule_context_params(c.Structure):
         ("quality", c.c_float),
         ("ratio", c.c_float),
         ("auto_compress", c.c_bool),
-        ("guard", c.c_bool),
     ]
 
 
 class llama_capsule_stats(c.Structure):
     _fields_ = [
         ("size", c.c_size_t),
-        ("block_size", c.c_uint32),
         ("n_hot", c.c_uint32),
         ("n_hot_used", c.c_uint32),
         ("n_hot_vision", c.c_uint32),
         ("n_cold", c.c_uint32),
-        ("n_slots", c.c_uint32 * 2),
-        ("bytes_slot", c.c_uint64 * 2),
         ("bytes_slots", c.c_uint64),
         ("bytes_pools", c.c_uint64),
         ("bytes_scratch", c.c_uint64),

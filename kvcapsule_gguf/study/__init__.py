@@ -1,1 +1,1 @@
-"""What the codec's choices cost in attention under text queries (scripts/codec_study): measure (the error), ways (what is compared)."""
+"""What the choices of the format cost in answers (scripts/format_study): decoder (the model in torch), measure and divergence (the errors), axes (the tables)."""

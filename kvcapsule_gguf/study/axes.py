@@ -242,7 +242,7 @@ def rows(bench: Bench, axis: str, sizes: Sequence[float] = (5.0,)) -> Iterator[s
             yield from fixed(f"blocks of {32 * n} values", bench.default() if n == 2 else bench.code(rows=n))
     elif axis == "learned":
         for learned in (False, True):
-            yield from fixed("a transform learned for each layer" if learned else "DCT", bench.code({"learned": True}) if learned else None, at=(*sizes, 8))
+            yield from fixed("a transform learned for each layer" if learned else "DCT", bench.code({"learned": "kv"}) if learned else None, at=(*sizes, 8))
     elif axis == "methods":
         for label, make in methods.rows(model, bench.fit):
             yield bench.line(label, {name: make(s.samples) for name, s in bench.suites.items()})

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..codec import quantize
 from ..codec.rope import apply_rope
-from ..codec.rows import round_trip
-from ..codec.types import row_counts
 from ..format.base_model import BaseModel
 from ..format.capsule import GRID_ROPE_TYPES
 from ..train.source import KVSample
@@ -77,7 +76,7 @@ class Measure:
 
 
 def rotated(name: str) -> RoundTrip:
-    return lambda i, k, v: tuple(round_trip(x.swapaxes(0, 1), row_counts(**{name: len(x)})).swapaxes(0, 1) for x in (k, v))
+    return lambda i, k, v: (quantize.rotated(k, name), quantize.rotated(v, name))
 
 
 def with_outliers(samples: Sequence[KVSample], seed: int = 0, tokens: int = 3, times: float = 4.0) -> list[KVSample]:

@@ -1,4 +1,4 @@
-"""KVCapsule's own methods, as rows of a table: keys that are predicted (`retain`), and the paper's whole images.
+"""The paper's own method, as rows of a table: whole images.
 
 The paper keeps r of the n tokens' keys, the same ones in every image, and makes the others from them with a dense map for each head; values are r principal rows over the
 n tokens, for each head. All of it is in f16, and the keys are those of the cache, with RoPE. How it trains its mask is not published: here the tokens are
@@ -8,33 +8,22 @@ taken one after the other, each the one that leaves the least energy that the ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 
-from ..codec.cut import BlockShape
 from ..codec.rope import apply_rope
 from ..format.base_model import BaseModel
-from ..train.schedule import schedule
 from ..train.source import KVSample
 from .measure import RoundTrip, rope_of
-from .ways import fit, parts, retain
 
-N, RIDGE = 64, 1e-2
+RIDGE = 1e-2
 # pictures -> how many times smaller they are, and what is read back
 Make = Callable[[Sequence[KVSample]], tuple[float, RoundTrip]]
 
 
 def rows(model: BaseModel, fitted: Sequence[KVSample]) -> Iterator[tuple[str, Make]]:
-    block = BlockShape(N, 8)
-    order = block.order(len(fitted[0].keys[0]), fitted[0].width)
-    _, value_rows = schedule(*parts(fit(model, fitted, block)), N, 0.8)
-    for h in (0, 16):
-        for _, way in islice(retain(fit(model, fitted, block, codec="retain", neighbours=4, mlp_width=h), 4, h, value_rows, order), 1):
-            yield way.name, lambda samples, way=way: (16 / way.bits(), way)
     for share in (0.4, 0.2):
-        whole = Whole(model, fitted, share)
-        yield f"paper-exact, {1 - share:.0%} removed", whole
+        yield f"paper-exact, {1 - share:.0%} removed", Whole(model, fitted, share)
 
 
 class Whole:

@@ -20,8 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..train.collect import QUESTIONS
 from ..train.images import Drawn
+
+QUESTIONS = (  # about a picture that has none of its own
+    "What is in the image?",
+    "Read the text in the image.",
+    "How many objects are there, and what colours are they?",
+)
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,13 @@ def demo_items(suite: str) -> Iterator[Item]:
     if suite == "fit":
         drawn = Drawn(96, 0)
         for i in range(len(drawn)):
-            yield drawn[i].image, [(q, None) for q in drawn[i].questions or QUESTIONS[:3]]
+            yield drawn[i].image, [(q, None) for q in drawn[i].questions or QUESTIONS]
     elif suite == "like":
         for sample in scenes(48 * 6, 6):
             yield sample.pictures[0], [(q.prompt, q.answer) for q in sample.questions]
     else:
         for image in unlike(48, 2000):
-            yield image, [(q, None) for q in QUESTIONS[:3]]
+            yield image, [(q, None) for q in QUESTIONS]
 
 
 def real_items(suites: Path, suite: str, sealed: bool) -> Iterator[Item]:

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..format.base_model import BaseModel, read_base_model
-from ..format.capsule import Capsule
-from .source import ArraySource, KVSample, TrainError
-from .trainer import TrainOptions, to_stderr, train
+from ..format.tile_capsule import TileCapsule
+from .fit_tiles import fit_tile_capsule
+from .source import KVSample, TrainError
 
 
-def fit_capsule(
-    model: str | Path, samples: Sequence[KVSample], options: TrainOptions | None = None, *, transformers_layout: bool = False,
-    say: Callable[[str], None] = to_stderr,
-) -> Capsule:
-    """A capsule for the GGUF `model`, from one KVSample for every picture (at least 4; every fourth calibrates the guard).
+def fit_capsule(model: str | Path, samples: Sequence[KVSample], *, transformers_layout: bool = False) -> TileCapsule:
+    """A capsule for the GGUF `model`, from one KVSample for every picture (4 have most of the gain).
 
-    A sample has, for each layer with KV heads, keys f32 [tokens, KV heads, key length] *without RoPE*, values f32 [tokens, KV heads, value length],
-    and queries f32 [text tokens, heads, key length] of text after the picture (any number, 0 = all channels count alike).
-    transformers_layout: keys and queries have the channels in the order of Hugging Face transformers; llama.cpp's order differs where the two of a
-    rotated pair are neighbours (architecture `llama`), and is put right here.
-    Write the result with format.writer.write_capsule. Raises TrainError, CapsuleError.
+    A sample has, for each layer with KV heads, keys f32 [tokens, KV heads, key length] *without RoPE* and values f32 [tokens, KV heads, value length], and the width of
+    the picture in tokens.
+    transformers_layout: keys have the channels in the order of Hugging Face transformers; llama.cpp's order differs where the two of a rotated pair are neighbours
+    (architecture `llama`), and is put right here.
+    Write the result with format.tile_capsule.write_tile_capsule. Raises TrainError, CapsuleError.
     """
     base = read_base_model(model)
-    options = options or TrainOptions()
     checked = []
     for i, sample in enumerate(samples):
         _check(base, i, sample)
         if transformers_layout and base.rope_type == "norm":
-            keys, queries = ([interleave(x, min(base.rope_dimensions, x.shape[-1])) for x in part] for part in (sample.keys, sample.queries))
-            sample = replace(sample, keys=keys, queries=queries)
+            sample = replace(sample, keys=[interleave(x, min(base.rope_dimensions, x.shape[-1])) for x in sample.keys])
         checked.append(sample)
-    capsule = train(ArraySource(base, checked), options, say)
+    capsule = fit_tile_capsule(base, checked)
     capsule.provenance["images_from"] = "arrays"
     return capsule
 
@@ -49,15 +44,14 @@ def interleave(x: np.ndarray, n: int) -> np.ndarray:
 
 def _check(base: BaseModel, number: int, sample: KVSample) -> None:
     layers = base.kv_layers
-    for what, arrays, heads, length in (
-        ("keys", sample.keys, base.head_count_kv, base.key_length), ("values", sample.values, base.head_count_kv, base.value_length),
-        ("queries", sample.queries, base.head_count, base.key_length),
-    ):  # fmt: skip
+    for what, arrays, length in (("keys", sample.keys, base.key_length), ("values", sample.values, base.value_length)):
         if len(arrays) != len(layers):
             raise TrainError(f"sample {number} has {what} of {len(arrays)} layers, {base.name} has {len(layers)} with KV heads")
         for x, layer in zip(arrays, layers):
-            wanted = (heads[layer], length[layer])
+            wanted = (base.head_count_kv[layer], length[layer])
             if x.ndim != 3 or x.shape[1:] != wanted:
                 raise TrainError(f"sample {number}, layer {layer}: {what} have the shape {list(x.shape)}, not [tokens, {wanted[0]}, {wanted[1]}]")
-            if what != "queries" and len(x) != len(sample.keys[0]):
+            if len(x) != len(sample.keys[0]):
                 raise TrainError(f"sample {number}, layer {layer}: {len(x)} {what}, not {len(sample.keys[0])} as the keys of the first layer")
+            if not np.isfinite(x).all():
+                raise TrainError(f"sample {number}, layer {layer} has {what} that are not finite")

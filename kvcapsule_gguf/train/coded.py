@@ -13,14 +13,15 @@ import numpy as np
 
 from ..codec.channels import LANES, gather, key_groups, plain_groups, scatter
 from ..codec.hadamard import hadamard
-from ..codec.head import F16, row_blocks
+from ..codec.head import F16, Head, row_blocks
 from ..codec.quality import score
+from ..codec.quantize import rotated
 from ..codec.registers import mix
-from ..codec.rows import round_trip
 from ..codec.scale import search
 from ..codec.tiles import SIDE, inverse, transform
-from ..codec.types import row_counts
 from ..format.base_model import BaseModel
+from ..format.tile_transform import whole_of
+from .fit_transform import KEPT_BITS, RetainOptions, fit_learned, fit_retain
 from .source import KVSample
 
 TYPES = (0, 1, 2, 3, 4, 6, 8, F16)
@@ -32,14 +33,22 @@ KINDS = ("k", "v")
 
 @dataclass(frozen=True)
 class Basis:
-    """Of one kind in one layer: mean f32 [H, d]; axes f32 [H, d, d] or None; learned f32 [n, n]: rows over the tokens of a tile, in place of the DCT."""
+    """Of one kind in one layer: mean f32 [H, d]; axes f32 [H, d, d] or None; learned f32 [n, n]: rows over the tokens of a tile, in place of the DCT.
+
+    retain: coders of the heads of keys that keep tokens and predict the others, from kept rows of KEPT_BITS whatever the table will say.
+    tensors: what a file has of them.
+    """
 
     mean: np.ndarray
     axes: np.ndarray | None = None
     learned: np.ndarray | None = None
+    retain: list[Head] | None = None
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """f32 [tiles, H, n, d] -> coefficients, same shape."""
+        if self.retain is not None:
+            return np.stack([head.rows(x[:, i], *shape) for i, head in enumerate(self.retain)], 1)
         x = x - self.mean[:, None]
         rows = transform(x, *shape) if self.learned is None else self.learned @ x
         return rows if self.axes is None else rows @ self.axes
@@ -71,8 +80,11 @@ def energy_of(x: np.ndarray) -> float:
 
 
 def fit_basis(samples: Sequence[KVSample], model: BaseModel, mean: bool = True, v_axes: str = "full", k_axes: str = "none",
-              shape: tuple[int, int] = WHOLE, learned: bool = False) -> dict[tuple[str, int], Basis]:
-    """axes: none, full, or the size of the blocks of channels (in the order of the groups) that have axes of their own."""
+              shape: tuple[int, int] = WHOLE, learned: str = "", retain: RetainOptions | None = None) -> dict[tuple[str, int], Basis]:
+    """axes: none, full, or the size of the blocks of channels (in the order of the groups) that have axes of their own.
+
+    learned: the kinds with a learned transform, "", "v" or "kv"; retain: keys keep tokens. Raises TrainError.
+    """
     out = {}
     for i in range(len(model.kv_layers)):
         for kind, axes in (("k", k_axes), ("v", v_axes)):
@@ -91,11 +103,18 @@ def fit_basis(samples: Sequence[KVSample], model: BaseModel, mean: bool = True, 
                 variance = np.einsum("hij,hik,hkj->hj", found, cov, found)
                 for head, at in zip(found, (-variance).argsort(1)):  # the loudest axes share a group
                     head[:, order] = head[:, at]
-            rows = None
-            if learned:
-                y = (x - mu[:, None]).transpose(2, 0, 1, 3).reshape(x.shape[2], -1)
-                rows = np.linalg.eigh((y @ y.T).astype(np.float64))[1].T[::-1].astype(np.float32)
-            out[kind, i] = Basis(mu.astype(np.float32), found, rows)
+            mu = mu.astype(np.float32)
+            if kind == "k" and retain is not None:
+                groups = groups_of(model, kind, i)
+                tensors = fit_retain(x - mu[:, None], groups, retain)
+                table = np.full((len(row_blocks(N)), len(groups)), KEPT_BITS, np.uint8)
+                heads = [Head(m, groups, table, whole=whole_of(tensors, kind, h, groups)) for h, m in enumerate(mu)]
+                out[kind, i] = Basis(mu, found, retain=heads, tensors=tensors)
+            elif kind in learned:
+                rows = fit_learned(x - mu[:, None])
+                out[kind, i] = Basis(mu, found, rows.astype(np.float32), tensors={f"{kind}_transform": rows})
+            else:
+                out[kind, i] = Basis(mu, found)
     return out
 
 
@@ -171,7 +190,7 @@ class Coded:
                 if self.keep:
                     self.codes[kind, i, bits] = scale.reshape(shape), c.reshape(y.shape).astype(np.int8)
         self.errors[kind, i] = errors
-        stored = round_trip(x, row_counts(q4_0=self.n))
+        stored = rotated(x, "q4_0")
         self.rival[kind, i] = np.square(stored - x).sum((1, 2, 3))
         self.energy[kind, i] = energy_of(x)
 

@@ -1,9 +1,9 @@
-"""Keys, values and text queries of a real model: it looks at pictures through libmtmd and is asked about them."""
+"""Keys and values of a real model: it looks at pictures through libmtmd."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +13,18 @@ from ..eval.cache import Cache
 from ..eval.pictures import Picture, Pictures, readable
 from ..eval.prompts import Prompts
 from ..eval.settings import Setting
-from ..eval.vlm import EvalError, Vlm
+from ..eval.vlm import Vlm
 from ..format.base_model import read_base_model
-from ..format.capsule import Capsule
-from .sensitivity import QUESTIONS, measure
-from .source import KVSample, Shape, TrainError
-from .tap import TensorTap
+from ..runtime.timing import Progress
+from .source import KVSample, TrainError
 
 
 class LlamaSource:
     """A sample for every picture. Raises KVCapsuleError; close it, or use it as a context manager."""
 
-    def __init__(
-        self, model: Path, mmproj: Path, pictures: Pictures, *, n_ctx: int = 8192, threads: int = 0, device: str = "auto",
-    ) -> None:
+    def __init__(self, model: Path, mmproj: Path, pictures: Pictures, *, n_ctx: int = 8192, threads: int = 0, device: str = "auto") -> None:
         self.model = read_base_model(model)
         self.pictures, self.n_ctx = pictures, n_ctx
-        self.mmproj = mmproj
         self.vlm = Vlm(model, mmproj, threads or min(4, os.cpu_count() or 1), device=device)
         self.prompts = Prompts(self.vlm)
 
@@ -42,33 +37,18 @@ class LlamaSource:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def identity(self) -> str:
-        return f"{self.mmproj.stat().st_size} {self.mmproj.name}\n{self.pictures.identity}"
-
-    def shapes(self, say: Callable[[str], None]) -> list[Shape]:
-        found = []
-        for i, picture in readable(self.pictures, say=say):
-            try:
-                found.append(Shape(i, picture.name, *self.vlm.shape(picture.image)))
-            except EvalError as error:
-                say(f"skipped: {picture.name}: {error}")
-        return found
-
-    def read(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, KVSample]]:
-        tap = TensorTap(self.vlm.native, r"Qcur(_pos)?-\d+")
-        cache = Cache(self.vlm, Setting("f16"), self.n_ctx, 1, flash_attn=False, watch=tap.callback)
+    def read(self, say: Callable[[str], None]) -> Iterator[KVSample]:
+        """Pictures that can not be read are named and left out. Raises TrainError."""
+        tell = Progress("pictures", say)
+        cache = Cache(self.vlm, Setting("f16"), self.n_ctx, 1, flash_attn=False)
         try:
-            for i, picture in readable(self.pictures) if numbers is None else ((i, self.pictures[i]) for i in numbers):
-                yield i, self._sample(cache, tap, picture)
+            for i, picture in readable(self.pictures, say=say):
+                yield self._sample(cache, picture)
+                tell(i + 1, len(self.pictures))
         finally:
             cache.close()
 
-    def sensitivity(self, capsule: Capsule, folder: Path, say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
-        pictures = (picture for _, picture in readable(self.pictures))
-        return measure(self.vlm, pictures, self.n_ctx, capsule, folder, say)
-
-    def _sample(self, cache: Cache, tap: TensorTap, picture: Picture) -> KVSample:
+    def _sample(self, cache: Cache, picture: Picture) -> KVSample:
         read = self.vlm.read(self.prompts.before(), picture.image)
         try:
             # an image in several slices: each slice is a span of its own; the largest stands for them
@@ -76,29 +56,16 @@ class LlamaSource:
             n, width = len(part.embd), part.width
         finally:
             read.free()
-        keys, values = [], []
+        keys: list[np.ndarray] = []
+        values: list[np.ndarray] = []
         for layer in self.model.kv_layers:
             shape = (self.model.head_count_kv[layer], self.model.key_length[layer], self.model.value_length[layer])
             try:
                 k, v = native.read_kv(cache.ctx, layer, shape, p0=p0, p1=p1, n_max=n)
             except native.CapsuleError as error:
                 raise TrainError(str(error)) from None
+            if not np.isfinite(k).all() or not np.isfinite(v).all():
+                raise TrainError(f"layer {layer} has keys or values that are not finite")
             keys.append(k)
             values.append(v)
-        return KVSample(keys, values, self._queries(cache, tap, picture.questions or QUESTIONS), width, p0)
-
-    def _queries(self, cache: Cache, tap: TensorTap, questions: tuple[str, ...]) -> list[np.ndarray]:
-        """Asks all questions after the picture, each from the same state."""
-        found: list[list[np.ndarray]] = [[] for _ in self.model.kv_layers]
-        for question in questions:
-            tokens = self.prompts.question(question)
-            tap.on = True
-            cache.ask([(tokens, len(tokens) - 1)])  # logits everywhere: without, the last layer computes no queries
-            tap.on = False
-            seen = tap.take()
-            for i, layer in enumerate(self.model.kv_layers):
-                q = seen.get(f"Qcur_pos-{layer}", seen.get(f"Qcur-{layer}"))  # gemma4 has a name of its own for the last step
-                if q is not None:
-                    found[i].append(q.reshape(-1, self.model.head_count[layer], self.model.key_length[layer]))
-        empty = [(self.model.head_count[x], self.model.key_length[x]) for x in self.model.kv_layers]
-        return [np.concatenate(q) if q else np.zeros((0, *shape), np.float32) for q, shape in zip(found, empty)]
+        return KVSample(keys, values, width=width, first_position=p0)

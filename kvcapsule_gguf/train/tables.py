@@ -16,12 +16,13 @@ KEYS = 2  # an error of keys counts so many times (docs/reference/format-v2.md)
 
 
 def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups: str = "group", per_layer: bool = False, types: Sequence[int] | None = None,
+               shares: Sequence[float] | None = None,
                weight: dict[tuple[str, int], float] | None = None) -> list[Tables]:
     """One set of tables for each mean number of bits (scales included).
 
     scope: head, layer (the heads of a layer share), model (all layers share). groups: group, or row (all groups share).
     per_layer: every layer gets the same bytes; otherwise bytes go where they take most error away, relative to the energy of its layer around the mean.
-    types: those that may be used. weight: of the errors of a kind in a layer (None: KEYS for keys, 1 for values).
+    shares: of each layer, around 1, with per_layer. types: those that may be used. weight: of the errors of a kind in a layer (None: KEYS for keys, 1 for values).
     """
     layers = range(len(coded.model.kv_layers))
     keys = [(kind, i) for i in layers for kind in KINDS]
@@ -33,7 +34,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     cost = {x: costs(coded.types, groups_of(coded.model, *x), coded.lengths) for x in keys}
     out: list[Tables] = [{} for _ in bits]
     parts = [[("k", i), ("v", i)] for i in layers] if per_layer else [keys]
-    for part in parts:
+    for part, share in zip(parts, shares or [1.0] * len(parts)):
         shape = {x: errors[x].shape for x in part}
         if scope == "model":  # all layers of a kind share
             units = {kind: [x for x in part if x[0] == kind] for kind in KINDS}
@@ -52,7 +53,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
         flat_e, flat_c = (np.concatenate([x.reshape(-1, x.shape[-1]) for x in s]) for s in (stacks, weights))
         total = sum(shape[x][0] * coded.n * sum(g.size for g in groups_of(coded.model, *x)) for x in part)
         for found, b in zip(out, bits):
-            pick = allocate(flat_e, flat_c, b * total)
+            pick = allocate(flat_e, flat_c, b * share * total)
             at = 0
             for members, e in zip(units.values(), stacks):
                 n = int(np.prod(e.shape[:-1]))

@@ -19,17 +19,17 @@ OUT = ROOT / ".cache" / "fuzz"
 
 GGML = ("ggml/src/ggml.c", "ggml/src/ggml-quants.c", "ggml/src/ggml-threading.cpp", "ggml/src/gguf.cpp")
 LOADER = (
-    "src/capsule/format/reader.cpp", "src/capsule/format/tables.cpp", "src/llama-capsule-file.cpp", "src/llama-capsule-grid.cpp",
-    "src/llama-capsule-header.cpp", "src/llama-capsule-rows.cpp", "src/llama-capsule-sha256.cpp", "ggml/src/ggml-capsule/layout.cpp",
+    "src/capsule/format/reader.cpp", "src/capsule/format/tables.cpp", "src/capsule/format/header.cpp", "src/capsule/util/sha256.cpp",
+    "ggml/src/ggml-capsule/layout.cpp",
 )  # fmt: skip
 # target -> sources of llama.cpp's tree; the harness is tests/fuzz/<target>.cpp
 TARGETS = {
     "capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
-    "state": ("src/llama-capsule-state.cpp", "src/capsule/store/state.cpp"),
+    "state": ("src/capsule/store/state.cpp",),
     "print_capsule": (*GGML, "src/llama-impl.cpp", *LOADER),
 }
 # targets that need all of libllama: the other objects and ggml are those of the ordinary build
-IN_LIBRARY = {"context": ("src/llama-capsule*.cpp", "src/capsule/*/*.cpp", "src/llama-context.cpp", "src/llama-kv-cache.cpp")}
+IN_LIBRARY = {"context": ("src/capsule/*/*.cpp", "src/llama-context.cpp", "src/llama-kv-cache.cpp")}
 PROGRAMS = ("print_capsule",)  # with a main() of their own
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -77,7 +77,7 @@ def _links(cxx: str, libfuzzer: bool) -> bool:
 
 def build(target: str, tree: Path, compiler: Compiler, library: Path | None = None) -> Path:
     """The program of a target. `tree`: llama.cpp's sources with the patch series on them; `library`: its CMake build. Raises FuzzError."""
-    if not (tree / "src" / "llama-capsule-file.cpp").is_file():
+    if not (tree / "src" / "capsule" / "hooks.h").is_file():
         raise FuzzError(f"no patched llama.cpp in {tree}: run scripts/setup --no-build, or give --source")
     fuzzer = compiler.libfuzzer and target not in PROGRAMS
     folder = OUT / ("libfuzzer" if fuzzer else "plain") / Path(compiler.cxx).name

@@ -74,4 +74,4 @@ def _context() -> dict[str, str]:
     made = subprocess.run([python if python.is_file() else sys.executable, HARNESSES / "make_context.py", folder], capture_output=True, text=True)
     if made.returncode != 0:
         raise FuzzError(f"the model for the target could not be made: {made.stderr.strip().splitlines()[-1]}")
-    return {"FUZZ_MODEL": str(folder / "model.gguf"), "FUZZ_CAPSULE": str(folder / "capsule.gguf"), "FUZZ_TILES": str(folder / "tiles.gguf"), "FUZZ_SEEDS": str(folders("context")[0])}
+    return {"FUZZ_MODEL": str(folder / "model.gguf"), "FUZZ_CAPSULE": str(folder / "capsule.gguf"), "FUZZ_SEEDS": str(folders("context")[0])}

@@ -88,7 +88,7 @@ def _rpc(address: str, quick: bool) -> list[Group]:
 
 
 def _vulkan(quick: bool) -> list[Group]:
-    chats = [Setting("chat", "llama", fa, *kind) for fa in (False, True) for kind in (("f16", "pca"), ("f16", "retain"), ("q8_0", "retain"))]
+    chats = [Setting("chat", "llama", fa, *kind) for fa in (False, True) for kind in (("f16", "axes"), ("f16", "no axes"), ("q8_0", "no axes"))]
     return [
         Group(Device(name="Vulkan0", exact=False), list(settings(full=not quick))),
         Group(

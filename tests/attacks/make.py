@@ -17,16 +17,16 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from damages import F32, STR, U8, U16, U32, Damage, key, kind_of, length_of, offset_of, put, raw, tensor, tensor_field  # noqa: E402
-from make_capsule import random_capsule  # noqa: E402
-from make_tile_capsule import MIXED, random_tile_capsule  # noqa: E402
+from damages import F32, STR, U8, U32, Damage, key, kind_of, length_of, offset_of, put, raw, tensor, tensor_field  # noqa: E402
+from make_capsule import MIXED, random_capsule  # noqa: E402
 from tiny_gguf import TinyModel, rewrite, write  # noqa: E402
 
 FILES = HERE / "files"
 MODEL = TinyModel(arch="llama", n_layer=1, n_head_kv=1, n_head=2, head=32, n_ff=32)
 
 V = b"blk.0.kvcapsule.v_mean"
-B = b"blk.0.kvcapsule.v_basis"
+K_TABLE = b"blk.0.kvcapsule.k_table"
+AXES = b"blk.0.kvcapsule.v_axes"
 
 
 def number(at: int, value: int, size: int = 8) -> Damage:
@@ -45,9 +45,8 @@ def shape(name: bytes, *ne: int) -> Damage:
 
 
 def sums_that_wrap(b: bytes) -> bytes:
-    """Four tensors of 2**62 bytes each, with the offsets that their wrapped sum asks for."""
-    names = [b"blk.0.kvcapsule." + x for x in (b"k_mean", b"v_mean", b"k_basis", b"v_basis", b"k_query_weight")]
-    for i, name in enumerate(names):
+    """Tensors of 2**62 bytes each, with the offsets that their wrapped sum asks for."""
+    for i, name in enumerate([b"blk.0.kvcapsule.k_mean", V]):
         for j, n in enumerate((1 << 30, 1 << 30)):
             b = tensor_field(b, name, 4 + 8 * j, n, 8)
         b = offset_of(b, name, (i << 62) % (1 << 64))
@@ -59,66 +58,17 @@ def in_mmproj(damage: dict) -> Damage:
     return lambda good, bad: rewrite(good, bad, kv=kv, **damage)
 
 
-def tile(width: int, image_tokens: int) -> Damage:
-    kv = {"kvcapsule.block_shape": ("tile", STR), "kvcapsule.block_width": (width, U32), "kvcapsule.image_tokens": (image_tokens, U32)}
-    return lambda good, bad: rewrite(good, bad, kv=kv)
-
-
 def hidden_key(good: Path, bad: Path) -> None:
-    """A second block_size behind a zero byte: C strings end there."""
-    rewrite(good, bad, kv={"kvcapsule.block_sizeX9": (64, U32)})
-    bad.write_bytes(bad.read_bytes().replace(b"kvcapsule.block_sizeX9", b"kvcapsule.block_size\x009"))
+    """A second version behind a zero byte: C strings end there."""
+    rewrite(good, bad, kv={"kvcapsule.versionX9": (1, U32)})
+    bad.write_bytes(bad.read_bytes().replace(b"kvcapsule.versionX9", b"kvcapsule.version\x009"))
 
 
 # name -> (the hole, how the file is made)
 ATTACKS: dict[str, tuple[str, Damage]] = {
     "count-keys": ("CVE-2024-21802 and its sisters: a count is allocated before it is checked", number(16, 1 << 60)),
-    "count-tensors": ("the same, tensors", number(8, 1 << 60)),
     "count-negative": ("the same, a count that is negative as int64", number(8, (1 << 64) - 1)),
-    "string-length": ("the same, the length of a string", raw(lambda b: length_of(b, b"kvcapsule.block_shape", (1 << 64) - 8))),
-    "array-length": ("the same, the length of an array: n * size wraps to 0", raw(lambda b: length_of(b, b"kvcapsule.layers", 1 << 62))),
-    "sizes-sum-wraps": ("CVE-2025-53630, CVE-2026-27940: the sum of the tensors' sizes overflows", raw(sums_that_wrap)),
-    "nbytes-wraps": ("CVE-2026-33298: the bytes of a tensor overflow", shape(B, 1 << 62, 8)),
-    "nelements-wraps": ("#27203: the number of elements overflows to what is expected", shape(B, (1 << 61) + 8, 8)),
-    "third-dimension": ("#29128: the LoRA loader accepted any ne[2]", tensor("blk.0.kvcapsule.v_basis", lambda a: np.stack([a, a]))),
-    "array-element-type": ("#26690: the type of an array's elements was not checked before the cast", key("kvcapsule.base.key_length", [32], U8)),
-    "value-type": ("the same, a string where a number is expected", key("kvcapsule.block_size", "8", STR)),
-    "alignment-type": ("#26318: general.alignment of another type", key("general.alignment", "32", STR)),
-    "alignment-zero": ("the same, 0", key("general.alignment", 0)),
-    "padding-wraps": ("#26318: a size that wraps when it is padded", shape(B, (1 << 62) - 1, 1)),
-    "zero-dimension": ("#24263: a division by a dimension of 0", shape(B, 0, 8)),
-    "tile-of-no-width": ("#24263: a division by a width of 0", tile(0, 0)),
-    "tile-without-grid": ("the same, the side of an image of no known size", tile(4, 0)),
-    "empty-key": ("#24263: a key without a name", raw(lambda b: b[:24] + bytes(8) + b[24 + 8 + struct.unpack("<Q", b[24:32])[0] :])),
-    "many-dimensions": ("more than four dimensions", raw(lambda b: tensor_field(b, V, 0, 5, 4))),
-    "offset-behind-the-end": ("CVE-2026-7482: a tensor behind the end of the file, memory of the process is read", raw(lambda b: offset_of(b, B, 1 << 40))),
-    "truncated": ("the same, the file ends inside its last tensor", raw(lambda b: b[:-100])),
-    "rows-reversed": ("CVE-2026-21869: a count that is negative when signed", key("kvcapsule.tier.key_rows", lambda v: [0xFFFFFFFF, 9, *v[2:]])),
-    "block-signed": ("CVE-2025-52566: a size that is negative when signed", key("kvcapsule.block_size", 1 << 31)),
-    "kept-signed": ("the same, where N - m is computed", key("kvcapsule.kept_count", [0xFFFFFFFF])),
-    "template": ("CVE-2026-5760, CVE-2024-34359: a template that the reader renders", key("tokenizer.chat_template", "{{ ''.__class__.__mro__ }}", STR)),
-    "escape-codes": ("text that rewrites the terminal or the log", key("kvcapsule.tier.name", ["faithful", "\x1b]0;owned\x07\nllama: ok"], STR)),
-    "layer-index": ("LM Studio #2289: an index out of range", key("kvcapsule.layers", [0xFFFFFFFF])),
-    "token-order": ("the same, in a table that is followed", key("kvcapsule.token_order", lambda v: [60000, *v[1:]], U16)),
-    "in-an-mmproj": ("LM Studio #2289: the same inside an mmproj", in_mmproj({"tensors": {"blk.0.kvcapsule.k_basis": lambda a: a[:4].copy()}})),
-    "unknown-array-type": ("kekzl/imp #532: a loop without end on an unknown type", raw(lambda b: kind_of(b, b"kvcapsule.layers", 13))),
-    "nested-arrays": ("the same, arrays of arrays", raw(lambda b: kind_of(b, b"kvcapsule.layers", 9))),
-    "hidden-key": ("a key that C and Python read differently", hidden_key),
-    "hidden-bytes": ("bytes that no tensor covers", raw(lambda b: b + b"#!/bin/sh\n" * 8)),
-    "duplicate-tensor": ("two tensors of one name", raw(lambda b: b.replace(b"blk.0.kvcapsule.v_basis", b"blk.0.kvcapsule.k_basis"))),
-    "nan-basis": ("one NaN poisons the cache of every layer", tensor("blk.0.kvcapsule.k_basis", put(np.nan, 3, 3))),
-    "huge-mean": ("a value that is infinite in the cache's type", tensor("blk.0.kvcapsule.v_mean", put(3e38, 0, 0))),
-    "nan-kappa": ("a threshold that no comparison is true for", key("kvcapsule.tier.kappa", lambda v: [float("nan")] * len(v), F32)),
-    "pickle": ("safetensors' attacks/: code where data is expected", raw(lambda b: pickle.dumps({"weights": list(range(100))}, protocol=2))),
-}  # fmt: skip
-
-
-# of format v2
-K_TABLE = b"blk.0.kvcapsule.k_table"
-AXES = b"blk.0.kvcapsule.v_axes"
-TILES = "tiles-"
-ATTACKS |= {TILES + name: attack for name, attack in {
-    "count-tensors": ("CVE-2024-21802 and its sisters: a count is allocated before it is checked", number(8, 1 << 60)),
+    "count-tensors": ("the same, tensors", number(8, 1 << 60)),
     "array-length": ("the same, the length of an array: n * size wraps to 0", raw(lambda b: length_of(b, b"kvcapsule.layers", 1 << 62))),
     "string-length": ("the same, the length of a string", raw(lambda b: length_of(b, b"kvcapsule.base.rope.type", (1 << 64) - 8))),
     "nelements-wraps": ("#27203: the number of elements overflows to what is expected", shape(K_TABLE, (1 << 62) + 1)),
@@ -146,20 +96,31 @@ ATTACKS |= {TILES + name: attack for name, attack in {
     "in-an-mmproj": ("LM Studio #2289: the same inside an mmproj", in_mmproj({"tensors": {"blk.0.kvcapsule.v_axes": lambda a: a[:, :4].copy()}})),
     "hidden-bytes": ("bytes that no tensor covers", raw(lambda b: b + b"#!/bin/sh\n" * 8)),
     "duplicate-tensor": ("two tensors of one name", raw(lambda b: b.replace(b"blk.0.kvcapsule.v_table", b"blk.0.kvcapsule.k_table"))),
-}.items()}  # fmt: skip
+    "sizes-sum-wraps": ("CVE-2025-53630, CVE-2026-27940: the sum of the tensors' sizes overflows", raw(sums_that_wrap)),
+    "nbytes-wraps": ("CVE-2026-33298: the bytes of a tensor overflow", shape(V, 1 << 62, 1)),
+    "value-type": ("#26690: a string where a number is expected", key("kvcapsule.base.block_count", "1", STR)),
+    "alignment-type": ("#26318: general.alignment of another type", key("general.alignment", "32", STR)),
+    "alignment-zero": ("the same, 0", key("general.alignment", 0)),
+    "empty-key": ("#24263: a key without a name", raw(lambda b: b[:24] + bytes(8) + b[24 + 8 + struct.unpack("<Q", b[24:32])[0] :])),
+    "many-dimensions": ("more than four dimensions", raw(lambda b: tensor_field(b, V, 0, 5, 4))),
+    "unknown-array-type": ("kekzl/imp #532: a loop without end on an unknown type", raw(lambda b: kind_of(b, b"kvcapsule.layers", 13))),
+    "nested-arrays": ("the same, arrays of arrays", raw(lambda b: kind_of(b, b"kvcapsule.layers", 9))),
+    "hidden-key": ("a key that C and Python read differently", hidden_key),
+    "pickle": ("safetensors' attacks/: code where data is expected", raw(lambda b: pickle.dumps({"weights": list(range(100))}, protocol=2))),
+}  # fmt: skip
 
 
-def good_files(model: Path, folder: Path) -> tuple[Path, Path]:
-    """The files that the attacks are made from, of format v1 and v2."""
-    return random_capsule(model, folder / "good.gguf", block_size=8), random_tile_capsule(model, folder / "good-tiles.gguf", tiers=[(1, 2, 3, 4), MIXED])
+def good_file(model: Path, folder: Path) -> Path:
+    """The file that the attacks are made from."""
+    return random_capsule(model, folder / "good.gguf", tiers=[(1, 2, 3, 4), MIXED])
 
 
 def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        blocks, tiles = good_files(write(MODEL, Path(scratch) / "model.gguf"), Path(scratch))
+        good = good_file(write(MODEL, Path(scratch) / "model.gguf"), Path(scratch))
         for name, (_, damage) in ATTACKS.items():
-            damage(tiles if name.startswith(TILES) else blocks, folder / f"{name}.gguf")
+            damage(good, folder / f"{name}.gguf")
 
 
 if __name__ == "__main__":

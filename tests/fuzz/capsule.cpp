@@ -2,7 +2,6 @@
 
 #include "capsule/format/reader.h"
 
-#include "llama-capsule-file.h"
 #include "memory_source.h"
 
 #include "ggml.h"
@@ -25,15 +24,6 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     return 0;
 }
 
-static void read_data(memory_source & source) {
-    const auto capsule = llama_capsule_data_read(source, "fuzz", nullptr);
-
-    for (uint32_t i = 0; i < capsule->tiers.size(); ++i) {
-        require(capsule->bytes_slot(i) > 0, "a tier without bytes");
-    }
-    require(capsule->tier_for_ratio(0.5f) < capsule->tiers.size(), "a tier that does not exist");
-}
-
 static void read_tables(memory_source & source) {
     const auto tables = llama_capsule_tables_read(source, "fuzz", nullptr);
 
@@ -52,11 +42,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     memory_source source(data, size);
 
     try {
-        if (llama_capsule_file_version(source) == 2) {
-            read_tables(source);
-        } else {
-            read_data(source);
-        }
+        read_tables(source);
     } catch (const std::runtime_error & err) {
         for (const char * c = err.what(); *c; ++c) {
             require(*c >= 0x20 && *c < 0x7f, "a line with control characters");

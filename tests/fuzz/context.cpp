@@ -1,14 +1,12 @@
 // a saved state put into a real context with a capsule: whatever it says of images, it is refused as a whole or the context works on
 //
-// The environment names a tiny model (FUZZ_MODEL) and its capsules of format v1 and v2 (FUZZ_CAPSULE, FUZZ_TILES). An input replaces what a real state says
-// about images, under a right hash and length; the part that llama.cpp writes stays as it is. The first byte: 1 = one sequence, 2 = with the slots' data
-// cut off, 4 = format v2.
+// The environment names a tiny model (FUZZ_MODEL) and its capsule (FUZZ_CAPSULE). An input replaces what a real state says about images, under a right hash and
+// length; the part that llama.cpp writes stays as it is. The first byte: 1 = one sequence, 2 = with the slots' data cut off.
 
 #include "capsule/store/state.h"
 
 #include "llama.h"
 #include "llama-capsule.h"
-#include "llama-capsule-state.h"
 
 #include "ggml.h"
 
@@ -36,34 +34,28 @@ struct frame {
     std::vector<uint8_t> data;
 };
 
-// a context with a capsule of one format
-struct subject {
-    llama_context * ctx;
+static llama_context * ctx;
 
-    frame frames[2]; // of the whole state, of sequence 0
+static frame frames[2]; // of the whole state, of sequence 0
 
-    size_t n_header; // the last 16 bytes of it: size and hash of the description
-};
+static const int N_HEADER = 32; // magic, version, id; the last 16 bytes: size and hash of the description
 
-// magic, version, id (format v1: two tiers), size, hash
-static subject subjects[2] = { { nullptr, {}, 40 }, { nullptr, {}, 32 } };
-
-static frame split(const std::vector<uint8_t> & state, size_t n_header) {
+static frame split(const std::vector<uint8_t> & state) {
     static const char magic[] = { 'K', 'V', 'C', 'S' };
 
     const auto it = std::find_end(state.begin(), state.end(), magic, magic + 4);
-    require(it != state.end() && state.end() - it >= (int) n_header, "the state has no part for images");
+    require(it != state.end() && state.end() - it >= N_HEADER, "the state has no part for images");
 
     uint64_t size;
-    memcpy(&size, &*it + n_header - 16, sizeof(size));
-    require(size <= (size_t) (state.end() - it) - n_header, "the layout of the state is another one");
+    memcpy(&size, &*it + N_HEADER - 16, sizeof(size));
+    require(size <= (size_t) (state.end() - it) - N_HEADER, "the layout of the state is another one");
 
-    const auto meta = it + n_header;
+    const auto meta = it + N_HEADER;
 
     return { { state.begin(), meta }, { meta, meta + size }, { meta + size, state.end() } };
 }
 
-static bool decode(llama_context * ctx, int32_t n, llama_pos pos, bool image) {
+static bool decode(int32_t n, llama_pos pos, bool image) {
     const int32_t n_embd = llama_model_n_embd_inp(llama_get_model(ctx));
 
     llama_batch batch = llama_batch_init(n, image ? n_embd : 0, 1);
@@ -81,13 +73,13 @@ static bool decode(llama_context * ctx, int32_t n, llama_pos pos, bool image) {
         batch.seq_id[i][0] = 0;
         batch.logits[i]    = i == n - 1;
     }
-    const int rc = llama_decode(ctx, batch);
+    const int rc = llama_decode(batch);
     llama_batch_free(batch);
 
     return rc == 0;
 }
 
-static void open(subject & x, llama_model * model, const char * path_capsule) {
+static void open(llama_model * model, const char * path_capsule) {
     llama_capsule_context_params cparams = llama_capsule_context_default_params();
     llama_capsule * capsule = llama_capsule_load_from_file(model, path_capsule);
     require(capsule, llama_capsule_last_error());
@@ -100,20 +92,20 @@ static void open(subject & x, llama_model * model, const char * path_capsule) {
     params.n_threads       = 1;
     params.n_threads_batch = 1;
 
-    x.ctx = llama_capsule_init_from_model(model, params, cparams);
+    ctx = llama_capsule_init_from_model(model, params, cparams);
     llama_capsule_free(capsule);
-    require(x.ctx && llama_capsule_is_attached(x.ctx), "no context with a capsule");
+    require(ctx && llama_capsule_is_attached(ctx), "no context with a capsule");
 
     // text, an image in slots, text, an image that is still hot
-    require(decode(x.ctx, 2, 0, false) && decode(x.ctx, N_VISION, 2, true) && decode(x.ctx, 2, 2 + N_VISION, false) && decode(x.ctx, N_VISION, 4 + N_VISION, true), "decode");
+    require(decode(2, 0, false) && decode(N_VISION, 2, true) && decode(2, 2 + N_VISION, false) && decode(N_VISION, 4 + N_VISION, true), "decode");
 
-    std::vector<uint8_t> state(llama_state_get_size(x.ctx));
-    state.resize(llama_state_get_data(x.ctx, state.data(), state.size()));
-    x.frames[0] = split(state, x.n_header);
+    std::vector<uint8_t> state(llama_state_get_size(ctx));
+    state.resize(llama_state_get_data(ctx, state.data(), state.size()));
+    frames[0] = split(state);
 
-    state.resize(llama_state_seq_get_size(x.ctx, 0));
-    state.resize(llama_state_seq_get_data(x.ctx, state.data(), state.size(), 0));
-    x.frames[1] = split(state, x.n_header);
+    state.resize(llama_state_seq_get_size(ctx, 0));
+    state.resize(llama_state_seq_get_data(ctx, state.data(), state.size(), 0));
+    frames[1] = split(state);
 }
 
 extern "C" int LLVMFuzzerInitialize(int *, char ***) {
@@ -123,9 +115,9 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     llama_model_params mparams = llama_model_default_params();
     mparams.n_gpu_layers = 0;
 
-    const char * path_model = getenv("FUZZ_MODEL");
-    const char * paths[]    = { getenv("FUZZ_CAPSULE"), getenv("FUZZ_TILES") };
-    require(path_model && paths[0] && paths[1], "FUZZ_MODEL, FUZZ_CAPSULE and FUZZ_TILES are not set");
+    const char * path_model   = getenv("FUZZ_MODEL");
+    const char * path_capsule = getenv("FUZZ_CAPSULE");
+    require(path_model && path_capsule, "FUZZ_MODEL and FUZZ_CAPSULE are not set");
 
     llama_model * model = llama_model_load_from_file(path_model, mparams);
     require(model, "the model does not load");
@@ -133,17 +125,14 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     // the real ones as seeds
     const char * folder = getenv("FUZZ_SEEDS");
 
-    for (int i = 0; i < 2; ++i) {
-        open(subjects[i], model, paths[i]);
+    open(model, path_capsule);
 
-        for (int j = 0; j < 2 && folder; ++j) {
-            FILE * file = fopen((std::string(folder) + "/real-" + std::to_string(4*i + j)).c_str(), "wb");
-            require(file, "FUZZ_SEEDS is not a folder");
-            const auto & meta = subjects[i].frames[j].meta;
-            fputc(4*i + j, file);
-            fwrite(meta.data(), 1, meta.size(), file);
-            fclose(file);
-        }
+    for (int i = 0; i < 2 && folder; ++i) {
+        FILE * file = fopen((std::string(folder) + "/real-" + std::to_string(i)).c_str(), "wb");
+        require(file, "FUZZ_SEEDS is not a folder");
+        fputc(i, file);
+        fwrite(frames[i].meta.data(), 1, frames[i].meta.size(), file);
+        fclose(file);
     }
 
     return 0;
@@ -155,10 +144,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
 
     const bool one_seq = (data[0] & 1) != 0;
-    const bool tiles   = (data[0] & 4) != 0;
 
-    llama_context * ctx = subjects[tiles].ctx;
-    const frame & f = subjects[tiles].frames[one_seq];
+    const frame & f = frames[one_seq];
 
     const uint64_t n_meta = size - 1;
     const uint64_t hash   = llama_capsule_state_v4::hash(data + 1, n_meta, 0);
@@ -187,7 +174,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         require(llama_memory_seq_pos_max(mem, 0) == -1, "cells of a refused state");
     } else if (llama_memory_seq_pos_max(mem, 0) < 1 << 20) {
         // it works on: text after it, compression, removal, another save
-        decode(ctx, 1, llama_memory_seq_pos_max(mem, 0) + 1, false);
+        decode(1, llama_memory_seq_pos_max(mem, 0) + 1, false);
         llama_capsule_compress(ctx, 0, 0, 1 << 20);
         llama_memory_seq_rm(mem, 0, 1, 9);
         llama_memory_seq_cp(mem, 0, 1, -1, -1);

@@ -1,4 +1,4 @@
-"""make_context.py FOLDER: writes model.gguf, capsule.gguf and tiles.gguf, a tiny model and its capsules of format v1 and v2, for context.cpp."""
+"""make_context.py FOLDER: writes model.gguf and capsule.gguf, a tiny model and its capsule, for context.cpp."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from attacks.make import MODEL  # noqa: E402
 from make_capsule import random_capsule  # noqa: E402
-from make_tile_capsule import random_tile_capsule  # noqa: E402
 from tiny_gguf import write  # noqa: E402
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     model = write(MODEL, folder / "model.gguf")
-    random_capsule(model, folder / "capsule.gguf", block_size=8)
-    random_tile_capsule(model, folder / "tiles.gguf", tiers=[4, 8])
+    random_capsule(model, folder / "capsule.gguf", tiers=[4, 8])

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-capsule-header.h"
+#include "capsule/format/header.h"
 
 #include <cstring>
 #include <stdexcept>

@@ -1,9 +1,7 @@
 // print_capsule FILE...: what the C++ loader makes of each file, one JSON object a line: its refusal, or a hash of each part of the contents
 
 #include "capsule/format/reader.h"
-
-#include "llama-capsule-file.h"
-#include "llama-capsule-sha256.h"
+#include "capsule/util/sha256.h"
 #include "memory_source.h"
 
 #include "ggml.h"
@@ -40,48 +38,6 @@ struct content {
     }
 };
 
-static std::string metadata(const llama_capsule_data & c) {
-    content out;
-
-    out.str(c.model.architecture);
-    out.u32(c.model.block_count);
-    out.str(c.model.rope_type);
-    out.str(c.model.fingerprint);
-    for (uint32_t x : c.model.rope_sections) {
-        out.u32(x);
-    }
-
-    out.str(c.block_shape);
-    for (uint32_t x : { c.block_size, c.block_width, c.image_tokens, c.n_neighbours }) {
-        out.u32(x);
-    }
-    out.f32(c.default_ratio);
-
-    for (const auto & l : c.layers) {
-        for (uint32_t x : { l.il, (uint32_t) l.rope, l.n_head_kv, l.n_embd_head_k, l.n_embd_head_v, l.n_kept, l.n_mlp }) {
-            out.u32(x);
-        }
-        out.f32(l.freq_base);
-    }
-
-    for (const auto & t : c.tiers) {
-        out.str(t.name);
-        out.f32(t.ratio);
-        for (const auto & l : t.layers) {
-            out.u32(l.key_codec);
-            for (uint32_t x : l.key_rows) {
-                out.u32(x);
-            }
-            for (uint32_t x : l.value_rows) {
-                out.u32(x);
-            }
-            out.f32(l.kappa);
-        }
-    }
-
-    return hash(out.data);
-}
-
 static std::string metadata(const llama_capsule_tables & c) {
     content out;
 
@@ -117,18 +73,6 @@ static void print(const std::string & metadata, const std::vector<std::string> &
     printf("]}\n");
 }
 
-static void print(const llama_capsule_data & c) {
-    std::vector<std::string> tensors;
-    for (const auto & l : c.layers) {
-        for (const auto * x : { &l.k_mean, &l.v_mean, &l.k_basis, &l.v_basis, &l.k_query_weight, &l.k_gate, &l.k_mlp_up, &l.k_mlp_up_bias, &l.k_mlp_down }) {
-            tensors.push_back(hash(*x));
-        }
-        tensors.push_back(hash(l.token_order));
-        tensors.push_back(hash(l.k_neighbours));
-    }
-    print(metadata(c), tensors);
-}
-
 static void print(const llama_capsule_tables & c) {
     std::vector<std::string> tensors;
     for (const auto & l : c.layers) {
@@ -159,11 +103,7 @@ int main(int argc, char ** argv) {
         memory_source source(data.data(), data.size());
 
         try {
-            if (llama_capsule_file_version(source) == 2) {
-                print(*llama_capsule_tables_read(source, argv[i], nullptr));
-            } else {
-                print(*llama_capsule_data_read(source, argv[i], nullptr));
-            }
+            print(*llama_capsule_tables_read(source, argv[i], nullptr));
         } catch (const std::runtime_error & err) {
             printf("{\"refused\": %s}\n", quoted(err.what()).c_str());
         }

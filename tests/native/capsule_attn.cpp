@@ -80,9 +80,9 @@ extern "C" void attn(const problem * p, int plain, float * max, float * sum, flo
         uint8_t * slot = (uint8_t *) pool.data() + (size_t) slots[i].offset*8;
         for (int h = 0; h < p->n_head_kv; ++h) {
             const size_t at = ((size_t) i*p->n_head_kv + h)*64;
-            ggml_capsule_rows(k_coders[h], form.h, form.w, p->k + at*p->d_k, p->d_k, rows.data(), work.data());
+            ggml_capsule_rows(k_coders[h], nullptr, form.h, form.w, p->k + at*p->d_k, p->d_k, rows.data(), work.data());
             ggml_capsule_store(k, ggml_capsule_form_k(form, h), rows.data(), slot + form.k_offset[h]);
-            ggml_capsule_rows(v_coders[h], form.h, form.w, p->v + at*p->d_v, p->d_v, rows.data(), work.data());
+            ggml_capsule_rows(v_coders[h], nullptr, form.h, form.w, p->v + at*p->d_v, p->d_v, rows.data(), work.data());
             ggml_capsule_store(v, ggml_capsule_form_v(form, h), rows.data(), slot + form.v_offset[h]);
             ggml_capsule_read(k_coders[h], ggml_capsule_form_k(form, h), slot + form.k_offset[h], k_read + at*p->d_k, p->d_k, rows.data(), work.data());
             ggml_capsule_read(v_coders[h], ggml_capsule_form_v(form, h), slot + form.v_offset[h], v_read + at*p->d_v, p->d_v, rows.data(), work.data());

@@ -46,7 +46,7 @@ void search(const float * x, int n_blocks, int n, int bits, float * scales, int8
 
 void rows(int d, int n_rot, int halves, const float * mean, const float * axes, int h, int w, const float * x, float * out) {
     std::vector<float> work(ggml_capsule_rows_work(d));
-    ggml_capsule_rows({ { d, n_rot, halves }, mean, axes }, h, w, x, d, out, work.data());
+    ggml_capsule_rows({ { d, n_rot, halves }, mean, axes }, nullptr, h, w, x, d, out, work.data());
 }
 
 void errors(int d, int n_rot, int halves, int h, int w, const float * rows, int n_bits, const uint8_t * bits, float * out) {
@@ -66,6 +66,21 @@ void load(int d, int n_rot, int halves, const uint8_t * table, int h, int w, con
 void read(int d, int n_rot, int halves, const float * mean, const float * axes, const uint8_t * table, int h, int w, const uint8_t * bytes, float * out) {
     head x(d, n_rot, halves, mean, axes, table, h, w);
     std::vector<float> rows(h*w*d), work(ggml_capsule_rows_work(d));
+    ggml_capsule_read(x.coder, x.get(), bytes, out, d, rows.data(), work.data());
+}
+
+// the same two of a whole tile with a transform
+void rows_whole(const ggml_capsule_transform * whole, int d, int n_rot, int halves, const float * mean, const float * axes, const uint8_t * table, const float * x, float * out) {
+    head c(d, n_rot, halves, mean, axes, table, 8, 8);
+    c.coder.whole = *whole;
+    std::vector<float> work(ggml_capsule_rows_work(d));
+    ggml_capsule_rows(c.coder, c.get(), 8, 8, x, d, out, work.data());
+}
+
+void read_whole(const ggml_capsule_transform * whole, int d, int n_rot, int halves, const float * mean, const float * axes, const uint8_t * table, const uint8_t * bytes, float * out) {
+    head x(d, n_rot, halves, mean, axes, table, 8, 8);
+    x.coder.whole = *whole;
+    std::vector<float> rows(64*d), work(ggml_capsule_rows_work(d));
     ggml_capsule_read(x.coder, x.get(), bytes, out, d, rows.data(), work.data());
 }
 

@@ -1,7 +1,7 @@
-// Preloaded, it takes the place of llama_capsule_store::build_attn(): attention of layer 1 does not pass through the store.
+// Preloaded, it takes the place of llama_capsule_cache::build_attn(): attention of layer 1 does not pass through the capsule.
 // This is what a change of llama.cpp could do, for tests/test_hooks.py.
 
-#include "llama-capsule-store.h"
+#include "capsule/api/cache.h"
 
 #include <dlfcn.h>
 
@@ -13,24 +13,12 @@ __attribute__((noinline)) static void * next_of_caller() {
     return dlsym(RTLD_NEXT, info.dli_sname);
 }
 
-ggml_tensor * llama_capsule_store::build_attn(
-    const llm_graph_context & g,
-                ggml_tensor * q,
-                ggml_tensor * k,
-                ggml_tensor * v,
-                ggml_tensor * kq_b,
-                ggml_tensor * kq_mask,
-                ggml_tensor * sinks,
-                ggml_tensor * k_rot,
-                ggml_tensor * v_rot,
-                      float   kq_scale,
-                        int   il) {
-    using function = ggml_tensor * (*)(llama_capsule_store *, const llm_graph_context &, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
-                                       ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, float, int);
+ggml_tensor * llama_capsule_cache::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
+    using function = ggml_tensor * (*)(llama_capsule_cache *, const llm_graph_context &, const llama_capsule_attn &);
     static const auto next = (function) next_of_caller();
 
-    if (il == 1) {
-        return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    if (attn.il == 1) {
+        return g.build_attn_mha(attn.q, attn.k, attn.v, attn.kq_b, attn.kq_mask, attn.sinks, nullptr, 0, attn.kq_scale, attn.il);
     }
-    return next(this, g, q, k, v, kq_b, kq_mask, sinks, k_rot, v_rot, kq_scale, il);
+    return next(this, g, attn);
 }

@@ -5,10 +5,25 @@
 
 #include <cstring>
 
+template<typename T>
+static std::vector<T> copy(const T * x, size_t n) {
+    return x ? std::vector<T>(x, x + n) : std::vector<T>();
+}
+
+static llama_capsule_tables::layer::transform copy(const ggml_capsule_transform & t, int n_head, int n_groups) {
+    const size_t n_drop = GGML_CAPSULE_MAX_ROWS - t.n_kept;
+    const size_t lanes  = 2*GGML_CAPSULE_LANES*n_groups;
+    return {
+        copy(t.matrix, 64*64), copy(t.columns, 64*64), copy(t.order, 64), copy(t.near, n_drop*t.n_near), copy(t.gates, n_head*n_drop*t.n_near*lanes/2),
+        copy(t.mlp_up, n_head*t.n_mlp*t.n_near*lanes), copy(t.mlp_bias, n_head*t.n_mlp), copy(t.mlp_down, n_head*t.n_mlp*lanes), (uint32_t) t.n_near, (uint32_t) t.n_mlp,
+    };
+}
+
 extern "C" {
 
 // one layer; forms: (tier, h, w) of each. Sizes of slots -> sizes
 llama_capsule_forms * make_forms(int n_head_kv, int d_k, int d_v, int n_rot, int halves, int n_tiers, const float * k_mean, const float * v_mean, const float * v_axes,
+        const ggml_capsule_transform * k_transform, const ggml_capsule_transform * v_transform,
         const uint8_t * k_table, const uint8_t * v_table, int n_forms, const int32_t * forms, int64_t * sizes) {
     auto tables = std::make_shared<llama_capsule_tables>();
 
@@ -24,8 +39,14 @@ llama_capsule_forms * make_forms(int n_head_kv, int d_k, int d_v, int n_rot, int
         layer.v_axes.assign(v_axes, v_axes + n_head_kv*d_v*d_v);
     }
 
-    const size_t n_k = n_tiers*n_head_kv*llama_capsule_tables::N_ROWS*ggml_capsule_n_groups({ d_k, n_rot, halves });
-    const size_t n_v = n_tiers*n_head_kv*llama_capsule_tables::N_ROWS*ggml_capsule_n_groups({ d_v, 0, halves });
+    const int groups_k = ggml_capsule_n_groups({ d_k, n_rot, halves });
+    const int groups_v = ggml_capsule_n_groups({ d_v, 0, halves });
+
+    layer.k_transform = copy(*k_transform, n_head_kv, groups_k);
+    layer.v_transform = copy(*v_transform, n_head_kv, groups_v);
+
+    const size_t n_k = n_tiers*n_head_kv*llama_capsule_tables::N_ROWS*groups_k;
+    const size_t n_v = n_tiers*n_head_kv*llama_capsule_tables::N_ROWS*groups_v;
 
     layer.k_table.assign(k_table, k_table + n_k);
     layer.v_table.assign(v_table, v_table + n_v);

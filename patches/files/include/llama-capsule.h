@@ -22,27 +22,23 @@ extern "C" {
         float    quality;       // error that a tile of an image may have, in units of q4_0's, 0 = default of the capsule; the smallest tier that holds it is taken
         float    ratio;         // instead: share of the bytes to save, the nearest tier is taken for everything, 0 = by quality
         bool     auto_compress; // compress an image as soon as something else follows it in its sequence
-        bool     guard;         // format v1: blocks that the economy tier would distort go to the faithful tier
     };
 
     struct llama_capsule_stats {
         size_t size; // sizeof(struct llama_capsule_stats)
 
-        uint32_t block_size;       // format v1
         uint32_t n_hot;            // hot cells
         uint32_t n_hot_used;
         uint32_t n_hot_vision;     // hot cells that hold vision tokens
         uint32_t n_cold;           // vision tokens in slots
-        uint32_t n_slots[2];       // format v1: slots in use: economy, faithful
 
-        uint64_t bytes_slot[2];    // format v1: one slot, all layers: economy, faithful
         uint64_t bytes_slots;      // slots in use
         uint64_t bytes_pools;      // slots allocated
         uint64_t bytes_scratch;
         uint64_t bytes_hot;        // the hot cache, allocated
         uint64_t bytes_f16_token;  // K and V of one token in f16, all layers
 
-        // tiers of a capsule, from the smallest; format v1 has none of these
+        // tiers of the capsule, from the smallest
         uint32_t n_tiers;
         uint32_t n_slots_tier[16]; // slots in use
         uint32_t n_cold_tier[16];  // vision tokens in them
@@ -69,7 +65,7 @@ extern "C" {
 
     LLAMA_API bool llama_capsule_is_attached(const struct llama_context * ctx);
 
-    // moves the vision tokens of a sequence in [p0, p1) into slots (format v1: whole blocks of them)
+    // moves the vision tokens of a sequence in [p0, p1) into slots
     // returns the number of tokens moved, < 0 on error
     LLAMA_API int32_t llama_capsule_compress(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 

@@ -21,6 +21,19 @@ struct llm_graph_context;
 class llama_io_read_i;
 class llama_io_write_i;
 
+// what attention of a layer is called with, see llm_graph_context::build_attn_mha()
+struct llama_capsule_attn {
+    ggml_tensor * q;
+    ggml_tensor * k; // hot cells
+    ggml_tensor * v;
+    ggml_tensor * kq_b;
+    ggml_tensor * kq_mask;
+    ggml_tensor * sinks;
+    ggml_tensor * k_rot;
+    float         kq_scale;
+    int           il;
+};
+
 // the compressed part of one llama_kv_cache: vision tokens that left its (hot) cells
 class llama_capsule_memory {
 public:
@@ -78,19 +91,8 @@ public:
     // graph
     //
 
-    // build_attn_mha() over the hot cells (k, v, kq_mask) and the slots
-    virtual ggml_tensor * build_attn(
-            const llm_graph_context & g,
-                        ggml_tensor * q,
-                        ggml_tensor * k,
-                        ggml_tensor * v,
-                        ggml_tensor * kq_b,
-                        ggml_tensor * kq_mask,
-                        ggml_tensor * sinks,
-                        ggml_tensor * k_rot,
-                        ggml_tensor * v_rot,
-                              float   kq_scale,
-                                int   il) = 0;
+    // build_attn_mha() over the hot cells and the slots
+    virtual ggml_tensor * build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) = 0;
 
     // an upper bound of the nodes that build_attn() adds to a graph
     virtual uint32_t graph_nodes() const = 0;

@@ -1149,6 +1149,10 @@ struct capsule_kernel {
     void run(int first, int last, const ggml_capsule_attn_sums & sums) {
         std::vector<int> plain;
         for (int is = first; is < last; ++is) {
+            const auto & form = args.forms[args.slots[is].form];
+            if (!args.k_transform.is_dct(form.h, form.w) || !args.v_transform.is_dct(form.h, form.w)) {
+                continue; // see general.h
+            }
             if (!run_tile(is, is + 1 < last ? is + 1 : -1)) {
                 plain.push_back(is);
             }

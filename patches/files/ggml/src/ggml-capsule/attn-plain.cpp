@@ -49,9 +49,10 @@ void ggml_capsule_attn_tiles_plain(const ggml_capsule_attn_args * args, int head
     float * more   = rows   + GGML_CAPSULE_MAX_ROWS*d;
     float * score  = more   + ggml_capsule_rows_work(d);
 
-    const ggml_capsule_coder k = { args->k, args->k_mean ? args->k_mean + (size_t) head*d_k : nullptr, nullptr };
+    const ggml_capsule_coder k = { args->k, args->k_mean ? args->k_mean + (size_t) head*d_k : nullptr, nullptr,
+                                   args->k_transform.of_head(ggml_capsule_n_groups(args->k), head) };
     const ggml_capsule_coder v = { args->v, args->v_mean ? args->v_mean + (size_t) head*d_v : nullptr,
-                                   args->v_axes ? args->v_axes + (size_t) head*d_v*d_v : nullptr };
+                                   args->v_axes ? args->v_axes + (size_t) head*d_v*d_v : nullptr, args->v_transform };
 
     for (int is = first; is < last; ++is) {
         const auto & slot = args->slots[is];

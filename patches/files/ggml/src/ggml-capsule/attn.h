@@ -1,6 +1,6 @@
 #pragma once
 
-#include "layout.h"
+#include "transform.h"
 
 //
 // Attention of the queries of one KV head over tiles, one online softmax. The caller merges hot cells through the same sums.
@@ -25,7 +25,9 @@ struct ggml_capsule_rope {
 
     int32_t n; // lanes of all groups, padded to 32
     uint8_t turn[60]; // of each group, from token to token
-    double  steps[1]; // radians [2][n], to the next token and to the next line; then the tables
+    double  steps[1]; // radians [2][n], to the next token and to the next line; then the tables, and the same in f32
+
+    static constexpr int N_TABLES = 3*GGML_CAPSULE_SIDE;
 
     // from the first token to the middle of line y, times 2^13
     const int16_t * y_cos(int y) const { return (const int16_t *) (steps + 2*n) + y*n; }
@@ -34,6 +36,9 @@ struct ggml_capsule_rope {
     // of i + 1/2 tokens, i < 4, times 2^15
     const int16_t * x_cos(int i) const { return y_cos(2*GGML_CAPSULE_SIDE + i); }
     const int16_t * x_sin(int i) const { return y_cos(2*GGML_CAPSULE_SIDE + GGML_CAPSULE_SIDE/2 + i); }
+
+    // of any of these
+    const float * exact(const int16_t * table) const { return (const float *) y_cos(N_TABLES) + (table - y_cos(0)); }
 };
 
 size_t ggml_capsule_rope_size(const ggml_capsule_channels & k); // a multiple of 64
@@ -54,6 +59,10 @@ struct ggml_capsule_attn_args {
     const float         * k_mean;  // [n_head_kv][d_k], NULL: zero
     const float         * v_mean;  // [n_head_kv][d_v], NULL: zero
     const float         * v_axes;  // [n_head_kv][d_v][d_v], columns are axes, NULL: none
+
+    // of the layer
+    ggml_capsule_transform k_transform;
+    ggml_capsule_transform v_transform;
 
     // the slots
     const uint8_t                 * pool;

@@ -10,14 +10,10 @@ inline float ggml_capsule_from_half(uint16_t h) {
 
     uint32_t bits = magnitude << 13;
     float    x;
-    if (magnitude >= 0x7c00) {
-        bits += (uint32_t) (255 - 31) << 23; // infinite or not a number
-        memcpy(&x, &bits, sizeof(x));
-    } else {
-        memcpy(&x, &bits, sizeof(x));
-        x *= 0x1p112f; // numbers below the smallest normal one become normal by it
-    }
+    memcpy(&x, &bits, sizeof(x));
+    x *= 0x1p112f; // numbers below the smallest normal one become normal by it
     memcpy(&bits, &x, sizeof(x));
+    bits |= magnitude >= 0x7c00 ? 0x7f800000 : 0; // infinite or not a number
     bits |= (uint32_t) (h & 0x8000) << 16;
     memcpy(&x, &bits, sizeof(x));
     return x;

@@ -3,45 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-static int n_pair_groups(const ggml_capsule_channels & channels) {
-    return (channels.n_rot/2 + GGML_CAPSULE_LANES - 1)/GGML_CAPSULE_LANES;
-}
-
-int ggml_capsule_n_groups(const ggml_capsule_channels & channels) {
-    return n_pair_groups(channels) + (channels.d - channels.n_rot + 2*GGML_CAPSULE_LANES - 1)/(2*GGML_CAPSULE_LANES);
-}
-
-int ggml_capsule_n_lanes(const ggml_capsule_channels & channels, int group) {
-    const int n_paired = n_pair_groups(channels);
-    if (group < n_paired) {
-        return std::min(GGML_CAPSULE_LANES, channels.n_rot/2 - GGML_CAPSULE_LANES*group);
-    }
-    const int left = channels.d - channels.n_rot - 2*GGML_CAPSULE_LANES*(group - n_paired);
-    return std::min(GGML_CAPSULE_LANES, (left + 1)/2);
-}
-
-int ggml_capsule_channel(const ggml_capsule_channels & channels, int group, int reg, int lane) {
-    const int n_paired = n_pair_groups(channels);
-    if (group < n_paired) {
-        const int pair = GGML_CAPSULE_LANES*group + lane;
-        return channels.halves ? pair + reg*channels.n_rot/2 : 2*pair + reg;
-    }
-    const int first   = channels.n_rot + 2*GGML_CAPSULE_LANES*(group - n_paired);
-    const int channel = first + reg*ggml_capsule_n_lanes(channels, group) + lane;
-    return channel < channels.d ? channel : -1;
-}
-
 void ggml_capsule_row_order(int h, int w, uint8_t * order) {
     for (int i = 0; i < h*w; ++i) {
         order[i] = (uint8_t) i;
     }
-    auto roughness = [=](int i) {
-        const int u = i/w*w;
-        const int v = i%w*h;
-        return u*u + v*v;
-    };
-    // ties: by u, which the numbers have already
-    std::stable_sort(order, order + h*w, [=](uint8_t a, uint8_t b) { return roughness(a) < roughness(b); });
+    std::stable_sort(order, order + h*w, [=](uint8_t a, uint8_t b) { return ggml_capsule_roughness(a, h, w) < ggml_capsule_roughness(b, h, w); });
 }
 
 void ggml_capsule_table_rows(int h, int w, uint8_t * rows) {
@@ -63,15 +29,6 @@ void ggml_capsule_table_rows(int h, int w, uint8_t * rows) {
         const int u = order[2*i - 1]/w;
         const int v = order[2*i - 1]%w;
         rows[i] = (uint8_t) ((rank[(2*u + 1)*side/(2*h)*side + (2*v + 1)*side/(2*w)] + 1)/2);
-    }
-}
-
-size_t ggml_capsule_code_size(int bits, int n_rows, int n_lanes) {
-    const size_t n = (size_t) n_rows*n_lanes;
-    switch (bits) {
-        case 3:  return (n + 1)/2 + (n + 3)/4;
-        case 6:  return n + (n + 1)/2;
-        default: return (2*bits*n + 7)/8;
     }
 }
 

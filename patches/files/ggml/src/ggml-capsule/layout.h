@@ -26,6 +26,13 @@
 // Kernels read up to GGML_CAPSULE_PAD bytes behind the last slot of a pool; what is there does not matter.
 //
 
+// formulas that GPUs need as well
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
+#define GGML_CAPSULE_FN __host__ __device__ inline
+#else
+#define GGML_CAPSULE_FN inline
+#endif
+
 constexpr int GGML_CAPSULE_SIDE       = 8;   // a tile has at most 8 x 8 tokens
 constexpr int GGML_CAPSULE_MAX_ROWS   = 64;
 constexpr int GGML_CAPSULE_MAX_BLOCKS = 33;  // of rows: the constant row, 31 pairs, the last row; the height of a table
@@ -49,15 +56,42 @@ struct ggml_capsule_channels {
     int32_t halves; // RoPE pairs are (i, i + n_rot/2), else (2*i, 2*i + 1)
 };
 
-int ggml_capsule_n_groups(const ggml_capsule_channels & channels);
+// groups of RoPE pairs come first
+GGML_CAPSULE_FN int ggml_capsule_n_pair_groups(const ggml_capsule_channels & channels) {
+    return (channels.n_rot/2 + GGML_CAPSULE_LANES - 1)/GGML_CAPSULE_LANES;
+}
+
+GGML_CAPSULE_FN int ggml_capsule_n_groups(const ggml_capsule_channels & channels) {
+    return ggml_capsule_n_pair_groups(channels) + (channels.d - channels.n_rot + 2*GGML_CAPSULE_LANES - 1)/(2*GGML_CAPSULE_LANES);
+}
 
 // lanes of a group, 1 .. 16
-int ggml_capsule_n_lanes(const ggml_capsule_channels & channels, int group);
+GGML_CAPSULE_FN int ggml_capsule_n_lanes(const ggml_capsule_channels & channels, int group) {
+    const int  n_paired = ggml_capsule_n_pair_groups(channels);
+    const bool paired   = group < n_paired;
+    const int  n_left   = paired ? channels.n_rot/2 - GGML_CAPSULE_LANES*group : (channels.d - channels.n_rot - 2*GGML_CAPSULE_LANES*(group - n_paired) + 1)/2;
+
+    return n_left < GGML_CAPSULE_LANES ? n_left : GGML_CAPSULE_LANES;
+}
 
 // the channel at a place, -1: none (the second register of an odd last channel)
-int ggml_capsule_channel(const ggml_capsule_channels & channels, int group, int reg, int lane);
+GGML_CAPSULE_FN int ggml_capsule_channel(const ggml_capsule_channels & channels, int group, int reg, int lane) {
+    const int n_paired = ggml_capsule_n_pair_groups(channels);
+    if (group < n_paired) {
+        const int pair = GGML_CAPSULE_LANES*group + lane;
+        return channels.halves ? pair + reg*channels.n_rot/2 : 2*pair + reg;
+    }
+    const int first   = channels.n_rot + 2*GGML_CAPSULE_LANES*(group - n_paired);
+    const int channel = first + reg*ggml_capsule_n_lanes(channels, group) + lane;
+    return channel < channels.d ? channel : -1;
+}
 
-// the coefficients (u, v) of an h x w tile as u*w + v, from smooth to rough: [h*w]
+// how rough coefficient u*w + v of an h x w tile is: they are stored from smooth to rough, those that are equally rough by their numbers
+GGML_CAPSULE_FN int ggml_capsule_roughness(int i, int h, int w) {
+    return i/w*w*(i/w*w) + i%w*h*(i%w*h);
+}
+
+// the coefficients of an h x w tile in this order: [h*w]
 void ggml_capsule_row_order(int h, int w, uint8_t * order);
 
 inline int ggml_capsule_n_blocks(int h, int w) { return 1 + h*w/2; }
@@ -65,8 +99,31 @@ inline int ggml_capsule_n_blocks(int h, int w) { return 1 + h*w/2; }
 // the row of a whole tile's table that each block of rows of an h x w tile uses: [ggml_capsule_n_blocks(h, w)]
 void ggml_capsule_table_rows(int h, int w, uint8_t * rows);
 
+// bits of an element in the first plane of a block of up to 8 bits
+GGML_CAPSULE_FN constexpr int ggml_capsule_plane_width(int bits) { return bits == 1 ? 2 : bits <= 3 ? 4 : 8; }
+
+// codes of both registers, as numbers from 0 on, from the elements of both planes
+template<int BITS>
+GGML_CAPSULE_FN void ggml_capsule_codes(int first, int second, int & a, int & b) {
+    constexpr int low = ggml_capsule_plane_width(BITS) - BITS; // bits of b in the first plane
+    if (low == BITS) {
+        a = first & ((1 << BITS) - 1);
+        b = first >> BITS;
+    } else {
+        a = first >> low;
+        b = second << low | (first & ((1 << low) - 1));
+    }
+}
+
 // bytes of the codes of a block
-size_t ggml_capsule_code_size(int bits, int n_rows, int n_lanes);
+GGML_CAPSULE_FN size_t ggml_capsule_code_size(int bits, int n_rows, int n_lanes) {
+    const size_t n = (size_t) n_rows*n_lanes;
+    switch (bits) {
+        case 3:  return (n + 1)/2 + (n + 3)/4;
+        case 6:  return n + (n + 1)/2;
+        default: return (2*bits*n + 7)/8;
+    }
+}
 
 //
 // plan: where the blocks of one head are, for one table and one shape; plain data, its size depends on the number of groups

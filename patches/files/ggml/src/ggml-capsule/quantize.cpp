@@ -2,11 +2,13 @@
 
 #include "clones.h"
 #include "half.h"
+#include "tile.h"
 #include "vec.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 //
 // transform
@@ -182,8 +184,88 @@ size_t ggml_capsule_rows_work(int d) {
     return (size_t) 2*GGML_CAPSULE_MAX_ROWS*d;
 }
 
-void ggml_capsule_rows(const ggml_capsule_coder & coder, int h, int w, const float * x, size_t stride, float * rows, float * work) {
+// in groups, as transform.h has them: where channel c of a token is
+static void places_of(const ggml_capsule_channels & channels, int * places) {
+    for (int g = 0; g < ggml_capsule_n_groups(channels); ++g) {
+        for (int i = 0; i < 2*ggml_capsule_n_lanes(channels, g); ++i) {
+            const int n = ggml_capsule_n_lanes(channels, g);
+            const int c = ggml_capsule_channel(channels, g, i/n, i % n);
+            if (c >= 0) {
+                places[c] = (2*g + i/n)*GGML_CAPSULE_LANES + i % n;
+            }
+        }
+    }
+}
+
+// rows [64][d] of kept tokens, and of dropped ones what is left -> tokens [64][d]
+static void add_predicted(const ggml_capsule_coder & coder, const float * rows, float * tokens) {
+    const int    d = coder.channels.d;
+    const int    n = ggml_capsule_n_groups(coder.channels);
+    const size_t ld = (size_t) 2*GGML_CAPSULE_LANES*n;
+
+    int places[GGML_CAPSULE_MAX_D];
+    places_of(coder.channels, places);
+
+    std::vector<float> x(GGML_CAPSULE_MAX_ROWS*ld, 0.0f);
+    for (int r = 0; r < GGML_CAPSULE_MAX_ROWS; ++r) {
+        for (int c = 0; c < d; ++c) {
+            x[coder.whole.order[r]*ld + places[c]] = rows[r*d + c];
+        }
+    }
+    ggml_capsule_predict(coder.whole, n, x.data());
+    for (int t = 0; t < GGML_CAPSULE_MAX_ROWS; ++t) {
+        for (int c = 0; c < d; ++c) {
+            tokens[t*d + c] = x[t*ld + places[c]];
+        }
+    }
+}
+
+// tokens without the mean -> rows; what is predicted is taken from kept tokens as they will be read
+static void kept_rows(const ggml_capsule_coder & coder, const ggml_capsule_plan * plan, const float * tokens, float * rows, float * work) {
+    const int d      = coder.channels.d;
+    const int n_kept = coder.whole.n_kept;
+
+    std::fill(rows, rows + GGML_CAPSULE_MAX_ROWS*d, 0.0f);
+    for (int r = 0; r < n_kept; ++r) {
+        std::copy_n(tokens + coder.whole.order[r]*d, d, rows + r*d);
+    }
+
+    std::vector<uint8_t> bytes(plan->size);
+    ggml_capsule_store(coder.channels, plan, rows, bytes.data());
+    ggml_capsule_load (coder.channels, plan, bytes.data(), work);
+    std::fill(work + n_kept*d, work + GGML_CAPSULE_MAX_ROWS*d, 0.0f);
+    add_predicted(coder, work, work);
+
+    for (int r = n_kept; r < GGML_CAPSULE_MAX_ROWS; ++r) {
+        const int t = coder.whole.order[r];
+        for (int c = 0; c < d; ++c) {
+            rows[r*d + c] = tokens[t*d + c] - work[t*d + c];
+        }
+    }
+}
+
+void ggml_capsule_rows(const ggml_capsule_coder & coder, const ggml_capsule_plan * plan, int h, int w, const float * x, size_t stride, float * rows, float * work) {
     const int d = coder.channels.d;
+
+    if (!coder.whole.is_dct(h, w)) {
+        float * a = work;
+        float * b = work + GGML_CAPSULE_MAX_ROWS*d;
+
+        for (int t = 0; t < h*w; ++t) {
+            for (int c = 0; c < d; ++c) {
+                a[t*d + c] = x[t*stride + c] - (coder.mean ? coder.mean[c] : 0.0f);
+            }
+        }
+        if (coder.whole.order) {
+            kept_rows(coder, plan, a, rows, b);
+            return; // keys have no axes
+        }
+        mul_small(h*w, coder.whole.matrix, h*w, 1, a, d, coder.axes ? b : rows, d, d);
+        if (coder.axes) {
+            turn(coder.axes, d, h*w, b, rows);
+        }
+        return;
+    }
 
     dct_tile(h, w, x, stride, coder.mean, coder.axes ? work : rows, d);
     if (coder.axes) {
@@ -196,11 +278,13 @@ void ggml_capsule_inverse(const ggml_capsule_coder & coder, int h, int w, const 
     float * a = work;
     float * b = work + GGML_CAPSULE_MAX_ROWS*d;
 
+    const bool is_dct = coder.whole.is_dct(h, w);
+
     uint8_t order[GGML_CAPSULE_MAX_ROWS];
     ggml_capsule_row_order(h, w, order);
     for (int r = 0; r < h*w; ++r) {
         const float * in = rows + r*d;
-        float * out = a + order[r]*d;
+        float * out = is_dct ? a + order[r]*d : b + r*d;
         for (int i = 0; i < d; ++i) {
             float sum = coder.axes ? 0.0f : in[i];
             for (int j = 0; coder.axes && j < d; ++j) {
@@ -209,11 +293,17 @@ void ggml_capsule_inverse(const ggml_capsule_coder & coder, int h, int w, const 
             out[i] = sum;
         }
     }
-    for (int u = 0; u < h; ++u) {
-        mul_small(w, dct(w), 1, w, a + u*w*d, d, b + u*w*d, d, d);
-    }
-    for (int i = 0; i < w; ++i) {
-        mul_small(h, dct(h), 1, h, b + i*d, w*d, a + i*d, w*d, d);
+    if (is_dct) {
+        for (int u = 0; u < h; ++u) {
+            mul_small(w, dct(w), 1, w, a + u*w*d, d, b + u*w*d, d, d);
+        }
+        for (int i = 0; i < w; ++i) {
+            mul_small(h, dct(h), 1, h, b + i*d, w*d, a + i*d, w*d, d);
+        }
+    } else if (coder.whole.order) {
+        add_predicted(coder, b, a);
+    } else {
+        mul_small(h*w, coder.whole.matrix, 1, h*w, b, d, a, d, d);
     }
     for (int t = 0; t < h*w; ++t) {
         for (int c = 0; c < d; ++c) {

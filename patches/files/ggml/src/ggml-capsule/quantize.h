@@ -1,6 +1,6 @@
 #pragma once
 
-#include "layout.h"
+#include "transform.h"
 
 //
 // From the K or V of a tile to the bytes of a head. The same coefficients give the same bytes as kvcapsule_gguf/codec does.
@@ -11,12 +11,15 @@ struct ggml_capsule_coder {
     ggml_capsule_channels channels;
     const float         * mean; // [d], NULL: zero
     const float         * axes; // [d][d], column j is axis j; NULL: the channels themselves
+
+    ggml_capsule_transform whole = {}; // of a whole tile, for this head
 };
 
 // x: [h*w] tokens, line by line, `stride` floats apart -> coefficients f32 [h*w][d], from smooth to rough
+// plan: how they will be stored, which the rows of dropped tokens depend on; NULL if there are none
 // work: ggml_capsule_rows_work(d) floats
 size_t ggml_capsule_rows_work(int d);
-void   ggml_capsule_rows(const ggml_capsule_coder & coder, int h, int w, const float * x, size_t stride, float * rows, float * work);
+void   ggml_capsule_rows(const ggml_capsule_coder & coder, const ggml_capsule_plan * plan, int h, int w, const float * x, size_t stride, float * rows, float * work);
 
 // the inverse: coefficients -> tokens; the same work
 void   ggml_capsule_inverse(const ggml_capsule_coder & coder, int h, int w, const float * rows, float * x, size_t stride, float * work);

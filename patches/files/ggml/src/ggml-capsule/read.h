@@ -47,25 +47,10 @@ inline void capsule_read_plane(const uint8_t * bytes, int width, int n, uint8_t 
     }
 }
 
-// codes of both registers from the elements of both planes, as numbers from 0 on
-template<int BITS>
-inline void capsule_read_codes(int first, int second, int & a, int & b) {
-    constexpr int width = BITS == 1 ? 2 : BITS <= 3 ? 4 : 8; // of the first plane
-    constexpr int low   = width - BITS;                      // bits of b in it
-
-    if (low == BITS) {
-        a = first & ((1 << BITS) - 1);
-        b = first >> BITS;
-    } else {
-        a = first >> low;
-        b = second << low | (first & ((1 << low) - 1));
-    }
-}
-
 // the codes of a block -> a and b: [2 rows][16], mixed back
 template<int BITS, int ROWS>
 inline void capsule_read_block(const uint8_t * code, int n_lanes, float scale, float * a, float * b) {
-    constexpr int   width = BITS == 1 ? 2 : BITS <= 3 ? 4 : 8;
+    constexpr int   width = ggml_capsule_plane_width(BITS);
     constexpr float zero  = BITS == 1 ? 0.5f : (float) (1 << (BITS - 1));
     constexpr float norm  = (BITS == 1 ? 2.0f : 1.0f)*(ROWS == 2 ? 0.5f : 0.70710678118654752f);
 
@@ -81,7 +66,7 @@ inline void capsule_read_block(const uint8_t * code, int n_lanes, float scale, f
     const float f = norm*scale;
     for (int i = 0; i < GGML_CAPSULE_LANES; ++i) {
         int a0, b0;
-        capsule_read_codes<BITS>(first[ROWS*i], second[ROWS*i], a0, b0);
+        ggml_capsule_codes<BITS>(first[ROWS*i], second[ROWS*i], a0, b0);
 
         const float s0 = (float) (a0 + b0) - 2*zero;
         const float d0 = (float) (a0 - b0);
@@ -92,7 +77,7 @@ inline void capsule_read_block(const uint8_t * code, int n_lanes, float scale, f
         }
 
         int a1, b1;
-        capsule_read_codes<BITS>(first[ROWS*i + 1], second[ROWS*i + 1], a1, b1);
+        ggml_capsule_codes<BITS>(first[ROWS*i + 1], second[ROWS*i + 1], a1, b1);
 
         const float s1 = (float) (a1 + b1) - 2*zero;
         const float d1 = (float) (a1 - b1);
@@ -122,11 +107,12 @@ inline void capsule_read_floats(int n_rows, int n_lanes, F value, float * a, flo
 }
 
 // the rows of a group -> x: [u*w + v][ld], 2 registers of 16 lanes side by side; lanes that are not there are finite
-inline void capsule_read_group(const ggml_capsule_plan * plan, int g, const uint8_t * bytes, float * x, size_t ld) {
+// order: where else each row goes
+inline void capsule_read_group(const ggml_capsule_plan * plan, int g, const uint8_t * bytes, float * x, size_t ld, const uint8_t * order = nullptr) {
     constexpr int L = GGML_CAPSULE_LANES;
 
     const auto & group   = plan->groups[g];
-    const auto & order   = capsule_read_tables::get().order[plan->h][plan->w];
+    order = order ? order : capsule_read_tables::get().order[plan->h][plan->w];
     const int    n_lanes = group.n_lanes;
 
     for (int i = 0; i < ggml_capsule_n_blocks(plan->h, plan->w); ++i) {

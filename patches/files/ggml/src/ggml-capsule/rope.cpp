@@ -10,8 +10,7 @@ static int padded_lanes(const ggml_capsule_channels & k) {
 }
 
 size_t ggml_capsule_rope_size(const ggml_capsule_channels & k) {
-    constexpr int n_tables = 3*GGML_CAPSULE_SIDE;
-    return offsetof(ggml_capsule_rope, steps) + padded_lanes(k)*(2*sizeof(double) + n_tables*sizeof(int16_t));
+    return offsetof(ggml_capsule_rope, steps) + padded_lanes(k)*(2*sizeof(double) + ggml_capsule_rope::N_TABLES*(sizeof(int16_t) + sizeof(float)));
 }
 
 void ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channels & k, const double * step_x, const double * step_y) {
@@ -20,9 +19,9 @@ void ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channel
     std::fill((uint8_t *) rope, (uint8_t *) rope + ggml_capsule_rope_size(k), (uint8_t) 0);
     rope->n = padded_lanes(k);
 
-    auto put = [](const int16_t * c, const int16_t * s, int i, const turn & z, int one) {
-        const_cast<int16_t *>(c)[i] = (int16_t) std::min(32767L, std::lrint(one*z.real()));
-        const_cast<int16_t *>(s)[i] = (int16_t) std::min(32767L, std::lrint(one*z.imag()));
+    auto put = [&](const int16_t * table, int i, double x, int one) {
+        const_cast<int16_t *>(table)[i]           = (int16_t) std::min(32767L, std::lrint(one*x));
+        const_cast<float *>(rope->exact(table))[i] = (float) x;
     };
     for (int i = 0; i < rope->n; ++i) {
         const double x = i < k.n_rot/2 ? step_x[i] : 0.0; // groups of pairs come first, and only the last of them is short
@@ -34,12 +33,14 @@ void ggml_capsule_rope_init(ggml_capsule_rope * rope, const ggml_capsule_channel
         const turn token = half*half;
         turn at = half;
         for (int j = 0; j < GGML_CAPSULE_SIDE/2; ++j, at *= token) {
-            put(rope->x_cos(j), rope->x_sin(j), i, at, 32768);
+            put(rope->x_cos(j), i, at.real(), 32768);
+            put(rope->x_sin(j), i, at.imag(), 32768);
         }
         const turn line = std::polar(1.0, y);
         at = half*token*token*token; // the middle of 8 tokens
         for (int j = 0; j < GGML_CAPSULE_SIDE; ++j, at *= line) {
-            put(rope->y_cos(j), rope->y_sin(j), i, at, 8192);
+            put(rope->y_cos(j), i, at.real(), 8192);
+            put(rope->y_sin(j), i, at.imag(), 8192);
         }
 
         const double most = (GGML_CAPSULE_SIDE - 1)/2.0*std::fabs(x);

@@ -27,7 +27,7 @@ static CAPSULE_INLINE void get_plane(const uint8_t * bytes, int width, int n, ui
 // codes: [2*n_rows][n_lanes]
 static CAPSULE_INLINE void get_codes(const uint8_t * bytes, int bits, int n_rows, int n_lanes, int8_t * codes) {
     const int n     = n_rows*n_lanes;
-    const int width = bits == 1 ? 2 : bits <= 3 ? 4 : 8; // of the first plane
+    const int width = ggml_capsule_plane_width(bits);
     const int low   = width - bits;                      // bits of b in it
     uint8_t first [MAX_N];
     uint8_t second[MAX_N] = {};
@@ -232,6 +232,9 @@ float ggml_capsule_step(const ggml_capsule_coder & coder, const ggml_capsule_pla
 }
 
 void ggml_capsule_slot_seal(const ggml_capsule_form & form, int n_head_kv, const ggml_capsule_coder * k, uint8_t * slot) {
+    if (!k[0].whole.is_dct(form.h, form.w)) {
+        return; // the kernels do not read it
+    }
     for (int i = 0; i < n_head_kv; ++i) {
         uint8_t * bytes = slot + form.k_offset[i];
         *ggml_capsule_step_of(bytes) = ggml_capsule_step(k[i], ggml_capsule_form_k(form, i), bytes);

@@ -1,7 +1,9 @@
 #include "capsule.h"
 
-#include "ggml-capsule-layout.h"
+#include "ggml-capsule.h"
 #include "ggml-capsule/attn.h"
+#include "ggml-capsule/general.h"
+#include "ggml-capsule/op.h"
 #include "ggml-capsule/read.h"
 
 #include "ggml-cpu-impl.h"
@@ -53,6 +55,8 @@ struct tile_node {
     const float * mean(int head, bool is_v) const;
     const float * axes(int head) const; // of V, NULL: none
 
+    ggml_capsule_transform transform(bool is_v) const; // of the layer
+
 private:
     const ggml_capsule_tile_tables & head() const { return *(const ggml_capsule_tile_tables *) tables; }
 };
@@ -103,6 +107,27 @@ const float * tile_node::axes(int i_head) const {
     const float * res = floats(head().v_axes);
 
     return res ? res + (size_t) i_head*p.d_v*p.d_v : nullptr;
+}
+
+ggml_capsule_transform tile_node::transform(bool is_v) const {
+    const auto & h = head();
+
+    ggml_capsule_transform res;
+
+    res.matrix  = floats(is_v ? h.v_matrix  : h.k_matrix);
+    res.columns = floats(is_v ? h.v_columns : h.k_columns);
+    if (!is_v && h.k_order != 0) {
+        res.order    = tables + h.k_order;
+        res.near     = tables + h.k_near;
+        res.n_kept   = h.n_kept;
+        res.n_near   = h.n_near;
+        res.n_mlp    = h.n_mlp;
+        res.gates    = floats(h.k_gates);
+        res.mlp_up   = floats(h.k_mlp_up);
+        res.mlp_bias = floats(h.k_mlp_bias);
+        res.mlp_down = floats(h.k_mlp_down);
+    }
+    return res;
 }
 
 // normalised, of runs of n values
@@ -158,11 +183,12 @@ struct reader {
     const int  d;
 
     const ggml_capsule_channels & ch;
+    const ggml_capsule_transform  transform;
 
     std::vector<float> x; // [tokens][d], of the slot that was read last
 
     reader(const tile_node & node, bool is_v) :
-        node(node), is_v(is_v), d(is_v ? node.p.d_v : node.p.d_k), ch(is_v ? node.ch_v : node.ch_k) {
+        node(node), is_v(is_v), d(is_v ? node.p.d_v : node.p.d_k), ch(is_v ? node.ch_v : node.ch_k), transform(node.transform(is_v)) {
     }
 
     void read(int i_slot, int head);
@@ -180,7 +206,9 @@ private:
     std::vector<float> turned; // [groups][2*L][ld]: what turns rows back from the axes of a head
     int                turned_head = -1;
 
+    void put_group  (int g, const float * group, size_t ld, int n);
     void read_groups(const ggml_capsule_plan * plan, const uint8_t * bytes, int n);
+    void read_whole (const ggml_capsule_plan * plan, const uint8_t * bytes, int head);
     void read_axes  (const ggml_capsule_plan * plan, const uint8_t * bytes, int n, int head);
 };
 
@@ -195,6 +223,8 @@ void reader::read(int i_slot, int head) {
     x.resize(n*d);
     if (is_v && node.axes(head)) {
         read_axes(plan, bytes, n, head);
+    } else if (!transform.is_dct(f.h, f.w)) {
+        read_whole(plan, bytes, head);
     } else {
         read_groups(plan, bytes, n);
     }
@@ -202,6 +232,31 @@ void reader::read(int i_slot, int head) {
     if (const float * mean = node.mean(head, is_v)) {
         for (int j = 0; j < n; ++j) {
             ggml_vec_acc_f32(d, x.data() + j*d, mean);
+        }
+    }
+}
+
+// a group of n tokens -> x
+void reader::put_group(int g, const float * group, size_t ld, int n) {
+    const int n_lanes = ggml_capsule_n_lanes(ch, g);
+    const int c       = ggml_capsule_channel(ch, g, 0, 0);
+    const int step    = n_lanes > 1 ? ggml_capsule_channel(ch, g, 0, 1) - c : 1;
+
+    for (int reg = 0; reg < 2; ++reg) {
+        const int first = ggml_capsule_channel(ch, g, reg, 0);
+        const int n_reg = first < 0 ? 0 : n_lanes - (ggml_capsule_channel(ch, g, reg, n_lanes - 1) < 0);
+
+        for (int j = 0; j < n; ++j) {
+            const float * from = group + j*ld + reg*L;
+            float       * to   = x.data() + j*d + first;
+
+            if (step == 1) {
+                std::copy_n(from, n_reg, to);
+            } else {
+                for (int i = 0; i < n_reg; ++i) {
+                    to[i*step] = from[i];
+                }
+            }
         }
     }
 }
@@ -214,27 +269,19 @@ void reader::read_groups(const ggml_capsule_plan * plan, const uint8_t * bytes, 
         capsule_inverse_tile(group.data(),     2*L, plan->h, plan->w);
         capsule_inverse_tile(group.data() + L, 2*L, plan->h, plan->w);
 
-        const int n_lanes = plan->groups[g].n_lanes;
-        const int c       = ggml_capsule_channel(ch, g, 0, 0);
-        const int step    = n_lanes > 1 ? ggml_capsule_channel(ch, g, 0, 1) - c : 1;
+        put_group(g, group.data(), 2*L, n);
+    }
+}
 
-        for (int reg = 0; reg < 2; ++reg) {
-            const int first = ggml_capsule_channel(ch, g, reg, 0);
-            const int n_reg = first < 0 ? 0 : n_lanes - (ggml_capsule_channel(ch, g, reg, n_lanes - 1) < 0);
+void reader::read_whole(const ggml_capsule_plan * plan, const uint8_t * bytes, int head) {
+    const size_t ld = plan->n_groups*2*L;
 
-            for (int j = 0; j < n; ++j) {
-                const float * from = group.data() + j*2*L + reg*L;
-                float       * to   = x.data() + j*d + first;
+    rows.resize(GGML_CAPSULE_MAX_ROWS*ld);
+    out .resize(GGML_CAPSULE_MAX_ROWS*ld);
 
-                if (step == 1) {
-                    std::copy_n(from, n_reg, to);
-                } else {
-                    for (int i = 0; i < n_reg; ++i) {
-                        to[i*step] = from[i];
-                    }
-                }
-            }
-        }
+    const float * tokens = capsule_rebuild(transform.of_head(plan->n_groups, head), plan, bytes, rows.data(), out.data());
+    for (int g = 0; g < plan->n_groups; ++g) {
+        put_group(g, tokens + g*2*L, ld, GGML_CAPSULE_MAX_ROWS);
     }
 }
 
@@ -256,19 +303,18 @@ void reader::read_axes(const ggml_capsule_plan * plan, const uint8_t * bytes, in
         }
     }
 
+    const bool is_dct = transform.is_dct(plan->h, plan->w);
+
+    const uint8_t * order = is_dct ? capsule_read_tables::get().order[plan->h][plan->w] : capsule_same_order();
+
     rows.resize(n*ld_rows);
     for (int g = 0; g < plan->n_groups; ++g) {
-        capsule_read_group(plan, g, bytes, rows.data() + g*2*L, ld_rows);
+        capsule_read_group(plan, g, bytes, rows.data() + g*2*L, ld_rows, order);
     }
 
     // rows of high frequencies are often not stored
-    bool stored[GGML_CAPSULE_MAX_ROWS] = {};
-    for (int g = 0; g < plan->n_groups; ++g) {
-        ggml_capsule_plan_blocks(plan, g, [&](int row, int n_rows, int, int) {
-            std::fill_n(stored + row, n_rows, true);
-        });
-    }
-    const auto & order = capsule_read_tables::get().order[plan->h][plan->w];
+    bool stored[GGML_CAPSULE_MAX_ROWS];
+    capsule_stored_rows(plan, stored);
 
     bool used[GGML_CAPSULE_MAX_ROWS];
     for (int i = 0; i < n; ++i) {
@@ -283,11 +329,17 @@ void reader::read_axes(const ggml_capsule_plan * plan, const uint8_t * bytes, in
         }
     }
 
-    for (int i = 0; i < ld; i += L) {
-        capsule_inverse_tile(out.data() + i, ld, plan->h, plan->w);
+    if (is_dct) {
+        for (int i = 0; i < ld; i += L) {
+            capsule_inverse_tile(out.data() + i, ld, plan->h, plan->w);
+        }
+    } else {
+        rows.resize(n*ld);
+        capsule_rebuild_learned(transform.matrix, stored, out.data(), rows.data(), ld, ld);
     }
+    const float * tokens = (is_dct ? out : rows).data();
     for (int j = 0; j < n; ++j) {
-        std::copy_n(out.data() + j*ld, d, x.data() + j*d);
+        std::copy_n(tokens + j*ld, d, x.data() + j*d);
     }
 }
 
@@ -499,6 +551,10 @@ attn_call::attn_call(ggml_tensor * dst, const tile_node & node, buffers & b) : d
     args.k_mean    = node.mean(0, false);
     args.v_mean    = node.mean(0, true);
     args.v_axes    = node.axes(0);
+
+    args.k_transform = node.transform(false);
+    args.v_transform = node.transform(true);
+
     args.pool      = node.pool;
     args.unit      = 64;
     args.forms     = node.forms.data();
@@ -790,8 +846,11 @@ void combine(const ggml_compute_params * params, ggml_tensor * dst) {
 
 } // namespace
 
-void ggml_compute_forward_capsule_tiles(const ggml_compute_params * params, ggml_tensor * dst) {
-    switch (ggml_capsule_op_of(dst)) {
+void ggml_compute_forward_capsule(const ggml_compute_params * params, ggml_tensor * dst) {
+    ggml_capsule_tile_params p;
+    memcpy(&p, dst->op_params, sizeof(p));
+
+    switch (p.op) {
         case GGML_CAPSULE_OP_TILE_ATTN:    attend (params, dst); break;
         case GGML_CAPSULE_OP_TILE_COMBINE: combine(params, dst); break;
         case GGML_CAPSULE_OP_TILE_UNPACK:  unpack (params, dst); break;

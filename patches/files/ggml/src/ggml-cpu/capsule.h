@@ -8,8 +8,7 @@ extern "C" {
 
 struct ggml_compute_params;
 
-void ggml_compute_forward_capsule      (const struct ggml_compute_params * params, struct ggml_tensor * dst);
-void ggml_compute_forward_capsule_tiles(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_capsule(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }

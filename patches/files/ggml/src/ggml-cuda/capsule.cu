@@ -1,95 +1,125 @@
 #include "capsule.cuh"
+#include "capsule-tiles.cuh"
 
-#include "../ggml-capsule-attn.h"
-#include "../ggml-capsule-encode.h"
-#include "ggml-capsule.h"
+#include "../ggml-capsule/op.h"
 
-// compiled, never run on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
+// compiled, and run on a CPU; never on a GPU so far: libllama takes this path only on request (LLAMA_KVCAPSULE_PATH=op)
 
-static constexpr int CAPSULE_CUDA_THREADS = 128;
-static constexpr int CAPSULE_CUDA_BLOCKS  = 4; // on a multiprocessor: shared memory allows 1 to 5, registers are no limit then
-static constexpr int CAPSULE_CUDA_WIDE    = 256; // threads of a block that has most of a multiprocessor's shared memory to itself
+static constexpr int CAPSULE_MAX_THREADS = GGML_CAPSULE_LANES*GGML_CAPSULE_MAX_GROUPS/CAPSULE_WARP*CAPSULE_WARP + CAPSULE_WARP;
+static constexpr int CAPSULE_ROW_THREADS = 128; // of a row of the result
 
-extern __shared__ __align__(32) char capsule_shared[]; // tensor cores want that
+extern __shared__ __align__(16) char capsule_memory[];
 
-template <typename T, typename U>
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_unpack_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    capsule_unpack<T, U>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
+static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS) capsule_unpack_kernel(const capsule_tile_args args) {
+    capsule_unpack(args, capsule_memory);
 }
 
-template <typename T, typename U>
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_attn_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    capsule_attn<T, U>({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
+static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS) capsule_attn_kernel(const capsule_tile_args args) {
+    capsule_attend(args, capsule_memory);
 }
 
-static __global__ void __launch_bounds__(CAPSULE_CUDA_WIDE, 1) capsule_attn_wide_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    capsule_attn<half, half>({ CAPSULE_CUDA_WIDE, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
+static __global__ void capsule_combine_kernel(const capsule_tile_args args) {
+    capsule_combine(args);
 }
 
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_encode_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    capsule_encode({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
-}
-
-static __global__ void __launch_bounds__(CAPSULE_CUDA_THREADS, CAPSULE_CUDA_BLOCKS) capsule_errors_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    capsule_errors({ CAPSULE_CUDA_THREADS, (int) threadIdx.x }, args, ptrs, capsule_shared, blockIdx.x);
-}
-
-static __global__ void capsule_combine_kernel(const capsule_args args, const capsule_ptrs ptrs) {
-    for (int c = threadIdx.x; c < args.d_v; c += blockDim.x) {
-        ((float *) ptrs.dst)[(int64_t) blockIdx.x*args.d_v + c] = capsule_combine(args, ptrs.q, blockIdx.x, c);
+static bool capsule_type_of(ggml_type type, int & res) {
+    switch (type) {
+        case GGML_TYPE_F32:  res = CAPSULE_F32;  return true;
+        case GGML_TYPE_F16:  res = CAPSULE_F16;  return true;
+        case GGML_TYPE_BF16: res = CAPSULE_BF16; return true;
+        default:             return false;
     }
 }
 
-// a function per kernel: CUDA_SET_SHARED_MEMORY_LIMIT() remembers where it was called, not for what
-template <void (*kernel)(const capsule_args, const capsule_ptrs), int n_threads = CAPSULE_CUDA_THREADS>
-static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_args & args, const capsule_ptrs & ptrs) {
+static bool capsule_tensor_of(const ggml_tensor * t, capsule_tensor & res) {
+    res = { (const char *) t->data, CAPSULE_F32, (int64_t) t->nb[0], (int64_t) t->nb[1], (int64_t) t->nb[2] };
+
+    return capsule_type_of(t->type, res.type);
+}
+
+// false: there are no kernels for this node
+static bool capsule_args_of(const ggml_tensor * op, capsule_tile_args & args) {
+    args = {};
+    memcpy(&args.p, op->op_params, sizeof(args.p));
+
+    const auto & p      = args.p;
+    const bool   halves = !(p.flags & GGML_CAPSULE_FLAG_NORM);
+
+    args.k = { p.d_k, p.n_rot, halves };
+    args.v = { p.d_v, 0, halves };
+
+    const int n_groups = std::max(ggml_capsule_n_groups(args.k), ggml_capsule_n_groups(args.v));
+
+    args.n_threads = GGML_PAD(GGML_CAPSULE_LANES*n_groups, CAPSULE_WARP);
+    args.ld_angles = 2*GGML_CAPSULE_LANES*ggml_capsule_n_groups(args.k);
+
+    bool res = capsule_tensor_of(op, args.dst) && !(p.flags & (GGML_CAPSULE_FLAG_ROT_K | GGML_CAPSULE_FLAG_ROT_V));
+
+    const auto * const * src = op->src;
+    if (p.op == GGML_CAPSULE_OP_TILE_COMBINE) {
+        args.n_head   = op->ne[0]/p.d_v;
+        args.n_tokens = op->ne[1];
+        return capsule_tensor_of(src[CAPSULE_TILE_SRC_Q], args.q) && res;
+    }
+
+    args.n_slots = src[CAPSULE_TILE_SRC_SLOTS]->ne[0];
+    args.pool    = (const uint8_t *) src[CAPSULE_TILE_SRC_POOL]->data;
+    args.slots   = (const int32_t *) src[CAPSULE_TILE_SRC_SLOTS]->data;
+    args.tables  = (const uint8_t *) src[CAPSULE_TILE_SRC_TABLES]->data;
+    args.angles  = src[CAPSULE_TILE_SRC_ANGLES] ? (const float *) src[CAPSULE_TILE_SRC_ANGLES]->data : nullptr;
+
+    if (p.op == GGML_CAPSULE_OP_TILE_UNPACK) {
+        // one row for each channel, whatever lies beside each other in memory
+        if ((p.flags & GGML_CAPSULE_FLAG_V) && (p.flags & GGML_CAPSULE_FLAG_V_TRANS)) {
+            std::swap(args.dst.nb0, args.dst.nb1);
+        }
+        return res && op->type != GGML_TYPE_BF16;
+    }
+
+    args.n_head   = src[CAPSULE_TILE_SRC_Q]->ne[1];
+    args.n_tokens = src[CAPSULE_TILE_SRC_Q]->ne[2];
+    args.n_kv     = src[CAPSULE_TILE_SRC_K]->ne[2];
+    args.seen     = { (const char *) src[CAPSULE_TILE_SRC_SEEN]->data, 0, 1, (int64_t) src[CAPSULE_TILE_SRC_SEEN]->nb[1], 0 };
+
+    res = capsule_tensor_of(src[CAPSULE_TILE_SRC_Q],    args.q)     && res;
+    res = capsule_tensor_of(src[CAPSULE_TILE_SRC_K],    args.hot_k) && res;
+    res = capsule_tensor_of(src[CAPSULE_TILE_SRC_V],    args.hot_v) && res;
+    res = capsule_tensor_of(src[CAPSULE_TILE_SRC_MASK], args.mask)  && res;
+    res = capsule_tensor_of(src[CAPSULE_TILE_SRC_COLD], args.cold)  && res;
+
+    if (p.flags & GGML_CAPSULE_FLAG_V_TRANS) {
+        std::swap(args.hot_v.nb0, args.hot_v.nb2);
+    }
+    return res;
+}
+
+// a function for each kernel: CUDA_SET_SHARED_MEMORY_LIMIT() remembers where it was called, not for what
+template <void (*kernel)(const capsule_tile_args)>
+static void capsule_launch(ggml_backend_cuda_context & ctx, const capsule_tile_args & args, dim3 grid, int n_threads, size_t n_shared) {
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, ggml_cuda_info().devices[ctx.device].smpbo);
 
-    kernel<<<args.n_items, n_threads, args.s_size, ctx.stream()>>>(args, ptrs);
+    kernel<<<grid, n_threads, n_shared, ctx.stream()>>>(args);
     CUDA_CHECK(cudaGetLastError());
 }
 
-static void capsule_args_init(int device, const ggml_tensor * op, capsule_args & args, capsule_ptrs & ptrs) {
-    const auto & info = ggml_cuda_info().devices[device];
-
-    // tensor cores: not on other vendors' devices
-    ggml_capsule_args_init(op, CAPSULE_SHARED_DEFAULT, info.smpbo, GGML_CUDA_CC_IS_NVIDIA(info.cc) && info.cc >= GGML_CUDA_CC_TURING, args, ptrs);
-}
-
 void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    capsule_args args;
-    capsule_ptrs ptrs;
-    capsule_args_init(ctx.device, dst, args, ptrs);
+    capsule_tile_args args;
+    GGML_ASSERT(capsule_args_of(dst, args));
 
-    switch (ggml_capsule_op_of(dst)) {
-        case GGML_CAPSULE_OP_UNPACK:
-            if (args.tile_f32) {
-                capsule_launch<capsule_unpack_kernel<float, float>>(ctx, args, ptrs);
-            } else if (args.mma) {
-                capsule_launch<capsule_unpack_kernel<half, float>>(ctx, args, ptrs);
-            } else {
-                capsule_launch<capsule_unpack_kernel<half, half>>(ctx, args, ptrs);
-            }
+    const auto & p = args.p;
+
+    const int n_all = args.n_head/p.n_head_kv*args.n_tokens;
+
+    switch (p.op) {
+        case GGML_CAPSULE_OP_TILE_UNPACK:
+            capsule_launch<capsule_unpack_kernel>(ctx, args, dim3(args.n_slots, p.n_head_kv, 1), args.n_threads, capsule_unpack_shared(args.n_threads));
             break;
-        case GGML_CAPSULE_OP_ATTN:
-            if (args.tile_f32) {
-                capsule_launch<capsule_attn_kernel<float, float>>(ctx, args, ptrs);
-            } else if (args.mma) {
-                capsule_launch<capsule_attn_kernel<half, float>>(ctx, args, ptrs);
-            } else if (args.s_size > CAPSULE_SHARED_DEFAULT) {
-                capsule_launch<capsule_attn_wide_kernel, CAPSULE_CUDA_WIDE>(ctx, args, ptrs);
-            } else {
-                capsule_launch<capsule_attn_kernel<half, half>>(ctx, args, ptrs);
-            }
+        case GGML_CAPSULE_OP_TILE_ATTN:
+            capsule_launch<capsule_attn_kernel>(ctx, args, dim3(p.n_head_kv, p.n_parts, (n_all + CAPSULE_QUERIES - 1)/CAPSULE_QUERIES), args.n_threads,
+                    capsule_attn_shared(p, args.n_threads));
             break;
-        case GGML_CAPSULE_OP_COMBINE:
-            capsule_launch<capsule_combine_kernel>(ctx, args, ptrs);
-            break;
-        case GGML_CAPSULE_OP_ENCODE:
-            capsule_launch<capsule_encode_kernel>(ctx, args, ptrs);
-            break;
-        case GGML_CAPSULE_OP_ERRORS:
-            capsule_launch<capsule_errors_kernel>(ctx, args, ptrs);
+        case GGML_CAPSULE_OP_TILE_COMBINE:
+            capsule_launch<capsule_combine_kernel>(ctx, args, dim3(args.n_head*args.n_tokens, 1, 1), CAPSULE_ROW_THREADS, 0);
             break;
         default:
             GGML_ABORT("fatal error");
@@ -97,13 +127,12 @@ void ggml_cuda_capsule(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 bool ggml_cuda_capsule_supported(int device, const ggml_tensor * op) {
-    if (ggml_capsule_op_of(op) >= GGML_CAPSULE_OP_TILE_ATTN) {
+    capsule_tile_args args;
+    if (!capsule_args_of(op, args)) {
         return false;
     }
+    const size_t n_shared = args.p.op == GGML_CAPSULE_OP_TILE_UNPACK ? capsule_unpack_shared(args.n_threads) :
+                            args.p.op == GGML_CAPSULE_OP_TILE_ATTN   ? capsule_attn_shared(args.p, args.n_threads) : 0;
 
-    capsule_args args;
-    capsule_ptrs ptrs;
-    capsule_args_init(device, op, args, ptrs);
-
-    return (size_t) args.s_size <= ggml_cuda_info().devices[device].smpbo;
+    return n_shared <= ggml_cuda_info().devices[device].smpbo;
 }

@@ -405,19 +405,8 @@ bool llama_capsule_cache::make_room(const llama_batch_ext & batch) {
 // graph
 //
 
-ggml_tensor * llama_capsule_cache::build_attn(
-        const llm_graph_context & g,
-                    ggml_tensor * q,
-                    ggml_tensor * k,
-                    ggml_tensor * v,
-                    ggml_tensor * kq_b,
-                    ggml_tensor * kq_mask,
-                    ggml_tensor * sinks,
-                    ggml_tensor * k_rot,
-                    ggml_tensor * v_rot,
-                          float   kq_scale,
-                            int   il) {
-    return graph->build_attn(g, q, k, v, kq_b, kq_mask, sinks, k_rot, v_rot, kq_scale, il);
+ggml_tensor * llama_capsule_cache::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
+    return graph->build_attn(g, attn);
 }
 
 uint32_t llama_capsule_cache::graph_nodes() const {

@@ -9,7 +9,7 @@
 #include "capsule/store/slots.h"
 #include "capsule/store/state.h"
 
-#include "llama-capsule-kv.h"
+#include "capsule/model/kv.h"
 
 #include <memory>
 
@@ -43,18 +43,7 @@ public:
 
     bool make_room(const llama_batch_ext & batch) override;
 
-    ggml_tensor * build_attn(
-            const llm_graph_context & g,
-                        ggml_tensor * q,
-                        ggml_tensor * k,
-                        ggml_tensor * v,
-                        ggml_tensor * kq_b,
-                        ggml_tensor * kq_mask,
-                        ggml_tensor * sinks,
-                        ggml_tensor * k_rot,
-                        ggml_tensor * v_rot,
-                              float   kq_scale,
-                                int   il) override;
+    ggml_tensor * build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) override;
 
     uint32_t graph_nodes() const override;
     void     check_layers() const override;

@@ -134,6 +134,9 @@ void llama_capsule_cache::state_read_slots(llama_io_read_i & io, llama_seq_id se
     capsule_state_header header;
     io.read(&header, sizeof(header));
 
+    if (header.magic == CAPSULE_STATE_MAGIC && header.version < CAPSULE_STATE_VERSION) {
+        throw std::runtime_error("the images in the state are of format v1, which is not read any more: evaluate the prompt again");
+    }
     if (header.magic != CAPSULE_STATE_MAGIC || header.version != CAPSULE_STATE_VERSION) {
         throw std::runtime_error("the images in the state have an unknown format");
     }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-capsule-kv.h"
+#include "capsule/model/kv.h"
 
 #include <array>
 #include <cstdint>

@@ -1,7 +1,9 @@
 #include "capsule/compress/encode.h"
 
-#include "llama-capsule-simd.h"
+#include "capsule/util/floats.h"
 
+#include "../ggml/src/ggml-capsule/clones.h"
+#include "../ggml/src/ggml-capsule/half.h"
 #include "../ggml/src/ggml-capsule/quantize.h"
 #include "../ggml/src/ggml-capsule/tile.h"
 #include "llama-context.h"
@@ -59,18 +61,16 @@ void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const s
         const uint32_t i_head = i % layer.n_head_kv;
         const size_t   n      = cuts[i_cut].cells.size();
         const size_t   d      = is_v ? layer.n_embd_head_v : layer.n_embd_head_k;
-        const size_t   ld     = GGML_PAD(d, LLAMA_CAPSULE_VEC);
 
-        float * x = buf.resize(n*ld);
-        std::fill_n(x, ld > d ? n*ld : 0, 0.0f); // padding is 0
+        float * x = buf.resize(n*d);
 
         if (is_v) {
-            reader.read_v(i_head, first[i_cut], n, x, ld);
+            reader.read_v(i_head, first[i_cut], n, x, d);
         } else {
-            reader.read_k(i_head, first[i_cut], n, x, ld);
+            reader.read_k(i_head, first[i_cut], n, x, d);
         }
 
-        fn(i_cut, is_v, i_head, x, ld);
+        fn(i_cut, is_v, i_head, x);
     });
 }
 
@@ -78,54 +78,46 @@ void llama_capsule_encoder::for_heads(llama_capsule_kv::reader & reader, const s
 // which tier
 //
 
-// d: a multiple of 32
-LLAMA_CAPSULE_SIMD static float capsule_square_error(const float * x, const float * y, uint32_t d) {
-    float sums[32] = {};
-    for (uint32_t j = 0; j < d; j += 32) {
-        for (uint32_t i = 0; i < 32; ++i) {
-            sums[i] += (x[j + i] - y[j + i])*(x[j + i] - y[j + i]);
+CAPSULE_CLONES static float capsule_max(const float * x, size_t n) {
+    return capsule_largest(x, n);
+}
+
+// the squared error of a row in q4_0, see quantize_row_q4_0_ref(); d: a multiple of 32
+CAPSULE_CLONES static float capsule_q4_row_error(const float * x, uint32_t d) {
+    static constexpr uint32_t QK = 32;
+
+    float sums[QK] = {};
+    for (uint32_t j = 0; j < d; j += QK, x += QK) {
+        const float amax = capsule_largest(x, QK);
+
+        // the first one: its sign is that of the scale
+        uint32_t at = 0;
+        while (fabsf(x[at]) != amax) {
+            ++at;
+        }
+        const float scale  = x[at]/-8;
+        const float inv    = scale != 0.0f ? 1.0f/scale : 0.0f;
+        const float stored = ggml_capsule_from_half(ggml_capsule_to_half(scale));
+
+        for (uint32_t i = 0; i < QK; ++i) {
+            const float error = x[i] - stored*(std::min(15, (int) (x[i]*inv + 8.5f)) - 8);
+            sums[i] += error*error;
         }
     }
-    return std::accumulate(sums, sums + 32, 0.0f);
+    return std::accumulate(sums, sums + QK, 0.0f);
 }
 
-// the largest magnitude; what is not a number is larger than any. As integers, which vectors compare
-LLAMA_CAPSULE_SIMD static float capsule_max(const float * x, size_t n) {
-    int32_t most = 0;
-    for (size_t i = 0; i < n; ++i) {
-        int32_t a;
-        memcpy(&a, x + i, sizeof(a));
-        most = std::max(most, a & 0x7fffffff);
-    }
-
-    float res;
-    memcpy(&res, &most, sizeof(res));
-
-    return res;
-}
-
-// the squared error of rotated q4_0, which must fit d; x is overwritten
-static double capsule_q4_error(float * x, size_t ld, uint32_t n, uint32_t d) {
-    static thread_local llama_capsule_buf<float>   buf;
-    static thread_local llama_capsule_buf<uint8_t> row;
-
-    const auto & simd = llama_capsule_simd_get();
-
-    float   * y = buf.resize(d);
-    uint8_t * q = row.resize(ggml_row_size(GGML_TYPE_Q4_0, d));
-
+// of n rows, rotated; x is overwritten
+static double capsule_q4_error(float * x, uint32_t n, uint32_t d) {
     double res = 0.0;
-    for (uint32_t t = 0; t < n; ++t, x += ld) {
-        simd.hadamard(x, llama_capsule_hadamard_size(d), d);
-        simd.from_float(GGML_TYPE_Q4_0, x, q, d);
-        simd.to_float  (GGML_TYPE_Q4_0, q, y, d);
-
-        res += capsule_square_error(x, y, d);
+    for (uint32_t t = 0; t < n; ++t, x += d) {
+        llama_capsule_hadamard(x, llama_capsule_hadamard_size(d), d);
+        res += capsule_q4_row_error(x, d);
     }
     return res;
 }
 
-llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, size_t ld) const {
+llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x) const {
     static thread_local llama_capsule_buf<float> rows, work, errors;
 
     const auto & layer    = tables->layers[i_layer];
@@ -153,7 +145,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
         }
     }
 
-    const float max = capsule_max(x, n*ld);
+    const float max = capsule_max(x, n*d);
 
     measured res;
     res.errors.resize(tier_end() - tier_first(), 0.0);
@@ -166,25 +158,36 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
     uint8_t used[GGML_CAPSULE_MAX_BLOCKS];
     ggml_capsule_table_rows(cut.h, cut.w, used);
 
-    // those of a block, which costs a search for each of them
-    std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
-    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
-        for (int i = 0; i < n_blocks*n_groups; ++i) {
-            wanted[i] |= 1 << place[bits_of(t)[used[i/n_groups]*n_groups + i%n_groups]];
-        }
-    }
+    // what is left of dropped tokens depends on the tier: then each of them is a pass of its own
+    const bool     each = coder.whole.order && !coder.whole.is_dct(cut.h, cut.w);
+    const uint32_t step = each ? 1 : tier_end() - tier_first();
 
-    ggml_capsule_rows(coder, cut.h, cut.w, x, ld, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
-    ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), wanted.data(), errors.resize(n_blocks*n_groups*bits.size()));
-
-    for (int i = 0; i < n_blocks; ++i) {
-        for (int g = 0; g < n_groups; ++g) {
-            const float * e = errors.data() + (i*n_groups + g)*bits.size();
-            for (uint32_t t = tier_first(); t < tier_end(); ++t) {
-                const uint8_t b = bits_of(t)[used[i]*n_groups + g];
-                res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+    for (uint32_t t0 = tier_first(); t0 < tier_end(); t0 += step) {
+        // the types of a block, which costs a search for each of them
+        std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
+        for (uint32_t t = t0; t < t0 + step; ++t) {
+            for (int i = 0; i < n_blocks*n_groups; ++i) {
+                wanted[i] |= 1 << place[bits_of(t)[used[i/n_groups]*n_groups + i%n_groups]];
             }
-            res.energy += i > 0 ? e[0] : 0.0f;
+        }
+
+        std::vector<uint32_t> plan((ggml_capsule_plan_size(n_groups) + 3)/4);
+        if (each) {
+            ggml_capsule_plan_init((ggml_capsule_plan *) plan.data(), coder.channels, bits_of(t0), cut.h, cut.w);
+        }
+
+        ggml_capsule_rows(coder, each ? (const ggml_capsule_plan *) plan.data() : nullptr, cut.h, cut.w, x, d, rows.resize(n*d), work.resize(ggml_capsule_rows_work(d)));
+        ggml_capsule_errors(coder, cut.h, cut.w, rows.data(), bits.size(), bits.data(), wanted.data(), errors.resize(n_blocks*n_groups*bits.size()));
+
+        for (int i = 0; i < n_blocks; ++i) {
+            for (int g = 0; g < n_groups; ++g) {
+                const float * e = errors.data() + (i*n_groups + g)*bits.size();
+                for (uint32_t t = t0; t < t0 + step; ++t) {
+                    const uint8_t b = bits_of(t)[used[i]*n_groups + g];
+                    res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+                }
+                res.energy += i > 0 && t0 == tier_first() ? e[0] : 0.0f;
+            }
         }
     }
 
@@ -193,7 +196,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
         res.fits.push_back(max + sqrt(e) <= CAPSULE_F16_MAX);
     }
     if (d % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
-        res.rival = capsule_q4_error(x, ld, n, d);
+        res.rival = capsule_q4_error(x, n, d);
     }
 
     return res;
@@ -244,8 +247,8 @@ std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsu
         const uint32_t n_head = tables->layers[l].n_head_kv;
 
         std::vector<measured> heads(cuts.size()*2*n_head);
-        for_heads(reader, cuts, l, [&](size_t i_cut, bool is_v, uint32_t i_head, float * x, size_t ld) {
-            heads[(i_cut*2 + is_v)*n_head + i_head] = measure(cuts[i_cut], l, is_v, i_head, x, ld);
+        for_heads(reader, cuts, l, [&](size_t i_cut, bool is_v, uint32_t i_head, float * x) {
+            heads[(i_cut*2 + is_v)*n_head + i_head] = measure(cuts[i_cut], l, is_v, i_head, x);
         });
 
         for (size_t i = 0; i < heads.size(); ++i) {
@@ -313,7 +316,7 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
             k.push_back(forms.coder_k(l, h));
         }
 
-        for_heads(reader, cuts, l, [&](size_t i, bool is_v, uint32_t i_head, const float * x, size_t ld) {
+        for_heads(reader, cuts, l, [&](size_t i, bool is_v, uint32_t i_head, const float * x) {
             static thread_local llama_capsule_buf<float> rows, work;
 
             const auto   coder = is_v ? forms.coder_v(l, i_head) : forms.coder_k(l, i_head);
@@ -321,7 +324,7 @@ void llama_capsule_encoder::encode(const std::vector<llama_capsule_cut> & cuts, 
             const size_t offs  = is_v ? form[i]->v_offset[i_head] : form[i]->k_offset[i_head];
             const size_t d     = coder.channels.d;
 
-            ggml_capsule_rows(coder, cuts[i].h, cuts[i].w, x, ld, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
+            ggml_capsule_rows(coder, plan, cuts[i].h, cuts[i].w, x, d, rows.resize(cuts[i].cells.size()*d), work.resize(ggml_capsule_rows_work(d)));
             ggml_capsule_store(coder.channels, plan, rows.data(), data[i].data() + offs);
         });
 

@@ -5,8 +5,8 @@
 #include "capsule/format/tables.h"
 #include "capsule/store/slots.h"
 
-#include "llama-capsule-kv.h"
-#include "llama-capsule-threads.h"
+#include "capsule/model/kv.h"
+#include "capsule/util/threads.h"
 
 #include <vector>
 
@@ -53,12 +53,12 @@ private:
     uint32_t tier_first() const;
     uint32_t tier_end()   const;
 
-    // one head; x: its tokens, f32 [n][ld], are overwritten
-    measured measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, size_t ld) const;
+    // one head; x: its tokens, f32 [n][d], are overwritten
+    measured measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x) const;
 
     int32_t choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens) const;
 
-    // calls fn(i_cut, is_v, i_head, x, ld) for every head of every tile of a layer, on several threads; x: f32 [n][ld], keys without RoPE
+    // calls fn(i_cut, is_v, i_head, x) for every head of every tile of a layer, on several threads; x: f32 [n][d], keys without RoPE
     template<typename F>
     void for_heads(llama_capsule_kv::reader & reader, const std::vector<llama_capsule_cut> & cuts, uint32_t i_layer, F fn) const;
 };

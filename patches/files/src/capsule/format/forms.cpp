@@ -5,6 +5,27 @@
 #include <algorithm>
 #include <cstring>
 
+// of all heads
+static ggml_capsule_transform capsule_transform(const llama_capsule_tables::layer::transform & t) {
+    const auto at = [](const auto & x) { return x.empty() ? nullptr : x.data(); };
+
+    ggml_capsule_transform res;
+
+    res.matrix   = at(t.matrix);
+    res.columns  = at(t.columns);
+    res.order    = at(t.order);
+    res.near     = at(t.near);
+    res.n_kept   = t.order.empty() ? 0 : GGML_CAPSULE_MAX_ROWS - t.near.size()/t.n_near;
+    res.n_near   = t.n_near;
+    res.n_mlp    = t.n_mlp;
+    res.gates    = at(t.gates);
+    res.mlp_up   = at(t.mlp_up);
+    res.mlp_bias = at(t.mlp_bias);
+    res.mlp_down = at(t.mlp_down);
+
+    return res;
+}
+
 llama_capsule_forms::llama_capsule_forms(llama_capsule_tables_ptr tables) : tables(std::move(tables)) {
 }
 
@@ -27,14 +48,17 @@ ggml_capsule_channels llama_capsule_forms::channels_v(uint32_t i_layer) const {
 ggml_capsule_coder llama_capsule_forms::coder_k(uint32_t i_layer, uint32_t i_head) const {
     const auto & layer = tables->layers[i_layer];
 
-    return { channels_k(i_layer), layer.k_mean.data() + i_head*layer.n_embd_head_k, nullptr };
+    const auto   ch    = channels_k(i_layer);
+
+    return { ch, layer.k_mean.data() + i_head*layer.n_embd_head_k, nullptr, capsule_transform(layer.k_transform).of_head(ggml_capsule_n_groups(ch), i_head) };
 }
 
 ggml_capsule_coder llama_capsule_forms::coder_v(uint32_t i_layer, uint32_t i_head) const {
     const auto & layer = tables->layers[i_layer];
     const size_t d     = layer.n_embd_head_v;
 
-    return { channels_v(i_layer), layer.v_mean.data() + i_head*d, layer.v_axes.empty() ? nullptr : layer.v_axes.data() + i_head*d*d };
+    return { channels_v(i_layer), layer.v_mean.data() + i_head*d, layer.v_axes.empty() ? nullptr : layer.v_axes.data() + i_head*d*d,
+             capsule_transform(layer.v_transform) };
 }
 
 uint32_t llama_capsule_forms::find(uint32_t i_tier, uint32_t h, uint32_t w) {
@@ -109,8 +133,8 @@ std::vector<uint8_t> llama_capsule_forms::pack(uint32_t i_layer) const {
         std::copy_n((const uint8_t *) data, n, res.begin() + at);
         return int32_t(at);
     };
-    const auto add_floats = [&](const std::vector<float> & x) {
-        return x.empty() ? 0 : add(x.data(), x.size()*sizeof(float));
+    const auto add_all = [&](const auto & x) {
+        return x.empty() ? 0 : add(x.data(), x.size()*sizeof(x[0]));
     };
 
     ggml_capsule_tile_tables head = {};
@@ -134,9 +158,25 @@ std::vector<uint8_t> llama_capsule_forms::pack(uint32_t i_layer) const {
 
     head.n_forms = forms.size();
     head.forms   = add(list.data(), list.size()*sizeof(list[0]));
-    head.k_mean  = add_floats(layer.k_mean);
-    head.v_mean  = add_floats(layer.v_mean);
-    head.v_axes  = add_floats(layer.v_axes);
+    head.k_mean  = add_all(layer.k_mean);
+    head.v_mean  = add_all(layer.v_mean);
+    head.v_axes  = add_all(layer.v_axes);
+
+    const auto & k = layer.k_transform;
+
+    head.k_matrix   = add_all(k.matrix);
+    head.k_columns  = add_all(k.columns);
+    head.v_matrix   = add_all(layer.v_transform.matrix);
+    head.v_columns  = add_all(layer.v_transform.columns);
+    head.k_order    = add_all(k.order);
+    head.k_near     = add_all(k.near);
+    head.k_gates    = add_all(k.gates);
+    head.k_mlp_up   = add_all(k.mlp_up);
+    head.k_mlp_bias = add_all(k.mlp_bias);
+    head.k_mlp_down = add_all(k.mlp_down);
+    head.n_kept     = capsule_transform(k).n_kept;
+    head.n_near     = k.n_near;
+    head.n_mlp      = k.n_mlp;
     std::memcpy(res.data(), &head, sizeof(head));
 
     return res;

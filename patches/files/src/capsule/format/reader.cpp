@@ -1,8 +1,10 @@
 #include "capsule/format/reader.h"
 
-#include "llama-capsule-file.h"
-#include "llama-capsule-sha256.h"
+#include "capsule/format/header.h"
+#include "capsule/util/sha256.h"
 #include "llama-impl.h"
+
+#include "../ggml/src/ggml-capsule/transform.h"
 
 #include "ggml-cpp.h"
 #include "gguf.h"
@@ -26,7 +28,7 @@ static constexpr float CAPSULE_MAX_MEAN  = 8192.0f;
 
 static constexpr char CAPSULE_INFIX[] = ".kvcapsule.";
 
-// all keys of format v2
+// all keys
 static const struct { const char * name; gguf_type type; bool is_array; } CAPSULE_KEYS[] = {
     { "kvcapsule.version",                   GGUF_TYPE_UINT32,  false },
     { "kvcapsule.layers",                    GGUF_TYPE_UINT32,  true  },
@@ -48,18 +50,6 @@ static const struct { const char * name; gguf_type type; bool is_array; } CAPSUL
 static void need(bool ok, const std::string & reason) {
     if (!ok) {
         throw std::runtime_error(reason);
-    }
-}
-
-uint32_t llama_capsule_file_version(llama_capsule_source & source) {
-    try {
-        const llama_capsule_header header(source);
-
-        const auto it = header.keys.find("kvcapsule.version");
-
-        return it == header.keys.end() ? 0 : it->second.u32;
-    } catch (const std::runtime_error &) {
-        return 0;
     }
 }
 
@@ -109,6 +99,10 @@ struct tables_reader {
     std::vector<float>   read_mean  (const std::string & name, uint32_t n_head, uint32_t d);
     std::vector<float>   read_axes  (const std::string & name, uint32_t n_head, uint32_t d);
 
+    void read_transforms(llama_capsule_tables::layer & l, const std::string & prefix);
+    void read_matrix    (llama_capsule_tables::layer::transform & t, const std::string & name);
+    void read_kept      (llama_capsule_tables::layer & l, const std::string & prefix);
+
     uint64_t content_id() const;
 };
 
@@ -146,7 +140,8 @@ void tables_reader::check_keys() {
                     k.is_array ? "an array of " : "", gguf_type_name(k.type), is_array ? "an array of " : "", gguf_type_name(type)));
 
         if (known.empty()) {
-            need(k.u32 == 2, format("kvcapsule.version: format version %u, this program reads versions 1 and 2: update it", k.u32));
+            need(k.u32 != 1, "a capsule of format v1: train it anew with kvcapsule-train");
+            need(k.u32 == 2, format("kvcapsule.version: format version %u, this program reads version 2: update it", k.u32));
         }
         known.insert(key);
     }
@@ -307,6 +302,99 @@ std::vector<float> tables_reader::read_axes(const std::string & name, uint32_t n
     return res;
 }
 
+void tables_reader::read_matrix(llama_capsule_tables::layer::transform & t, const std::string & name) {
+    constexpr int64_t n = GGML_CAPSULE_MAX_ROWS;
+
+    t.matrix = read_axes(name, 1, n);
+    t.columns.resize(n*n);
+    for (int64_t i = 0; i < n*n; ++i) {
+        t.columns[i % n*n + i/n] = t.matrix[i];
+    }
+}
+
+// kept tokens and what the others are predicted by; the weights of lanes and channels go where ggml_capsule_transform wants them
+void tables_reader::read_kept(llama_capsule_tables::layer & l, const std::string & prefix) {
+    constexpr int64_t n = GGML_CAPSULE_MAX_ROWS;
+
+    auto & t = l.k_transform;
+
+    const auto channels = tables.channels_k(l);
+
+    const int64_t d        = l.n_embd_head_k;
+    const int64_t n_head   = l.n_head_kv;
+    const int64_t n_groups = ggml_capsule_n_groups(channels);
+    const int64_t n_lanes  = 2*GGML_CAPSULE_LANES*n_groups;
+
+    const std::string name = prefix + "k_near";
+
+    const auto & ne = header.find(name)->ne;
+
+    const int64_t n_drop = ne[1];
+    const int64_t n_near = ne[0];
+
+    need(n_drop % 2 == 1 && n_drop < n, format("tensor %s is for %lld dropped tokens, not for an odd number below %lld", name.c_str(), (long long) n_drop, (long long) n));
+    need(n_near >= 1 && n_near <= GGML_CAPSULE_MAX_NEAR,
+            format("tensor %s has %lld neighbours, not 1..%d", name.c_str(), (long long) n_near, GGML_CAPSULE_MAX_NEAR));
+
+    const auto * bias = header.find(prefix + "k_mlp_bias");
+
+    t.n_near = n_near;
+    t.n_mlp  = bias ? bias->ne[0] : 0;
+
+    need(!bias || (bias->ne[0] >= 1 && bias->ne[0] <= GGML_CAPSULE_MAX_MLP),
+            format("tensor %sk_mlp_bias has %lld hidden units, not 1..%d", prefix.c_str(), (long long) (bias ? bias->ne[0] : 0), GGML_CAPSULE_MAX_MLP));
+
+    t.order = read_tensor(prefix + "k_order", GGML_TYPE_I8, { n, 1, 1, 1 });
+
+    const std::set<uint8_t> tokens(t.order.begin(), t.order.end());
+    need(tokens.size() == (size_t) n && *tokens.rbegin() < n, format("tensor %sk_order is not an order of %lld tokens", prefix.c_str(), (long long) n));
+
+    t.near = read_tensor(name, GGML_TYPE_I8, { n_near, n_drop, 1, 1 });
+    for (uint8_t & row : t.near) {
+        need(row < n - n_drop, format("tensor %s points outside the %lld kept tokens", name.c_str(), (long long) (n - n_drop)));
+        row = t.order[row];
+    }
+
+    t.gates = read_floats(prefix + "k_gate", GGML_TYPE_F16, { n_lanes/2, n_near, n_drop, n_head });
+
+    if (t.n_mlp == 0) {
+        return;
+    }
+    const int64_t n_mlp = t.n_mlp;
+
+    const auto up   = read_floats(prefix + "k_mlp_up",   GGML_TYPE_F16, { n_near*d, n_mlp, n_head, 1 });
+    t.mlp_bias      = read_floats(prefix + "k_mlp_bias", GGML_TYPE_F32, { n_mlp, n_head, 1, 1 });
+    const auto down = read_floats(prefix + "k_mlp_down", GGML_TYPE_F16, { n_mlp, d, n_head, 1 });
+
+    t.mlp_up  .resize(n_head*n_mlp*n_near*n_lanes);
+    t.mlp_down.resize(n_head*n_mlp*n_lanes);
+    for (int64_t i = 0; i < n_lanes; ++i) {
+        const int g    = i/(2*GGML_CAPSULE_LANES);
+        const int lane = i % GGML_CAPSULE_LANES;
+        const int c    = lane < ggml_capsule_n_lanes(channels, g) ? ggml_capsule_channel(channels, g, i/GGML_CAPSULE_LANES % 2, lane) : -1;
+        if (c < 0) {
+            continue;
+        }
+        for (int64_t u = 0; u < n_head*n_mlp; ++u) {
+            for (int64_t k = 0; k < n_near; ++k) {
+                t.mlp_up[(u*n_near + k)*n_lanes + i] = up[(u*n_near + k)*d + c];
+            }
+            t.mlp_down[u*n_lanes + i] = down[(u/n_mlp*d + c)*n_mlp + u % n_mlp];
+        }
+    }
+}
+
+void tables_reader::read_transforms(llama_capsule_tables::layer & l, const std::string & prefix) {
+    if (header.find(prefix + "k_near")) {
+        read_kept(l, prefix);
+    } else if (header.find(prefix + "k_transform")) {
+        read_matrix(l.k_transform, prefix + "k_transform");
+    }
+    if (header.find(prefix + "v_transform")) {
+        read_matrix(l.v_transform, prefix + "v_transform");
+    }
+}
+
 void tables_reader::read_tensors() {
     if (is_sidecar()) {
         header.check_cover(source);
@@ -323,6 +411,7 @@ void tables_reader::read_tensors() {
         if (header.find(prefix + "v_axes")) {
             l.v_axes = read_axes(prefix + "v_axes", l.n_head_kv, l.n_embd_head_v);
         }
+        read_transforms(l, prefix);
     }
 
     for (const auto & t : header.tensors) {

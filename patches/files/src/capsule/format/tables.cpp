@@ -1,6 +1,6 @@
 #include "capsule/format/tables.h"
 
-#include "llama-capsule-sha256.h"
+#include "capsule/util/sha256.h"
 #include "llama-impl.h"
 
 #include <algorithm>

@@ -5,10 +5,14 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-struct llama_model;
+// the capsule does not fit this model (as opposed to: its file is damaged)
+struct llama_capsule_mismatch : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
 
 // what a capsule says, from a file of format v2 or built in: how many bits every block of coefficients gets, means and axes
 // shapes are numpy's; docs/reference/format-v2.md and kvcapsule_gguf/format/tile_capsule.py of KVCapsule
@@ -30,6 +34,23 @@ struct llama_capsule_tables {
 
         std::vector<uint8_t> k_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of keys]
         std::vector<uint8_t> v_table; // bits, [n_tiers][n_head_kv][N_ROWS][groups of values]
+
+        // in place of the DCT of whole tiles, see ggml_capsule_transform; empty: there is none
+        struct transform {
+            std::vector<float>   matrix;
+            std::vector<float>   columns;
+            std::vector<uint8_t> order;
+            std::vector<uint8_t> near;
+            std::vector<float>   gates;
+            std::vector<float>   mlp_up;
+            std::vector<float>   mlp_bias;
+            std::vector<float>   mlp_down;
+
+            uint32_t n_near = 0;
+            uint32_t n_mlp  = 0;
+        };
+        transform k_transform;
+        transform v_transform;
 
         float k_energy = 0.0f; // of a usual tile around the mean; 0: not known (built in)
         float v_energy = 0.0f;
@@ -83,14 +104,3 @@ struct llama_capsule_tables {
 };
 
 using llama_capsule_tables_ptr = std::shared_ptr<const llama_capsule_tables>;
-
-// for any model, without a file
-// throws llama_capsule_mismatch: why there is none for this one
-llama_capsule_tables_ptr llama_capsule_tables_builtin(const llama_model & model);
-
-// from a file, checked, for this model
-// throws std::runtime_error: what is wrong and where; llama_capsule_mismatch if the file is for another model
-llama_capsule_tables_ptr llama_capsule_tables_load(const llama_model & model, const char * path);
-
-// throws llama_capsule_mismatch
-void llama_capsule_check_model(const llama_capsule_tables & tables, const llama_model & model);

@@ -4,7 +4,7 @@
 
 #include "../ggml/src/ggml-capsule/attn.h"
 
-#include "llama-capsule-kv.h"
+#include "capsule/model/kv.h"
 #include "llama-kv-cells.h"
 
 #include <algorithm>
@@ -60,7 +60,7 @@ void llama_capsule_angles::update(const llama_capsule_slots & all) {
         t.empty.assign(s.h*s.w, false);
         for (size_t j = 0; j < t.pos.size(); ++j) {
             t.empty[j] = cells.is_empty(s.first + j);
-            llama_capsule_rope_pos(cells, s.first + j, n_pos, t.pos[j].data(), 1);
+            t.pos[j]   = llama_capsule_rope_pos(cells, s.first + j, n_pos);
         }
         slots.push_back(find(t));
     }

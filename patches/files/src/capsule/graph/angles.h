@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-capsule-rope.h"
+#include "capsule/model/rope.h"
 
 #include "../ggml/src/ggml-capsule/layout.h"
 

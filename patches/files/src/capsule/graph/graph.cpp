@@ -5,7 +5,7 @@
 
 #include "../ggml/src/ggml-capsule/attn.h"
 
-#include "llama-capsule-kv.h"
+#include "capsule/model/kv.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
@@ -21,6 +21,7 @@ static constexpr int64_t  ATTEND_MAX_TOKENS = 256; // for larger batches the slo
 static constexpr uint32_t COLS_PAD          = 256; // FATTN_KQ_STRIDE
 static constexpr uint32_t NODES_PER_LAYER   = 32;
 static constexpr int64_t  SLOT_WORDS        = 5;
+static constexpr uint32_t DEVICE_ITEMS      = 1024; // KV heads, blocks of tokens and parts: several for each multiprocessor of a large GPU
 static constexpr uint32_t PATTERN_ROWS      = 1024; // of angles: room for the patterns of slots that are not there yet
 
 //
@@ -32,35 +33,7 @@ llm_graph_input_tiles::llm_graph_input_tiles(std::shared_ptr<llama_capsule_graph
 }
 
 void llm_graph_input_tiles::set_input(const llama_ubatch * ubatch) {
-    const auto used = [](const ggml_tensor * t) {
-        return t && t->buffer;
-    };
-
-    graph->angles.update(graph->slots);
-
-    if (used(slots)) {
-        graph->set_slots(slots);
-    }
-    for (size_t i = 0; i < angles.size(); ++i) {
-        if (used(angles[i])) {
-            graph->set_angles(angles[i], i);
-        }
-    }
-    if (!used(mask) && !used(mask_cold)) {
-        return;
-    }
-
-    const auto visible = graph->visible(*ubatch, causal_attn);
-
-    if (used(mask)) {
-        graph->set_mask(mask, visible);
-    }
-    if (used(mask_cold) && mask_cold != mask) {
-        graph->set_mask(mask_cold, visible);
-    }
-    if (used(seen)) {
-        graph->set_seen(seen, visible);
-    }
+    graph->set_inputs(*this, *ubatch);
 }
 
 bool llm_graph_input_tiles::can_reuse(const llm_graph_params & params) {
@@ -82,14 +55,56 @@ llama_capsule_graph::llama_capsule_graph(llama_context & lctx, const llama_capsu
 }
 
 // for tests: slots are always unpacked, or stay in host memory as for a device that can not read them
+// op: a device reads them itself; not by default, since its kernels have never run on hardware
 static std::string env_path() {
     const char * env = getenv("LLAMA_KVCAPSULE_PATH");
 
     const std::string res = env ? env : "";
-    if (res != "" && res != "unpack" && res != "host") {
-        LLAMA_LOG_WARN("%s: LLAMA_KVCAPSULE_PATH=%s is ignored, there are: unpack host\n", __func__, env);
+    if (res != "" && res != "unpack" && res != "host" && res != "op") {
+        LLAMA_LOG_WARN("%s: LLAMA_KVCAPSULE_PATH=%s is ignored, there are: unpack host op\n", __func__, env);
     }
     return res;
+}
+
+// does a device unpack slots into cells of these types, and attend to them?
+static bool device_has_op(ggml_backend_dev_t dev, const llama_capsule_kv & kv, ggml_capsule_tile_params p, bool & attend) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx_ptr { ggml_init(params) };
+    ggml_context * ctx = ctx_ptr.get();
+
+    p.scale  = 1.0f;
+    p.n_rows = 1;
+
+    const bool trans = p.flags & GGML_CAPSULE_FLAG_V_TRANS;
+
+    ggml_tensor * pool   = ggml_new_tensor_1d(ctx, GGML_TYPE_I8,  LLAMA_CAPSULE_UNIT);
+    ggml_tensor * slots  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, SLOT_WORDS);
+    ggml_tensor * tables = ggml_new_tensor_1d(ctx, GGML_TYPE_I8,  LLAMA_CAPSULE_UNIT);
+    ggml_tensor * angles = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 2*p.d_k);
+
+    ggml_tensor * cells_k = ggml_new_tensor_2d(ctx, kv.type_k(), p.n_head_kv*p.d_k, 1);
+    ggml_tensor * cells_v = trans ? ggml_new_tensor_2d(ctx, kv.type_v(), 1, p.n_head_kv*p.d_v) : ggml_new_tensor_2d(ctx, kv.type_v(), p.n_head_kv*p.d_v, 1);
+
+    ggml_tensor * unpack_k = ggml_capsule_tile_unpack(ctx, &p, cells_k, false, pool, slots, tables, angles);
+    p.flags |= GGML_CAPSULE_FLAG_V;
+    ggml_tensor * unpack_v = ggml_capsule_tile_unpack(ctx, &p, cells_v, false, pool, slots, tables, angles);
+    p.flags &= ~GGML_CAPSULE_FLAG_V;
+
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, p.d_k, p.n_head_kv, 1);
+    ggml_tensor * k    = ggml_new_tensor_3d(ctx, kv.type_k(), p.d_k, p.n_head_kv, 1);
+    ggml_tensor * v    = trans ? ggml_new_tensor_3d(ctx, kv.type_v(), 1, p.n_head_kv, p.d_v) : ggml_new_tensor_3d(ctx, kv.type_v(), p.d_v, p.n_head_kv, 1);
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 1, 1);
+    ggml_tensor * seen = ggml_new_tensor_2d(ctx, GGML_TYPE_I8,  1, 1);
+
+    ggml_tensor * attn = ggml_capsule_tile_attn(ctx, &p, q, k, v, mask, mask, seen, pool, slots, tables, angles);
+
+    attend = ggml_backend_dev_supports_op(dev, attn) && ggml_backend_dev_supports_op(dev, attn->src[0]);
+
+    return ggml_backend_dev_supports_op(dev, unpack_k) && ggml_backend_dev_supports_op(dev, unpack_v);
 }
 
 void llama_capsule_graph::init_layers() {
@@ -106,8 +121,8 @@ void llama_capsule_graph::init_layers() {
         const auto buft = ggml_backend_buffer_get_type(kv.k(t.il)->buffer);
 
         res.il     = t.il;
-        res.host   = ggml_backend_buft_is_host(buft) && path != "host";
-        res.attend = res.host && path != "unpack";
+        res.local  = ggml_backend_buft_is_host(buft) && path != "host";
+        res.attend = res.local && path != "unpack";
         res.i_kind = -1;
 
         if (t.rope) {
@@ -137,6 +152,11 @@ void llama_capsule_graph::init_layers() {
         p.d_k       = t.n_embd_head_k;
         p.d_v       = t.n_embd_head_v;
 
+        if (path == "op" && !res.local && device_has_op(ggml_backend_buft_get_device(buft), kv, p, res.attend)) {
+            res.local = true;
+            res.dev   = ggml_backend_buft_get_device(buft);
+        }
+
         res.i_scratch = std::find_if(scratches.begin(), scratches.end(), [&](const scratch & s) { return s.buft == buft; }) - scratches.begin();
         if (res.i_scratch == scratches.size()) {
             scratches.emplace_back().buft = buft;
@@ -151,7 +171,7 @@ void llama_capsule_graph::init_layers() {
 ggml_backend_buffer_type_t llama_capsule_graph::pool_buft(uint32_t i_layer) const {
     const auto & layer = layers[i_layer];
 
-    return layer.host ? scratches[layer.i_scratch].buft : ggml_backend_cpu_buffer_type();
+    return layer.local ? scratches[layer.i_scratch].buft : ggml_backend_cpu_buffer_type();
 }
 
 uint32_t llama_capsule_graph::find_layer(int il) const {
@@ -334,6 +354,38 @@ std::vector<int64_t> llama_capsule_graph::shape() {
         add(s.v);
     }
     return res;
+}
+
+void llama_capsule_graph::set_inputs(const llm_graph_input_tiles & inp, const llama_ubatch & ubatch) {
+    const auto used = [](const ggml_tensor * t) {
+        return t && t->buffer;
+    };
+
+    angles.update(slots);
+
+    if (used(inp.slots)) {
+        set_slots(inp.slots);
+    }
+    for (size_t i = 0; i < inp.angles.size(); ++i) {
+        if (used(inp.angles[i])) {
+            set_angles(inp.angles[i], i);
+        }
+    }
+    if (!used(inp.mask) && !used(inp.mask_cold)) {
+        return;
+    }
+
+    const auto seen = visible(ubatch, inp.causal_attn);
+
+    if (used(inp.mask)) {
+        set_mask(inp.mask, seen);
+    }
+    if (used(inp.mask_cold) && inp.mask_cold != inp.mask) {
+        set_mask(inp.mask_cold, seen);
+    }
+    if (used(inp.seen)) {
+        set_seen(inp.seen, seen);
+    }
 }
 
 void llama_capsule_graph::set_slots(ggml_tensor * dst) const {
@@ -521,19 +573,30 @@ bool llama_capsule_graph::can_attend(const llm_graph_context & g, uint32_t i_lay
         q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= ATTEND_MAX_TOKENS;
 }
 
+ggml_backend_t llama_capsule_graph::backend_of(const llm_graph_context & g, uint32_t i_layer) const {
+    for (int i = 0; layers[i_layer].dev && i < ggml_backend_sched_get_n_backends(g.sched); ++i) {
+        ggml_backend_t res = ggml_backend_sched_get_backend(g.sched, i);
+        if (ggml_backend_get_device(res) == layers[i_layer].dev) {
+            return res;
+        }
+    }
+    return g.backend_cpu;
+}
+
 ggml_tensor * llama_capsule_graph::build_attend(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask, float kq_scale) {
     auto p = layers[i_layer].params;
 
-    p.scale  = kq_scale;
-    p.n_rows = angles.n_rows();
+    p.scale   = kq_scale;
+    p.n_rows  = angles.n_rows();
+    p.n_parts = layers[i_layer].dev ? DEVICE_ITEMS : 0;
 
     ggml_tensor * res = ggml_capsule_tile_attn(g.ctx0, &p, q, k, v, kq_mask, inp.mask_cold, inp.seen, slots.pool(i_layer),
             layer_slots(g, inp, i_layer), layers[i_layer].tables, layer_angles(g, inp, i_layer));
 
     // other backends may claim to support every op
-    ggml_backend_sched_set_tensor_backend(g.sched, res->src[0], g.backend_cpu);
-    ggml_backend_sched_set_tensor_backend(g.sched, res,         g.backend_cpu);
+    ggml_backend_sched_set_tensor_backend(g.sched, res->src[0], backend_of(g, i_layer));
+    ggml_backend_sched_set_tensor_backend(g.sched, res,         backend_of(g, i_layer));
 
     return res;
 }
@@ -568,31 +631,20 @@ void llama_capsule_graph::build_unpack(const llm_graph_context & g, llm_graph_in
     p.flags |= is_v ? GGML_CAPSULE_FLAG_V : 0;
     p.n_rows = angles.n_rows();
 
-    ggml_tensor * cur = ggml_capsule_tile_unpack(g.ctx0, &p, dst, !layer.host,
+    ggml_tensor * cur = ggml_capsule_tile_unpack(g.ctx0, &p, dst, !layer.local,
             slots.pool(i_layer), layer_slots(g, inp, i_layer), layer.tables, layer_angles(g, inp, i_layer));
 
-    ggml_backend_sched_set_tensor_backend(g.sched, cur, g.backend_cpu);
+    ggml_backend_sched_set_tensor_backend(g.sched, cur, backend_of(g, i_layer));
 
-    if (layer.host) {
+    if (layer.local) {
         ggml_build_forward_expand(g.gf, cur);
     } else {
         build_copy(g, cur, dst);
     }
 }
 
-ggml_tensor * llama_capsule_graph::build_attn(
-        const llm_graph_context & g,
-                    ggml_tensor * q,
-                    ggml_tensor * k,
-                    ggml_tensor * v,
-                    ggml_tensor * kq_b,
-                    ggml_tensor * kq_mask,
-                    ggml_tensor * sinks,
-                    ggml_tensor * k_rot,
-                    ggml_tensor * v_rot,
-                          float   kq_scale,
-                            int   il) {
-    GGML_UNUSED(v_rot);
+ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
+    auto [q, k, v, kq_b, kq_mask, sinks, k_rot, kq_scale, il] = attn;
 
     auto & inp = *graph_input(g, kq_mask);
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+struct llama_capsule_attn;
 struct llama_context;
 
 class llama_capsule_graph;
@@ -67,19 +68,8 @@ public:
     // graphs that are built from here on have room for so many slots and cold cells; (0, 0): for those that there are
     void plan(uint32_t n_slots, uint32_t n_cold);
 
-    // build_attn_mha() over the hot cells (k, v, kq_mask) and the slots
-    ggml_tensor * build_attn(
-            const llm_graph_context & g,
-                        ggml_tensor * q,
-                        ggml_tensor * k,
-                        ggml_tensor * v,
-                        ggml_tensor * kq_b,
-                        ggml_tensor * kq_mask,
-                        ggml_tensor * sinks,
-                        ggml_tensor * k_rot,
-                        ggml_tensor * v_rot,
-                              float   kq_scale,
-                                int   il);
+    // build_attn_mha() over the hot cells and the slots
+    ggml_tensor * build_attn(const llm_graph_context & g, const llama_capsule_attn & attn);
 
     // an upper bound of the nodes that build_attn() adds to a graph
     uint32_t graph_nodes() const;
@@ -87,13 +77,17 @@ public:
     // throws if a layer did not pass through build_attn(): its images would be lost
     void check_layers() const;
 
+    // what the shapes and the pools of a graph depend on
+    std::vector<int64_t> shape();
+
+    // for the slots that there are now
+    void set_inputs(const llm_graph_input_tiles & inp, const llama_ubatch & ubatch);
+
     // of the scratch and the tables
     size_t n_bytes() const;
     void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
 private:
-    friend class llm_graph_input_tiles;
-
     // K and V of hot and cold cells side by side, for stock attention; the layers of a device take turns
     struct scratch {
         ggml_backend_buffer_type_t buft;
@@ -107,11 +101,14 @@ private:
 
     struct layer {
         int32_t il;
-        bool    host;    // the hot cells are in host memory: the CPU reads the slots, or writes them beside the hot cells
-        bool    attend;  // the CPU attends to the slots as they are
-        int     i_kind;  // of RoPE, -1: none
-        size_t  i_scratch;
-        bool    checked; // see llama_capsule_check_rope()
+        bool    local;   // slots lie in the memory of the hot cells and are read there, otherwise the CPU unpacks them and copies the result
+        bool    attend;  // the op attends to the slots as they are
+
+        ggml_backend_dev_t dev; // that has the op, nullptr: the CPU
+
+        int    i_kind;  // of RoPE, -1: none
+        size_t i_scratch;
+        bool   checked; // see llama_capsule_check_rope()
 
         ggml_capsule_tile_params params;
 
@@ -139,6 +136,9 @@ private:
 
     void init_layers();
 
+    // what runs the op of a layer
+    ggml_backend_t backend_of(const llm_graph_context & g, uint32_t i_layer) const;
+
     bool update_tables();
     bool reserve_scratch(scratch & s, uint32_t n_cold);
 
@@ -147,8 +147,6 @@ private:
     uint32_t n_slots()    const; // of a graph
     uint32_t n_cold()     const; // columns of a graph
     uint32_t n_cold_pad() const;
-
-    std::vector<int64_t> shape();
 
     // as bytes: what each token sees of each column
     std::vector<uint8_t> visible(const llama_ubatch & ubatch, bool causal_attn) const;
