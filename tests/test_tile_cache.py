@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isqrt
 
 import numpy as np
@@ -81,9 +82,9 @@ def picture(path, h, w, n_embd, seed):
     return path
 
 
-def graded(model, path, energy, codec="dct"):
-    """Tiers of 2, 3, 4 and 6 bits, the constant row in f16."""
-    capsule = read_tile_capsule(random_capsule(model, path, tiers=(2, 3, 4, 6), energy=energy, codec=codec, mlp=3))
+def graded(model, path, energy, codec="dct", tiers=(2, 3, 4, 6)):
+    """Tiers of so many bits, the constant row in f16."""
+    capsule = read_tile_capsule(random_capsule(model, path, tiers=tiers, energy=energy, codec=codec, mlp=3))
     for layer in capsule.layers:
         layer.k_table[:, :, 0] = layer.v_table[:, :, 0] = F16
     write_tile_capsule(path, capsule)
@@ -114,28 +115,26 @@ def tile_scores(capsule, keys, values, h, w, tokens):
     return np.array(scores), reads
 
 
-@pytest.mark.parametrize(("arch", "energy", "codec"), [
-    ("llama", 1e6, "dct"), ("llama", 500.0, "dct"), ("qwen2vl", 1e6, "dct"), ("qwen2vl", 500.0, "dct"), ("llama", 1e6, "retain"), ("qwen2vl", 500.0, "learned"),
-])  # fmt: skip
-def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy, codec):
-    model = models(arch=arch, head=64, n_head=2, n_head_kv=1, n_ff=64)
-    path = tmp_path / "graded.gguf"
-    capsule = graded(model, path, energy, codec)
-    h, w = (17, 17) if arch == "llama" else (18, 13)
-    shown = image_file(picture(tmp_path / "a.npy", h, w, 128, 1), h, w)
+def check_choice(patched, model, path, capsule, picture_file, h, w):
+    """Compresses a picture: the tier of each tile, and what is read from it, also after a saved state, are those of the reference.
+
+    Returns for each tile the tier it took and the one that layer 0 alone would have taken, int [tiles, 2]; -1: it stays hot.
+    """
     reads = [read_kv(i, p0=3) for i in range(LAYERS)]
-    steps = [text(3), shown, *reads, compress(), *reads, stats(), state_save("s"), state_load("s"), *reads]
+    steps = [text(3), image_file(picture_file, h, w), *reads, compress(), *reads, stats(), state_save("s"), state_load("s"), *reads]
     result = patched([Case("a", model, steps, capsule=path, **OPTIONS)])["a"]
     assert not result.error, result.error
     found = [step for step in result.steps if "k" in step.arrays]
     before, after, again = (found[i:i + LAYERS] for i in (0, LAYERS, 2 * LAYERS))
     keys, values = ([step.arrays[kind] for step in before] for kind in "kv")
     first = next(i for i, x in enumerate(capsule.smaller) if x < 7)
-    taken, hot = np.zeros(16, int), 0
+    taken, hot, tiers = np.zeros(16, int), 0, []
     for th, tw, tokens in cut_grid(h, w):
         scores, read = tile_scores(capsule, keys, values, th, tw, tokens)
         assert np.abs(scores / QUALITY - 1).min() > 1e-3, "too close to call: another seed"
         tier = int(choose(scores[first:, None], QUALITY)[0])
+        early = tile_scores(replace(capsule, layers=capsule.layers[:1]), keys, values, th, tw, tokens)[0]
+        tiers.append((tier, int(choose(early[first:, None], QUALITY)[0])))
         hot += len(tokens) * (tier < 0)
         taken[first + tier] += tier >= 0
         for i in range(LAYERS):
@@ -146,6 +145,28 @@ def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, 
     seen = result.values("stats")[0]
     assert (seen["n_slots_tier"], seen["n_hot_vision"]) == (taken.tolist(), hot)
     assert (taken > 0).sum() + (hot > 0) >= 2
+    return np.array(tiers)
+
+
+@pytest.mark.parametrize(("arch", "energy", "codec"), [
+    ("llama", 1e6, "dct"), ("llama", 500.0, "dct"), ("qwen2vl", 1e6, "dct"), ("qwen2vl", 500.0, "dct"), ("llama", 1e6, "retain"), ("qwen2vl", 500.0, "learned"),
+])  # fmt: skip
+def test_tiers_and_values_are_those_of_the_reference(models, patched, tmp_path, arch, energy, codec):
+    model = models(arch=arch, head=64, n_head=2, n_head_kv=1, n_ff=64)
+    path = tmp_path / "graded.gguf"
+    h, w = (17, 17) if arch == "llama" else (18, 13)
+    check_choice(patched, model, path, graded(model, path, energy, codec), picture(tmp_path / "a.npy", h, w, 128, 1), h, w)
+
+
+def test_a_layer_that_needs_far_more_bits_than_those_before_it(models, patched, tmp_path):
+    """Only the tiers that a tile is likely to take are measured. When a later layer needs far more bits, the others are measured too."""
+    model = models(arch="qwen2vl", head=64, n_head=2, n_head_kv=1, n_ff=64)
+    path = tmp_path / "graded.gguf"
+    capsule = graded(model, path, 1e6, tiers=(1, 2, 3, 4, 6, 8))
+    capsule.layers[1] = replace(capsule.layers[1], k_energy=22.0, v_energy=22.0)
+    write_tile_capsule(path, capsule)
+    tiers = check_choice(patched, model, path, read_tile_capsule(path), picture(tmp_path / "a.npy", 16, 32, 128, 2), 16, 32)
+    assert (tiers[:, 0] - tiers[:, 1]).max() >= 3
 
 
 def test_no_tier_is_good_enough(models, capsules, patched):

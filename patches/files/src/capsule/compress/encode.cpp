@@ -117,7 +117,7 @@ static double capsule_q4_error(float * x, uint32_t n, uint32_t d) {
     return res;
 }
 
-llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x) const {
+llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, range tiers) const {
     static thread_local llama_capsule_buf<float> rows, work, errors;
 
     const auto & layer    = tables->layers[i_layer];
@@ -135,7 +135,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
     // those that occur; without any the error is the energy
     std::vector<uint8_t> bits = { 0 };
     std::array<int, CAPSULE_F32 + 1> place = {};
-    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
+    for (uint32_t t = tiers.first; t < tiers.end; ++t) {
         for (size_t i = 0; i < (size_t) llama_capsule_tables::N_ROWS*n_groups; ++i) {
             const uint8_t b = bits_of(t)[i];
             if (b != 0 && b != CAPSULE_F32 && place[b] == 0) {
@@ -148,7 +148,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
     const float max = capsule_max(x, n*d);
 
     measured res;
-    res.errors.resize(tier_end() - tier_first(), 0.0);
+    res.errors.resize(tier_end(), 0.0);
     res.finite = max <= CAPSULE_F16_MAX;
     if (!res.finite) {
         res.fits.resize(res.errors.size(), false);
@@ -160,9 +160,9 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
 
     // what is left of dropped tokens depends on the tier: then each of them is a pass of its own
     const bool     each = coder.whole.order && !coder.whole.is_dct(cut.h, cut.w);
-    const uint32_t step = each ? 1 : tier_end() - tier_first();
+    const uint32_t step = each ? 1 : tiers.end - tiers.first;
 
-    for (uint32_t t0 = tier_first(); t0 < tier_end(); t0 += step) {
+    for (uint32_t t0 = tiers.first; t0 < tiers.end; t0 += step) {
         // the types of a block, which costs a search for each of them
         std::vector<uint16_t> wanted(n_blocks*n_groups, 1);
         for (uint32_t t = t0; t < t0 + step; ++t) {
@@ -184,9 +184,9 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
                 const float * e = errors.data() + (i*n_groups + g)*bits.size();
                 for (uint32_t t = t0; t < t0 + step; ++t) {
                     const uint8_t b = bits_of(t)[used[i]*n_groups + g];
-                    res.errors[t - tier_first()] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
+                    res.errors[t] += b == CAPSULE_F32 ? 0.0f : e[place[b]];
                 }
-                res.energy += i > 0 && t0 == tier_first() ? e[0] : 0.0f;
+                res.energy += i > 0 && t0 == tiers.first ? e[0] : 0.0f;
             }
         }
     }
@@ -202,29 +202,64 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
     return res;
 }
 
+bool llama_capsule_encoder::has_rival(size_t i_part) const {
+    const auto & layer = tables->layers[i_part/2];
+
+    return (i_part % 2 ? layer.n_embd_head_v : layer.n_embd_head_k) % ggml_blck_size(GGML_TYPE_Q4_0) == 0;
+}
+
+llama_capsule_encoder::range llama_capsule_encoder::narrow(const std::vector<measured> & parts, size_t n, range tiers) const {
+    if (p.i_tier >= 0) {
+        return tiers;
+    }
+
+    const auto by_rival = [&](uint32_t t) {
+        double res = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            res += has_rival(i) ? parts[i].errors[t]/std::max(parts[i].rival, CAPSULE_LEAST) : 0.0;
+        }
+        return res;
+    };
+    const auto by_energy = [&](uint32_t t) {
+        double res = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            res += parts[i].errors[t]/std::max(parts[i].energy, CAPSULE_LEAST)/CAPSULE_LIMIT;
+        }
+        return res;
+    };
+
+    // errors only grow: these are too large already
+    while (tiers.first + 1 < tiers.end && by_rival(tiers.first)/parts.size() > p.quality) {
+        ++tiers.first;
+    }
+
+    // if the other parts are like these, it will be this tier. One more for those that are not; choose() comes back where that is not enough
+    uint32_t likely = tiers.first;
+    while (likely < tiers.end && std::max(by_rival(likely), by_energy(likely))/n > p.quality) {
+        ++likely;
+    }
+    tiers.end = std::min(tiers.end, likely + 2);
+
+    return tiers;
+}
+
 // parts: K and V of each layer; energies: of a usual tile, the same order, <= 0 where that is not known
-int32_t llama_capsule_encoder::choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens) const {
+int32_t llama_capsule_encoder::choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens, range tiers) const {
     bool fits = false;
 
-    for (uint32_t t = tier_first(); t < tier_end(); ++t) {
-        const uint32_t j = t - tier_first();
-
+    for (uint32_t t = tiers.first; t < tiers.end; ++t) {
         double by_rival  = 0.0;
         double by_energy = 0.0;
 
         bool fits_tier = true;
         for (size_t i = 0; i < parts.size(); ++i) {
-            const auto & layer = tables->layers[i/2];
-
-            // q4_0 is no rival where it does not fit the heads
-            const uint32_t d = i % 2 ? layer.n_embd_head_v : layer.n_embd_head_k;
-            if (d % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
-                by_rival += parts[i].errors[j]/std::max(parts[i].rival, CAPSULE_LEAST);
+            if (has_rival(i)) {
+                by_rival += parts[i].errors[t]/std::max(parts[i].rival, CAPSULE_LEAST);
             }
             if (energies[i] > 0.0) {
-                by_energy += parts[i].errors[j]/(energies[i]*n_tokens/GGML_CAPSULE_MAX_ROWS)/CAPSULE_LIMIT;
+                by_energy += parts[i].errors[t]/(energies[i]*n_tokens/GGML_CAPSULE_MAX_ROWS)/CAPSULE_LIMIT;
             }
-            fits_tier = fits_tier && parts[i].fits[j];
+            fits_tier = fits_tier && parts[i].fits[t];
         }
         fits = fits || fits_tier;
 
@@ -236,7 +271,8 @@ int32_t llama_capsule_encoder::choose_tier(const std::vector<measured> & parts, 
     return fits ? HOT : BROKEN;
 }
 
-std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsule_cut> & cuts) const {
+std::vector<std::vector<llama_capsule_encoder::measured>> llama_capsule_encoder::measure_all(const std::vector<llama_capsule_cut> & cuts,
+        std::vector<range> & tiers) const {
     const size_t n_parts = 2*tables->layers.size();
 
     llama_capsule_kv::reader reader(kv, capsule_all_cells(cuts));
@@ -248,7 +284,7 @@ std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsu
 
         std::vector<measured> heads(cuts.size()*2*n_head);
         for_heads(reader, cuts, l, [&](size_t i_cut, bool is_v, uint32_t i_head, float * x) {
-            heads[(i_cut*2 + is_v)*n_head + i_head] = measure(cuts[i_cut], l, is_v, i_head, x);
+            heads[(i_cut*2 + is_v)*n_head + i_head] = measure(cuts[i_cut], l, is_v, i_head, x, tiers[i_cut]);
         });
 
         for (size_t i = 0; i < heads.size(); ++i) {
@@ -267,11 +303,20 @@ std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsu
             sum.energy += head.energy;
             sum.finite  = sum.finite && head.finite;
         }
+
+        for (size_t i = 0; i < cuts.size(); ++i) {
+            tiers[i] = narrow(parts[i], 2*(l + 1), tiers[i]);
+        }
     }
 
-    // without a file, what is usual is what the tiles of this picture are like
-    std::vector<double> energies(n_parts, 0.0);
-    for (size_t i = 0; i < n_parts; ++i) {
+    return parts;
+}
+
+// of a usual tile, for each part. Without a file, what is usual is what the tiles of this picture are like
+std::vector<double> llama_capsule_encoder::usual_energies(const std::vector<llama_capsule_cut> & cuts,
+        const std::vector<std::vector<measured>> & parts) const {
+    std::vector<double> res;
+    for (size_t i = 0; i < 2*tables->layers.size(); ++i) {
         const auto & layer = tables->layers[i/2];
 
         double sum = 0.0;
@@ -280,14 +325,43 @@ std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsu
             sum += parts[j][i].energy;
             n   += cuts[j].cells.size();
         }
-        energies[i] = !tables->builtin ? (i % 2 ? layer.v_energy : layer.k_energy) : sum*GGML_CAPSULE_MAX_ROWS/n;
+        res.push_back(!tables->builtin ? (i % 2 ? layer.v_energy : layer.k_energy) : sum*GGML_CAPSULE_MAX_ROWS/n);
     }
+    return res;
+}
 
-    std::vector<int32_t> res;
-    for (size_t j = 0; j < cuts.size(); ++j) {
-        const bool finite = std::all_of(parts[j].begin(), parts[j].end(), [](const measured & m) { return m.finite; });
+std::vector<int32_t> llama_capsule_encoder::choose(const std::vector<llama_capsule_cut> & cuts) const {
+    std::vector<int32_t> res(cuts.size());
+    std::vector<double>  energies;
 
-        res.push_back(finite ? choose_tier(parts[j], energies, cuts[j].cells.size()) : BROKEN);
+    // tiles without a tier yet, and what they may take
+    std::vector<size_t> left(cuts.size());
+    std::vector<range>  tiers(cuts.size(), { tier_first(), tier_end() });
+    std::iota(left.begin(), left.end(), 0);
+
+    while (!left.empty()) {
+        std::vector<llama_capsule_cut> some;
+        for (size_t j : left) {
+            some.push_back(cuts[j]);
+        }
+        const auto parts = measure_all(some, tiers);
+        if (energies.empty()) {
+            energies = usual_energies(cuts, parts);
+        }
+
+        std::vector<size_t> again;
+        std::vector<range>  above;
+        for (size_t i = 0; i < left.size(); ++i) {
+            const bool finite = std::all_of(parts[i].begin(), parts[i].end(), [](const measured & m) { return m.finite; });
+
+            res[left[i]] = finite ? choose_tier(parts[i], energies, some[i].cells.size(), tiers[i]) : BROKEN;
+            if (finite && res[left[i]] < 0 && tiers[i].end < tier_end()) {
+                again.push_back(left[i]);
+                above.push_back({ tiers[i].end, tier_end() });
+            }
+        }
+        left  = again;
+        tiers = above;
     }
     return res;
 }

@@ -53,10 +53,27 @@ private:
     uint32_t tier_first() const;
     uint32_t tier_end()   const;
 
-    // one head; x: its tokens, f32 [n][d], are overwritten
-    measured measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x) const;
+    // those of a tile that are measured
+    struct range {
+        uint32_t first;
+        uint32_t end;
+    };
 
-    int32_t choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens) const;
+    // one head; x: its tokens, f32 [n][d], are overwritten
+    measured measure(const llama_capsule_cut & cut, uint32_t i_layer, bool is_v, uint32_t i_head, float * x, range tiers) const;
+
+    // K and V of each layer, for each cut; tiers[i] becomes those that were measured in all layers
+    std::vector<std::vector<measured>> measure_all(const std::vector<llama_capsule_cut> & cuts, std::vector<range> & tiers) const;
+
+    // what is left after the first n parts
+    range narrow(const std::vector<measured> & parts, size_t n, range tiers) const;
+
+    std::vector<double> usual_energies(const std::vector<llama_capsule_cut> & cuts, const std::vector<std::vector<measured>> & parts) const;
+
+    // whether rotated q4_0 fits the heads of a part
+    bool has_rival(size_t i_part) const;
+
+    int32_t choose_tier(const std::vector<measured> & parts, const std::vector<double> & energies, uint32_t n_tokens, range tiers) const;
 
     // calls fn(i_cut, is_v, i_head, x) for every head of every tile of a layer, on several threads; x: f32 [n][d], keys without RoPE
     template<typename F>
