@@ -7,12 +7,12 @@ import os
 import re
 import resource
 import struct
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from image_rows import image_rows
 from llama_api import L
 
 from kvcapsule_gguf.bench.fill import state_hash
@@ -25,7 +25,7 @@ FLOAT_P = ctypes.POINTER(ctypes.c_float)
 
 class ContextParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("image_tokens", ctypes.c_uint32),
-                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool)]
+                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("narrow", ctypes.c_bool)]
 
 
 class Stats(ctypes.Structure):
@@ -33,7 +33,8 @@ class Stats(ctypes.Structure):
                 ("bytes_slots", ctypes.c_uint64), ("bytes_pools", ctypes.c_uint64),
                 ("bytes_scratch", ctypes.c_uint64), ("bytes_hot", ctypes.c_uint64), ("bytes_f16_token", ctypes.c_uint64),
                 ("n_tiers", ctypes.c_uint32), ("n_slots_tier", ctypes.c_uint32 * 16), ("n_cold_tier", ctypes.c_uint32 * 16),
-                ("bytes_tier", ctypes.c_uint64 * 16), ("smaller", ctypes.c_float * 16)]
+                ("bytes_tier", ctypes.c_uint64 * 16), ("smaller", ctypes.c_float * 16),
+                ("n_heads", ctypes.c_uint32), ("n_heads_narrow", ctypes.c_uint32), ("n_tokens_narrow", ctypes.c_uint64)]
 
     def as_dict(self) -> dict[str, Any]:
         out = {}
@@ -83,12 +84,6 @@ def fill_slots(state: bytes, at: int, fill: int, hashed: bool, layers: int) -> b
 
 def last_error() -> str:
     return LIB.llama_capsule_last_error().decode(errors="replace")
-
-
-@lru_cache(maxsize=8)
-def image_rows(seed: int, n: int, n_embd: int) -> np.ndarray:
-    """The embeddings of a random image, [n, n_embd]."""
-    return np.random.default_rng(seed).standard_normal((n, n_embd))
 
 
 class Failed(Exception):
@@ -244,7 +239,7 @@ class Context:
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
             c.capsule = process.capsule(self.model, case["capsule"])
-            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress"):
+            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "narrow"):
                 setattr(c, name, case[name])
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}

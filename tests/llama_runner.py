@@ -191,6 +191,7 @@ class Case:
     quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = False
+    narrow: bool = False
     image_causal: bool = True  # False: the tokens of an image see each other, as gemma's do
     reuse: bool = True
     threads: int = 1

@@ -43,8 +43,8 @@ def random_transforms(codec: str, heads: int, d_k: int, groups: int, mlp: int, r
 
 
 def random_capsule(model_gguf: Path | str, path: Path | str, *, tiers: Sequence[int | Sequence[int]] = LOSSLESS, axes: bool = True, energy: float = 1e6, seed: int = 1,
-                   codec: str = "dct", mlp: int = 0) -> Path:
-    """Writes `path` and returns it. tiers, from the smallest: the bits of all blocks, or those to draw the bits of each block from.
+                   codec: str = "dct", mlp: int = 0, narrow: Sequence[Sequence[int]] = ()) -> Path:
+    """Writes `path` and returns it. narrow: of each layer, 1 for each head that sees no other image (layers without one: []). tiers, from the smallest: the bits of all blocks, or those to draw the bits of each block from.
 
     codec: dct, learned or retain, with `mlp` hidden units. LOSSLESS decodes a tile to itself up to rounding. `energy` of a usual tile is so large that the second limit of the score never counts.
     """
@@ -59,7 +59,8 @@ def random_capsule(model_gguf: Path | str, path: Path | str, *, tiers: Sequence[
         groups = len(key_groups(d_k, base.rope_type if base.layer_rope[i] else "none", base.rope_dimensions)), len(plain_groups(d_v))
         means = [(0.3 * rng.standard_normal((heads, d))).astype(np.float32) for d in (d_k, d_v)]
         turn = np.stack([exact_axes(d_v, rng) for _ in range(heads)]) if axes else None
-        layers.append(TileLayer(i, base.layer_rope[i], *means, *(table(heads, g) for g in groups), energy, energy, turn,
+        named = np.array(narrow[len(layers)], np.uint8) if len(narrow) > len(layers) and len(narrow[len(layers)]) else None
+        layers.append(TileLayer(i, base.layer_rope[i], *means, *(table(heads, g) for g in groups), energy, energy, turn, named,
                                 **random_transforms(codec, heads, d_k, groups[0], mlp, rng)))
     name = f"random capsule for {base.name}"
     return write_tile_capsule(path, TileCapsule(base_of(base), base.rope_dimensions, [0.0] * len(tiers), layers, name, {"tool": "tests/make_capsule.py"}))

@@ -53,6 +53,7 @@ class TileLayer:
     k_energy: float  # of a usual tile around the mean: what the errors of a tile are measured by
     v_energy: float
     v_axes: np.ndarray | None = None  # f16 [H, d_v, d_v], columns are axes
+    narrow: np.ndarray | None = None  # u8 [H], 1: the head needs no other image while an image is read
     # in place of the DCT of whole tiles (codec/transform.py): k_transform, or the tokens that are kept and what the others are predicted by
     k_transform: np.ndarray | None = None  # f16 [64, 64]
     v_transform: np.ndarray | None = None
@@ -111,6 +112,8 @@ def shapes(c: TileCapsule, x: TileLayer, heads: int, d_k: int, d_v: int, there: 
     }  # fmt: skip
     if "v_axes" in there:
         out["v_axes"] = ("f16", (heads, d_v, d_v))
+    if "narrow" in there:
+        out["narrow"] = ("i8", (heads,))
     return out | transform_shapes(there, tensor_name(x.index, "k_near"), heads, d_k, groups[0])
 
 
@@ -147,6 +150,9 @@ def validate_tensor(name: str, short: str, array: np.ndarray) -> None:
     """Raises Invalid."""
     if short.endswith("table"):
         need(bool(np.isin(array, STORED).all()), f"tensor {name} has a number of bits that is not one of {', '.join(map(str, STORED))}")
+        return
+    if short == "narrow":
+        need(bool(np.isin(array, (0, 1)).all()), f"tensor {name} has a value that is neither 0 nor 1")
         return
     if short in ("k_order", "k_near"):
         (check_order if short == "k_order" else check_near)(name, array)

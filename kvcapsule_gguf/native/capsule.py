@@ -41,6 +41,9 @@ class CapsuleStats:
     bytes_scratch: int
     bytes_hot: int
     bytes_f16_token: int
+    n_heads: int = 0  # KV heads
+    n_heads_narrow: int = 0  # of them, those that see no other image while an image is read
+    n_tokens_narrow: int = 0  # vision tokens that were read so
     tiers: tuple[TierStats, ...] = ()
 
     @property
@@ -110,6 +113,7 @@ ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsul
 class Attachment:
     """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
     q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality.
+    narrow: while a picture is read, heads that the capsule names see no other picture.
     image_tokens: of each picture, where all have the same number, 0 = not known; otherwise: is told why a context cannot have the capsule, which is then made without."""
 
     capsule: Capsule | None
@@ -118,6 +122,7 @@ class Attachment:
     ratio: float = 0.0
     auto_compress: bool = True
     image_tokens: int = 0
+    narrow: bool = False
     otherwise: Callable[[str], None] | None = None
 
 
@@ -131,6 +136,7 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw.capsule = wanted.capsule.handle
     raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
     raw.auto_compress, raw.image_tokens = wanted.auto_compress, wanted.image_tokens
+    raw.narrow = wanted.narrow
     ctx = lib.llama_capsule_init_from_model(model, params, raw)
     if not ctx and wanted.otherwise is not None and (said := last_error()).startswith(CANNOT_ATTACH):
         wanted.otherwise(said.removeprefix(CANNOT_ATTACH))

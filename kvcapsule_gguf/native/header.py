@@ -197,6 +197,7 @@ class llama_capsule_context_params(c.Structure):
         ("quality", c.c_float),
         ("ratio", c.c_float),
         ("auto_compress", c.c_bool),
+        ("narrow", c.c_bool),
     ]
 
 
@@ -217,6 +218,9 @@ class llama_capsule_stats(c.Structure):
         ("n_cold_tier", c.c_uint32 * 16),
         ("bytes_tier", c.c_uint64 * 16),
         ("smaller", c.c_float * 16),
+        ("n_heads", c.c_uint32),
+        ("n_heads_narrow", c.c_uint32),
+        ("n_tokens_narrow", c.c_uint64),
     ]
 
 

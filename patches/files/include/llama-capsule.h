@@ -22,6 +22,7 @@ extern "C" {
         float    quality;       // error that a tile of an image may have, in units of q4_0's, 0 = default of the capsule; the smallest tier that holds it is taken
         float    ratio;         // instead: share of the bytes to save, the nearest tier is taken for everything, 0 = by quality
         bool     auto_compress; // compress an image as soon as something else follows it in its sequence
+        bool     narrow;        // while an image is read, heads that the capsule names see text and this image, and no other image
     };
 
     struct llama_capsule_stats {
@@ -44,6 +45,10 @@ extern "C" {
         uint32_t n_cold_tier[16];  // vision tokens in them
         uint64_t bytes_tier[16];   // of these slots, all layers
         float    smaller[16];      // f16 bytes over those of a slot of 8x8 tokens
+
+        uint32_t n_heads;          // KV heads of all layers
+        uint32_t n_heads_narrow;   // of them, those that see no other image while an image is read
+        uint64_t n_tokens_narrow;  // vision tokens that were read so
     };
 
     // NULL on error: the file is damaged or made for another model, see llama_capsule_last_error()

@@ -51,7 +51,7 @@ llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & 
         }),
     encoder(lctx, hot, threads, p.tables, forms, { p.quality, p.i_tier }),
     spans(hot.n_pos() > 1, p.image_tokens),
-    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots)),
+    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, p.narrow ? p.tables : nullptr, p.image_tokens))),
     n_bytes_limit(capsule_bytes_limit()), n_bytes_graph(graph->n_bytes()) {
 }
 
@@ -454,6 +454,8 @@ void llama_capsule_cache::get_stats(llama_capsule_stats & stats) const {
             stats.bytes_tier[s.i_tier] += (uint64_t) slots.size(l, i)*LLAMA_CAPSULE_UNIT;
         }
     }
+
+    graph->get_stats(stats);
 
     for (const auto & layer : p.tables->layers) {
         stats.bytes_f16_token += layer.n_head_kv*(layer.n_embd_head_k + layer.n_embd_head_v)*sizeof(ggml_fp16_t);

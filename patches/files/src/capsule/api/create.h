@@ -17,6 +17,7 @@ struct llama_capsule_cache_params {
     uint32_t image_tokens; // of an image, where its positions do not tell; 0: not known
 
     bool auto_compress;
+    bool narrow; // heads that the capsule names see no other image while an image is read
 };
 
 // throws std::runtime_error with one line if the context can not have it

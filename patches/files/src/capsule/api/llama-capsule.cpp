@@ -30,6 +30,7 @@ struct capsule_request {
     float    quality;
     float    ratio;
     bool     auto_compress;
+    bool     narrow;
 };
 
 static thread_local std::optional<capsule_request> capsule_next;
@@ -68,7 +69,8 @@ static void capsule_check_request(const capsule_request & req) {
     }
 }
 
-// for programs that know nothing of capsules: LLAMA_KVCAPSULE=auto|FILE, _HOT=N, _IMAGE_TOKENS=N, _QUALITY=Q or _RATIO=R
+// for programs that know nothing of capsules: LLAMA_KVCAPSULE=auto|FILE, _HOT=N, _IMAGE_TOKENS=N, _QUALITY=Q or _RATIO=R,
+//   _IMAGE_ATTENTION=auto|full
 static std::optional<capsule_request> capsule_request_from_env(const llama_model & model) {
     const char * path = getenv("LLAMA_KVCAPSULE");
     if (!path || !*path) {
@@ -88,6 +90,11 @@ static std::optional<capsule_request> capsule_request_from_env(const llama_model
         return number;
     };
 
+    const char * attention = getenv("LLAMA_KVCAPSULE_IMAGE_ATTENTION");
+    if (attention && *attention && strcmp(attention, "auto") != 0 && strcmp(attention, "full") != 0) {
+        throw std::runtime_error(format("LLAMA_KVCAPSULE_IMAGE_ATTENTION=%s is neither auto nor full", attention));
+    }
+
     capsule_request res = {
         nullptr,
         (uint32_t) number("LLAMA_KVCAPSULE_HOT", 1 << 30),
@@ -95,6 +102,7 @@ static std::optional<capsule_request> capsule_request_from_env(const llama_model
         (float) number("LLAMA_KVCAPSULE_QUALITY", 100),
         (float) number("LLAMA_KVCAPSULE_RATIO", 1),
         true,
+        attention && strcmp(attention, "auto") == 0,
     };
 
     try {
@@ -159,7 +167,7 @@ static std::string capsule_attach(llama_context & lctx, llama_kv_cache & kv, con
 
     const int32_t i_tier = by_ratio ? (int32_t) tables->tier_for_ratio(req.ratio) : -1;
 
-    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, quality, i_tier, req.image_tokens, req.auto_compress });
+    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, quality, i_tier, req.image_tokens, req.auto_compress, req.narrow });
 
     const std::string name = tables->builtin ? "the built-in capsule" : "capsule '" + tables->path + "'";
     if (by_ratio) {
@@ -223,6 +231,15 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
         memory.reset();
         return model.create_memory(params, cparams);
+    }
+
+    if (req->narrow && kv != (llama_memory_i *) memory.get()) {
+        LLAMA_LOG_WARN("%s: image attention is full: heads are not narrowed where a model has layers of other kinds\n", __func__);
+        req->narrow = false;
+    }
+    if (req->narrow && model.hparams.f_max_alibi_bias > 0.0f) {
+        LLAMA_LOG_WARN("%s: image attention is full: heads are not narrowed where a model has ALiBi\n", __func__);
+        req->narrow = false;
     }
 
     const std::string what = capsule_attach(lctx, *kv, *req);
@@ -334,6 +351,7 @@ struct llama_capsule_context_params llama_capsule_context_default_params(void) {
         /*.quality       =*/ 0.0f,
         /*.ratio         =*/ 0.0f,
         /*.auto_compress =*/ true,
+        /*.narrow        =*/ false,
     };
 }
 
@@ -352,7 +370,7 @@ struct llama_context * llama_capsule_init_from_model(
     try {
         if (capsule_params.capsule) {
             const auto & p = capsule_params;
-            capsule_next = { p.capsule->tables, p.n_hot, p.image_tokens, p.quality, p.ratio, p.auto_compress };
+            capsule_next = { p.capsule->tables, p.n_hot, p.image_tokens, p.quality, p.ratio, p.auto_compress, p.narrow };
             capsule_check_request(*capsule_next);
         }
         res = llama_init_from_model(model, params);

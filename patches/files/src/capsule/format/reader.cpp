@@ -94,6 +94,7 @@ struct tables_reader {
     void check_sizes() const;
 
     std::vector<uint8_t> read_tensor(const std::string & name, ggml_type type, const std::array<int64_t, 4> & ne);
+    std::vector<uint8_t> read_narrow(const std::string & name, uint32_t n_head);
     std::vector<uint8_t> read_table (const std::string & name, uint32_t n_head, int64_t n_groups);
     std::vector<float>   read_floats(const std::string & name, ggml_type type, const std::array<int64_t, 4> & ne);
     std::vector<float>   read_mean  (const std::string & name, uint32_t n_head, uint32_t d);
@@ -255,6 +256,14 @@ std::vector<uint8_t> tables_reader::read_table(const std::string & name, uint32_
     return res;
 }
 
+std::vector<uint8_t> tables_reader::read_narrow(const std::string & name, uint32_t n_head) {
+    auto res = read_tensor(name, GGML_TYPE_I8, { n_head, 1, 1, 1 });
+
+    need(std::all_of(res.begin(), res.end(), [](uint8_t x) { return x <= 1; }), "tensor " + name + " has a value that is neither 0 nor 1");
+
+    return res;
+}
+
 std::vector<float> tables_reader::read_floats(const std::string & name, ggml_type type, const std::array<int64_t, 4> & ne) {
     const auto raw = read_tensor(name, type, ne);
 
@@ -410,6 +419,9 @@ void tables_reader::read_tensors() {
 
         if (header.find(prefix + "v_axes")) {
             l.v_axes = read_axes(prefix + "v_axes", l.n_head_kv, l.n_embd_head_v);
+        }
+        if (header.find(prefix + "narrow")) {
+            l.narrow = read_narrow(prefix + "narrow", l.n_head_kv);
         }
         read_transforms(l, prefix);
     }

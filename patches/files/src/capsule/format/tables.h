@@ -52,6 +52,8 @@ struct llama_capsule_tables {
         transform k_transform;
         transform v_transform;
 
+        std::vector<uint8_t> narrow; // [n_head_kv], 1: the head needs no other image while an image is read; empty: no such head
+
         float k_energy = 0.0f; // of a usual tile around the mean; 0: not known (built in)
         float v_energy = 0.0f;
     };

@@ -6,6 +6,7 @@
 #include "../ggml/src/ggml-capsule/attn.h"
 
 #include "capsule/model/kv.h"
+#include "llama-capsule.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
@@ -37,7 +38,7 @@ void llm_graph_input_tiles::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_tiles::can_reuse(const llm_graph_params & params) {
-    return shape == graph->shape() && (!mask || mask->ne[1] == params.ubatch.n_tokens);
+    return shape == graph->shape() && (!mask || mask->ne[1] == params.ubatch.n_tokens) && (hide != nullptr) == graph->narrows(params.ubatch);
 }
 
 //
@@ -45,8 +46,8 @@ bool llm_graph_input_tiles::can_reuse(const llm_graph_params & params) {
 //
 
 llama_capsule_graph::llama_capsule_graph(llama_context & lctx, const llama_capsule_kv & kv, llama_capsule_forms & forms,
-        const llama_capsule_slots & slots) :
-    lctx(lctx), kv(kv), forms(forms), slots(slots) {
+        const llama_capsule_slots & slots, llama_capsule_narrow narrow) :
+    lctx(lctx), kv(kv), forms(forms), slots(slots), narrow(std::move(narrow)) {
     init_layers();
 
     if (!update_tables()) {
@@ -371,6 +372,10 @@ void llama_capsule_graph::set_inputs(const llm_graph_input_tiles & inp, const ll
             set_angles(inp.angles[i], i);
         }
     }
+    if (used(inp.hide)) {
+        narrow.set_hide(inp.hide, ubatch);
+        n_tokens_narrow += ubatch.n_tokens;
+    }
     if (!used(inp.mask) && !used(inp.mask_cold)) {
         return;
     }
@@ -522,6 +527,10 @@ llm_graph_input_tiles * llama_capsule_graph::graph_input(const llm_graph_context
         inp->mask_cold = kq_mask->type == GGML_TYPE_F16 ? inp->mask : input(GGML_TYPE_F16, n_cold_pad(), kq_mask->ne[1], 1, "capsule_inp_mask_cold");
     }
 
+    if (narrows(g.ubatch)) {
+        inp->hide = input(kq_mask->type, kq_mask->ne[0], kq_mask->ne[1], 1, "capsule_inp_hide");
+    }
+
     return (llm_graph_input_tiles *) g.res->add_input(std::move(inp));
 }
 
@@ -556,7 +565,11 @@ ggml_tensor * llama_capsule_graph::layer_angles(const llm_graph_context & g, llm
 //
 
 uint32_t llama_capsule_graph::graph_nodes() const {
-    return NODES_PER_LAYER*layers.size();
+    uint32_t res = NODES_PER_LAYER*layers.size();
+    for (uint32_t i = 0; i < layers.size(); ++i) {
+        res += NODES_PER_LAYER*narrow.runs(i).size();
+    }
+    return res;
 }
 
 void llama_capsule_graph::check_rope(const llm_graph_context & g, const ggml_tensor * k, const ggml_tensor * k_rot, uint32_t i_layer, int il) {
@@ -643,22 +656,9 @@ void llama_capsule_graph::build_unpack(const llm_graph_context & g, llm_graph_in
     }
 }
 
-ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
-    auto [q, k, v, kq_b, kq_mask, sinks, k_rot, kq_scale, il] = attn;
-
-    auto & inp = *graph_input(g, kq_mask);
-
-    const uint32_t i_layer = find_layer(il);
-
-    check_rope(g, k, k_rot, i_layer, il);
-
-    if (n_slots() == 0) {
-        return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
-    }
-    if (can_attend(g, i_layer, q, kq_b, sinks)) {
-        return build_attend(g, inp, i_layer, q, k, v, kq_mask, kq_scale);
-    }
-
+// the same shapes as llama_kv_cache::get_k() and get_v()
+void llama_capsule_graph::build_columns(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
+        ggml_tensor *& k, ggml_tensor *& v, ggml_tensor *& mask) {
     const auto & p = layers[i_layer].params;
     const auto & s = scratches[layers[i_layer].i_scratch];
 
@@ -695,14 +695,82 @@ ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const
     build_unpack(g, inp, i_layer, k_cols(n_kv, n_cold()), false);
     build_unpack(g, inp, i_layer, v_cols(n_kv, n_cold()), true);
 
-    // the same shapes as llama_kv_cache::get_k() and get_v()
     k = ggml_view_4d(ctx, s.k, p.d_k, p.n_head_kv, n_cols, 1, ggml_row_size(s.k->type, p.d_k), k_row, k_row*n_cols, 0);
     v = trans ?
         ggml_view_4d(ctx, s.v, n_cols, p.n_head_kv, p.d_v, 1, v_row*p.d_v, v_row, v_row*n_embd_v, 0) :
         ggml_view_4d(ctx, s.v, p.d_v, p.n_head_kv, n_cols, 1, ggml_row_size(s.v->type, p.d_v), v_row, v_row*n_cols, 0);
 
     if (!inp.mask_kq) {
-        inp.mask_kq = ggml_concat(ctx, kq_mask, inp.mask, 0);
+        inp.mask_kq = ggml_concat(ctx, mask, inp.mask, 0);
     }
-    return g.build_attn_mha(q, k, v, kq_b, inp.mask_kq, sinks, nullptr, 0, kq_scale, il);
+    mask = inp.mask_kq;
+}
+
+// heads [first, first + n) of queries, keys or values
+static ggml_tensor * heads_of(ggml_context * ctx, ggml_tensor * t, int64_t first, int64_t n) {
+    return ggml_view_4d(ctx, t, t->ne[0], n, t->ne[2], t->ne[3], t->nb[1], t->nb[2], t->nb[3], first*t->nb[1]);
+}
+
+ggml_tensor * llama_capsule_graph::build_narrow(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
+        const llama_capsule_attn & attn) {
+    const auto & runs = narrow.runs(i_layer);
+
+    const int64_t n_gqa = attn.q->ne[1]/layers[i_layer].params.n_head_kv;
+
+    if (!inp.mask_own) {
+        inp.mask_own = ggml_add(g.ctx0, attn.kq_mask, inp.hide);
+    }
+
+    ggml_tensor * k    = attn.k;
+    ggml_tensor * v    = attn.v;
+    ggml_tensor * mask = attn.kq_mask;
+
+    if (n_slots() > 0 && std::any_of(runs.begin(), runs.end(), [](const auto & run) { return !run.narrow; })) {
+        build_columns(g, inp, i_layer, k, v, mask);
+    }
+
+    ggml_tensor * res = nullptr;
+    for (const auto & run : runs) {
+        ggml_tensor * cur = g.build_attn_mha(
+                heads_of(g.ctx0, attn.q, run.first*n_gqa, run.n*n_gqa),
+                heads_of(g.ctx0, run.narrow ? attn.k : k, run.first, run.n),
+                heads_of(g.ctx0, run.narrow ? attn.v : v, run.first, run.n),
+                nullptr, run.narrow ? inp.mask_own : mask, nullptr, nullptr, 0, attn.kq_scale, attn.il);
+
+        res = res ? ggml_concat(g.ctx0, res, cur, 0) : cur;
+    }
+    return res;
+}
+
+void llama_capsule_graph::get_stats(llama_capsule_stats & stats) const {
+    for (uint32_t i = 0; i < layers.size(); ++i) {
+        stats.n_heads += layers[i].params.n_head_kv;
+        for (const auto & run : narrow.runs(i)) {
+            stats.n_heads_narrow += run.narrow ? run.n : 0;
+        }
+    }
+    stats.n_tokens_narrow = n_tokens_narrow;
+}
+
+ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const llama_capsule_attn & attn) {
+    auto [q, k, v, kq_b, kq_mask, sinks, k_rot, kq_scale, il] = attn;
+
+    auto & inp = *graph_input(g, kq_mask);
+
+    const uint32_t i_layer = find_layer(il);
+
+    check_rope(g, k, k_rot, i_layer, il);
+
+    if (inp.hide && !narrow.runs(i_layer).empty() && !kq_b && !sinks) {
+        return build_narrow(g, inp, i_layer, attn);
+    }
+    if (n_slots() == 0) {
+        return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    }
+    if (can_attend(g, i_layer, q, kq_b, sinks)) {
+        return build_attend(g, inp, i_layer, q, k, v, kq_mask, kq_scale);
+    }
+    build_columns(g, inp, i_layer, k, v, kq_mask);
+
+    return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);
 }

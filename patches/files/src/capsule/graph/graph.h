@@ -2,6 +2,7 @@
 
 #include "capsule/format/forms.h"
 #include "capsule/graph/angles.h"
+#include "capsule/graph/narrow.h"
 
 #include "ggml-capsule.h"
 #include "ggml-cpp.h"
@@ -12,6 +13,7 @@
 #include <vector>
 
 struct llama_capsule_attn;
+struct llama_capsule_stats;
 struct llama_context;
 
 class llama_capsule_graph;
@@ -47,6 +49,10 @@ public:
     ggml_tensor * mask    = nullptr; // of the columns of the slots
     ggml_tensor * mask_kq = nullptr; // of all columns
 
+    // of narrowed heads, over the hot cells; nullptr where all heads see everything
+    ggml_tensor * hide     = nullptr; // -INF: a cell of another image
+    ggml_tensor * mask_own = nullptr; // of the model, and this
+
     std::vector<ggml_tensor *> angles; // F32, by kind of RoPE; nullptr where no layer has asked yet
 };
 
@@ -57,7 +63,8 @@ public:
 class llama_capsule_graph : public std::enable_shared_from_this<llama_capsule_graph> {
 public:
     // throws if the slots of a layer can not be read; what it refers to must live as long as graphs are built and computed
-    llama_capsule_graph(llama_context & lctx, const llama_capsule_kv & kv, llama_capsule_forms & forms, const llama_capsule_slots & slots);
+    llama_capsule_graph(llama_context & lctx, const llama_capsule_kv & kv, llama_capsule_forms & forms, const llama_capsule_slots & slots,
+            llama_capsule_narrow narrow);
 
     // where the pool of a layer belongs
     ggml_backend_buffer_type_t pool_buft(uint32_t i_layer) const;
@@ -79,6 +86,12 @@ public:
 
     // what the shapes and the pools of a graph depend on
     std::vector<int64_t> shape();
+
+    // do heads that are narrowed see less of this batch than others?
+    bool narrows(const llama_ubatch & ubatch) const { return narrow.find(ubatch); }
+
+    // of the heads that are narrowed
+    void get_stats(llama_capsule_stats & stats) const;
 
     // for the slots that there are now
     void set_inputs(const llm_graph_input_tiles & inp, const llama_ubatch & ubatch);
@@ -127,6 +140,9 @@ private:
     std::vector<scratch> scratches;
 
     llama_capsule_angles angles;
+    llama_capsule_narrow narrow;
+
+    uint64_t n_tokens_narrow = 0; // that were read
 
     // at least, see plan()
     uint32_t n_slots_plan = 0;
@@ -167,6 +183,12 @@ private:
 
     ggml_tensor * build_attend(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
             ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask, float kq_scale);
+
+    // some heads see the hot cells of text and of their own image only
+    ggml_tensor * build_narrow(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, const llama_capsule_attn & attn);
+
+    // puts hot cells and slots side by side for stock attention -> k, v and mask of both
+    void build_columns(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor *& mask);
 
     void build_unpack(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, ggml_tensor * dst, bool is_v);
 };
