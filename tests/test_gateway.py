@@ -480,7 +480,7 @@ def wait_until(done: Callable[[], bool]) -> None:
         ("error/500/Failed_to_load_image_or_audio_file", 400, "Failed to load"),
         ("error/500/Failed_to_parse_tools:_Expected", 400, "tools"),
         ("error/500/[json.exception.type_error.302]_type_must_be_string", 400, "string"),
-        ("error/500/Context_size_has_been_exceeded.", 503, "--hot"),
+        ("error/500/Context_size_has_been_exceeded.", 503, "-c"),
         ("error/500plain/oops", 500, "oops"),
         ("error/400/no_messages", 400, "no messages"),
         ("error/500/unknown", 500, "unknown"),

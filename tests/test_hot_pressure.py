@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import Case, clear, compress, image, lossless_limit, nmse, rss, seq_rm, stats, text
+from llama_runner import Case, clear, image, lossless_limit, nmse, rss, seq_rm, stats, text
 
 HOT = 256
 GRID = (10, 16)  # 160 tokens: one image fits in the hot cells, two do not
@@ -53,48 +53,46 @@ def test_many_images_in_a_small_hot_cache(albums, script, arch, fa):
     assert (seen["n_hot"], seen["n_cold"], seen["n_hot_vision"]) == (HOT, images * TOKENS, 0)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_without_compression_they_do_not_fit(models, capsules, patched, arch):
-    case = hot(models, capsules, arch, "a", [text(8), image(GRID, seed=1), text(6), image(GRID, seed=2, may_fail=True), compress(),
-                                             image(GRID, seed=2, may_fail=True)], auto_compress=False)
-    result = patched([case])["a"]
-    assert not result.error
-    assert [s.rc for s in result.steps if "moved" not in s.values] == [0, 0, 0, 1, 0]
-
-
-# --- nothing left to compress ---
+# --- nothing left to compress: the hot cache grows up to the context (tests/test_hot_growth.py) ---
 
 
 def said(log: list[str]) -> list[str]:
-    return [line for line in log if "hot" in line]
+    return [line for line in log if "cache is full" in line]
 
 
 @pytest.mark.parametrize(("arch", "fa"), BOTH)
 def test_full_of_text(models, capsules, stock, patched, arch, fa):
-    """decode returns 1, one line says what fills the hot cells, and the conversation goes on once there is room."""
-    script = [text(200), text(70, seed=1, may_fail=True), text(9, seed=2), seq_rm(0, 0, 150), text(100, seed=3), clear(), text(5, seed=4)]
-    result = patched([hot(models, capsules, arch, "a", script, flash_attn=fa)])["a"]
+    """decode returns 1, one line says what fills the context, and the conversation goes on once there is room."""
+    script = [text(450), text(70, seed=1, may_fail=True), text(9, seed=2), seq_rm(0, 0, 150), text(100, seed=3), clear(), text(5, seed=4)]
+    result = patched([hot(models, capsules, arch, "a", script, flash_attn=fa, n_ctx=512)])["a"]
     assert not result.error
     assert [s.rc for s in result.steps] == [0, 1, 0, 0, 0, 0, 0]
     (line,) = said(result.steps[1].log)
-    assert "text" in line and "200" in line and str(HOT) in line
-    truth = stock([Case("a", models(arch=arch), [s for i, s in enumerate(script) if i != 1], flash_attn=fa)])["a"]
+    assert "512 cells of 512, of them 450 text" in line and "70 more do not fit: use a larger context (-c)" in line
+    truth = stock([Case("a", models(arch=arch), [s for i, s in enumerate(script) if i != 1], flash_attn=fa, n_ctx=512)])["a"]
     assert nmse(result.logits(0, 2, 4, 6), truth.logits()) <= lossless_limit(fa)
 
 
-def test_full_of_an_image(models, capsules, patched):
-    """An image in the making is not compressed; the line tells vision tokens from text."""
-    script = [text(50), image((10, 20), seed=1), image((10, 20), seed=2, may_fail=True)]
-    result = patched([hot(models, capsules, "llama", "a", script, image_tokens=400)])["a"]
-    assert [s.rc for s in result.steps] == [0, 0, 1]
-    (line,) = said(result.steps[2].log)
-    assert "50" in line and "200" in line and str(HOT) in line and "vision" in line
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cells_in_slots_count(models, capsules, patched, arch):
+    """-c is the number of cells, hot and in slots: the hot cache does not grow beyond that."""
+    script = [text(8), image(GRID, seed=1), text(80), text(512 - TOKENS - 87, may_fail=True), text(512 - TOKENS - 88)]
+    result = patched([hot(models, capsules, arch, "a", script, n_ctx=512)])["a"]
+    assert [s.rc for s in result.steps] == [0, 0, 0, 1, 0]
+    assert len(said(result.steps[3].log)) == 1
 
 
-def test_an_image_larger_than_hot(models, capsules, patched):
-    result = patched([hot(models, capsules, "qwen2vl", "a", [text(5), image((20, 20), may_fail=True), text(5)])])["a"]
-    assert [s.rc for s in result.steps[:2]] == [0, 1]
-    assert len(said(result.steps[1].log)) == 1
+def test_an_image_in_the_making(models, capsules, patched):
+    """It is not compressed before all of it is there: the cache grows, or one line tells vision tokens from text."""
+    script = [text(50), image((10, 20), seed=1), image((10, 20), seed=2, may_fail=True), stats(), text(5, may_fail=True), stats()]
+    for n_ctx, codes, cold in ((512, [0, 0, 0, 0, 0, 0], 400), (256, [0, 0, 1, 0, 0, 0], 0)):
+        result = patched([hot(models, capsules, "llama", "a", script, image_tokens=400, n_ctx=n_ctx)])["a"]
+        assert [s.rc for s in result.steps] == codes
+        before, after = result.values("stats")
+        assert (before["n_cold"], after["n_cold"]) == (0, cold)
+        for line in said(result.steps[2].log):
+            assert "256 cells of 256, of them 50 text and 200 vision" in line
+        assert len(said(result.steps[2].log)) == codes[2]
 
 
 # --- a long loop ---

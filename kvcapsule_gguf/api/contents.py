@@ -26,7 +26,6 @@ class LlamaEngine:
     """What chat.engine.Engine is to the chat, around a Llama that is open already."""
 
     prefixes: Prefixes | None = None
-    more_hot = "give hot={}"
     more_ubatch = "raise n_ubatch (and n_batch)"
 
     def __init__(self, llama: Llama, mtmd_ctx: Any, mmproj: Path | None, capsule_path: Path | None) -> None:

@@ -203,11 +203,8 @@ class KVCapsuleChatHandler(MTMDChatHandler):
         self.stats.images = list(contents.images)
 
     def _most_tokens(self, contents: LlamaContents, wanted: int | None) -> int:
-        """Llama counts positions; here it is cells, and what fits into the hot cache."""
+        """Llama counts positions; here it is cells."""
         room = contents.engine.n_ctx - contents.n_cells
-        if contents.engine.capsule:
-            stats = native.stats(contents.engine.ctx)
-            room = min(room, stats.n_hot - stats.n_hot_used)
         return max(1, room if wanted is None or wanted <= 0 else min(room, wanted))
 
 

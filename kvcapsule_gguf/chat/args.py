@@ -161,7 +161,7 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("--capsule", metavar="FILE|auto|built-in|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits, or else built-in, which needs no file); off: pictures stay uncompressed")
     add("--quality", type=number(float, 0, 100, above=True), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: 1)")
     add("--ratio", type=number(float, 0, 1, above=True), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality; the nearest tier of the capsule is used for everything")
-    add("--hot", dest="n_hot", type=number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache (default: room for text and one picture)")
+    add("--hot", dest="n_hot", type=number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache at the start; it grows when text needs more (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")
     add("-p", "--prompt", metavar="TEXT", help="one question, answer and exit")
     add("-f", "--file", dest="prompt", type=_text, metavar="FILE", help="the same from a file")

@@ -65,7 +65,7 @@ def full(session: Session) -> str:
     if cells >= n_ctx:
         return f"the context is full ({cells} of {n_ctx} tokens)"
     n_hot = stats.cache_use(session.engine, [], cells).n_hot
-    return f"the hot cache is full ({n_hot} cells; start with --hot {min(n_ctx, 2 * n_hot)}, /save keeps a conversation)"
+    return f"there is no memory for more than {n_hot} hot cells (/save keeps a conversation)"
 
 
 def write(text: str) -> None:

@@ -28,7 +28,6 @@ class Engine:
     """The loaded parts; `mtmd_ctx` and `capsule` are None when there are none. `say` prints a line for the user."""
 
     # what is to be done where there is not room enough
-    more_hot = "start with --hot {} (/save keeps a conversation)"
     more_ubatch = "raise -ub (and -b)"
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
@@ -155,11 +154,8 @@ class Engine:
         params.type_v = CACHE_TYPES[options.cache_type_v]
         params.no_perf = True
         params.offload_kqv = options.kv_offload
-        # one question without a picture: nothing will be compressed
-        text_only = options.prompt is not None and not options.images
-        n_hot = options.n_hot or (params.n_ctx or trained if text_only else 0)
         otherwise = self._without_capsule if self._capsule_optional else None
-        wanted = native.Attachment(self.capsule, n_hot=n_hot, quality=options.quality or 0, ratio=options.ratio or 0, otherwise=otherwise,
+        wanted = native.Attachment(self.capsule, n_hot=options.n_hot, quality=options.quality or 0, ratio=options.ratio or 0, otherwise=otherwise,
                                    image_tokens=fixed_tokens(self.mmproj) if self.mmproj else 0)
         self.ctx: int = native.init_context(self.model, interrupts.stoppable(params), wanted) or 0
         if not self.ctx:

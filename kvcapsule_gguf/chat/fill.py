@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .. import native
 from ..reuse.parts import ImagePart, Item, common
 from ..reuse.prefixes import Prefixes
 from ..runtime import interrupts
@@ -15,9 +14,6 @@ from ..runtime.pictures import Picture
 from .contents import SEQ, Contents
 from .prompt import Chunk
 from .stats import ImageUse
-
-ANSWER = 256  # cells, beside the prompt
-CELLS = 256  # the library gives that many at a time
 
 
 class Lost(Exception):
@@ -116,33 +112,7 @@ def _check_room(contents: Contents, chunks: list[Chunk], pictures: list[Picture]
     n_ctx, needed = engine.n_ctx, sum(chunk.n_tokens for chunk in chunks)
     if contents.n_cells + needed >= n_ctx:
         raise ContextFull(f"the context is full: {contents.n_cells} of {n_ctx} tokens are used and {needed} more are needed (-c sets its size, /clear empties it)")
-    n_hot, used = n_ctx, 0
-    if engine.capsule is not None:
-        stats = native.stats(engine.ctx)
-        n_hot, used = stats.n_hot, stats.n_hot_used
-    enough = min(n_ctx, _rounded(used + _peak(chunks) + ANSWER))
+    n_ubatch = engine.llama.llama_n_ubatch(engine.ctx)
     for chunk in chunks:
-        name = "the text" if chunk.tokens is not None else pictures[chunk.picture].name
-        if chunk.n_tokens > n_hot - used:
-            held = f", {used} of them taken by text" if used else ""
-            error, hint = (KVCapsuleError, "use a smaller picture, or ") if chunk.tokens is None else (ContextFull, "")
-            raise error(f"{name} needs {chunk.n_tokens} cells of the hot cache, which has {n_hot}{held}: {hint}{engine.more_hot.format(enough)}")
-        if chunk.tokens is not None:
-            used += chunk.n_tokens
-            continue
-        n_ubatch = engine.llama.llama_n_ubatch(engine.ctx)
-        if chunk.n_tokens > n_ubatch and engine.native.mtmd.mtmd_decode_use_non_causal(engine.mtmd_ctx, chunk.handle):
-            raise KVCapsuleError(f"{name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: {engine.more_ubatch}")
-
-
-def _peak(chunks: list[Chunk]) -> int:
-    """Most hot cells that they need: text stays, a picture leaves when the next thing comes."""
-    text = peak = 0
-    for chunk in chunks:
-        peak = max(peak, text + chunk.n_tokens)
-        text += chunk.n_tokens if chunk.tokens is not None else 0
-    return peak
-
-
-def _rounded(n: int) -> int:
-    return -(-n // CELLS) * CELLS
+        if chunk.tokens is None and chunk.n_tokens > n_ubatch and engine.native.mtmd.mtmd_decode_use_non_causal(engine.mtmd_ctx, chunk.handle):
+            raise KVCapsuleError(f"{pictures[chunk.picture].name} has {chunk.n_tokens} tokens, and this model needs them in one batch of {n_ubatch}: {engine.more_ubatch}")

@@ -63,7 +63,7 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
     add("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="take model, mmproj and capsule from the Hugging Face Hub (env: LLAMA_ARG_HF_REPO)")
     add("-mm", "--mmproj", type=Path, metavar="FILE", env="LLAMA_ARG_MMPROJ", help="vision projector (default: mmproj*.gguf beside the model)")
     add("--capsule", metavar="FILE|auto|built-in|off", default="auto", env="LLAMA_ARG_CAPSULE", help="as in kvcapsule-chat (default: auto)")
-    add("--hot", dest="n_hot", type=number(int, 0), metavar="N", default=0, env="LLAMA_ARG_HOT", also="LLAMA_KVCAPSULE_HOT", help="cells of the uncompressed cache, shared by all slots (default: a picture for each slot + max(2048, context/4))")
+    add("--hot", dest="n_hot", type=number(int, 0), metavar="N", default=0, env="LLAMA_ARG_HOT", also="LLAMA_KVCAPSULE_HOT", help="cells of the uncompressed cache at the start, shared by all slots; it grows when text needs more (default: a picture for each slot + max(2048, context/4))")
     add("--quality", type=number(float, 0, 100, above=True), metavar="Q", env="LLAMA_ARG_QUALITY", also="LLAMA_KVCAPSULE_QUALITY", help="as in kvcapsule-chat (default: the capsule's)")
     add("--ratio", type=number(float, 0, 1, above=True), metavar="R", env="LLAMA_ARG_RATIO", also="LLAMA_KVCAPSULE_RATIO", help="share of a picture's cache to save, in place of --quality")
     add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")

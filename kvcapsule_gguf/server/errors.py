@@ -44,5 +44,5 @@ def repaired(status: int, content_type: str, body: bytes) -> RequestError | None
         known = False
     better = next((code for words, code in CLIENT_FAULTS.items() if words in message), status) if status == 500 else status
     if better == 503 and status == 500:
-        message += " (the cache is shared by all slots: try again, or raise --hot and -c)"
+        message += " (the cache is shared by all slots: try again, or raise -c)"
     return None if known and better == status else RequestError(better, message or f"HTTP {status}")

@@ -70,6 +70,9 @@ public:
     // replaces llama_kv_cache::state_read(): a state that is damaged leaves the sequence (or the cache) empty
     virtual void state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) = 0;
 
+    // so many hot cells are about to be read, and what they replace is gone: makes room for them, if there is memory for it
+    virtual void state_read_cells(uint32_t n_cells) = 0;
+
     // the part that state_write() wrote; without one, all hot cells that were read hold text
     virtual void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) = 0;
 
@@ -84,7 +87,7 @@ public:
     virtual void decode_begin(const llama_batch_ext & batch) = 0;
     virtual void decode_end  (const llama_batch_ext & batch) = 0;
 
-    // the hot cache is full: compresses what may be compressed, returns true if that freed cells
+    // the hot cache is full: compresses what may be compressed, or makes it larger; false if there is no room for the batch
     virtual bool make_room(const llama_batch_ext & batch) = 0;
 
     //

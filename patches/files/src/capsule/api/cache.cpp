@@ -53,6 +53,9 @@ llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & 
     spans(hot.n_pos() > 1, p.image_tokens),
     graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, p.narrow ? p.tables : nullptr, p.image_tokens))),
     n_bytes_limit(capsule_bytes_limit()), n_bytes_graph(graph->n_bytes()) {
+    if (!hot.init(p.n_hot)) {
+        llama_capsule_refuse(format("no memory for %u hot cells", p.n_hot));
+    }
 }
 
 //
@@ -96,10 +99,12 @@ void llama_capsule_cache::memory_breakdown(std::map<ggml_backend_buffer_type_t, 
 
 // at once: if the next decode came first, a lack of memory would end the process
 bool llama_capsule_cache::reserve_graph(uint32_t n_slots, uint32_t n_cold) {
-    if (!graph->reserve(n_cold)) {
-        return false;
+    if (n_cold > 0) { // without a slot there is no scratch
+        if (!graph->reserve(n_cold)) {
+            return false;
+        }
+        n_forms_reserved = forms.size();
     }
-    n_forms_reserved = forms.size();
 
     const uint32_t n_tokens = std::min(lctx.get_cparams().n_ctx, lctx.get_cparams().n_ubatch);
 
@@ -168,6 +173,39 @@ bool llama_capsule_cache::reserve(const std::vector<llama_capsule_slot> & more) 
 
     // as it was; if even this fails, each graph allocates what it needs
     reserve_graph(n_slots_before, n_cold_before);
+
+    return false;
+}
+
+bool llama_capsule_cache::grow_hot(uint64_t n_cells) {
+    const uint64_t n_most = lctx.get_cparams().n_ctx_seq;
+    const uint64_t n_now  = hot.size();
+
+    if (n_cells <= n_now || n_cells > n_most || hot.is_shared()) {
+        return false;
+    }
+
+    lctx.synchronize();
+    lctx.memory_update(false);
+
+    grown = true;
+
+    const uint32_t n_slots = n_slots_reserved;
+    const uint32_t n_cold  = n_cold_reserved;
+
+    // half more than there is, if there is memory for it: so that it is not needed often
+    for (uint64_t n : { std::max(n_cells, n_now + n_now/2), n_cells }) {
+        try {
+            if (hot.grow(std::min(n_most, GGML_PAD(n, 256)), [&]() { return reserve_graph(n_slots, n_cold); })) {
+                LLAMA_LOG_INFO("%s: %u hot cells of %u, %.2f MiB\n", __func__, hot.size(), (uint32_t) n_most, hot.n_bytes()/1024.0/1024.0);
+                return true;
+            }
+        } catch (const std::bad_alloc &) {
+        }
+    }
+
+    // as it was; if even this fails, each graph allocates what it needs
+    reserve_graph(n_slots, n_cold);
 
     return false;
 }
@@ -394,9 +432,19 @@ bool llama_capsule_cache::make_room(const llama_batch_ext & batch) {
     llama_capsule_stats stats = {};
     get_stats(stats);
 
-    LLAMA_LOG_WARN("%s: the hot KV cache is full: %u cells, of them %u text and %u vision (%u vision tokens are in slots), %zu more do not fit: "
-            "use more hot cells (--hot, LLAMA_KVCAPSULE_HOT) or a shorter conversation\n", __func__,
-            stats.n_hot, stats.n_hot_used - stats.n_hot_vision, stats.n_hot_vision, stats.n_cold, batch.tokens.size());
+    const uint32_t n_ctx   = lctx.get_cparams().n_ctx_seq;
+    const size_t   n_cells = stats.n_hot_used + batch.tokens.size();
+    const bool     fits    = n_cells + stats.n_cold <= n_ctx;
+
+    if (fits && grow_hot(n_cells)) {
+        return true;
+    }
+
+    const char * what = !fits ? "use a larger context (-c) or a shorter conversation" :
+        hot.is_shared() ? "they can not grow while another context reads them, use more from the start (--hot, LLAMA_KVCAPSULE_HOT)" : "there is no memory for more";
+
+    LLAMA_LOG_WARN("%s: the hot KV cache is full: %u cells of %u, of them %u text and %u vision (%u vision tokens are in slots), %zu more do not fit: %s\n",
+            __func__, stats.n_hot, n_ctx, stats.n_hot_used - stats.n_hot_vision, stats.n_hot_vision, stats.n_cold, batch.tokens.size(), what);
 
     return false;
 }

@@ -34,6 +34,7 @@ public:
     void state_write_begin() const override;
     void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
     void state_read (llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+    void state_read_cells(uint32_t n_cells) override;
     void state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) override;
 
     uint32_t compress(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
@@ -100,6 +101,9 @@ private:
     // makes room for them
     bool reserve(const std::vector<llama_capsule_slot> & more);
     bool reserve_graph(uint32_t n_slots, uint32_t n_cold);
+
+    // enlarges the hot cache so that n_cells fit; false if they do not, or did before
+    bool grow_hot(uint64_t n_cells);
 
     bool is_image(llama_seq_id seq_id, const llama_capsule_spans::span & span) const;
 

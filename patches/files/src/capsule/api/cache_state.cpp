@@ -125,6 +125,10 @@ void llama_capsule_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
     hot.state_read(io, seq_id, flags);
 }
 
+void llama_capsule_cache::state_read_cells(uint32_t n_cells) {
+    grow_hot((uint64_t) hot.cells().get_used() + n_cells);
+}
+
 void llama_capsule_cache::state_read_slots(llama_io_read_i & io, llama_seq_id seq_id, bool has_slots) {
     if (!has_slots) {
         state_set_hot({}, seq_id);

@@ -12,6 +12,7 @@ class llama_kv_cache;
 struct llama_capsule_cache_params {
     llama_capsule_tables_ptr tables;
 
+    uint32_t n_hot;        // cells of the hot cache, to begin with
     float    quality;      // the score that a tile may have
     int32_t  i_tier;       // >= 0: this tier for all tiles, whatever their score
     uint32_t image_tokens; // of an image, where its positions do not tell; 0: not known

@@ -124,17 +124,20 @@ void llama_capsule_refuse(const std::string & reason) {
     throw std::runtime_error(capsule_error);
 }
 
-// logical cells -> cells of the hot cache
-static uint32_t capsule_n_hot(const capsule_request & req, const llama_hparams & hparams, const llama_cparams & cparams) {
+// cells that the memory is created with, before llama_capsule_kv::init()
+static uint32_t capsule_n_first(const llama_hparams & hparams, const llama_cparams & cparams) {
+    // the cache of the layers with a sliding window is never larger than the other, see llama_kv_cache_iswa
+    const uint32_t n = hparams.is_swa_any() ? hparams.n_swa*cparams.n_seq_max + cparams.n_ubatch : 1;
+
+    return std::min(cparams.n_ctx_seq, GGML_PAD(n, 256));
+}
+
+// logical cells -> cells of the hot cache, to begin with
+static uint32_t capsule_n_hot(const capsule_request & req, const llama_cparams & cparams) {
     const uint32_t n_ctx   = cparams.n_ctx_seq;
     const uint32_t n_image = 4096; // also with smaller ones: text needs the room that they leave
 
-    uint32_t n_hot = std::min(n_ctx, req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4));
-
-    // the cache of the layers with a sliding window is never larger than the other, see llama_kv_cache_iswa
-    if (hparams.is_swa_any()) {
-        n_hot = std::max(n_hot, hparams.n_swa*cparams.n_seq_max + cparams.n_ubatch);
-    }
+    const uint32_t n_hot = std::min(n_ctx, req.n_hot > 0 ? req.n_hot : n_image + std::max(2048u, n_ctx/4));
 
     return std::min(n_ctx, GGML_PAD(n_hot, 256));
 }
@@ -167,7 +170,9 @@ static std::string capsule_attach(llama_context & lctx, llama_kv_cache & kv, con
 
     const int32_t i_tier = by_ratio ? (int32_t) tables->tier_for_ratio(req.ratio) : -1;
 
-    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, quality, i_tier, req.image_tokens, req.auto_compress, req.narrow });
+    const uint32_t n_hot = capsule_n_hot(req, lctx.get_cparams());
+
+    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, n_hot, quality, i_tier, req.image_tokens, req.auto_compress, req.narrow });
 
     const std::string name = tables->builtin ? "the built-in capsule" : "capsule '" + tables->path + "'";
     if (by_ratio) {
@@ -209,7 +214,7 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     // note: not cparams itself, the choice of the RoPE factors depends on it
     auto cparams_hot = cparams;
-    cparams_hot.n_ctx_seq = capsule_n_hot(*req, model.hparams, cparams);
+    cparams_hot.n_ctx_seq = capsule_n_first(model.hparams, cparams);
 
     auto params_hot = params;
     params_hot.swa_full = false;
@@ -244,7 +249,7 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
 
     const std::string what = capsule_attach(lctx, *kv, *req);
 
-    LLAMA_LOG_INFO("%s: %s, %u hot cells of %u\n", __func__, what.c_str(), kv->get_size(), cparams.n_ctx_seq);
+    LLAMA_LOG_INFO("%s: %s, %u hot cells of %u, which grow when text needs it\n", __func__, what.c_str(), kv->get_size(), cparams.n_ctx_seq);
     if (params.swa_full && model.hparams.is_swa_any()) {
         LLAMA_LOG_INFO("%s: swa_full is off with a capsule: layers with a sliding window keep the cells of their window only\n", __func__);
     }

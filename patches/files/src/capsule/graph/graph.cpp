@@ -346,6 +346,8 @@ std::vector<int64_t> llama_capsule_graph::shape() {
         res.push_back(t ? ggml_nbytes(t) : 0);
     };
     for (uint32_t i = 0; i < layers.size(); ++i) {
+        add(kv.k(layers[i].il));
+        add(kv.v(layers[i].il));
         add(slots.pool(i));
         add(layers[i].tables);
         res.push_back(layers[i].i_kind < 0 ? 0 : angles.table(layers[i].i_kind).size());

@@ -9,9 +9,165 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 llama_capsule_kv::llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv) : lctx(lctx), kv(kv) {
 }
+
+//
+// growth
+//
+
+// K and V of n cells, without memory
+static ggml_context_ptr capsule_new_layer(const ggml_tensor * k, const ggml_tensor * v, uint32_t n, ggml_tensor *& k_new, ggml_tensor *& v_new) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ 8*ggml_tensor_overhead(), // with their streams, and what they are copied from and to
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    k_new = ggml_new_tensor_3d(ctx.get(), k->type, k->ne[0], n, 1);
+    v_new = ggml_new_tensor_3d(ctx.get(), v->type, v->ne[0], n, 1);
+    ggml_set_name(k_new, k->name);
+    ggml_set_name(v_new, v->name);
+
+    return ctx;
+}
+
+static ggml_tensor * capsule_view_cells(ggml_context * ctx, ggml_tensor * t, uint32_t n) {
+    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], 0);
+    ggml_backend_view_init(res);
+
+    return res;
+}
+
+// the first n cells of a transposed V, one channel after the other; both may lie in the same place, if that is to become smaller
+static void capsule_copy_v_trans(const ggml_tensor * from, ggml_tensor * to, uint32_t n) {
+    uint8_t buf[16*1024];
+
+    const size_t es = ggml_type_size(from->type);
+
+    for (int64_t j = 0; j < from->ne[0]; ++j) {
+        for (size_t i = 0; i < n*es; i += sizeof(buf)) {
+            const size_t n_bytes = std::min(sizeof(buf), n*es - i);
+
+            ggml_backend_tensor_get(from, buf, j*from->ne[1]*es + i, n_bytes);
+            ggml_backend_tensor_set(to,   buf, j*to  ->ne[1]*es + i, n_bytes);
+        }
+    }
+}
+
+bool llama_capsule_kv::init(uint32_t n) {
+    GGML_ASSERT(kv.n_stream == 1 && !kv.other && kv.v_cells[0].get_used() == 0);
+
+    std::vector<ggml_backend_buffer_type_t> bufts;
+    for (const auto & layer : kv.layers) {
+        bufts.push_back(ggml_backend_buffer_get_type(layer.k->buffer));
+    }
+
+    auto before = std::move(kv.ctxs_bufs);
+    for (auto & it : before) {
+        it.second.reset();
+    }
+
+    kv.ctxs_bufs.clear();
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        auto & layer = kv.layers[i];
+
+        auto ctx = capsule_new_layer(layer.k, layer.v, n, layer.k, layer.v);
+
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), bufts[i]) };
+        if (!buf) {
+            return false;
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+
+        layer.k_stream[0] = capsule_view_cells(ctx.get(), layer.k, n);
+        layer.v_stream[0] = capsule_view_cells(ctx.get(), layer.v, n);
+
+        kv.ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+    kv.v_cells[0].resize(n);
+
+    return true;
+}
+
+// of the buffer of a layer; to make it smaller never fails, but may leave the memory as it is
+bool llama_capsule_kv::resize(size_t i_layer, uint32_t n) {
+    auto & layer = kv.layers[i_layer];
+    auto & mem   = kv.ctxs_bufs[i_layer];
+
+    const uint32_t n_copy = std::min<int64_t>(n, layer.k->ne[1]);
+
+    ggml_tensor * k;
+    ggml_tensor * v;
+    auto ctx = capsule_new_layer(layer.k, layer.v, n, k, v);
+
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(mem.second.get())) };
+    if (buf) {
+        // the cells without a token are masked, but must be finite
+        ggml_backend_buffer_clear(buf.get(), 0);
+        ggml_backend_tensor_copy(capsule_view_cells(mem.first.get(), layer.k, n_copy), capsule_view_cells(ctx.get(), k, n_copy));
+        if (!kv.v_trans) {
+            ggml_backend_tensor_copy(capsule_view_cells(mem.first.get(), layer.v, n_copy), capsule_view_cells(ctx.get(), v, n_copy));
+        }
+    } else if (n_copy < n) {
+        return false;
+    } else {
+        ggml_backend_tensor_alloc(mem.second.get(), k, layer.k->data);
+        ggml_backend_tensor_alloc(mem.second.get(), v, layer.v->data);
+    }
+    if (kv.v_trans) {
+        capsule_copy_v_trans(layer.v, v, n_copy);
+    }
+
+    layer.k = k;
+    layer.v = v;
+
+    layer.k_stream[0] = capsule_view_cells(ctx.get(), k, n);
+    layer.v_stream[0] = capsule_view_cells(ctx.get(), v, n);
+
+    mem.first = std::move(ctx);
+    if (buf) {
+        mem.second = std::move(buf);
+    }
+    return true;
+}
+
+bool llama_capsule_kv::grow(uint32_t n, const std::function<bool()> & commit) {
+    GGML_ASSERT(n > size() && !is_shared());
+
+    const uint32_t before = size();
+
+    llama_kv_cells cells;
+    cells.resize(n);
+    cells.set(0, kv.v_cells[0].cp(0, before));
+
+    size_t i = 0;
+    while (i < kv.layers.size() && resize(i, n)) {
+        ++i;
+    }
+    if (i == kv.layers.size()) {
+        std::swap(kv.v_cells[0], cells);
+        if (commit()) {
+            return true;
+        }
+        std::swap(kv.v_cells[0], cells);
+    }
+    while (i-- > 0) {
+        resize(i, before);
+    }
+    return false;
+}
+
+bool llama_capsule_kv::is_shared() const {
+    return kv.v_cells_impl.use_count() > 1;
+}
+
+//
+// cells
+//
 
 std::vector<uint32_t> llama_capsule_kv::find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     const auto & cells = kv.v_cells[0];
@@ -73,7 +229,7 @@ const llama_kv_cells & llama_capsule_kv::cells() const { return kv.v_cells[0]; }
 uint32_t llama_capsule_kv::size()      const { return kv.get_size(); }
 uint32_t llama_capsule_kv::n_seq_max() const { return kv.n_seq_max; }
 uint32_t llama_capsule_kv::n_pos()     const { return kv.hparams.n_pos_per_embd(); }
-size_t   llama_capsule_kv::n_bytes()   const { return kv.size_k_bytes() + kv.size_v_bytes(); }
+size_t   llama_capsule_kv::n_bytes()   const { return kv.total_size(); }
 
 bool llama_capsule_kv::has_cell_ext() const { return kv.has_cell_ext(); }
 

@@ -2,9 +2,11 @@
 
 #include "capsule/model/rope.h"
 
+#include "ggml-cpp.h"
 #include "llama.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 struct llama_context;
@@ -17,6 +19,15 @@ class llama_kv_cells;
 class llama_capsule_kv {
 public:
     llama_capsule_kv(llama_context & lctx, llama_kv_cache & kv);
+
+    // makes an empty cache n cells large, with a buffer for each layer; false: there is no memory for it
+    bool init(uint32_t n);
+
+    // makes the cache n cells large, a layer after the other, and calls commit(). All is as before if there is no memory or commit() says no
+    //   no graph may be computed meanwhile, and none that was built before may be computed after
+    bool grow(uint32_t n, const std::function<bool()> & commit);
+
+    bool is_shared() const; // does another context read the cells? Then they can not grow
 
     // cells of a sequence with a position in [p0, p1), ordered by (pos, y, x)
     std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
@@ -59,6 +70,8 @@ public:
 private:
     llama_context  & lctx;
     llama_kv_cache & kv;
+
+    bool resize(size_t i_layer, uint32_t n);
 };
 
 // K without RoPE and V of some of them, as floats
