@@ -130,11 +130,8 @@ def test_pictures_from_slots(folder: Path, servers: dict[str | None, Server]) ->
     assert len(content(answer)) == 12 and content(answer) == content(expected)
     assert answer["usage"]["prompt_tokens"] > 2 * TOKENS > HOT
 
-    # the hot cells are all there is: as much text does not fit, and the server goes on
-    assert len(content(plain.chat(text))) == 12
-    with pytest.raises(urllib.error.HTTPError, match="500"):
-        ours.chat(text)
-    assert "the hot KV cache is full" in ours.log
+    # the hot cells grow with text
+    assert len(content(plain.chat(text))) == 12 and content(ours.chat(text)) == content(plain.chat(text))
     assert content(ours.chat(*question)) == content(expected)
 
 
