@@ -82,7 +82,7 @@ vlm = Vlm(Path({model!r}), Path({mmproj!r}), 1)
 prompts, (sample,) = Prompts(vlm), list(scenes(6, 6))
 cache = Cache(vlm, Setting("f16"), 2048, 8, flash_attn=False)
 picture = vlm.read(prompts.before(), *sample.pictures)
-cache.show(picture)
+cache.show(picture, {})
 asked = [prompts.forced(q.prompt, q.answer) for q in sample.questions]
 pairs = [(f.tokens, f.n_answer) for f in asked]
 together = cache.ask(pairs)

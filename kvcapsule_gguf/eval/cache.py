@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as c
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,16 @@ class CacheUse:
     bytes_f16: int
     bytes_now: int
     slots: dict[str, int]  # of each tier
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture in f16 cells: the runs of vision tokens (first position, end and part), where text goes on, the last position, and the state of sequence 0."""
+
+    spans: list[tuple[int, int, Encoded]]
+    n_past: int
+    last: int
+    state: bytearray
 
 
 class Cache:
@@ -54,9 +65,27 @@ class Cache:
     def close(self) -> None:
         self.llama.llama_free(self.ctx)
 
-    def show(self, picture: Picture) -> CacheUse:
-        """Forgets everything, decodes a picture and compresses it; says what that takes."""
-        return self._shrink(self.decode(picture))
+    def show(self, picture: Picture, shown: dict[Path | None, Shown]) -> CacheUse:
+        """Forgets everything, decodes a picture and compresses it; says what that takes.
+
+        shown: the same picture before it was compressed, by capsule. f16 cells are copied from there, or put there: they are the same at every quality."""
+        key = self.setting.capsule
+        if not self.setting.f16_cells:
+            return self._shrink(self.decode(picture))
+        if key in shown:
+            return self._shrink(self._copy(shown[key]))
+        spans = self.decode(picture)
+        data = state(self.llama, self.ctx, 0)
+        if data is not None:
+            shown[key] = Shown(spans, self.n_past, self.llama.llama_memory_seq_pos_max(self.memory, 0), data)
+        return self._shrink(spans)
+
+    def _copy(self, shown: Shown) -> list[tuple[int, int, Encoded]]:
+        self.llama.llama_memory_clear(self.memory, True)
+        if not restore(self.llama, self.ctx, 0, shown.state, shown.last):
+            raise EvalError(f"{self.setting.name}: the picture cannot be copied from another context")
+        self.n_past = shown.n_past
+        return shown.spans
 
     def decode(self, picture: Picture) -> list[tuple[int, int, Encoded]]:
         """Forgets everything and decodes a picture -> first position, end and part of every run of vision tokens."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import Cache
+from .cache import Cache, Shown
 from .journal import Journal, Seen, SeenBy
 from .prompts import Prompts
 from .samples import Asked, Sample
@@ -79,7 +79,7 @@ def score(logits: np.ndarray, reference: np.ndarray, answer: list[int]) -> tuple
 
 
 def evaluate(
-    vlm: Vlm, samples: Iterable[Sample], settings: list[Setting], *, n_ctx: int = 1024, max_questions: int = 16, flash_attn: bool = True,
+    vlm: Vlm, samples: Iterable[Sample], settings: list[Setting], *, n_ctx: int = 1024, max_questions: int = 16, flash_attn: bool = True, max_written: int = MAX_WRITTEN,
     journal: Path | None = None, keep: bool = True, progress: Callable[[Evaluation, int], None] = lambda result, before: None,
 ) -> Evaluation:
     """The first setting is the reference. journal: a file with what was measured of every picture; that is not measured again, other settings may come later.
@@ -94,7 +94,7 @@ def evaluate(
                 picture = vlm.read(prompts.before(), *sample.pictures)
                 try:
                     # the reference comes first in any case: the others are compared with it
-                    done.put(sample, _picture(caches([settings[0], *(s for s in missing if s is not settings[0])]), picture, prompts, sample.questions))
+                    done.put(sample, _picture(caches([settings[0], *(s for s in missing if s is not settings[0])]), picture, prompts, sample.questions, max_written))
                 finally:
                     picture.free()
             result.add(number, done.get(sample))
@@ -131,14 +131,15 @@ def _caches(vlm: Vlm, n_ctx: int, max_questions: int, flash_attn: bool, keep: bo
             cache.close()
 
 
-def _picture(caches: Iterable[Cache], picture: Picture, prompts: Prompts, questions: list[Asked]) -> Seen:
+def _picture(caches: Iterable[Cache], picture: Picture, prompts: Prompts, questions: list[Asked], max_written: int) -> Seen:
+    shown: dict[Path | None, Shown] = {}
     asked: list[tuple[list[int], int]] = []
     reference: list[np.ndarray] = []
     found: dict[Setting, SeenBy] = {}
     for cache in caches:
         start = time.monotonic()
-        use = cache.show(picture)
-        asked = asked or [_forced(prompts, cache, q) for q in questions]
+        use = cache.show(picture, shown)
+        asked = asked or [_forced(prompts, cache, q, max_written) for q in questions]
         logits = cache.ask(asked)
         seconds = time.monotonic() - start
         reference = reference or logits
@@ -148,10 +149,10 @@ def _picture(caches: Iterable[Cache], picture: Picture, prompts: Prompts, questi
     return Seen([q.task for q in questions], [n for _, n in asked], picture.n_vision, found)
 
 
-def _forced(prompts: Prompts, reference: Cache, question: Asked) -> tuple[list[int], int]:
+def _forced(prompts: Prompts, reference: Cache, question: Asked, max_written: int) -> tuple[list[int], int]:
     if question.answer is not None:
         forced = prompts.forced(question.prompt, question.answer)
         return forced.tokens, forced.n_answer
     tokens = prompts.question(question.prompt)
-    answer = reference.write(tokens, MAX_WRITTEN)
+    answer = reference.write(tokens, max_written)
     return [*tokens, *answer], len(answer)

@@ -29,6 +29,11 @@ class Setting:
     drop: float = 0.0  # share of the vision tokens that is removed, evenly spread
     floor: bool = False  # flash attention on where the others have it off, or the other way round
 
+    @property
+    def f16_cells(self) -> bool:
+        """A picture that was just decoded lies in the cells of the reference."""
+        return not self.floor and (self.vision or self.k == self.v == "f16")
+
     def bytes_per_token(self, shapes: Sequence[tuple[int, int, int]]) -> float:
         """shapes: (KV heads, key length, value length) of each layer."""
         return sum(n * (d_k * BITS[self.k] + d_v * BITS[self.v]) for n, d_k, d_v in shapes) / 8
