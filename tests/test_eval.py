@@ -82,7 +82,7 @@ vlm = Vlm(Path({model!r}), Path({mmproj!r}), 1)
 prompts, (sample,) = Prompts(vlm), list(scenes(6, 6))
 cache = Cache(vlm, Setting("f16"), 2048, 8, flash_attn=False)
 picture = vlm.read(prompts.before(), *sample.pictures)
-cache.show(picture, {})
+cache.show(picture, {{}})
 asked = [prompts.forced(q.prompt, q.answer) for q in sample.questions]
 pairs = [(f.tokens, f.n_answer) for f in asked]
 together = cache.ask(pairs)
@@ -167,6 +167,28 @@ def run(kind: str, *arguments: str) -> str:
 def test_questions_do_not_disturb_each_other(tiny):
     script = SEQUENTIAL.format(root=str(ROOT), model=str(tiny[0]), mmproj=str(tiny[1]))
     assert run("patched", "-c", script).strip() == "fine"
+
+
+COPIED = SEQUENTIAL[: SEQUENTIAL.index("cache = ")] + """
+picture, shown = vlm.read(prompts.before(), *sample.pictures), {{}}
+asked = [(f.tokens, f.n_answer) for f in (prompts.forced(q.prompt, q.answer) for q in sample.questions)]
+capsule = dict(capsule=Path("built-in"))
+for setting in (Setting("f16"), Setting("q4_0-vision", "q4_0", "q4_0", vision=True), Setting("a", quality=0.1, **capsule), Setting("b", quality=9, **capsule)):
+    use, logits = [], []
+    for copied in (shown, {{}}):
+        cache = Cache(vlm, setting, 2048, 8)
+        use.append(cache.show(picture, copied))
+        logits.append(np.concatenate(cache.ask(asked)))
+        cache.close()
+    assert use[0] == use[1] and np.array_equal(*logits), setting.name
+    print(use[0].bytes_now)
+assert len(shown) == 2
+"""
+
+
+def test_copied_cells_are_those_that_decoding_gives(tiny):
+    f16, q4_0, fine, coarse = map(int, run("patched", "-c", COPIED.format(root=str(ROOT), model=str(tiny[0]), mmproj=str(tiny[1]))).split())
+    assert f16 > fine > coarse and f16 > q4_0
 
 
 def test_the_table(tiny, tmp_path):
