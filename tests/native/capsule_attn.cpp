@@ -145,7 +145,9 @@ extern "C" void attn(const problem * p, int plain, float * max, float * sum, flo
             for (int j = 0; j < n_rows; ++j) {
                 float * s = scores + (((size_t) h*p->n_slots + i)*n_rows + j)*64;
                 for (int t = 0; t < forms[i].h*forms[i].w; ++t) {
-                    s[t] = (float) one.score[j][t % forms[i].w*8 + t/forms[i].w]*kernel::SCORE_UNIT*step*one.q_unit[j];
+                    const int x = t % forms[i].w;
+                    const int y = t/forms[i].w;
+                    s[t] = (float) one.score[j][n_rows > 1 ? y*8 + x : x*8 + y]*kernel::SCORE_UNIT*step*one.q_unit[j];
                 }
             }
         }

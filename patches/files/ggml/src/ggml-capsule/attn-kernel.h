@@ -48,6 +48,7 @@ struct capsule_kernel {
     struct weights { // of a query, in the order of the blocks
         alignas(32) float a[N]; // of the sums of pairs, or of single rows
         alignas(32) float b[N]; // of their differences
+        alignas(32) float most[N]; // the larger magnitude
     };
 
     struct packed { // of a query and a group: weights times scales, two rows beside each other
@@ -59,8 +60,10 @@ struct capsule_kernel {
     };
 
     struct scales { // of a group of V
-        alignas(32) float low [N];
-        alignas(32) float high[N];
+        alignas(32) float   low [N];
+        alignas(32) float   high[N];
+        alignas(32) int32_t zero_low [N]; // of the codes: 4 bytes, or 2 words
+        alignas(32) int32_t zero_high[N];
     };
 
     const ggml_capsule_attn_args & args;
@@ -83,7 +86,7 @@ struct capsule_kernel {
     ggml_capsule_rope * no_rope;
     int32_t * mul_a;    // [N]
     int32_t * mul_b;
-    int32_t (*score)[GGML_CAPSULE_MAX_ROWS]; // [ROWS], x*8 + y
+    int32_t (*score)[GGML_CAPSULE_MAX_ROWS]; // [ROWS], x*8 + y; of several queries y*8 + x
     float   (*prob )[GGML_CAPSULE_MAX_ROWS];
     float   * masked;   // x*8 + y
     weights * wanted;   // [ROWS]
@@ -94,6 +97,7 @@ struct capsule_kernel {
     float   * max;      // [n_rows]
     float   * sum;      // [n_rows]
     float   * turned;   // [2][n_v*32] one output
+    float   * nothing;  // what is no one's output
     int     * visible;  // [n_rows]
 
     const ggml_capsule_shape * at_shape = nullptr;
@@ -132,6 +136,7 @@ struct capsule_kernel {
         take(max,      n_rows);
         take(sum,      n_rows);
         take(turned,   n_v*4*GGML_CAPSULE_LANES);
+        take(nothing,  2*GGML_CAPSULE_LANES);
         take(visible,  n_rows);
         no_rope = (ggml_capsule_rope *) (work + size);
         return size + ggml_capsule_rope_size({ args.k.d, 0, 0 });
@@ -252,9 +257,9 @@ struct capsule_kernel {
             int16_t * o0 = o + at[2*j - 1];
             int16_t * o1 = o + at[2*j];
             store(o0,     _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(a, plus), zero), ma));
-            store(o0 + W, _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(b, plus), zero), ma));
+            store(o0 + GGML_CAPSULE_LANES, _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(b, plus), zero), ma));
             store(o1,     _mm256_mulhrs_epi16(_mm256_maddubs_epi16(a, minus), mb));
-            store(o1 + W, _mm256_mulhrs_epi16(_mm256_maddubs_epi16(b, minus), mb));
+            store(o1 + GGML_CAPSULE_LANES, _mm256_mulhrs_epi16(_mm256_maddubs_epi16(b, minus), mb));
         }
         fetch = next;
         return p;
@@ -268,7 +273,7 @@ struct capsule_kernel {
         __m256i a, b;
         capsule_codes_high<B, true>(p, a, b);
         store(o,     _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(a, plus), zero), m));
-        store(o + W, _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(b, plus), zero), m));
+        store(o + GGML_CAPSULE_LANES, _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(b, plus), zero), m));
     }
 
     static void store(int16_t * o, __m256i x) { _mm256_store_si256((__m256i *) o, x); }
@@ -326,7 +331,7 @@ struct capsule_kernel {
         for (int i = 0; i < 2; ++i) {
             const float * y  = x    + GGML_CAPSULE_LANES*i;
             const float * mu = mean + GGML_CAPSULE_LANES*i;
-            store_floats(o + W*i, _mm256_mul_ps(f, _mm256_fmadd_ps(m, _mm256_load_ps(mu),     _mm256_load_ps(y))),
+            store_floats(o + GGML_CAPSULE_LANES*i, _mm256_mul_ps(f, _mm256_fmadd_ps(m, _mm256_load_ps(mu),     _mm256_load_ps(y))),
                                   _mm256_mul_ps(f, _mm256_fmadd_ps(m, _mm256_load_ps(mu + 8), _mm256_load_ps(y + 8))));
         }
         return p + ggml_capsule_code_size(group.first, 1, GGML_CAPSULE_LANES);
@@ -343,9 +348,9 @@ struct capsule_kernel {
             const __m256 x1 = halves(x + 16);
             const __m256 y0 = pair ? halves(y)      : _mm256_setzero_ps();
             const __m256 y1 = pair ? halves(y + 16) : _mm256_setzero_ps();
-            store_floats(o0 + W*i, _mm256_mul_ps(a, _mm256_add_ps(x0, y0)), _mm256_mul_ps(a, _mm256_add_ps(x1, y1)));
+            store_floats(o0 + GGML_CAPSULE_LANES*i, _mm256_mul_ps(a, _mm256_add_ps(x0, y0)), _mm256_mul_ps(a, _mm256_add_ps(x1, y1)));
             if (pair) {
-                store_floats(o1 + W*i, _mm256_mul_ps(b, _mm256_sub_ps(x0, y0)), _mm256_mul_ps(b, _mm256_sub_ps(x1, y1)));
+                store_floats(o1 + GGML_CAPSULE_LANES*i, _mm256_mul_ps(b, _mm256_sub_ps(x0, y0)), _mm256_mul_ps(b, _mm256_sub_ps(x1, y1)));
             }
         }
     }
@@ -393,29 +398,41 @@ struct capsule_kernel {
 
     static void clear(int16_t * o) {
         store(o,     _mm256_setzero_si256());
-        store(o + W, _mm256_setzero_si256());
+        store(o + GGML_CAPSULE_LANES, _mm256_setzero_si256());
     }
 
-    // along the lines: [u][v] -> [u][x], in place
+    // along the lines: [u][v] -> [u][x], in place. The two registers of a group come beside each other, since what is stored
+    // together should lie together; those of NG groups leave beside each other
     template<int N_W>
     CAPSULE_ALONE void pass_x(int16_t * tile, int n_tiles, int h, fetcher & fetch) {
         fetcher next = fetch;
         for (int j = 0; j < n_tiles; ++j) {
             for (int u = 0; u < h; ++u) {
-                for (int reg = 0; reg < 2; ++reg) {
-                    int16_t * p = tile + j*TILE + u*LINE + reg*W;
+                int16_t * p = tile + j*TILE + u*LINE;
+                auto load = [&](int reg, T * x) {
                     next.step();
-                    T x[N_W];
 #pragma GCC unroll 8
                     for (int v = 0; v < N_W; ++v) {
-                        x[v] = V::load(p + v*PITCH);
+                        x[v] = V::gather(p + v*PITCH + reg*GGML_CAPSULE_LANES, 2*GGML_CAPSULE_LANES);
                     }
+                };
+                auto turn = [&](int reg, T * x) {
                     capsule_idct<V, N_W>(x);
 #pragma GCC unroll 8
                     for (int v = 0; v < N_W; ++v) {
-                        V::store(p + v*PITCH, x[v]);
+                        V::store(p + v*PITCH + reg*W, x[v]);
                     }
+                };
+                T a[N_W], b[N_W];
+                load(0, a);
+                if (NG > 1) {
+                    load(1, b);
                 }
+                turn(0, a);
+                if (NG == 1) {
+                    load(1, b);
+                }
+                turn(1, b);
             }
         }
         fetch = next;
@@ -574,51 +591,61 @@ struct capsule_kernel {
         fetch = next;
     }
 
-    // N_T: n_tiles, or 0: any
-    template<int Q, int N_T>
-    CAPSULE_ALONE void scores_many(const int16_t * tile, int n_tiles, int h, int w, const int16_t * lines, int n_line,
-            int32_t (*score)[GGML_CAPSULE_MAX_ROWS]) {
-        for (int x = 0; x < w; ++x) {
-            T acc[Q][8];
-            for (int y = 0; y < 8; ++y) {
-                T sum[Q];
+    // scores [y][x] of Q queries; 4 tokens of a line at once, so that what is loaded is used more than once
+    template<int Q>
+    CAPSULE_ALONE void scores_many(const int16_t * tile, int n_tiles, int h, const int16_t * lines, int n_line, int32_t (*score)[GGML_CAPSULE_MAX_ROWS]) {
+        for (int i = 0; i < 2*h; ++i) {
+            const int16_t * k = tile  + i/2*LINE + i % 2*4*PITCH;
+            const int16_t * q = lines + i/2*n_line;
+            T acc[Q][4];
 #pragma GCC unroll 4
-                for (int i = 0; i < Q; ++i) {
-                    sum[i] = V::zero();
-                }
-                if (y < h) {
-                    const int16_t * k = tile + y*LINE + x*PITCH;
-                    const int16_t * q = lines + y*n_line;
-#pragma GCC unroll 1
-                    for (int j = 0; j < (N_T > 0 ? N_T : n_tiles); ++j, q += QUERIES) {
-                        const T a = V::load(k + j*TILE);
-                        const T b = V::load(k + j*TILE + W);
+            for (int j = 0; j < Q; ++j) {
+                acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = V::zero();
+            }
+            for (int n = 0; n < n_tiles; ++n, k += TILE, q += QUERIES) {
+#pragma GCC unroll 2
+                for (int reg = 0; reg < 2*W; reg += W) {
+                    T x[4];
 #pragma GCC unroll 4
-                        for (int i = 0; i < Q; ++i) {
-                            sum[i] = V::dot(sum[i], a, V::load(q + i*PITCH));
-                            sum[i] = V::dot(sum[i], b, V::load(q + i*PITCH + W));
+                    for (int t = 0; t < 4; ++t) {
+                        x[t] = V::load(k + t*PITCH + reg);
+                    }
+#pragma GCC unroll 4
+                    for (int j = 0; j < Q; ++j) {
+                        const T y = V::load(q + j*PITCH + reg);
+#pragma GCC unroll 4
+                        for (int t = 0; t < 4; ++t) {
+                            acc[j][t] = V::dot(acc[j][t], x[t], y);
                         }
                     }
                 }
-#pragma GCC unroll 4
-                for (int i = 0; i < Q; ++i) {
-                    acc[i][y] = sum[i];
-                }
             }
-            for (int i = 0; i < Q; ++i) {
-                eight(acc[i], score[i] + 8*x);
+#pragma GCC unroll 4
+            for (int j = 0; j < Q; ++j) {
+                capsule_i256 a[4];
+#pragma GCC unroll 4
+                for (int t = 0; t < 4; ++t) {
+                    a[t] = _mm256_srai_epi32(V::fold(acc[j][t]), 3);
+                }
+                _mm_store_si128((__m128i *) (score[j] + 4*i), capsule_sums4(a));
             }
         }
     }
 
-    // scores -> weights exp(score - max); a new maximum scales what went before. false: nothing of this tile is seen
-    CAPSULE_ALONE bool softmax(const int32_t * score, float unit, const float * masked, int n_out, float * out, float & max, float & sum, float * p) {
+    // scores, [x][y] or [y][x] -> weights [x][y], exp(score - max); a new maximum scales what went before. false: nothing of this tile is seen
+    CAPSULE_ALONE bool softmax(const int32_t * score, bool lines, float unit, const float * masked, int n_out, float * out, float & max, float & sum, float * p) {
         const __m256 u = _mm256_set1_ps(unit);
         __m256 x[8];
         __m256 m = _mm256_set1_ps(-INFINITY);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             x[i] = _mm256_mul_ps(u, _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *) (score + 8*i))));
+        }
+        if (lines) {
+            capsule_transpose8(x);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
             if (masked) {
                 x[i] = _mm256_add_ps(x[i], _mm256_load_ps(masked + 8*i));
             }
@@ -695,8 +722,11 @@ struct capsule_kernel {
             const __m256 pair = _mm256_load_ps(shape.pair + 8*i); // all bits, or none
             const __m256 a    = _mm256_load_ps(o.a + 8*i);
             const __m256 b    = _mm256_and_ps(pair, _mm256_load_ps(o.b + 8*i));
-            _mm256_store_ps(o.a + 8*i, _mm256_add_ps(a, b));
-            _mm256_store_ps(o.b + 8*i, _mm256_and_ps(pair, _mm256_sub_ps(a, b)));
+            const __m256 sum  = _mm256_add_ps(a, b);
+            const __m256 diff = _mm256_and_ps(pair, _mm256_sub_ps(a, b));
+            _mm256_store_ps(o.a + 8*i, sum);
+            _mm256_store_ps(o.b + 8*i, diff);
+            _mm256_store_ps(o.most + 8*i, _mm256_max_ps(capsule_abs(sum), capsule_abs(diff)));
         }
     }
 
@@ -704,6 +734,11 @@ struct capsule_kernel {
         for (int i = 0; 8*i < shape.n_blocks; ++i) {
             _mm256_store_ps(o.low  + 8*i, _mm256_mul_ps(_mm256_loadu_ps(shape.mix + 8*i), block_scales(group, bytes, i, 0)));
             _mm256_store_ps(o.high + 8*i, _mm256_mul_ps(_mm256_loadu_ps(shape.mix + 8*i), block_scales(group, bytes, i, 1)));
+            // 2^(bits - 1)
+            const __m256i n = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (group.bits + 8*i)));
+            const __m256i z = _mm256_sub_epi32(n, _mm256_set1_epi32(1)); // without bits nothing is shifted in
+            _mm256_store_si256((__m256i *) (o.zero_low  + 8*i), _mm256_sllv_epi32(_mm256_set1_epi32(0x01010101), z));
+            _mm256_store_si256((__m256i *) (o.zero_high + 8*i), _mm256_sllv_epi32(_mm256_set1_epi32(0x00010001), z));
         }
     }
 
@@ -711,31 +746,32 @@ struct capsule_kernel {
     CAPSULE_INLINE __m256 largest(const weights & w, const float * s, int first, int last) {
         __m256 m = _mm256_setzero_ps();
         for (int i = first; i < last; ++i) {
-            const __m256 most = _mm256_max_ps(capsule_abs(_mm256_load_ps(w.a + 8*i)), capsule_abs(_mm256_load_ps(w.b + 8*i)));
-            m = _mm256_max_ps(m, _mm256_mul_ps(most, capsule_abs(_mm256_load_ps(s + 8*i))));
+            m = _mm256_max_ps(m, capsule_abs(_mm256_mul_ps(_mm256_load_ps(w.most + 8*i), _mm256_load_ps(s + 8*i))));
         }
         return m;
     }
 
-    // weights times scales times f in integers -> what zeros of codes add up to, twice
+    // weights times scales times f in integers -> what the zeros of the codes add up to, of 8 bits twice
     template<bool HIGH>
-    CAPSULE_INLINE __m256i pack_weights(const weights & w, const float * s, const uint8_t * bits, int first, int last, float f, int32_t * o) {
+    CAPSULE_INLINE __m256i pack_weights(const weights & w, const float * s, const int32_t * zero, int first, int last, float f, int32_t * o) {
         const __m256 ff = _mm256_set1_ps(f);
         __m256i zeros = _mm256_setzero_si256();
         for (int i = first; i < last; ++i) {
             const __m256  t = _mm256_mul_ps(ff, _mm256_load_ps(s + 8*i));
             const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(t, _mm256_load_ps(w.a + 8*i)));
             const __m256i y = _mm256_cvtps_epi32(_mm256_mul_ps(t, _mm256_load_ps(w.b + 8*i)));
-            const __m256i n = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (bits + 8*i)));
-            zeros = _mm256_add_epi32(zeros, _mm256_sllv_epi32(_mm256_add_epi32(x, y), n));
+            const __m256i z = _mm256_load_si256((const __m256i *) (zero + 8*i));
+            __m256i pairs;
             if (HIGH) {
-                _mm256_store_si256((__m256i *) (o + 8*i), _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa));
+                pairs = _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa);
+                zeros = capsule_v16::dot(zeros, z, pairs);
             } else {
                 const __m128i order = _mm_setr_epi8(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
                 const __m256i words = _mm256_packs_epi32(x, y);
-                const __m256i pairs = _mm256_shuffle_epi8(_mm256_packs_epi16(words, words), _mm256_broadcastsi128_si256(order));
-                _mm256_store_si256((__m256i *) (o + 8*i), pairs);
+                pairs = _mm256_shuffle_epi8(_mm256_packs_epi16(words, words), _mm256_broadcastsi128_si256(order));
+                zeros = capsule_dot_bytes(zeros, z, pairs);
             }
+            _mm256_store_si256((__m256i *) (o + 8*i), pairs);
         }
         return zeros;
     }
@@ -758,15 +794,15 @@ struct capsule_kernel {
             z[2*g] = z[2*g + 1] = _mm256_setzero_si256();
             if (g < n) {
                 const auto & group = groups[g];
-                z[2*g]     = pack_weights<false>(w, s[g].low,  group.bits, group.low_first,  group.low_last,  f[2*g],     o[g].low);
-                z[2*g + 1] = pack_weights<true> (w, s[g].high, group.bits, group.high_first, group.high_last, f[2*g + 1], o[g].high);
+                z[2*g]     = pack_weights<false>(w, s[g].low,  s[g].zero_low,  group.low_first,  group.low_last,  f[2*g],     o[g].low);
+                z[2*g + 1] = pack_weights<true> (w, s[g].high, s[g].zero_high, group.high_first, group.high_last, f[2*g + 1], o[g].high);
             }
         }
         _mm256_store_ps(bias, _mm256_mul_ps(_mm256_cvtepi32_ps(capsule_sums(z)), _mm256_load_ps(unit)));
         for (int g = 0; g < n; ++g) {
             o[g].low_unit  = unit[2*g];
             o[g].high_unit = unit[2*g + 1];
-            o[g].bias      = 0.5f*(bias[2*g] + bias[2*g + 1]);
+            o[g].bias      = 0.5f*bias[2*g] + bias[2*g + 1];
         }
     }
 
@@ -780,7 +816,7 @@ struct capsule_kernel {
 
     template<int Q>
     CAPSULE_INLINE void low_step(__m256i a, __m256i b, int block, const packed * const * w, __m256i (*acc)[2]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
             const __m256i x = capsule_all(w[q]->low + block);
             acc[q][0] = _mm256_add_epi16(acc[q][0], _mm256_maddubs_epi16(a, x));
@@ -790,7 +826,7 @@ struct capsule_kernel {
 
     template<int Q>
     CAPSULE_INLINE void low_flush(const packed * const * w, float * const * o, __m256i (*acc)[2]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
             const __m256 u = _mm256_set1_ps(w[q]->low_unit);
             add_words(o[q],      acc[q][0], u);
@@ -809,39 +845,40 @@ struct capsule_kernel {
         return p;
     }
 
-    // 8 lanes of both rows in 16 bits each
+    static constexpr int NV = 64/W; // vectors of 16 lanes and 2 registers, in 32 bits
+
+    // both rows of a lane in 16 bits each
     template<int Q>
-    CAPSULE_INLINE void high_step(__m256i a, __m256i b, int block, const packed * const * w, __m256i (*acc)[4]) {
-        const __m256i x[4] = {
-            _mm256_cvtepu8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(a, 1)),
-            _mm256_cvtepu8_epi16(_mm256_castsi256_si128(b)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(b, 1)),
-        };
-#pragma GCC unroll 4
+    CAPSULE_INLINE void high_step(__m256i a, __m256i b, int block, const packed * const * w, T (*acc)[NV]) {
+        T x[NV];
+        V::widen(a, x);
+        V::widen(b, x + NV/2);
+#pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
-            const __m256i y = capsule_all(w[q]->high + block);
+            const T y = V::all32(w[q]->high + block);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                acc[q][i] = capsule_v16::dot(acc[q][i], x[i], y);
+            for (int i = 0; i < NV; ++i) {
+                acc[q][i] = V::dot(acc[q][i], x[i], y);
             }
         }
     }
 
+    // sums and a row in f16 (or none), minus the zeros of all codes
     template<int Q>
-    CAPSULE_INLINE void high_flush(const packed * const * w, float * const * o, __m256i (*acc)[4], bool with_bias = false) {
-#pragma GCC unroll 4
+    CAPSULE_INLINE void high_flush(const packed * const * w, float * const * o, T (*acc)[NV], bool bias, const uint8_t * row, const weights * const * rows) {
+#pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
-            const __m256 u = _mm256_set1_ps(w[q]->high_unit);
-            const __m256 z = _mm256_set1_ps(with_bias ? w[q]->bias : 0.0f);
+            const float f = row  ? rows[q]->a[0] : 0.0f;
+            const float z = bias ? w[q]->bias    : 0.0f;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                const __m256 x = _mm256_fmadd_ps(u, _mm256_cvtepi32_ps(acc[q][i]), _mm256_load_ps(o[q] + 8*i));
-                _mm256_store_ps(o[q] + 8*i, _mm256_sub_ps(x, z));
+            for (int i = 0; i < NV; ++i) {
+                V::add_sums(o[q] + W/2*i, acc[q][i], w[q]->high_unit, z, row ? row + W*i : nullptr, f);
             }
         }
     }
 
     template<int Q, int B>
-    CAPSULE_INLINE const uint8_t * high_pairs(const uint8_t * p, const uint8_t * pair, int n, const packed * const * w, __m256i (*acc)[4]) {
+    CAPSULE_INLINE const uint8_t * high_pairs(const uint8_t * p, const uint8_t * pair, int n, const packed * const * w, T (*acc)[NV]) {
         for (int i = 0; i < n; ++i, p += 8*B) {
             __m256i a, b;
             capsule_codes_low<B, false>(p, a, b);
@@ -858,7 +895,7 @@ struct capsule_kernel {
             for (int i = 0; i < 32; i += 8) {
                 const __m256 x = halves(p + 2*i);
                 const __m256 y = pair ? halves(p + 64 + 2*i) : _mm256_setzero_ps();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int q = 0; q < Q; ++q) {
                     __m256 sum = _mm256_load_ps(o[q] + i);
                     sum = _mm256_fmadd_ps(_mm256_set1_ps(f*rows[q]->a[block]), x, sum);
@@ -875,9 +912,9 @@ struct capsule_kernel {
             __m256i x, y;
             capsule_codes_low<B, true>(p, x, y);
             if (B > 3) {
-                __m256i high[Q][4] = {};
+                T high[Q][NV] = {};
                 high_step<Q>(x, y, block, w, high);
-                high_flush<Q>(w, o, high);
+                high_flush<Q>(w, o, high, false, nullptr, rows);
             } else {
                 __m256i low[Q][2] = {};
                 low_step<Q>(x, y, block, w, low);
@@ -892,30 +929,37 @@ struct capsule_kernel {
             const weights * const * rows, const packed * const * w, float * const * o) {
         const uint8_t * pair = group.pair;
         const uint8_t * n    = group.n_pairs;
+        // the constant row is almost always in f16
+        const uint8_t * row = group.first == GGML_CAPSULE_F16 ? p : nullptr;
         if (group.first > 0) {
-            value_row<Q>(p, group.first, 0, false, rows, w, o);
+            if (!row) {
+                value_row<Q>(p, group.first, 0, false, rows, w, o);
+            }
             p += ggml_capsule_code_size(group.first, 1, GGML_CAPSULE_LANES);
         }
         for (int i = 0; i < n[0]; ++i, ++pair, p += 8*GGML_CAPSULE_F16) {
             value_row<Q>(p, GGML_CAPSULE_F16, *pair, true, rows, w, o);
         }
         {
-            __m256i high[Q][4];
-#pragma GCC unroll 4
+            T high[Q][NV];
+#pragma GCC unroll 8
             for (int q = 0; q < Q; ++q) {
-                high[q][0] = high[q][1] = high[q][2] = high[q][3] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+                for (int i = 0; i < NV; ++i) {
+                    high[q][i] = V::zero();
+                }
             }
             p = high_pairs<Q, 8>(p, pair, n[1], w, high); pair += n[1];
             p = high_pairs<Q, 6>(p, pair, n[2], w, high); pair += n[2];
             p = high_pairs<Q, 4>(p, pair, n[3], w, high); pair += n[3];
-            high_flush<Q>(w, o, high, true);
+            high_flush<Q>(w, o, high, true, row, rows);
         }
         __m256i low[Q][2];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
             low[q][0] = low[q][1] = _mm256_setzero_si256();
         }
-        // 16 pairs of 3 bits, or 31 of 2 bits, are what 16 bits can hold
+        // 16 pairs of 3 bits, or 32 of 2 bits, are what 16 bits can hold
         int left = n[4];
         while (left > 0) {
             const int now = std::min(left, 16);
@@ -923,33 +967,35 @@ struct capsule_kernel {
             low_flush<Q>(w, o, low);
             left -= now;
         }
-        if (n[5] + n[6] > 0) {
-            p = low_pairs<Q, 2>(p, pair, n[5], w, low); pair += n[5];
-            p = low_pairs<Q, 1>(p, pair, n[6], w, low); pair += n[6];
-            low_flush<Q>(w, o, low);
+        p = low_pairs<Q, 2>(p, pair, n[5], w, low); pair += n[5];
+        p = low_pairs<Q, 1>(p, pair, n[6], w, low); pair += n[6];
+        const int last = shape.n_blocks - 1;
+        if (group.last > 0 && group.last <= 3) {
+            with_bits(group.last, [&](auto b) {
+                __m256i x, y;
+                capsule_codes_low<decltype(b)::value, true>(p, x, y);
+                low_step<Q>(x, y, last, w, low);
+            });
+        } else if (group.last > 0) {
+            value_row<Q>(p, group.last, last, false, rows, w, o);
         }
-        if (group.last > 0) {
-            value_row<Q>(p, group.last, shape.n_blocks - 1, false, rows, w, o);
-        }
+        low_flush<Q>(w, o, low);
     }
 
     //
     // a tile, and all of them
     //
 
-    template<int N_T>
-    void all_scores(int h, int w, int n) {
+    void all_scores(int h, int n) {
         int i = 0;
-        for (; W == 16 && i + 4 <= n; i += 4) {
-            scores_many<4, N_T>(tile, n_tiles, h, w, lines + i*PITCH, n_line, score + i);
+        for (; W > 16 && i + 4 <= n; i += 4) { // 32 registers
+            scores_many<4>(tile, n_tiles, h, lines + i*PITCH, n_line, score + i);
         }
-        for (; W > 16 && i + 2 <= n; i += 2) {
-            scores_many<2, N_T>(tile, n_tiles, h, w, lines + i*PITCH, n_line, score + i);
+        for (; i + 2 <= n; i += 2) {
+            scores_many<2>(tile, n_tiles, h, lines + i*PITCH, n_line, score + i);
         }
-        switch (n - i) {
-            case 3: scores_many<3, N_T>(tile, n_tiles, h, w, lines + i*PITCH, n_line, score + i); break;
-            case 2: scores_many<2, N_T>(tile, n_tiles, h, w, lines + i*PITCH, n_line, score + i); break;
-            case 1: scores_many<1, N_T>(tile, n_tiles, h, w, lines + i*PITCH, n_line, score + i); break;
+        if (i < n) {
+            scores_many<1>(tile, n_tiles, h, lines + i*PITCH, n_line, score + i);
         }
     }
 
@@ -1014,7 +1060,7 @@ struct capsule_kernel {
 
         for (int g = 0; g < n_k; ++g) {
             key_group(shape, k, g, k_bytes, step, k_mean + 2*GGML_CAPSULE_LANES*g, at, mul_a, mul_b, wide,
-                    tile + g/NG*TILE + g % NG*GGML_CAPSULE_LANES, now);
+                    tile + g/NG*TILE + g % NG*2*GGML_CAPSULE_LANES, now);
         }
         capsule_with_size(form.w, [&](auto n_w) { pass_x<decltype(n_w)::value>(tile, n_tiles, form.h, now); });
         if (n > 1) {
@@ -1037,12 +1083,7 @@ struct capsule_kernel {
                     scores_one<decltype(n_h)::value>(rope, tile, n_tiles, form.w, lines, n_line, score[0], next);
                 });
             } else {
-                switch (n_tiles) {
-                    case 1:  all_scores<1>(form.h, form.w, n_now); break;
-                    case 2:  all_scores<2>(form.h, form.w, n_now); break;
-                    case 4:  all_scores<4>(form.h, form.w, n_now); break;
-                    default: all_scores<0>(form.h, form.w, n_now); break;
-                }
+                all_scores(form.h, n_now);
             }
 
             // queries that see something of it
@@ -1054,12 +1095,17 @@ struct capsule_kernel {
                 const int     j    = visible[j0 + i];
                 const float * mask = mask_of(slot, shape, form.h, form.w, j/args.n_gqa, seen_by(j/args.n_gqa));
                 float * o = out + (size_t) j*n_v*2*GGML_CAPSULE_LANES;
-                if (softmax(score[i], SCORE_UNIT*step*q_unit[j], mask, n_v*2*GGML_CAPSULE_LANES, o, max[j], sum[j], prob[m])) {
+                if (softmax(score[i], n > 1, SCORE_UNIT*step*q_unit[j], mask, n_v*2*GGML_CAPSULE_LANES, o, max[j], sum[j], prob[m])) {
                     row_weights(shape, form.h, form.w, prob[m], wanted[m]);
                     rows[m] = &wanted[m];
                     outs[m] = o;
                     ++m;
                 }
+            }
+            for (int i = m; i < ROWS; ++i) { // no one's
+                rows [i] = &wanted[0];
+                packs[i] = ready;
+                outs [i] = nothing;
             }
             for (int i = 0; i < m; ++i) {
                 for (int g = 0; g < n_v; g += 4) {
@@ -1080,7 +1126,10 @@ struct capsule_kernel {
                     p = wide;
                 }
                 int i = 0;
-                for (; W > 16 && i + 4 <= m; i += 4) { // 32 registers
+                for (; W > 16 && i + 4 < m; i += 8) { // 32 registers; some queries may be no one's
+                    value_group<8>(shape, group, p, rows + i, packs + i, outs + i);
+                }
+                for (; W > 16 && i + 2 < m; i += 4) {
                     value_group<4>(shape, group, p, rows + i, packs + i, outs + i);
                 }
                 for (; i + 2 <= m; i += 2) {

@@ -13,6 +13,11 @@
 
 typedef __m256i capsule_i256;
 
+// the same 32 bits in all lanes
+CAPSULE_INLINE capsule_i256 capsule_all(const int32_t * p) {
+    return _mm256_castps_si256(_mm256_broadcast_ss((const float *) p));
+}
+
 struct capsule_v16 {
     static constexpr int W = 16;
 
@@ -35,6 +40,22 @@ struct capsule_v16 {
 #endif
     CAPSULE_INLINE capsule_i256 fold(T a)            { return a; } // half the sums
     CAPSULE_INLINE T    join(const capsule_i256 * x) { return x[0]; }
+    CAPSULE_INLINE T    gather(const int16_t * p, int) { return load(p); } // 16 lanes at p, at p + step ..
+    CAPSULE_INLINE T    all32(const int32_t * p)     { return capsule_all(p); }
+
+    // bytes -> words: 32 of them, two vectors
+    CAPSULE_INLINE void widen(capsule_i256 x, T * o) {
+        o[0] = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(x));
+        o[1] = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1));
+    }
+    // o += sums*unit + f*row - z, 8 lanes; row: f16, or NULL
+    CAPSULE_INLINE void add_sums(float * o, T sums, float unit, float z, const uint8_t * row, float f) {
+        __m256 x = _mm256_sub_ps(_mm256_load_ps(o), _mm256_set1_ps(z));
+        if (row) {
+            x = _mm256_fmadd_ps(_mm256_set1_ps(f), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) row)), x);
+        }
+        _mm256_store_ps(o, _mm256_fmadd_ps(_mm256_set1_ps(unit), _mm256_cvtepi32_ps(sums), x));
+    }
 };
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
@@ -57,11 +78,33 @@ struct capsule_v32 {
     CAPSULE_INLINE T    join(const capsule_i256 * x) {
         return _mm512_inserti64x4(_mm512_castsi256_si512(x[0]), x[1], 1);
     }
+    CAPSULE_INLINE T    gather(const int16_t * p, int step) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256((const capsule_i256 *) p)), _mm256_load_si256((const capsule_i256 *) (p + step)), 1);
+    }
+    CAPSULE_INLINE T    all32(const int32_t * p)     { return _mm512_set1_epi32(*p); }
+    CAPSULE_INLINE void widen(capsule_i256 x, T * o) { *o = _mm512_cvtepu8_epi16(x); }
+
+    CAPSULE_INLINE void add_sums(float * o, T sums, float unit, float z, const uint8_t * row, float f) {
+        __m512 x = _mm512_sub_ps(_mm512_loadu_ps(o), _mm512_set1_ps(z));
+        if (row) {
+            x = _mm512_fmadd_ps(_mm512_set1_ps(f), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) row)), x);
+        }
+        _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_set1_ps(unit), _mm512_cvtepi32_ps(sums), x));
+    }
     CAPSULE_INLINE capsule_i256 fold(T a) {
         return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
     }
 };
 #endif
+
+// four bytes of a times four of b, to 32 bits; no two products may leave 16 bits
+CAPSULE_INLINE capsule_i256 capsule_dot_bytes(capsule_i256 sum, capsule_i256 a, capsule_i256 b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+#endif
+}
 
 // eight sums of eight 32-bit lanes
 CAPSULE_INLINE capsule_i256 capsule_sums(const capsule_i256 * a) {
@@ -74,6 +117,11 @@ CAPSULE_INLINE capsule_i256 capsule_sums(const capsule_i256 * a) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(c0, c1, 0x20), _mm256_permute2x128_si256(c0, c1, 0x31));
 }
 
+CAPSULE_INLINE __m128i capsule_sums4(const capsule_i256 * a) {
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+}
+
 // eight maxima of eight lanes
 CAPSULE_INLINE __m256 capsule_maxima(const __m256 * a) {
     auto two = [](__m256 x, __m256 y) { return _mm256_max_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y)); }; // x y x y
@@ -81,11 +129,6 @@ CAPSULE_INLINE __m256 capsule_maxima(const __m256 * a) {
     const __m256 x = four(two(a[0], a[1]), two(a[2], a[3]));
     const __m256 y = four(two(a[4], a[5]), two(a[6], a[7]));
     return _mm256_max_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
-}
-
-// the same 32 bits in all lanes
-CAPSULE_INLINE capsule_i256 capsule_all(const int32_t * p) {
-    return _mm256_castps_si256(_mm256_broadcast_ss((const float *) p));
 }
 
 // n of 64 numbers
