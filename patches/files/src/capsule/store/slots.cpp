@@ -4,6 +4,10 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 llama_capsule_slots::llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, alloc_fn alloc) :
     size_of(std::move(size)), alloc(std::move(alloc)), pools(n_layer) {
     v_cells.resize(n_cells);
@@ -142,6 +146,23 @@ void llama_capsule_slots::close_gaps() {
     }
 }
 
+// each tile of a head lies on pages of its own, so that small pages cost attention a few percent
+static void ask_for_huge_pages(ggml_backend_buffer_t buf) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2*1024*1024;
+    if (ggml_backend_buffer_is_host(buf)) {
+        const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buf);
+        const uintptr_t first = (base + page - 1)/page*page;
+        const uintptr_t end   = (base + ggml_backend_buffer_get_size(buf))/page*page;
+        if (first < end) {
+            madvise((void *) first, end - first, MADV_HUGEPAGE); // a hint: it may fail
+        }
+    }
+#else
+    GGML_UNUSED(buf);
+#endif
+}
+
 bool llama_capsule_slots::resize(uint32_t i_layer, uint32_t n_units) {
     auto & old = pools[i_layer];
 
@@ -170,6 +191,7 @@ bool llama_capsule_slots::resize(uint32_t i_layer, uint32_t n_units) {
     if (!res.buf) {
         return false;
     }
+    ask_for_huge_pages(res.buf.get());
     ggml_backend_buffer_clear(res.buf.get(), 0);
 
     const int64_t n = (int64_t) end_pool(i_layer)*LLAMA_CAPSULE_UNIT;
