@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -108,9 +109,13 @@ CAPSULE_CLONES static float capsule_q4_row_error(const float * x, uint32_t d) {
 }
 
 // of n rows, rotated; x is overwritten
-static double capsule_q4_error(float * x, uint32_t n, uint32_t d) {
+//   from_q4: they come from cells in q4_0, and would have no error: other signs (those of Rudin and Shapiro) before the rotation take them off that grid
+static double capsule_q4_error(float * x, uint32_t n, uint32_t d, bool from_q4) {
     double res = 0.0;
     for (uint32_t t = 0; t < n; ++t, x += d) {
+        for (uint32_t i = 0; i < d && from_q4; ++i) {
+            x[i] = std::bitset<32>(i & i >> 1).count() % 2 ? -x[i] : x[i];
+        }
         llama_capsule_hadamard(x, llama_capsule_hadamard_size(d), d);
         res += capsule_q4_row_error(x, d);
     }
@@ -196,7 +201,7 @@ llama_capsule_encoder::measured llama_capsule_encoder::measure(const llama_capsu
         res.fits.push_back(max + sqrt(e) <= CAPSULE_F16_MAX);
     }
     if (d % ggml_blck_size(GGML_TYPE_Q4_0) == 0) {
-        res.rival = capsule_q4_error(x, n, d);
+        res.rival = capsule_q4_error(x, n, d, (is_v ? kv.type_v() : kv.type_k()) == GGML_TYPE_Q4_0);
     }
 
     return res;
