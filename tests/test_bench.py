@@ -10,6 +10,9 @@ import sys
 import pytest
 from conftest import library
 
+from kvcapsule_gguf.bench.ik import WORKER
+from kvcapsule_gguf.bench.timing import Ratio, speedup
+
 SMALL = """
 from pathlib import Path
 import sys
@@ -69,7 +72,7 @@ Run.clock = property(lambda self: lambda: now[0])
 
 WHOLE = CLOCK + """
 rows = measure_whole(plain, 2, "capsule", ("f16 FA", "q4_0 FA", "q8_0+q4_0 FA"), Run(folder, rounds=3))
-assert [(r.setting, r.tokens_per_s, r.first_token_s, r.token_ratio, r.first_token_ratio) for r in rows] == [
+assert [(r.setting, r.tokens_per_s, r.first_token_s, r.token_ratio.times, r.first_token_ratio.times) for r in rows] == [
     ("capsule", 4, 16, 1, 1), ("f16 FA", 2, 32, 2, 2), ("q4_0 FA", 2, 32, 2, 2), ("q8_0+q4_0 FA", 2, 32, 2, 2),
 ]
 f16 = 2 * 64 * 2 * 2 * 2 * 64 * 2  # bytes: images, tokens, layers, K and V, heads, channels of two bytes
@@ -113,10 +116,50 @@ def test_attention(folder):
     rows = {r["setting"]: r for r in json.loads(done.stdout)}
     assert list(rows) == ["f16 FA", "own f16", "capsule"] and picture.stat().st_size > 1000
     for row in rows.values():
-        assert row["tokens"] == 576 and set(row["faster_than"]) == {"f16 FA", "own f16"}
+        assert row["tokens"] == 576 and set(row["faster_than"]) == {"f16 FA", "own f16", "capsule", "fastest of llama.cpp's"}
+        assert row["faster_than"]["fastest of llama.cpp's"] == row["faster_than"]["f16 FA"]
         assert row["ns_per_token_and_head"] == pytest.approx(1e9 * row["seconds"] / (576 * 4))
-    assert rows["f16 FA"]["kv_bytes"] == 576 * 4 * 512 and rows["f16 FA"]["faster_than"]["f16 FA"] == 1
+    assert rows["f16 FA"]["kv_bytes"] == 576 * 4 * 512 and rows["f16 FA"]["faster_than"]["f16 FA"] == {"times": 1, "low": 1, "high": 1}
     assert 4.7 < rows["f16 FA"]["kv_bytes"] / rows["capsule"]["kv_bytes"] < 5.3
+
+
+def test_ratios():
+    """Rounds of 1, 2 and 4 times as fast: the median, and an interval between the least and the largest."""
+    found = speedup([1.0, 1.0, 1.0], [1.0, 2.0, 4.0])
+    assert found.times == 2 and found.low == 1 and found.high == 4
+    assert speedup([2.0] * 5, [3.0] * 5) == Ratio(1.5, 1.5, 1.5)
+
+
+# llama_data_write::write_kv_cache of ik_llama.cpp, read by its rules: cells, keys of all layers, values, and no recurrent states
+IK_STATE = """
+import importlib.util, json, struct, sys
+sys.argv = ["ik_worker.py", "{}"]
+spec = importlib.util.spec_from_file_location("ik_worker", {path!r})
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+wanted = dict(layers=3, type_k=8, type_v=2, row_k=34, row_v=18)
+data = worker.state(5, wanted)
+at = 0
+def take(form):
+    global at
+    at += struct.calcsize(form)
+    return struct.unpack_from(form, data, at - struct.calcsize(form))
+assert take("<I") == (5,)
+assert [take("<iI") for _ in range(5)] == [(i, 0) for i in range(5)]
+assert take("<II") == (0, 3)
+for kind, row in ((8, 34), (2, 18)):
+    for _ in range(3):
+        assert take("<iQ") == (kind, row)
+        for _ in range(5):
+            assert 0 < take("<e")[0] < 1
+            at += row - 2
+assert take("<I") == (0,) and at == len(data)
+"""
+
+
+def test_the_state_of_ik_llama_cpp():
+    done = python("-c", IK_STATE.replace("{path!r}", repr(str(WORKER))))
+    assert done.returncode == 0, done.stderr
 
 
 def test_compressing_the_demo_models_pictures():
@@ -132,7 +175,9 @@ def test_compressing_the_demo_models_pictures():
     (("compress", "gpt-5"), "kvcapsule-bench: error: no geometry 'gpt-5', there are: llava-1.5-7b, qwen2.5-vl-7b, qwen3-vl-8b, demo"),
     (("compress", "-s", "f16 FA"), "no 'f16 FA', there are: capsule"),
     (("op", "-s", "f8"), "no 'f8', there are: f16 FA"),
-    (("model", "--images", "0"), "'0' is not a list of numbers from 1 on"),
+    (("model", "--images", "-1"), "'-1' is not a list of numbers from 0 on"),
+    (("op", "--tokens", "0"), "'0' is not a list of numbers from 1 on"),
+    (("op", "qwen3-vl-8b", "-s", "ik q8_0"), "kvcapsule-bench: error: ik q8_0: scripts/speed --ik installs ik_llama.cpp"),
     (("demo", "--model", "/nowhere"), "kvcapsule-bench: error: /nowhere: No such file or directory"),
 ])
 def test_refused(arguments, line):

@@ -17,7 +17,7 @@ from . import compress, demo, op, report, whole
 from .geometry import GEOMETRIES
 from .run import Run
 from .settings import SETTINGS
-from .timing import BenchError
+from .timing import QUESTION, BenchError
 
 COMPRESSED = [name for name, s in SETTINGS.items() if s.capsule and not s.hot]
 
@@ -33,14 +33,17 @@ def listed(known: Sequence[str] | None) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(x) for x in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 1 on")
-    return found
+def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(x) for x in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or min(found) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from {least} on")
+        return found
+
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,19 +62,21 @@ def parser() -> argparse.ArgumentParser:
             q.add_argument("geometry", nargs="*", metavar="GEOMETRY", help=f"sizes of a model: {', '.join(GEOMETRIES)} (default: all)")
             q.add_argument("-t", "--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
             q.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on a GPU (default: none)")
+            q.add_argument("--ik", type=Path, metavar="PYTHON", help="the Python that has ik-llama-cpp-python, for caches with ik in their name")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
         if name in ("op", "model"):
             q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
         return q
 
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)
-    q.add_argument("--tokens", type=numbers, default="2048,4096,8192,16384", metavar="N,...", help="vision tokens (default: %(default)s)")
+    q.add_argument("--tokens", type=numbers(1), default="2048,4096,8192,16384", metavar="N,...", help="vision tokens (default: %(default)s)")
     q = add("model", "a whole model: tokens/s, first token of a question, memory", tuple(SETTINGS), whole.DEFAULT)
     q.add_argument("--capsule", choices=COMPRESSED, default="capsule", help="what they are compared with (default: %(default)s)")
-    q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
+    q.add_argument("--images", type=numbers(0), default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
+    q.add_argument("--question", type=int, default=QUESTION, metavar="N", help="tokens of a question, 0: do not time one (default: %(default)s)")
     add("compress", "compressing an image beside decoding it; the geometry 'demo' is the bundled demo model", COMPRESSED, compress.DEFAULT)
     q = add("demo", "the bundled demo model with real pictures", tuple(demo.SETTINGS), tuple(demo.SETTINGS))
-    q.add_argument("--images", type=numbers, default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
+    q.add_argument("--images", type=numbers(1), default="1,4,16", metavar="N,...", help="how many pictures (default: %(default)s)")
     q.add_argument("--quality", type=number(float, 0, 100, above=True), metavar="Q", help="of the built-in capsule, as in kvcapsule-chat (default: its own)")
     q.add_argument("--model", type=Path, default=demo_folder(), metavar="MODEL", help="the model, or the folder that holds it and its capsule (default: the bundled one)")
     return p
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             say(f"{n} pictures")
             rows += demo.measure_demo(model, n, args.settings, args.rounds, args.quality)
         return rows
-    how = Run(args.folder, args.rounds, args.threads, args.gpu_layers)
+    how = Run(args.folder, args.rounds, args.threads, args.gpu_layers, args.ik)
     known = [*GEOMETRIES, *(["demo"] if args.what == "compress" else [])]
     unknown = [name for name in args.geometry if name not in known]
     if unknown:
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             if args.what == "op":
                 rows += op.measure_op(GEOMETRIES[name], n, args.settings, how)
             else:
-                rows += whole.measure_whole(GEOMETRIES[name], n, args.capsule, args.settings, how)
+                rows += whole.measure_whole(GEOMETRIES[name], n, args.capsule, args.settings, how, args.question)
     return rows
 
 

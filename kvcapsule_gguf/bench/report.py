@@ -8,8 +8,10 @@ from pathlib import Path
 from .. import plot
 from .compress import CompressRow
 from .demo import DemoRow
-from .op import REFERENCES, OpRow
+from .op import IK, STOCK, OpRow
 from .whole import MIB, TEXT_SHARES, WholeRow
+
+OTHERS = (STOCK, "own f16", IK)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,10 +20,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def op_table(rows: Sequence[OpRow]) -> str:
-    head = ["heads of", "tokens", "cache", "ms a layer", "ns a token and KV head", *(f"x {name}" for name in REFERENCES)]
+    head = ["heads of", "tokens", "cache", "ms a layer", "ns a token and KV head", *(f"times {name}" for name in OTHERS)]
     body = []
     for r in rows:
-        faster = [f"{r.faster_than[name]:.2f}" if name in r.faster_than else "" for name in REFERENCES]
+        faster = [str(r.faster_than.get(name, "")) for name in OTHERS]
+        faster[0] += " (fastest)" if r.setting == r.fastest_stock else ""
         body.append([r.geometry, str(r.tokens), r.setting, f"{1e3 * r.seconds:.2f}", f"{r.ns_per_token_and_head:.1f}", *faster])
     return table(head, body)
 
@@ -31,8 +34,8 @@ def whole_table(rows: Sequence[WholeRow]) -> str:
             *(f"with {share:.0%} text" for share in TEXT_SHARES), "memory, MiB"]
     body = []
     for r in rows:
-        first = "" if r.setting == rows[0].setting else f"{r.token_ratio:.2f}"
-        second = "" if r.setting == rows[0].setting else f"{r.first_token_ratio:.2f}"
+        first = "" if r.setting == rows[0].setting else str(r.token_ratio)
+        second = "" if r.setting == rows[0].setting or not r.first_token_s else str(r.first_token_ratio)
         body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}", second,
                      f"{r.kv_bytes / MIB:.0f}", *(f"{n / MIB:.0f}" for n in r.text_kv_bytes), f"{r.memory_bytes / MIB:.0f}"])
     return table(head, body)
@@ -46,8 +49,8 @@ def compress_table(rows: Sequence[CompressRow]) -> str:
 
 
 def demo_table(rows: Sequence[DemoRow]) -> str:
-    head = ["pictures", "cache", "ms a token", "speed-up", "ms for 64 tokens", "speed-up"]
-    return table(head, [[str(r.pictures), r.setting, f"{r.token_ms:.2f}", f"{r.token_speedup:.2f}", f"{r.question_ms:.1f}", f"{r.question_speedup:.2f}"]
+    head = ["pictures", "cache", "ms a token", "times the fastest of llama.cpp's", "ms for 64 tokens", "times the fastest of llama.cpp's"]
+    return table(head, [[str(r.pictures), r.setting, f"{r.token_ms:.2f}", str(r.token_speedup), f"{r.question_ms:.1f}", str(r.question_speedup)]
                         for r in rows])
 
 

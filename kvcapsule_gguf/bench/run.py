@@ -10,12 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """folder: for models; gpu_layers: as llama.cpp's -ngl."""
+    """folder: for models; gpu_layers: as llama.cpp's -ngl; ik: the Python that has ik_llama_cpp."""
 
     folder: Path
     rounds: int = 9
     threads: int = 1
     gpu_layers: int = 0
+    ik: Path | None = None
 
     @property
     def clock(self) -> Callable[[], float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..runtime.errors import KVCapsuleError
 
@@ -43,6 +45,21 @@ def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     return times
 
 
-def speedup(times: list[float], base: list[float]) -> float:
-    """How many times faster than `base`: median of the ratios within a round."""
-    return median(b / max(a, 1e-9) for a, b in zip(times, base))
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster: the median of the ratios within a round, and its 95 % interval (bootstrap over rounds)."""
+
+    times: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.times:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def speedup(times: list[float], base: list[float]) -> Ratio:
+    """Of `times` over `base`, both in seconds by round."""
+    ratios = np.array(base) / np.maximum(times, 1e-9)
+    drawn = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(ratios[drawn], 1), (0.025, 0.975))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
