@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
-import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> int:
     _return_memory()
-    stop = threading.Event()
+    stop: list[int] = []  # the signal that ends it. An Event has a lock, which the thread that the signal interrupts may hold
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
     before = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         # a second signal is taken as it comes
-        signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     try:
         serve(options, stop)
         return 0
@@ -48,8 +48,8 @@ def _return_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
-def serve(options: Options, stop: threading.Event) -> None:
-    """Until `stop` is set. Raises KVCapsuleError."""
+def serve(options: Options, stop: Sequence[int]) -> None:
+    """Until `stop` has a signal. Raises KVCapsuleError."""
     try:
         from .gateway import Gateway
     except ModuleNotFoundError as error:
@@ -65,8 +65,9 @@ def serve(options: Options, stop: threading.Event) -> None:
         host, port = gateway.server_address[:2]
         shown = f"[{host}]" if ":" in str(host) else host
         say(f"listening on http://{shown}:{port} ({upstream.capsule_name()}; {options.parallel} slots{', API key' if options.api_keys else ''})")
-        while not stop.wait(0.2):
+        while not stop:
             upstream.tend()
+            time.sleep(0.1)
         say("stopping: running answers are finished first")
         if not gateway.drain(options.drain_s):
             say(f"some answers were not finished after {options.drain_s:g} s")
