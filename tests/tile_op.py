@@ -23,7 +23,7 @@ from kvcapsule_gguf.codec.quantize import DECODE, ENCODE
 from kvcapsule_gguf.codec.rope import angles, apply_rope
 from kvcapsule_gguf.codec.tiles import cut_grid, cut_run
 
-V, V_TRANS, NORM, ROT_K, ROT_V = (1 << i for i in range(5))  # enum ggml_capsule_flag
+V, V_TRANS, NORM, ROT_K, ROT_V, WHOLE = (1 << i for i in range(6))  # enum ggml_capsule_flag
 BITS = (0, 1, 2, 3, 4, 6, 8, F16)
 UNIT = 64
 BASE = 10000.0
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def flags(self) -> int:
-        chosen = {V_TRANS: self.v_trans, NORM: self.rope == "norm", ROT_K: self.rotated, ROT_V: self.rotated}
+        chosen = {V_TRANS: self.v_trans, NORM: self.rope == "norm", ROT_K: self.rotated, ROT_V: self.rotated, WHOLE: self.codec != "dct"}
         return sum(flag for flag, on in chosen.items() if on)
 
     @property

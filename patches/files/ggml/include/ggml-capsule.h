@@ -22,6 +22,7 @@ extern "C" {
         GGML_CAPSULE_FLAG_NORM    = 1 << 2, // RoPE of pairs of neighbours, otherwise of halves
         GGML_CAPSULE_FLAG_ROT_K   = 1 << 3, // K of the cache is Hadamard-rotated, see llama_kv_cache::build_input_k_rot()
         GGML_CAPSULE_FLAG_ROT_V   = 1 << 4,
+        GGML_CAPSULE_FLAG_WHOLE   = 1 << 5, // whole tiles have another transform than the DCT, see ggml_capsule_tile_tables
     };
 
     //
@@ -75,7 +76,7 @@ extern "C" {
     // what is constant for a layer, and how many angles there are
     struct ggml_capsule_tile_params {
         uint16_t op;
-        uint16_t flags;     // V, V_TRANS, NORM, ROT_K, ROT_V
+        uint16_t flags;     // ggml_capsule_flag
         float    scale;     // of q*k
         uint16_t n_rot;     // 0: no RoPE
         uint16_t n_head_kv;

@@ -10,11 +10,11 @@ static constexpr int CAPSULE_ROW_THREADS = 128; // of a row of the result
 
 extern __shared__ __align__(16) char capsule_memory[];
 
-static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS) capsule_unpack_kernel(const capsule_tile_args args) {
+static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS, 1) capsule_unpack_kernel(const capsule_tile_args args) {
     capsule_unpack(args, capsule_memory);
 }
 
-static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS) capsule_attn_kernel(const capsule_tile_args args) {
+static __global__ void __launch_bounds__(CAPSULE_MAX_THREADS, 1) capsule_attn_kernel(const capsule_tile_args args) {
     capsule_attend(args, capsule_memory);
 }
 
@@ -53,7 +53,7 @@ static bool capsule_args_of(const ggml_tensor * op, capsule_tile_args & args) {
     args.n_threads = GGML_PAD(GGML_CAPSULE_LANES*n_groups, CAPSULE_WARP);
     args.ld_angles = 2*GGML_CAPSULE_LANES*ggml_capsule_n_groups(args.k);
 
-    bool res = capsule_tensor_of(op, args.dst) && !(p.flags & (GGML_CAPSULE_FLAG_ROT_K | GGML_CAPSULE_FLAG_ROT_V));
+    bool res = capsule_tensor_of(op, args.dst) && !(p.flags & (GGML_CAPSULE_FLAG_ROT_K | GGML_CAPSULE_FLAG_ROT_V | GGML_CAPSULE_FLAG_WHOLE));
 
     const auto * const * src = op->src;
     if (p.op == GGML_CAPSULE_OP_TILE_COMBINE) {

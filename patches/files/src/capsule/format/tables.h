@@ -48,6 +48,8 @@ struct llama_capsule_tables {
 
             uint32_t n_near = 0;
             uint32_t n_mlp  = 0;
+
+            bool empty() const { return matrix.empty() && order.empty(); }
         };
         transform k_transform;
         transform v_transform;

@@ -147,6 +147,7 @@ void llama_capsule_graph::init_layers() {
         p.flags |= kv.v_trans()                              ? GGML_CAPSULE_FLAG_V_TRANS : 0;
         p.flags |= kv.rot_k()                                ? GGML_CAPSULE_FLAG_ROT_K   : 0;
         p.flags |= kv.rot_v()                                ? GGML_CAPSULE_FLAG_ROT_V   : 0;
+        p.flags |= t.k_transform.empty() && t.v_transform.empty() ? 0 : GGML_CAPSULE_FLAG_WHOLE;
 
         p.n_rot     = t.rope ? hparams.n_rot(t.il) : 0;
         p.n_head_kv = t.n_head_kv;
