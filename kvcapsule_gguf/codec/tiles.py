@@ -1,16 +1,19 @@
 """Tiles: which tokens of a picture are stored together, and the transform over the tokens of one tile (format v2, docs/reference/format-v2.md).
 
 A picture of h x w tokens is cut into tiles of 8 x 8; what is left at the right and at the bottom makes shorter tiles.
-Where there is no grid, the tokens are cut as if they lay in lines of 8.
+Where positions do not tell the grid, the keys do (`grid_width`).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 
 SIDE = 8
+MAX_ASPECT = 8
+CLEARLY = 0.9  # most pictures of a square number of tokens are squares: another width has to be that much better
 
 
 def cut_side(n: int) -> list[int]:
@@ -37,6 +40,25 @@ def cut_run(n: int) -> list[tuple[int, int, np.ndarray]]:
     if n % SIDE:
         out.append((1, n % SIDE, np.arange(n - n % SIDE, n)))
     return out
+
+
+def grid_width(keys: np.ndarray) -> int:
+    """How many tokens wide a picture is, from its keys f32 [n, ...] without RoPE in some layer.
+
+    The width for which neighbours in a column and in a row are most alike. Tried are the widths that divide n; those that divide n + 1, since rows may end
+    with a token of their own, which the last one lacks; and 8, whether it divides n or not. A square smaller than a tile is a square. The library does the same (src/capsule/compress/grid.cpp).
+    """
+    n, x = len(keys), keys.reshape(len(keys), -1)
+    if n < SIDE**2 and isqrt(n) ** 2 == n:
+        return isqrt(n)
+    left = np.square(x[1:] - x[:-1]).sum(-1)
+
+    def roughness(w: int) -> float:
+        """The mean squared distance of neighbours in a column, and that of neighbours in a row."""
+        return float(np.square(x[w:] - x[:-w]).sum(-1).mean() + left[np.arange(1, n) % w > 0].mean())
+
+    widths = [w for w in range(SIDE + 1, (n + 1) // SIDE + 1) if (n % w == 0 or (n + 1) % w == 0) and max(w, (n + 1) // w) <= MAX_ASPECT * min(w, (n + 1) // w)]
+    return min((SIDE, *widths), key=lambda w: roughness(w) * (CLEARLY if w * w == n else 1)) if widths else SIDE
 
 
 @lru_cache(maxsize=256)

@@ -65,7 +65,7 @@ def whole_tiles(s: KVSample, shape: tuple[int, int] = WHOLE) -> np.ndarray:
     if height == 1:
         return np.arange(n // width * width).reshape(-1, width)
     down, across = n // s.width // height, s.width // width
-    at = np.arange(n).reshape(-1, s.width)[: down * height, : across * width]
+    at = np.arange(n // s.width * s.width).reshape(-1, s.width)[: down * height, : across * width]
     return at.reshape(down, height, across, width).swapaxes(1, 2).reshape(-1, height * width)
 
 

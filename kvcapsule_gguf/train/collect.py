@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import native
+from ..codec.tiles import grid_width
 from ..eval.cache import Cache
 from ..eval.pictures import Picture, Pictures, readable
 from ..eval.prompts import Prompts
@@ -68,4 +69,4 @@ class LlamaSource:
                 raise TrainError(f"layer {layer} has keys or values that are not finite")
             keys.append(k)
             values.append(v)
-        return KVSample(keys, values, width=width, first_position=p0)
+        return KVSample(keys, values, width=width or grid_width(keys[len(keys) // 2]), first_position=p0)

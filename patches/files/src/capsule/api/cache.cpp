@@ -364,8 +364,11 @@ uint32_t llama_capsule_cache::compress(llama_seq_id seq_id, llama_pos p0, llama_
     // after seq_add() the keys of a cell are still rotated for the old position
     lctx.memory_update(false);
 
+    // any layer tells how wide a picture is
+    const auto & layer = p.tables->layers[p.tables->layers.size()/2];
+
     uint32_t res = 0;
-    for (auto & cuts : llama_capsule_cut_images(hot, seq_id, p0, p1, p.image_tokens)) {
+    for (auto & cuts : llama_capsule_cut_images(hot, seq_id, p0, p1, layer, p.image_tokens)) {
         try {
             res += compress_image(std::move(cuts));
         } catch (const std::bad_alloc &) {

@@ -1,5 +1,7 @@
 #include "capsule/compress/cut.h"
 
+#include "capsule/compress/grid.h"
+
 #include "../ggml/src/ggml-capsule/layout.h"
 #include "llama-kv-cells.h"
 
@@ -58,30 +60,39 @@ std::vector<llama_capsule_cut> llama_capsule_cut_grid(const std::vector<std::arr
     return res;
 }
 
-// 0 if n is no square
-static int64_t capsule_square_side(int64_t n) {
-    int64_t side = 0;
-    while (side*side < n) {
-        ++side;
+// cells: of one picture, whose positions do not tell where a token lies
+static size_t capsule_image_width(
+        const llama_capsule_kv & kv, const cells_t & cells, const llama_capsule_tables::layer & layer, uint32_t n_image) {
+    const size_t n_span = kv.cells().pos_get(cells.back()) - kv.cells().pos_get(cells.front()) + 1;
+
+    // pictures of one size, or one that lost tokens: a square, if their number is one
+    if (n_image > 0 || cells.size() < n_span) {
+        const size_t side = llama_capsule_square_side(n_image > 0 ? n_image : n_span);
+        if (side > 0 || cells.size() < n_span) {
+            return side > 0 ? side : CAPSULE_SIDE;
+        }
     }
-    return side*side == n ? side : 0;
+
+    const size_t d  = layer.n_embd_head_k;
+    const size_t ld = layer.n_head_kv*d;
+
+    llama_capsule_kv::reader reader(kv, cells);
+    reader.load(layer.il, layer.rope, true, false);
+
+    std::vector<float> keys(cells.size()*ld);
+    for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+        reader.read_k(h, 0, cells.size(), keys.data() + h*d, ld);
+    }
+    return llama_capsule_grid_width(keys.data(), cells.size(), ld);
 }
 
 // cells: of one picture
-static std::vector<llama_capsule_cut> capsule_cut_image(const llama_capsule_kv & kv, const cells_t & cells, uint32_t n_image) {
+static std::vector<llama_capsule_cut> capsule_cut_image(
+        const llama_capsule_kv & kv, const cells_t & cells, const llama_capsule_tables::layer & layer, uint32_t n_image) {
     const bool mrope = kv.n_pos() > 1;
 
     const llama_pos first = kv.cells().pos_get(cells.front());
-    const llama_pos last  = kv.cells().pos_get(cells.back());
-
-    // where positions do not tell the place of a token, a picture with a square number of tokens is taken for a square
-    const int64_t side = mrope ? 0 : capsule_square_side(n_image > 0 ? n_image : (int64_t) last - first + 1);
-
-    std::vector<llama_capsule_cut> res;
-    if (!mrope && side == 0) {
-        capsule_cut_run(cells, res);
-        return res;
-    }
+    const int64_t   width = mrope ? 0 : capsule_image_width(kv, cells, layer, n_image);
 
     std::vector<std::array<int32_t, 2>> places;
     for (uint32_t i : cells) {
@@ -90,9 +101,11 @@ static std::vector<llama_capsule_cut> capsule_cut_image(const llama_capsule_kv &
             places.push_back({ ext.y, ext.x });
         } else {
             const int64_t dist = (int64_t) kv.cells().pos_get(i) - first;
-            places.push_back({ (int32_t) (dist/side), (int32_t) (dist%side) });
+            places.push_back({ (int32_t) (dist/width), (int32_t) (dist%width) });
         }
     }
+
+    std::vector<llama_capsule_cut> res;
 
     res = llama_capsule_cut_grid(places);
     for (auto & cut : res) {
@@ -104,7 +117,9 @@ static std::vector<llama_capsule_cut> capsule_cut_image(const llama_capsule_kv &
     return res;
 }
 
-std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(const llama_capsule_kv & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_image) {
+std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(
+        const llama_capsule_kv & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1,
+        const llama_capsule_tables::layer & layer, uint32_t n_image) {
     const auto & cells = kv.cells();
 
     std::vector<std::vector<llama_capsule_cut>> res;
@@ -113,7 +128,7 @@ std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(const llama
 
     const auto finish = [&]() {
         if (!image.empty()) {
-            res.push_back(capsule_cut_image(kv, image, n_image));
+            res.push_back(capsule_cut_image(kv, image, layer, n_image));
             image.clear();
         }
     };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "capsule/format/tables.h"
 #include "capsule/model/kv.h"
 
 #include <array>
@@ -18,5 +19,8 @@ struct llama_capsule_cut {
 //   What is there of a tile that lost tokens becomes lines of 8. The "cells" are indices into places
 std::vector<llama_capsule_cut> llama_capsule_cut_grid(const std::vector<std::array<int32_t, 2>> & places);
 
-// the vision tokens of a sequence with a position in [p0, p1) that are in hot cells, picture by picture; n_image: tokens of a picture, 0 if that is not known
-std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(const llama_capsule_kv & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_image);
+// the vision tokens of a sequence with a position in [p0, p1) that are in hot cells, picture by picture
+//   layer: its keys tell how wide a picture is, where positions do not; n_image: tokens of a picture, 0 if that is not known
+std::vector<std::vector<llama_capsule_cut>> llama_capsule_cut_images(
+        const llama_capsule_kv & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1,
+        const llama_capsule_tables::layer & layer, uint32_t n_image);
