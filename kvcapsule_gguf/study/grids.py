@@ -1,4 +1,4 @@
-"""Pictures whose sides 8 does not divide: what the short tiles cost, in bytes and in error."""
+"""Pictures whose sides 8 does not divide: what the short tiles cost, in bytes and in error. And pictures whose width positions do not tell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ..codec.head import Head
-from ..codec.tiles import SIDE, cut_side
+from ..codec.tiles import SIDE, cut_grid, cut_run, cut_side, grid_width
 from ..train.coded import KINDS, Coded
 from ..train.source import KVSample
 from ..train.tables import Tables
@@ -88,4 +88,38 @@ def _error(codes: dict, samples: Sequence[KVSample], cut: Cut | None) -> float:
                         size = int(y1 - y0), int(x1 - x0)
                         error += float(np.square(head.decode(head.encode(t, *size), *size) - t).sum())
                         energy += float(np.square(t - head.mean).sum())
+    return error / energy
+
+
+def width_rows(coded: Coded, tables: Tables, suites: dict[str, Sequence[KVSample]], layers: Sequence[int]) -> Iterator[str]:
+    """Widths that are read from keys of the middle layer, of whole pictures and of four parts of each; with the error of cutting so, in units of the true grid's.
+
+    With row ends: a token follows each row but the last, as in Pixtral. It is the mean of the picture half as large again.
+    """
+    codes = {(kind, i): heads(coded, tables, kind, i) for i in layers for kind in KINDS}
+    yield "| pictures | width found | with row ends | error with the width found | in lines of 8 |\n|---|---|---|---|---|"
+    for name, samples in suites.items():
+        found, ends, error = [], [], np.zeros(3)
+        whole = [(s, len(s.keys[0]) // s.width, s.width, np.arange(len(s.keys[0])).reshape(-1, s.width)) for s in samples]
+        for s, height, width, tokens in [*whole, *(x for seed in range(4) for x in crops(samples, seed))]:
+            keys = s.keys[len(s.keys) // 2]
+            x = keys[tokens]
+            end = np.broadcast_to(1.5 * keys.mean(0), (height, 1, *keys.shape[1:]))
+            found.append(grid_width(x.reshape(-1, *x.shape[2:])))
+            ends.append(grid_width(np.concatenate([x, end], 1).reshape(-1, *x.shape[2:])[:-1]) == width + 1)
+            cuts = [cut_grid(height, width), cut_grid(height * width // found[-1], found[-1]), cut_run(height * width)]
+            if sum(h * w for h, w, _ in cuts[1]) == height * width:  # it always divides the number of tokens, but for 8
+                error += [_cut_error(codes, s, tokens.ravel(), cut) for cut in cuts]
+            found[-1] = found[-1] == width
+        yield f"| {name} | {sum(found)} of {len(found)} | {sum(ends)} of {len(ends)} | {error[1] / error[0]:.2f} | {error[2] / error[0]:.2f} |"
+
+
+def _cut_error(codes: dict, s: KVSample, at: np.ndarray, cut: list[tuple[int, int, np.ndarray]]) -> float:
+    """Squared error over the energy around the mean, of the tokens `at`."""
+    error = energy = 0.0
+    for (kind, i), each in codes.items():
+        for n, head in enumerate(each):
+            x = (s.keys if kind == "k" else s.values)[i][at, n]
+            energy += float(np.square(x - head.mean).sum())
+            error += sum(float(np.square(head.decode(head.encode(x[t], h, w), h, w) - x[t]).sum()) for h, w, t in cut)
     return error / energy
