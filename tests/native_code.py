@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,10 @@ def run(*command: object, timeout: float = 300, **env: str) -> subprocess.Comple
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
 
 
-def tiles(name: str, folder: Path, *flags: str) -> Path:
-    """tests/native/<name>.cpp with the plain C++ of ggml-capsule/, as a library; it needs nothing of llama.cpp."""
+def tiles(name: str, folder: Path, *flags: str, cxx: str = "", kind: Sequence[str] = ("-shared", "-fPIC")) -> Path:
+    """tests/native/<name>.cpp with the plain C++ of ggml-capsule/, as a library (or as `kind` says); it needs nothing of llama.cpp."""
     src, out = ROOT / "patches" / "files" / "ggml" / "src" / "ggml-capsule", folder / f"{name}.so"
-    done = run(compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
+    done = run(cxx or compiler(), "-std=c++17", "-O1", *kind, f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -2,7 +2,9 @@
 #include "attn-kernel.h"
 #include "tile.h"
 
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__) && !defined(GGML_CAPSULE_NO_512)
@@ -154,3 +156,41 @@ extern "C" void attn(const problem * p, int plain, float * max, float * sum, flo
     }
     free(memory);
 }
+
+#ifdef CAPSULE_ATTN_PROGRAM
+// the same for an emulated machine: the arguments are read from the standard input, what is filled in goes to the standard output
+#include <cstdio>
+
+static std::vector<std::vector<uint64_t>> arrays; // of any type
+
+static void * next_array() {
+    int64_t size = 0;
+    if (fread(&size, sizeof(size), 1, stdin) != 1) {
+        exit(1);
+    }
+    arrays.emplace_back((size + 7)/8 + 1);
+    if (fread(arrays.back().data(), 1, size, stdin) != (size_t) size) {
+        exit(1);
+    }
+    arrays.back().back() = size;
+    return size > 0 ? arrays.back().data() : nullptr;
+}
+
+int main() {
+    problem p = {};
+    memcpy(&p, next_array(), offsetof(problem, shapes));
+    const void ** inputs = (const void **) &p.shapes;
+    for (int i = 0; i < 13; ++i) {
+        inputs[i] = next_array();
+    }
+    const bool plain = *(const int32_t *) next_array() != 0;
+    float * out[6];
+    for (auto & x : out) {
+        x = (float *) next_array();
+    }
+    attn(&p, plain, out[0], out[1], out[2], out[3], out[4], out[5]);
+    for (size_t i = arrays.size() - 6; i < arrays.size(); ++i) {
+        fwrite(arrays[i].data(), 1, arrays[i].back(), stdout);
+    }
+}
+#endif

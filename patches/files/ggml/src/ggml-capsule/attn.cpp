@@ -9,7 +9,7 @@ static void general(const ggml_capsule_attn_args * args, int head, int first, in
     }
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) || defined(__aarch64__) && defined(__GNUC__)
 
 #include "attn-kernel.h"
 

@@ -1,6 +1,12 @@
 #pragma once
 
+#if defined(__aarch64__)
+#include "simd-neon.h"
+#else
 #include <immintrin.h>
+
+#define CAPSULE_INLINE static inline __attribute__((always_inline))
+#endif
 
 #include <cstdint>
 
@@ -8,7 +14,6 @@
 // vectors of 16-bit integers: V::T has V::W lanes. Sums wrap; saturating ones run at half the rate on some CPUs.
 //
 
-#define CAPSULE_INLINE static inline __attribute__((always_inline))
 #define CAPSULE_ALONE  static __attribute__((noinline))
 
 typedef __m256i capsule_i256;
@@ -150,13 +155,10 @@ CAPSULE_INLINE void capsule_pick(const float * x, const int32_t * index, int n, 
 #endif
 }
 
-CAPSULE_INLINE int32_t capsule_sum(capsule_i256 x) {
-    __m128i m = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-    return _mm_cvtsi128_si32(m);
-}
-
+#if defined(__aarch64__)
+CAPSULE_INLINE float capsule_max(__m256 x) { return vmaxvq_f32(vmaxq_f32(x.v[0], x.v[1])); }
+CAPSULE_INLINE float capsule_sum(__m256 x) { return vaddvq_f32(vaddq_f32(x.v[0], x.v[1])); }
+#else
 CAPSULE_INLINE float capsule_max(__m256 x) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -168,6 +170,7 @@ CAPSULE_INLINE float capsule_sum(__m256 x) {
     m = _mm_add_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
+#endif
 
 CAPSULE_INLINE __m256 capsule_abs(__m256 x) {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
