@@ -26,11 +26,6 @@ class SeenBy:
     slots: dict[str, int]  # of each tier
     seconds: float
 
-    @classmethod
-    def from_json(cls, value: dict) -> SeenBy:
-        """Older journals have two numbers, economy and faithful."""
-        return cls(**({"slots": dict(zip(("economy", "faithful"), value.pop("n_slots")))} if "n_slots" in value else {}), **value)
-
 
 @dataclass
 class Seen:
@@ -65,7 +60,7 @@ class Journal:
             if not isinstance(entry, dict) or entry.get("run") != self.run:
                 raise EvalError(f"{self.path} is of another run: repeat that one to go on, or delete the file")
             try:
-                by_name = {s: SeenBy.from_json(entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
+                by_name = {s: SeenBy(**entry["settings"][name]) for s, name in self.names.items() if name in entry["settings"]}
                 self._merge(entry["picture"], Seen(entry["task"], entry["tokens"], entry["n_vision"], by_name))
             except (KeyError, TypeError):
                 raise EvalError(f"{self.path}: line {number} is not of this program: delete the line, or the file") from None

@@ -79,16 +79,14 @@ def markdown(data: dict[str, Any]) -> str:
         f"{data['model']}: {data['questions']} questions on {data['pictures']} pictures of {_span(data['vision_tokens'])} tokens, "
         f"{data['answer_tokens']} answer tokens forced, against the first row; 95 % intervals",
         "",
-        f"| cache of the picture | kv_ratio | smaller | faithful slots | exact match, % | change, points | lost / won | KLD | KLD, times {rival} | KLD, worst 1 % | same first token, % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| cache of the picture | kv_ratio | smaller | exact match, % | change, points | lost / won | KLD | KLD, times {rival} | KLD, worst 1 % | same first token, % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in data["settings"]:
-        slots = sum(r["slots"].values())
-        share = f"{100 * r['slots']['faithful'] / slots:.0f} %" if slots and "faithful" in r["slots"] else "-"
         low, high = (100 * x for x in r["exact_match_95"])
         dlow, dhigh = (100 * x for x in r["exact_match_change_95"])
         lines.append(
-            f"| {r['setting']} | {r['kv_ratio']:.3f} | {r['times_smaller']:.2f}x | {share} | {100 * r['exact_match']:.1f} ({low:.1f} to {high:.1f}) "
+            f"| {r['setting']} | {r['kv_ratio']:.3f} | {r['times_smaller']:.2f}x | {100 * r['exact_match']:.1f} ({low:.1f} to {high:.1f}) "
             f"| {100 * r['exact_match_change']:+.1f} ({dlow:+.1f} to {dhigh:+.1f}) | {r['lost']} / {r['won']} "
             f"| {_small(r['kld'])} ({_small(r['kld_95'][0])} to {_small(r['kld_95'][1])}) | {_times(r)} | {r['kld_p99']:.4f} | {100 * r['top_token_agreement']:.2f} |")
     tasks = list(data["settings"][0]["tasks"])
@@ -124,7 +122,7 @@ def picture(path: Path, data: dict[str, Any]) -> None:
     """Error against bytes. Raises OSError, ValueError."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in data["settings"][1:]:
-        # presets of one capsule are a line: their names differ in the ratio
+        # qualities of one capsule are a line: their names differ in a number
         family = re.sub(r" -?[0-9.]+", "", r["setting"]) if any(r["slots"].values()) else r["setting"]
         lines.setdefault(family, []).append((8 * r["kv_bytes"] * 2 / r["kv_bytes_f16_equivalent"], max(r["kld"], 1e-7)))
     series = [Series(name, sorted(points)) for name, points in lines.items()]

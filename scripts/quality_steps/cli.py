@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from pages_steps.stamp import stamp
+
 from kvcapsule_gguf.eval import settings, suites
 from kvcapsule_gguf.eval.report import as_json
 from kvcapsule_gguf.eval.run import Evaluation, evaluate
@@ -75,6 +77,7 @@ def main() -> int:
     p.add_argument("-n", "--questions", type=int, default=1000, help="of a suite (default: %(default)s)")
     p.add_argument("--real", type=Path, default=ROOT / ".cache" / "real-decoder" / "out", help="folder of the real decoder")
     p.add_argument("--capsule", type=Path, help="of the real decoder (default: kvcapsule-real.gguf in its folder)")
+    p.add_argument("--measured", help="machine, commit and date, where all was measured before (default: these)")
     args = p.parse_args()
     return run("quality", lambda: _main(args))
 
@@ -95,6 +98,6 @@ def _main(args: argparse.Namespace) -> None:
             results[suite] = measure(vlm, of, suite, samples, n)
     finally:
         vlm.close()
-    (RESULTS / page.FILES[args.what]).write_text(page.page(args.what, of.model.stem, results), encoding="utf-8")
+    (RESULTS / page.FILES[args.what]).write_text(page.page(args.what, of.model.stem, results, args.measured or stamp()), encoding="utf-8")
     if args.what == "demo":
         (RESULTS / "demo-quality.json").write_text(json.dumps(as_json(results["scenes"]), indent=1) + "\n", encoding="utf-8")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,9 +38,9 @@ with 95 % intervals over pictures. The study's KLD is its ratio times its q4_0, 
 }  # fmt: skip
 
 
-def page(what: str, model: str, results: Mapping[str, Evaluation]) -> str:
-    """The whole page."""
-    parts = [f"# {TITLES[what]}\n\n{ABOUT[what]}{CACHES}\n\n`scripts/quality {what}`, {model}, {_cpu()}, commit {_commit()}, {datetime.date.today()}.\n"]
+def page(what: str, model: str, results: Mapping[str, Evaluation], measured: str) -> str:
+    """The whole page; measured: where and when (pages_steps.stamp)."""
+    parts = [f"# {TITLES[what]}\n\n{ABOUT[what]}{CACHES}\n\n`scripts/quality {what}`, {model}, {measured}.\n"]
     if what == "sealed":
         parts += [delivered(results), *(f"## {suite.capitalize()}\n\n{by_picture(result)}" for suite, result in results.items())]
     else:
@@ -104,14 +102,3 @@ def _study(text: str) -> tuple[dict[str, dict[str, list[float]]], dict[str, floa
             rows[name] = dict(zip(("composites", "photographs", "pages"), numbers))
     return rows, q4_0
 
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown CPU"
