@@ -137,8 +137,8 @@ static std::vector<uint32_t> converse(const llama_model * model, const llama_cap
             llama_capsule_stats stats = {};
             stats.size = sizeof(stats);
             require(llama_capsule_get_stats(ctx, &stats) == 0 && stats.bytes_pools > 0, "llama_capsule_get_stats");
-            const uint32_t * slots = stats.n_tiers ? stats.n_slots_tier : stats.n_slots;
-            res.resize(stats.n_tiers ? stats.n_tiers : 2);
+            const uint32_t * slots = stats.n_slots_tier;
+            res.resize(stats.n_tiers);
             for (size_t t = 0; t < res.size(); ++t) {
                 res[t] = std::max(res[t], slots[t]);
             }
