@@ -9,9 +9,10 @@ from typing import Any
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 74, 700, 54, 326
-TIMES = (1, 9)  # of the x axis
-KLD = (-5, 1)  # powers of ten of the y axis
-CAPSULE, TYPES, DROP = "#1f5fbf", "#555555", "#c05a00"
+TIMES = (1, 8)  # of the x axis
+KLD = (-6, 0)  # powers of ten of the y axis
+CAPSULE, BUILT_IN, TYPES, DROP = "#1f5fbf", "#2a8a57", "#555555", "#c05a00"
+QUALITIES = ("0.5", "0.75", "1", "1.5")
 # of each setting: colour, what it is called, where its name stands
 NAMES = {
     "q8_0": (TYPES, "q8_0", "right"),
@@ -19,10 +20,8 @@ NAMES = {
     "q4_0-vision": (TYPES, "q4_0, picture only", "left, down"),
     "drop0.6": (DROP, "60 % of the tokens left out", "right"),
     "drop0.8": (DROP, "80 % left out", "right"),
-    "drop0.875": (DROP, "87.5 % left out", "left, up"),
-    "pca 0.60": (CAPSULE, "capsule, 2.5x", "right"),
-    "pca 0.80": (CAPSULE, "capsule, 5x", "below"),
-    "pca 0.88": (CAPSULE, "capsule, 8x", "under"),
+    **{f"built-in, quality {q}": (BUILT_IN, "built-in capsule" if q == "0.5" else "", "left, down") for q in QUALITIES},
+    **{f"capsule, quality {q}": (CAPSULE, "fitted capsule" if q == "1" else "", "below") for q in QUALITIES},
 }
 
 
@@ -34,11 +33,12 @@ def quality(results: Path) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13" fill="#222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#fff"/>',
         text(LEFT, 24, "How far answers move from those with an f16 cache (KL divergence; lower is better)", weight="bold"),
-        text(LEFT, 42, f"demo model, {data['questions']:,} questions about {data['pictures']} held-out drawn scenes; bars are 95 % intervals", fill="#555"),
+        text(LEFT, 42, f"demo model, {data['questions']:,} questions, {data['pictures']} held-out scenes; bars: 95 % intervals; capsules at qualities 0.5 to 1.5", fill="#555"),
         *axes(),
     ]
-    line = [at(settings[name]) for name, (colour, _, _) in NAMES.items() if colour == CAPSULE]
-    parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}" fill="none" stroke="{CAPSULE}" stroke-width="2"/>')
+    for line_colour in (BUILT_IN, CAPSULE):
+        line = [at(settings[name]) for name, (colour, _, _) in NAMES.items() if colour == line_colour]
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}" fill="none" stroke="{line_colour}" stroke-width="2"/>')
     for name, (colour, label, side) in NAMES.items():
         parts += point(settings[name], colour, label, side)
     return "\n".join([*parts, "</svg>", ""])
@@ -81,7 +81,7 @@ def point(setting: dict[str, Any], colour: str, label: str, side: str) -> list[s
     return [
         f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="1.5"/>',
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>',
-        text(tx, ty, label, anchor=anchor, fill=colour),
+        *([text(tx, ty, label, anchor=anchor, fill=colour)] if label else []),
     ]
 
 
