@@ -25,7 +25,7 @@ FLOAT_P = ctypes.POINTER(ctypes.c_float)
 
 class ContextParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("capsule", ctypes.c_void_p), ("n_hot", ctypes.c_uint32), ("image_tokens", ctypes.c_uint32),
-                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("narrow", ctypes.c_bool)]
+                ("quality", ctypes.c_float), ("ratio", ctypes.c_float), ("auto_compress", ctypes.c_bool), ("image_attention", ctypes.c_int)]
 
 
 class Stats(ctypes.Structure):
@@ -239,7 +239,7 @@ class Context:
             c = LIB.llama_capsule_context_default_params()
             assert c.size == ctypes.sizeof(ContextParams), f"llama_capsule_context_params: {c.size} bytes"
             c.capsule = process.capsule(self.model, case["capsule"])
-            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "narrow"):
+            for name in ("n_hot", "image_tokens", "quality", "ratio", "auto_compress", "image_attention"):
                 setattr(c, name, case[name])
         env = dict(case["env"]) | ({} if case["reuse"] else {"LLAMA_GRAPH_REUSE_DISABLE": "1"})
         before = {k: os.environ.get(k) for k in env}

@@ -191,7 +191,7 @@ class Case:
     quality: float = 0.0
     ratio: float = 0.0
     auto_compress: bool = False
-    narrow: bool = False
+    image_attention: int = 0  # 1: auto, 2: measure
     image_causal: bool = True  # False: the tokens of an image see each other, as gemma's do
     reuse: bool = True
     threads: int = 1

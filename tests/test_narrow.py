@@ -10,6 +10,7 @@ import pytest
 from dense_model import DenseModel
 from llama_runner import Case, Step, cells, compress, image, nmse, seq_cp, seq_rm, set_pos, state_load, state_save, stats, text
 
+FULL, AUTO, MEASURE = 0, 1, 2
 GRID, TOKENS = (4, 6), 24  # of every image, so that images of plain positions may follow each other
 HEADS = {
     "all": [[1, 1], [1, 1]], "one layer": [[1, 1], []], "first head": [[1, 0], [1, 0]], "some": [[0, 1], [1, 1]],
@@ -61,7 +62,7 @@ def dense(path: Any, heads: list[list[int]], steps: list[Step]) -> tuple[np.ndar
 
 
 def case(name: str, model: Any, steps: list[Step], **options: Any) -> Case:
-    return Case(name, model, steps, **{"image_tokens": TOKENS, "n_seq_max": 2, "narrow": True, "auto_compress": True} | options)
+    return Case(name, model, steps, **{"image_tokens": TOKENS, "n_seq_max": 2, "image_attention": AUTO, "auto_compress": True} | options)
 
 
 RUNS = [(arch, seed, heads) for arch in ARCHS for seed, heads in enumerate(HEADS, 1)]
@@ -91,13 +92,29 @@ def test_random_images_forks_and_removals(runs, models, arch, seed, heads):
         assert seen["n_tokens_narrow"] > 0
 
 
+def test_what_all_heads_would_lose(models, capsules, patched):
+    """The mode for training: everything as with full attention, and beside it what attention gives without the other images."""
+    model, steps = models(arch="qwen2vl"), [text(4), image(GRID, seed=1), text(3, seed=1), image(GRID, seed=2), text(5, seed=2)]
+    options = {"type_k": "f32", "type_v": "f32", "auto_compress": False, "dump": "kqv_(narrow|out)-.*"}
+    modes = {"full": ((), FULL), "all": (((1, 1), ()), AUTO), "measure": ((), MEASURE)}
+    found = patched([case(name, model, steps, capsule=capsules(model, narrow=heads), image_attention=mode, **options) for name, (heads, mode) in modes.items()])
+    assert np.array_equal(found["measure"].logits(), found["full"].logits())
+    step = {name: r.steps[3] for name, r in found.items()}
+    names = [[t[0] for t in s.values["tensors"]] for s in step.values()]
+    assert names == [["kqv_out-0", "kqv_out-1"]] * 2 + [["kqv_narrow-0", "kqv_out-0", "kqv_narrow-1", "kqv_out-1"]]
+    full, narrowed, measured = (s.arrays for s in step.values())
+    assert np.array_equal(measured["tensor1"], full["tensor0"])
+    assert nmse(measured["tensor0"], narrowed["tensor0"]) <= 1e-12 < nmse(measured["tensor1"], measured["tensor0"])
+    assert all("kqv_narrow-0" not in dict(t[:2] for t in found["measure"].steps[i].values["tensors"]) for i in (0, 1, 2, 4))
+
+
 # --- where nothing changes ---
 
 
 def test_no_head_is_named_or_none_is_asked_for(models, capsules, patched):
     model, steps = models(arch="qwen2vl"), [*script(3), stats()]
     named, plain = capsules(model, narrow=((1, 1), (1, 1))), capsules(model)
-    found = patched([case("asked", model, steps, capsule=plain), case("full", model, steps, capsule=named, narrow=False), case("plain", model, steps, capsule=plain, narrow=False)])
+    found = patched([case("asked", model, steps, capsule=plain), case("full", model, steps, capsule=named, image_attention=FULL), case("plain", model, steps, capsule=plain, image_attention=FULL)])
     for name in ("asked", "full"):
         assert np.array_equal(found[name].logits(), found["plain"].logits())
         assert found[name].values("stats")[-1]["n_tokens_narrow"] == 0
@@ -127,7 +144,7 @@ def test_embeddings_one_by_one_see_everything(models, capsules, patched):
     model = models(arch="qwen2vl")
     steps = [text(4), image(GRID, seed=1), *[image((1, 1), seed=i) for i in range(4)], text(5, seed=2)]
     options = {"capsule": capsules(model, narrow=((1, 1), (1, 1))), "auto_compress": False}
-    found = patched([case("narrow", model, [*steps, stats()], **options), case("full", model, steps, narrow=False, **options)])
+    found = patched([case("narrow", model, [*steps, stats()], **options), case("full", model, steps, image_attention=FULL, **options)])
     assert np.array_equal(found["narrow"].logits(), found["full"].logits())
     assert found["narrow"].values("stats")[-1]["n_tokens_narrow"] == 0
 
@@ -135,10 +152,10 @@ def test_embeddings_one_by_one_see_everything(models, capsules, patched):
 def test_a_model_with_layers_of_other_kinds_sees_everything(models, capsules, patched):
     model, steps = models(arch="gemma3"), [text(4), image(64, seed=1), text(3, seed=1), image(64, seed=2), text(5, seed=2)]
     capsule = capsules(model, narrow=((1, 1),) * 8)
-    found = patched([case("narrow", model, [*steps, stats()], capsule=capsule, image_tokens=64), case("full", model, steps, capsule=capsule, image_tokens=64, narrow=False)])
+    found = patched([case("narrow", model, [*steps, stats()], capsule=capsule, image_tokens=64), case("full", model, steps, capsule=capsule, image_tokens=64, image_attention=FULL)])
     assert np.array_equal(found["narrow"].logits(), found["full"].logits())
     assert found["narrow"].values("stats")[-1]["n_heads_narrow"] == 0
-    assert any("image attention is full: heads are not narrowed" in line for line in found["narrow"].log)
+    assert any("image attention is full: a model with layers of other kinds" in line for line in found["narrow"].log)
 
 
 @pytest.mark.parametrize(("value", "narrow"), [("auto", True), ("full", False), ("", False)])

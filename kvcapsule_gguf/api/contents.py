@@ -51,7 +51,7 @@ class LlamaEngine:
         rope = [name for name, _ in params._fields_ if name.startswith(("rope_", "yarn_"))]
         settings: dict[str, object] = {name: getattr(params, name) for name in ("type_k", "type_v", "flash_attn_type", *rope)}
         settings |= {"api": True, "n_ctx": self.n_ctx, "compressed": self.capsule is not None}
-        settings |= {name: getattr(owner, name, os.environ.get(f"LLAMA_KVCAPSULE_{name.upper()}")) for name in ("quality", "ratio")}
+        settings |= {name: getattr(owner, name, os.environ.get(f"LLAMA_KVCAPSULE_{name.upper()}")) for name in ("quality", "ratio", "image_attention")}
         if owner.lora_path:
             settings["lora"] = f"{owner.lora_scale} {Path(owner.lora_path).stat()}"
         return binding(Path(owner.model_path), self.mmproj, self.capsule_path, settings, self.native.directory)

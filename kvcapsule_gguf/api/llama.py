@@ -16,7 +16,7 @@ from llama_cpp import Llama
 
 from .. import native
 from ..chat import capsules, files
-from ..chat.args import DEFAULT_CTX
+from ..chat.args import DEFAULT_CTX, IMAGE_ATTENTION
 from ..chat.stats import ImageUse
 from ..format.projector import check_projector, fixed_tokens, has_m_rope
 from ..native.shapes import metadata
@@ -28,7 +28,7 @@ from .alone import Alone, alone
 from .handler import KVCapsuleChatHandler, PromptStats
 from .quiet import info, reasons, say
 
-VARIABLES = (capsules.VARIABLE, *(f"{capsules.VARIABLE}_{name}" for name in ("HOT", "QUALITY", "RATIO")))
+VARIABLES = (capsules.VARIABLE, *(f"{capsules.VARIABLE}_{name}" for name in ("HOT", "QUALITY", "RATIO", "IMAGE_ATTENTION")))
 _lock = threading.Lock()
 _inside = 0
 _taken: dict[str, str] = {}
@@ -82,7 +82,7 @@ class KVCapsuleLlama(Llama):
     """A Llama for pictures. create_chat_completion() and everything else are llama-cpp-python's.
 
     mmproj: projector, default: mmproj*.gguf beside the model; capsule: "auto", "built-in", "off" or a file; hot: cells of the uncompressed cache, 0 = room for text
-    and one picture; quality: as in kvcapsule-chat, None = the capsule's; ratio: share to save, in place of a quality; image_cache,
+    and one picture; quality: as in kvcapsule-chat, None = the capsule's; ratio: share to save, in place of a quality; image_attention: "auto" or "full", as in kvcapsule-chat; image_cache,
     image_cache_mib: a folder for read pictures and its limit; n_ctx: default 8192, or what the model was trained with, if that is less. The rest goes to Llama.
 
     One thread at a time: whatever uses the context refuses another thread with a RuntimeError, and a stream counts until it ends or is closed. Close it, or
@@ -102,7 +102,7 @@ class KVCapsuleLlama(Llama):
         return llama
 
     def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, quality: float | None = None, ratio: float | None = None,
-                 image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
+                 image_attention: str | None = None, image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
         try:
             path = files.check_model(Path(model_path))
             self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)
@@ -117,6 +117,9 @@ class KVCapsuleLlama(Llama):
         self._setting = capsules.from_variables(str(capsule), _environment())
         self.hot, self.quality, self.ratio = hot or int(_variable("HOT") or 0), quality, ratio
         self._check_amount()
+        self.image_attention = image_attention or _environment().get("LLAMA_KVCAPSULE_IMAGE_ATTENTION") or IMAGE_ATTENTION[0]
+        if self.image_attention not in IMAGE_ATTENTION:
+            raise ValueError(f"image_attention: {self.image_attention} is neither auto nor full")
         self.capsule_path: Path | None = None
         self._attachment: native.Attachment | None = None
         self._optional = False  # where the context cannot have it, it goes without
@@ -170,7 +173,8 @@ class KVCapsuleLlama(Llama):
         self._stack.callback(chosen.capsule.close)
         self.capsule_path = chosen.path
         self._optional = chosen.optional
-        self._attachment = native.Attachment(chosen.capsule, n_hot=self.hot, quality=self.quality or 0, ratio=self.ratio or 0, image_tokens=fixed_tokens(self.mmproj))
+        self._attachment = native.Attachment(chosen.capsule, n_hot=self.hot, quality=self.quality or 0, ratio=self.ratio or 0, image_tokens=fixed_tokens(self.mmproj),
+                                               image_attention=self.image_attention)
         (say if chosen.path is None and chosen.optional else info)(capsules.described(chosen.path, self.quality, self.ratio))
 
     def _wanted(self) -> native.Attachment | None:

@@ -17,6 +17,7 @@ from ..runtime.program import Parser
 from . import capsules, files
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}  # enum ggml_type
+IMAGE_ATTENTION = ("full", "auto")
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 
 LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}  # enum llama_load_mode
@@ -66,6 +67,7 @@ class Options:
     seed: int = -1  # -1 = random
     quality: float | None = None
     ratio: float | None = None
+    image_attention: str = IMAGE_ATTENTION[0]
     image_cache: Path | None = None
     image_cache_mib: int = DEFAULT_MIB
     json: bool = False
@@ -142,7 +144,8 @@ def _parser() -> tuple[Parser, dict[str, str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # the variables for programs that know nothing of capsules mean the same here; those of flags are read after them
-    twins = {"LLAMA_KVCAPSULE_HOT": "--hot", "LLAMA_KVCAPSULE_QUALITY": "--quality", "LLAMA_KVCAPSULE_RATIO": "--ratio"}
+    twins = {"LLAMA_KVCAPSULE_HOT": "--hot", "LLAMA_KVCAPSULE_QUALITY": "--quality", "LLAMA_KVCAPSULE_RATIO": "--ratio",
+             "LLAMA_KVCAPSULE_IMAGE_ATTENTION": "--image-attention"}
 
     def add(*flags: str, env: str | None = None, help: str, **rest) -> None:
         if env:
@@ -161,6 +164,7 @@ def _parser() -> tuple[Parser, dict[str, str]]:
     add("--capsule", metavar="FILE|auto|built-in|off", env="LLAMA_ARG_CAPSULE", help="capsule (default: auto = inside the mmproj, or the kvcapsule-*.gguf beside the model that fits, or else built-in, which needs no file); off: pictures stay uncompressed")
     add("--quality", type=number(float, 0, 100, above=True), metavar="Q", env="LLAMA_ARG_QUALITY", help="error that a tile of a picture may have, in units of q4_0's: the smallest tier that holds it is taken (default: 1)")
     add("--ratio", type=number(float, 0, 1, above=True), metavar="R", env="LLAMA_ARG_RATIO", help="share of a picture's cache to save, in place of --quality; the nearest tier of the capsule is used for everything")
+    add("--image-attention", choices=IMAGE_ATTENTION, metavar="auto|full", env="LLAMA_ARG_IMAGE_ATTENTION", help="auto: while a picture is read, heads that the capsule file names see the text before it and the picture itself, but no other picture (default: full)")
     add("--hot", dest="n_hot", type=number(int, 0), metavar="N", env="LLAMA_ARG_HOT", help="cells of the uncompressed cache at the start; it grows when text needs more (default: room for text and one picture)")
     add("--image", action=_Images, metavar="FILE[,FILE]", help="picture for the (first) question: path, http(s) or data URL, - = stdin; can be repeated")
     add("-p", "--prompt", metavar="TEXT", help="one question, answer and exit")

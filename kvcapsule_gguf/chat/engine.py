@@ -155,7 +155,7 @@ class Engine:
         params.no_perf = True
         params.offload_kqv = options.kv_offload
         otherwise = self._without_capsule if self._capsule_optional else None
-        wanted = native.Attachment(self.capsule, n_hot=options.n_hot, quality=options.quality or 0, ratio=options.ratio or 0, otherwise=otherwise,
+        wanted = native.Attachment(self.capsule, n_hot=options.n_hot, quality=options.quality or 0, ratio=options.ratio or 0, otherwise=otherwise, image_attention=options.image_attention,
                                    image_tokens=fixed_tokens(self.mmproj) if self.mmproj else 0)
         self.ctx: int = native.init_context(self.model, interrupts.stoppable(params), wanted) or 0
         if not self.ctx:
@@ -168,7 +168,7 @@ class Engine:
     def binding(self) -> str:
         """What a state on disk must have been saved with to be used here."""
         options = self.options
-        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "quality", "ratio")
+        names = ("cache_type_k", "cache_type_v", "flash_attn", "image_min_tokens", "image_max_tokens", "quality", "ratio", "image_attention")
         settings = {"n_ctx": self.n_ctx, "compressed": self.capsule is not None, **{name: getattr(options, name) for name in names}}
         return binding(self.path, self.mmproj, self.capsule_path, settings, self.native.directory)
 

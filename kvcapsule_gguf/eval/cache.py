@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .. import native
 from ..chat.args import CACHE_TYPES
+from ..format.projector import fixed_tokens
 from ..reuse.memory import restore, state
 from ..runtime import interrupts
 from . import vision_cells
@@ -55,7 +57,8 @@ class Cache:
             p.cb_eval = watch
         self.n_batch = p.n_batch
         capsule = vlm.capsule(setting.capsule) if setting.capsule else None
-        wanted = native.Attachment(capsule, n_hot=n_ctx, quality=setting.quality, ratio=setting.ratio, auto_compress=False)
+        wanted = native.Attachment(capsule, n_hot=n_ctx, quality=setting.quality, ratio=setting.ratio, auto_compress=False,
+                                   image_attention=setting.image_attention, image_tokens=fixed_tokens(vlm.mmproj))
         self.ctx: int = native.init_context(vlm.model, interrupts.stoppable(p), wanted) or 0
         if not self.ctx:
             raise EvalError(f"{setting.name}: the context cannot be created: {native.why_no_context(vlm.model, n_ctx, capsule is not None, 'see the log (-v)')}")
@@ -65,11 +68,11 @@ class Cache:
     def close(self) -> None:
         self.llama.llama_free(self.ctx)
 
-    def show(self, picture: Picture, shown: dict[Path | None, Shown]) -> CacheUse:
+    def show(self, picture: Picture, shown: dict[tuple[Path | None, str], Shown]) -> CacheUse:
         """Forgets everything, decodes a picture and compresses it; says what that takes.
 
         shown: the same picture before it was compressed, by capsule. f16 cells are copied from there, or put there: they are the same at every quality."""
-        key = self.setting.capsule
+        key = self.setting.capsule, self.setting.image_attention
         if not self.setting.f16_cells:
             return self._shrink(self.decode(picture))
         if key in shown:
@@ -87,8 +90,8 @@ class Cache:
         self.n_past = shown.n_past
         return shown.spans
 
-    def decode(self, picture: Picture) -> list[tuple[int, int, Encoded]]:
-        """Forgets everything and decodes a picture -> first position, end and part of every run of vision tokens."""
+    def decode(self, picture: Picture, each: Callable[[], None] = lambda: None) -> list[tuple[int, int, Encoded]]:
+        """Forgets everything and decodes pictures -> first position, end and part of every run of vision tokens. each: called after a run."""
         self.llama.llama_memory_clear(self.memory, True)
         self.n_past = 0
         spans = []
@@ -104,6 +107,7 @@ class Cache:
                     raise EvalError(f"{self.setting.name}: the picture cannot be decoded ({rc})")
                 self.n_past = past.value
                 spans.append((start, self.n_past, part))
+                each()
             else:
                 self._decode([(t, self.n_past + i, 0, False) for i, t in enumerate(part)])
                 self.n_past += len(part)
@@ -114,7 +118,7 @@ class Cache:
         n = sum(len(part.embd) for *_, part in spans)
         f16 = int(Setting("f16").bytes_per_token(shapes) * n)
         if self.setting.capsule:
-            for p0, p1, _ in spans:
+            for p0, p1, _ in [] if self.setting.uncompressed else spans:
                 native.compress(self.ctx, 0, p0, p1)
             s = native.stats(self.ctx)
             return CacheUse(s.kv_bytes_f16, s.kv_bytes, s.slots)

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--capsule", type=Path, action="append", default=[], metavar="FILE|auto|built-in|off", help="a capsule to measure; may be given several times (default: auto, as in kvcapsule-chat; off: none)")
     p.add_argument("--quality", type=_qualities, default=[], metavar="Q,Q,...", help="qualities of the capsules (default: each capsule's own)")
     p.add_argument("--ratio", type=_ratios, default=[], metavar="R,R,...", help="tiers of the capsules, by the share of the bytes that they save (default: none)")
+    p.add_argument("--image-attention", choices=("auto", "full"), default="full", help="auto: each capsule also with heads narrowed that need no other picture while a picture is read, with and without compression (default: %(default)s)")
     p.add_argument("--suite", choices=sorted(suites.SUITES), default="scenes", help="pictures and questions (default: %(default)s)")
     p.add_argument("--mixed-sizes", action="store_true", help="the suite's pictures in many sizes, 280 to 420 pixels each way, for models that take any")
     p.add_argument("--images", type=Path, metavar="DIR", help="pictures of your own instead; the answers with an f16 cache are the truth")
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> dict:
     names = [name for name in args.against.split(",") if name not in ("", "f16", settings.FLOOR.name)]
     todo = [settings.Setting("f16"), settings.FLOOR, *settings.rivals(names)]
     for capsule in named_capsules(args.capsule, args.model, mmproj):
-        todo += settings.capsules(capsule, args.quality, args.ratio)
+        todo += settings.capsules(capsule, args.quality, args.ratio, args.image_attention == "auto")
     if len({s.name for s in todo}) < len(todo):  # two files
         todo = [replace(s, name=f"{s.name} ({s.capsule.stem})") if s.capsule else s for s in todo]
     if args.report:

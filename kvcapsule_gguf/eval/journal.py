@@ -107,4 +107,5 @@ def _identity(setting: Setting) -> str:
     built_in = str(setting.capsule) == BUILT_IN
     content = BUILT_IN if built_in else hashlib.sha256(setting.capsule.read_bytes()).hexdigest()[:16] if setting.capsule else ""
     quality = [setting.quality] if setting.quality else []  # older journals have none
-    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.floor, content, *quality])
+    narrow = [setting.image_attention, setting.uncompressed] if setting.image_attention != "full" else []
+    return json.dumps([setting.k, setting.v, setting.vision, setting.drop, setting.ratio, setting.floor, content, *quality, *narrow])

@@ -132,7 +132,7 @@ def _caches(vlm: Vlm, n_ctx: int, max_questions: int, flash_attn: bool, keep: bo
 
 
 def _picture(caches: Iterable[Cache], picture: Picture, prompts: Prompts, questions: list[Asked], max_written: int) -> Seen:
-    shown: dict[Path | None, Shown] = {}
+    shown: dict[tuple[Path | None, str], Shown] = {}
     asked: list[tuple[list[int], int]] = []
     reference: list[np.ndarray] = []
     found: dict[Setting, SeenBy] = {}

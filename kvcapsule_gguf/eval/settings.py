@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..chat.files import BUILT_IN
@@ -27,6 +27,8 @@ class Setting:
     quality: float = 0.0  # of the capsule, 0 = its default
     ratio: float = 0.0  # in its place
     drop: float = 0.0  # share of the vision tokens that is removed, evenly spread
+    image_attention: str = "full"  # of the capsule: auto, or for training measure
+    uncompressed: bool = False  # the capsule is there for its heads alone
     floor: bool = False  # flash attention on where the others have it off, or the other way round
 
     @property
@@ -62,13 +64,18 @@ def _rival(name: str) -> Setting:
     raise InputError(f"--against {name}: a type of {', '.join(BITS)}, two such as q8_0+q4_0, either with {VISION} behind it, or drop0.6")
 
 
-def capsules(path: Path, qualities: list[float], ratios: list[float]) -> list[Setting]:
-    """A capsule at these qualities (none and no ratios: its default), and at the tiers nearest to the ratios. Raises CapsuleError."""
+def capsules(path: Path, qualities: list[float], ratios: list[float], narrow: bool = False) -> list[Setting]:
+    """A capsule at these qualities (none and no ratios: its default), and at the tiers nearest to the ratios; narrow: with its image attention as well,
+    and that without compression. Raises CapsuleError."""
     kind = BUILT_IN if str(path) == BUILT_IN else "capsule"
     if kind == "capsule":
         read_tile_capsule(path)  # before a model is loaded
     found = [Setting(f"{kind}, quality {q:g}" if q else kind, capsule=path, quality=q) for q in qualities or ([] if ratios else [0.0])]
-    return found + [Setting(f"{kind} at {ratio:g}", capsule=path, ratio=ratio) for ratio in ratios]
+    found += [Setting(f"{kind} at {ratio:g}", capsule=path, ratio=ratio) for ratio in ratios]
+    if narrow:
+        found += [replace(s, name=f"{s.name}, narrowed", image_attention="auto") for s in found]
+        found.append(Setting("f16, narrowed", capsule=path, image_attention="auto", uncompressed=True))
+    return found
 
 
 def dropped(n: int, share: float) -> list[tuple[int, int]]:

@@ -105,6 +105,7 @@ class Capsule:
         self.close()
 
 
+IMAGE_ATTENTION = ("full", "auto", "measure")  # in the library's order
 CANNOT_ATTACH = "can not attach the capsule: "
 ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsule.cpp
 
@@ -113,7 +114,7 @@ ASK_THE_LOG = "the context can not be created, the log says why"  # llama-capsul
 class Attachment:
     """How a context uses a capsule. capsule: None = not at all; n_hot: cells of the hot cache, 0 = default; quality: the error that a tile may have, in units of
     q4_0's, 0 = the capsule's default; ratio: share to save, in its place, 0 = by quality.
-    narrow: while a picture is read, heads that the capsule names see no other picture.
+    image_attention: one of IMAGE_ATTENTION, full = all heads see all pictures; auto = those that the capsule names see no other picture while a picture is read.
     image_tokens: of each picture, where all have the same number, 0 = not known; otherwise: is told why a context cannot have the capsule, which is then made without."""
 
     capsule: Capsule | None
@@ -122,7 +123,7 @@ class Attachment:
     ratio: float = 0.0
     auto_compress: bool = True
     image_tokens: int = 0
-    narrow: bool = False
+    image_attention: str = "full"
     otherwise: Callable[[str], None] | None = None
 
 
@@ -136,7 +137,7 @@ def init_context(model: int, params: Any, wanted: Attachment) -> int | None:
     raw.capsule = wanted.capsule.handle
     raw.n_hot, raw.quality, raw.ratio = wanted.n_hot, wanted.quality, wanted.ratio
     raw.auto_compress, raw.image_tokens = wanted.auto_compress, wanted.image_tokens
-    raw.narrow = wanted.narrow
+    raw.image_attention = IMAGE_ATTENTION.index(wanted.image_attention)
     ctx = lib.llama_capsule_init_from_model(model, params, raw)
     if not ctx and wanted.otherwise is not None and (said := last_error()).startswith(CANNOT_ATTACH):
         wanted.otherwise(said.removeprefix(CANNOT_ATTACH))

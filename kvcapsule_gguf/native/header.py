@@ -197,7 +197,7 @@ class llama_capsule_context_params(c.Structure):
         ("quality", c.c_float),
         ("ratio", c.c_float),
         ("auto_compress", c.c_bool),
-        ("narrow", c.c_bool),
+        ("image_attention", c.c_int),
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import capsules
-from ..chat.args import number
+from ..chat.args import IMAGE_ATTENTION, number
 from ..runtime.program import Parser
 
 DEFAULT_CTX = 16384
@@ -27,6 +27,7 @@ class Options:
     n_hot: int = 0
     quality: float | None = None
     ratio: float | None = None
+    image_attention: str = IMAGE_ATTENTION[0]
     n_ctx: int | None = None  # None = DEFAULT_CTX or the model's, if that is less
     parallel: int = 4
     host: str = "127.0.0.1"
@@ -66,6 +67,7 @@ def parser(environ: Mapping[str, str] = os.environ) -> Parser:
     add("--hot", dest="n_hot", type=number(int, 0), metavar="N", default=0, env="LLAMA_ARG_HOT", also="LLAMA_KVCAPSULE_HOT", help="cells of the uncompressed cache at the start, shared by all slots; it grows when text needs more (default: a picture for each slot + max(2048, context/4))")
     add("--quality", type=number(float, 0, 100, above=True), metavar="Q", env="LLAMA_ARG_QUALITY", also="LLAMA_KVCAPSULE_QUALITY", help="as in kvcapsule-chat (default: the capsule's)")
     add("--ratio", type=number(float, 0, 1, above=True), metavar="R", env="LLAMA_ARG_RATIO", also="LLAMA_KVCAPSULE_RATIO", help="share of a picture's cache to save, in place of --quality")
+    add("--image-attention", choices=IMAGE_ATTENTION, metavar="auto|full", default=IMAGE_ATTENTION[0], env="LLAMA_ARG_IMAGE_ATTENTION", also="LLAMA_KVCAPSULE_IMAGE_ATTENTION", help="as in kvcapsule-chat (default: full)")
     add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N", env="LLAMA_ARG_CTX_SIZE", help=f"context of all slots together (default: {DEFAULT_CTX}, or the model's if that is less)")
     add("-np", "--parallel", type=int, metavar="N", default=4, env="LLAMA_ARG_N_PARALLEL", help="slots (default: 4)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", env="LLAMA_ARG_HOST", help="address to listen on (default: 127.0.0.1)")

@@ -227,7 +227,7 @@ class Upstream:
             env["LLAMA_KVCAPSULE_HOT"] = str(self.options.n_hot or self._hot())
             if self.mmproj is not None and (tokens := fixed_tokens(self.mmproj)):
                 env["LLAMA_KVCAPSULE_IMAGE_TOKENS"] = str(tokens)
-            for name, value in (("QUALITY", self.options.quality), ("RATIO", self.options.ratio)):
+            for name, value in (("QUALITY", self.options.quality), ("RATIO", self.options.ratio), ("IMAGE_ATTENTION", self.options.image_attention)):
                 if value:
                     env[f"LLAMA_KVCAPSULE_{name}"] = str(value)
         return env

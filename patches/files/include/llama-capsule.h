@@ -12,6 +12,13 @@ extern "C" {
     // what is known of a model's keys and values: from a capsule file, or built in
     struct llama_capsule;
 
+    // what a token of an image sees while it is read
+    enum llama_capsule_image_attention {
+        LLAMA_CAPSULE_IMAGE_ATTENTION_FULL,    // everything
+        LLAMA_CAPSULE_IMAGE_ATTENTION_AUTO,    // in heads that the capsule names: text and its own image, and no other image
+        LLAMA_CAPSULE_IMAGE_ATTENTION_MEASURE, // everything; the tensor kqv_narrow-N is what all heads of layer N would give without other images
+    };
+
     struct llama_capsule_context_params {
         size_t size; // sizeof(struct llama_capsule_context_params)
 
@@ -22,7 +29,8 @@ extern "C" {
         float    quality;       // error that a tile of an image may have, in units of q4_0's, 0 = default of the capsule; the smallest tier that holds it is taken
         float    ratio;         // instead: share of the bytes to save, the nearest tier is taken for everything, 0 = by quality
         bool     auto_compress; // compress an image as soon as something else follows it in its sequence
-        bool     narrow;        // while an image is read, heads that the capsule names see text and this image, and no other image
+
+        enum llama_capsule_image_attention image_attention;
     };
 
     struct llama_capsule_stats {

@@ -51,7 +51,7 @@ llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & 
         }),
     encoder(lctx, hot, threads, p.tables, forms, { p.quality, p.i_tier }),
     spans(hot.n_pos() > 1, p.image_tokens),
-    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, p.narrow ? p.tables : nullptr, p.image_tokens))),
+    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, *p.tables, p.image_tokens, p.image_attention))),
     n_bytes_limit(capsule_bytes_limit()), n_bytes_graph(graph->n_bytes()) {
     if (!hot.init(p.n_hot)) {
         llama_capsule_refuse(format("no memory for %u hot cells", p.n_hot));

@@ -3,6 +3,8 @@
 #include "capsule/format/tables.h"
 #include "capsule/hooks.h"
 
+#include "llama-capsule.h"
+
 #include <memory>
 
 struct llama_context;
@@ -18,7 +20,8 @@ struct llama_capsule_cache_params {
     uint32_t image_tokens; // of an image, where its positions do not tell; 0: not known
 
     bool auto_compress;
-    bool narrow; // heads that the capsule names see no other image while an image is read
+
+    llama_capsule_image_attention image_attention;
 };
 
 // throws std::runtime_error with one line if the context can not have it

@@ -30,7 +30,8 @@ struct capsule_request {
     float    quality;
     float    ratio;
     bool     auto_compress;
-    bool     narrow;
+
+    llama_capsule_image_attention image_attention;
 };
 
 static thread_local std::optional<capsule_request> capsule_next;
@@ -102,7 +103,7 @@ static std::optional<capsule_request> capsule_request_from_env(const llama_model
         (float) number("LLAMA_KVCAPSULE_QUALITY", 100),
         (float) number("LLAMA_KVCAPSULE_RATIO", 1),
         true,
-        attention && strcmp(attention, "auto") == 0,
+        attention && strcmp(attention, "auto") == 0 ? LLAMA_CAPSULE_IMAGE_ATTENTION_AUTO : LLAMA_CAPSULE_IMAGE_ATTENTION_FULL,
     };
 
     try {
@@ -172,7 +173,7 @@ static std::string capsule_attach(llama_context & lctx, llama_kv_cache & kv, con
 
     const uint32_t n_hot = capsule_n_hot(req, lctx.get_cparams());
 
-    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, n_hot, quality, i_tier, req.image_tokens, req.auto_compress, req.narrow });
+    kv.capsule = llama_capsule_cache_create(lctx, kv, { tables, n_hot, quality, i_tier, req.image_tokens, req.auto_compress, req.image_attention });
 
     const std::string name = tables->builtin ? "the built-in capsule" : "capsule '" + tables->path + "'";
     if (by_ratio) {
@@ -238,13 +239,10 @@ llama_memory_i * llama_capsule_create_memory(llama_context & lctx, const llama_m
         return model.create_memory(params, cparams);
     }
 
-    if (req->narrow && kv != (llama_memory_i *) memory.get()) {
-        LLAMA_LOG_WARN("%s: image attention is full: heads are not narrowed where a model has layers of other kinds\n", __func__);
-        req->narrow = false;
-    }
-    if (req->narrow && model.hparams.f_max_alibi_bias > 0.0f) {
-        LLAMA_LOG_WARN("%s: image attention is full: heads are not narrowed where a model has ALiBi\n", __func__);
-        req->narrow = false;
+    const bool other_layers = kv != (llama_memory_i *) memory.get();
+    if (req->image_attention != LLAMA_CAPSULE_IMAGE_ATTENTION_FULL && (other_layers || model.hparams.f_max_alibi_bias > 0.0f)) {
+        LLAMA_LOG_WARN("%s: image attention is full: a model with %s is read so\n", __func__, other_layers ? "layers of other kinds" : "ALiBi");
+        req->image_attention = LLAMA_CAPSULE_IMAGE_ATTENTION_FULL;
     }
 
     const std::string what = capsule_attach(lctx, *kv, *req);
@@ -356,7 +354,7 @@ struct llama_capsule_context_params llama_capsule_context_default_params(void) {
         /*.quality       =*/ 0.0f,
         /*.ratio         =*/ 0.0f,
         /*.auto_compress =*/ true,
-        /*.narrow        =*/ false,
+        /*.image_attention =*/ LLAMA_CAPSULE_IMAGE_ATTENTION_FULL,
     };
 }
 
@@ -375,7 +373,7 @@ struct llama_context * llama_capsule_init_from_model(
     try {
         if (capsule_params.capsule) {
             const auto & p = capsule_params;
-            capsule_next = { p.capsule->tables, p.n_hot, p.image_tokens, p.quality, p.ratio, p.auto_compress, p.narrow };
+            capsule_next = { p.capsule->tables, p.n_hot, p.image_tokens, p.quality, p.ratio, p.auto_compress, p.image_attention };
             capsule_check_request(*capsule_next);
         }
         res = llama_init_from_model(model, params);

@@ -570,7 +570,7 @@ ggml_tensor * llama_capsule_graph::layer_angles(const llm_graph_context & g, llm
 uint32_t llama_capsule_graph::graph_nodes() const {
     uint32_t res = NODES_PER_LAYER*layers.size();
     for (uint32_t i = 0; i < layers.size(); ++i) {
-        res += NODES_PER_LAYER*narrow.runs(i).size();
+        res += NODES_PER_LAYER*(narrow.runs(i).size() + narrow.measures());
     }
     return res;
 }
@@ -715,9 +715,7 @@ static ggml_tensor * heads_of(ggml_context * ctx, ggml_tensor * t, int64_t first
 }
 
 ggml_tensor * llama_capsule_graph::build_narrow(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer,
-        const llama_capsule_attn & attn) {
-    const auto & runs = narrow.runs(i_layer);
-
+        const llama_capsule_attn & attn, const std::vector<llama_capsule_narrow::run> & runs) {
     const int64_t n_gqa = attn.q->ne[1]/layers[i_layer].params.n_head_kv;
 
     if (!inp.mask_own) {
@@ -765,7 +763,12 @@ ggml_tensor * llama_capsule_graph::build_attn(const llm_graph_context & g, const
     check_rope(g, k, k_rot, i_layer, il);
 
     if (inp.hide && !narrow.runs(i_layer).empty() && !kq_b && !sinks) {
-        return build_narrow(g, inp, i_layer, attn);
+        return build_narrow(g, inp, i_layer, attn, narrow.runs(i_layer));
+    }
+    if (inp.hide && narrow.measures() && !kq_b && !sinks) {
+        ggml_tensor * cur = build_narrow(g, inp, i_layer, attn, { { 0, layers[i_layer].params.n_head_kv, true } });
+        g.cb(cur, "kqv_narrow", il);
+        ggml_build_forward_expand(g.gf, cur);
     }
     if (n_slots() == 0) {
         return g.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, nullptr, 0, kq_scale, il);

@@ -185,7 +185,8 @@ private:
             ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask, float kq_scale);
 
     // some heads see the hot cells of text and of their own image only
-    ggml_tensor * build_narrow(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, const llama_capsule_attn & attn);
+    ggml_tensor * build_narrow(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, const llama_capsule_attn & attn,
+            const std::vector<llama_capsule_narrow::run> & runs);
 
     // puts hot cells and slots side by side for stock attention -> k, v and mask of both
     void build_columns(const llm_graph_context & g, llm_graph_input_tiles & inp, uint32_t i_layer, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor *& mask);

@@ -12,11 +12,11 @@
 #include <cmath>
 #include <map>
 
-llama_capsule_narrow::llama_capsule_narrow(const llama_capsule_kv & hot, const llama_capsule_slots & slots, const llama_capsule_tables_ptr & tables,
-        uint32_t n_image) :
-    hot(hot), slots(slots), n_image(n_image), layers(slots.n_layer()) {
-    for (size_t i = 0; tables && i < layers.size(); ++i) {
-        const auto & heads = tables->layers[i].narrow;
+llama_capsule_narrow::llama_capsule_narrow(const llama_capsule_kv & hot, const llama_capsule_slots & slots, const llama_capsule_tables & tables,
+        uint32_t n_image, llama_capsule_image_attention mode) :
+    hot(hot), slots(slots), n_image(n_image), mode(mode), layers(tables.layers.size()) {
+    for (size_t i = 0; mode == LLAMA_CAPSULE_IMAGE_ATTENTION_AUTO && i < layers.size(); ++i) {
+        const auto & heads = tables.layers[i].narrow;
 
         if (std::count(heads.begin(), heads.end(), 1) == 0) {
             continue;
@@ -27,7 +27,6 @@ llama_capsule_narrow::llama_capsule_narrow(const llama_capsule_kv & hot, const l
             }
             layers[i].back().n++;
         }
-        any = true;
     }
 }
 
@@ -67,6 +66,8 @@ struct seq_images {
 } // namespace
 
 std::vector<llama_capsule_narrow::range> llama_capsule_narrow::own_images(const llama_ubatch & ubatch) const {
+    const bool any = measures() || std::any_of(layers.begin(), layers.end(), [](const auto & runs) { return !runs.empty(); });
+
     if (!any || !ubatch.embd || (ubatch.token && std::any_of(ubatch.token, ubatch.token + ubatch.n_tokens, [](llama_token t) { return t != LLAMA_TOKEN_NULL; }))) {
         return {};
     }

@@ -2,7 +2,7 @@
 
 #include "capsule/format/tables.h"
 
-#include "llama.h"
+#include "llama-capsule.h"
 
 #include <utility>
 #include <vector>
@@ -28,11 +28,15 @@ public:
         bool     narrow;
     };
 
-    // tables: nullptr where no head is to be narrowed. n_image: tokens of an image, 0 if that is not known
-    llama_capsule_narrow(const llama_capsule_kv & hot, const llama_capsule_slots & slots, const llama_capsule_tables_ptr & tables, uint32_t n_image);
+    // n_image: tokens of an image, 0 if that is not known
+    llama_capsule_narrow(const llama_capsule_kv & hot, const llama_capsule_slots & slots, const llama_capsule_tables & tables, uint32_t n_image,
+            llama_capsule_image_attention mode);
 
     // of all heads of a layer; empty if none is narrowed
     const std::vector<run> & runs(uint32_t i_layer) const { return layers[i_layer]; }
+
+    // all heads are to be computed both ways
+    bool measures() const { return mode == LLAMA_CAPSULE_IMAGE_ATTENTION_MEASURE; }
 
     // true if all tokens of the batch are of images that lie in the hot cells as a whole, and there may be other images
     bool find(const llama_ubatch & ubatch) const;
@@ -46,9 +50,9 @@ private:
 
     const uint32_t n_image;
 
-    std::vector<std::vector<run>> layers;
+    const llama_capsule_image_attention mode;
 
-    bool any = false;
+    std::vector<std::vector<run>> layers;
 
     using range = std::pair<llama_pos, llama_pos>; // [first, second)
 
