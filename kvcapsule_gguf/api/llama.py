@@ -102,7 +102,8 @@ class KVCapsuleLlama(Llama):
         return llama
 
     def __init__(self, model_path: str | Path, *, mmproj: str | Path | None = None, capsule: str | Path = "auto", hot: int = 0, quality: float | None = None, ratio: float | None = None,
-                 image_attention: str | None = None, image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
+                 image_attention: str | None = None,
+                 image_cache: str | Path | None = None, image_cache_mib: int = DEFAULT_MIB, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any) -> None:  # fmt: skip
         try:
             path = files.check_model(Path(model_path))
             self.mmproj = files.find_mmproj(path, Path(mmproj) if mmproj is not None else None)

@@ -116,6 +116,8 @@ def table(engine: Engine, images: list[ImageUse], cells: int, taken_back: int | 
         lines.append("no capsule: nothing is compressed")
     elif (count := break_even(use, images)) is not None:
         lines.append(f"memory breaks even at {count} picture{'s' if count != 1 else ''}")
+    if engine.capsule is not None and (s := native.stats(engine.ctx)).n_heads_narrow:
+        lines.append(f"{s.n_heads_narrow} of {s.n_heads} KV heads see no other picture while a picture is read; {s.n_tokens_narrow} vision tokens were read so")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ def as_json(path: Path, capsule: TileCapsule) -> dict[str, Any]:
         "tiers": [_tier(capsule, t) for t in range(len(capsule.smaller))],
         "layers": [
             {"layer": x.index, "heads": len(x.k_mean), "key_length": x.k_mean.shape[1], "value_length": x.v_mean.shape[1], "rope": x.rope, "value_axes": x.v_axes is not None,
-             "key_energy": x.k_energy, "value_energy": x.v_energy}
+             "narrow": [] if x.narrow is None else x.narrow.tolist(), "key_energy": x.k_energy, "value_energy": x.v_energy}
             for x in capsule.layers
         ],
         "provenance": {key: plain(value) for key, value in sorted(capsule.provenance.items())},
@@ -75,6 +75,7 @@ def text(data: dict[str, Any]) -> str:
     lines = [
         *([f"the built-in capsule of {data['file']}", head_lines(data)[1]] if data.get("builtin") else head_lines(data)),
         f"tiles: 8 x 8 tokens; {len(data['layers'])} layers, {axes} of them with axes of values",
+        *_narrow(data),
         "",
         f"{'smaller':>8} {'ratio':>7} {'bytes/token':>12} {'bytes/tile':>11} {'KiB of 256 tokens':>18}  blocks by bits (*: --ratio alone takes it)",
     ]
@@ -87,6 +88,13 @@ def text(data: dict[str, Any]) -> str:
         each = [tier["layers"][i] for tier in data["tiers"]]
         lines.append(f"{x['layer']:>5} " + " ".join(f"{e['key_bits']:>5.2f} {e['value_bits']:>5.2f}" for e in each))
     return "\n".join(lines)
+
+
+def _narrow(data: dict[str, Any]) -> list[str]:
+    heads = sum(x["heads"] for x in data["layers"])
+    named = sum(sum(x["narrow"]) for x in data["layers"])
+    whole = sum(sum(x["narrow"]) == x["heads"] for x in data["layers"])
+    return [f"--image-attention auto: {named} of {heads} KV heads see no other picture while a picture is read; in {whole} layers all of them"] if named else []
 
 
 def _short(value: Any) -> str:
