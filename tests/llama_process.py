@@ -529,6 +529,13 @@ class Context:
         resource.setrlimit(resource.RLIMIT_AS, (used + extra, resource.RLIM_INFINITY))
         self.limited = True
 
+    def do_limit_buffers(self, values, found, extra, number):
+        ctypes.CDLL(None).few_bytes_limit(ctypes.c_int64(extra), ctypes.c_int64(number))
+
+    def do_buffers(self, values, found):
+        sizes = (ctypes.c_int64 * (1 << 20))()
+        values["buffers"] = sizes[: ctypes.CDLL(None).few_bytes_events(sizes, ctypes.c_size_t(len(sizes)))]
+
     def do_rss(self, values, found):
         try:
             ctypes.CDLL(None).malloc_trim(0)

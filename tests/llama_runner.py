@@ -139,6 +139,16 @@ def limit_memory(extra: int) -> Step:
     return {"op": "limit_memory", "extra": extra}
 
 
+def limit_buffers(extra: float = -1, number: int = -1) -> Step:
+    """ggml's buffers may take so many bytes more from here on, or only so many may be made (< 0: any). It needs tests/native/few_bytes.cpp, preloaded."""
+    return {"op": "limit_buffers", "extra": int(extra), "number": number}
+
+
+def buffers() -> Step:
+    """values["buffers"]: bytes of each buffer that was allocated (> 0) or freed (< 0) since the last time, in order."""
+    return {"op": "buffers"}
+
+
 PARTIAL_ONLY, ON_DEVICE = 1, 2  # LLAMA_STATE_SEQ_FLAGS_*
 
 

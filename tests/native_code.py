@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def tiles(name: str, folder: Path, *flags: str, cxx: str = "", kind: Sequence[st
     done = run(cxx or compiler(), "-std=c++17", "-O1", *kind, f"-I{src}", *flags, NATIVE / f"{name}.cpp", *sorted(src.glob("*.cpp")), "-o", out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def few_bytes(folder: Path) -> dict[str, str]:
+    """The environment in which tests/native/few_bytes.cpp counts and limits ggml's buffers."""
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs LD_PRELOAD and glibc")
+    out = folder / "few_bytes.so"
+    done = run(compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", NATIVE / "few_bytes.cpp", "-o", out)
+    assert done.returncode == 0, done.stderr
+    return {"LD_PRELOAD": str(out)}
 
 
 def shared_library(name: str, folder: Path) -> Path:

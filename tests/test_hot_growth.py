@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from llama_runner import Case, Result, Step, image, lossless_limit, nmse, positions, state_load, state_save, stats, text
+from llama_runner import Case, Result, Step, image, limit_buffers, lossless_limit, nmse, positions, seq_rm, set_pos, state_load, state_save, stats, text
+from native_code import few_bytes
 
 HOT, CTX = 256, 2048
 GRID = (10, 16)
@@ -91,3 +92,48 @@ def test_a_state_of_a_larger_cache(models, capsules, patched, fa, seq):
     assert refused.values("positions") == [[-1, -1]] and refused.values("stats")[0]["n_hot_used"] == 0
     fresh = patched([small(models, capsules, "a", [text(9, seed=2)], flash_attn=fa, n_ctx=512)])["a"]
     assert nmse(refused.logits(3), fresh.logits()) <= 1e-9
+
+
+# --- no memory ---
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict[str, str]:
+    return few_bytes(tmp_path_factory.mktemp("few_bytes"))
+
+
+MANY_LAYERS = {"n_layer": 8, "n_head": 2, "n_head_kv": 1, "head": 64, "n_ff": 64}
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("kind", "fa"), [("f32", False), ("q8_0", True)])
+def test_no_memory_to_grow(models, capsules, patched, counted, fa, kind):
+    """Wherever it ends, in a layer, in the scratch or in the graph, and also if there is none to make what has grown smaller again: the old cache stays, decode returns 1
+    with one line, nothing is lost, and later it goes on."""
+    model = models(arch="llama", **MANY_LAYERS)
+    begin = [text(60), image(GRID, seed=1), text(30, seed=2), text(100, seed=3)]
+
+    def case(limit: Step) -> Case:
+        steps = [*begin, limit, text(200, seed=4, may_fail=True), limit_buffers(), stats(), text(5, seed=5), seq_rm(0, 190 + TOKENS), set_pos(0, 190 + TOKENS),
+                 text(200, seed=4), text(90, seed=6), stats()]
+        return Case(str(limit), model, steps, n_ctx=CTX, n_hot=HOT, n_ubatch=64, auto_compress=True, capsule=capsules(model), flash_attn=fa, type_k=kind, type_v=kind)
+
+    layer = 512 * 2 * 64 * (4 if kind == "f32" else 1)
+    limits = [*(limit_buffers(layer * i // 2) for i in range(10)), *(limit_buffers(MIB * i) for i in (8, 24, 40, 128)), *(limit_buffers(number=i) for i in range(11))]
+    results = patched([case(limit) for limit in [limit_buffers(), *limits]], env=counted)
+    truth = results[str(limit_buffers())]
+    assert truth.values("stats")[0]["n_hot"] == 512
+    failed, larger = 0, 0
+    for limit in limits:
+        result = results[str(limit)]
+        assert not result.error, (limit, result.error)
+        failure, (before, after) = result.steps[5].rc, result.values("stats")
+        lines = [line for line in result.steps[5].log if "cache is full" in line]
+        assert len(lines) == failure and all("there is no memory for more" in line for line in lines)
+        assert (before["n_hot"], before["n_hot_used"], before["n_cold"]) == ((256, 190, TOKENS) if failure else (512, 390, TOKENS))
+        for step in (*range(5), *(() if failure else (5,)), 11, 12):
+            assert np.array_equal(*(r.steps[step].arrays.get("logits", np.zeros(0)) for r in (result, truth))), (limit, step)
+        assert after == truth.values("stats")[1]
+        failed += failure
+        larger += failure and before["bytes_hot"] > 256 * 8 * 2 * 64 * (4 if kind == "f32" else 2)
+    assert 10 < failed < len(limits) and larger
