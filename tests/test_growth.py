@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
+import numpy as np
 import pytest
-from llama_runner import Case, Step, clear, compress, image, limit_memory, lossless_limit, nmse, seq_add, seq_rm, state_load, state_save, stats, text
+from llama_runner import Case, Step, buffers, clear, compress, image, limit_buffers, limit_memory, lossless_limit, nmse, seq_add, seq_rm, state_load, state_save, stats, text
+from native_code import few_bytes
 
 LAYERS = 8
 GRID = (10, 16)
@@ -15,28 +18,25 @@ MODEL = {"arch": "llama", "n_layer": LAYERS, "n_head": 2, "n_head_kv": 1, "head"
 OPTIONS = {"type_k": "f32", "type_v": "f32", "n_ctx": 1024, "n_ubatch": 16}  # a small compute buffer beside the slots
 
 
-def album() -> list[Step]:
-    return [stats(), text(4), *[s for i in range(IMAGES) for s in (image(GRID, seed=i), compress(), text(3, seed=i), stats())]]
+def album(*after: Step) -> list[Step]:
+    """after: steps that follow each image."""
+    return [text(4), *[s for i in range(IMAGES) for s in (image(GRID, seed=i), compress(), *after, text(3, seed=i))]]
 
 
-def limited(name: str, model, capsule, limit: float, steps: list[Step], **options) -> Case:
-    return Case(name, model, steps, capsule=capsule, env={"LLAMA_KVCAPSULE_LIMIT": str(int(limit))}, **(OPTIONS | options))
+def grown(seen: dict, start: dict) -> int:
+    """Bytes of pools and scratch."""
+    return sum(seen[name] - start[name] for name in ("bytes_pools", "bytes_scratch"))
 
 
-def grown(seen: dict, start: dict) -> tuple[int, int]:
-    """Bytes of the pools, and of the scratch without its constants."""
-    return seen["bytes_pools"], seen["bytes_scratch"] - start["bytes_scratch"]
+def peak(sizes: list[int]) -> int:
+    """The most bytes at a time. What is freed as soon as it was made only asked if there is memory."""
+    kept = [size for i, size in enumerate(sizes) if size + (sizes[i + 1] if i + 1 < len(sizes) else 0) and size + (sizes[i - 1] if i else 0)]
+    return int(np.cumsum(kept).max())
 
 
-def compute(result) -> list[float]:
-    """What the compute buffer has grown by, in bytes, at each stats(): by the log, so with a little to spare."""
-    found, sizes = result.log, []
-    for step in result.steps:
-        found = found + step.log
-        if "stats" in step.values:
-            mib = [float(line.split("=")[1].split()[0]) for line in found if "compute buffer size =" in line]
-            sizes.append((mib[-1] - mib[0] + 0.02) * 2**20)
-    return sizes
+def probe(sizes: list[int]) -> int:
+    """The most that was only asked for."""
+    return max(a for a, b in pairwise(sizes) if a + b == 0)
 
 
 def warnings(result) -> list[str]:
@@ -44,38 +44,39 @@ def warnings(result) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def free(models, capsules, stock, patched):
+def counted(tmp_path_factory) -> dict[str, str]:
+    return few_bytes(tmp_path_factory.mktemp("few_bytes"))
+
+
+@pytest.fixture(scope="module")
+def free(models, capsules, stock, patched, counted):
     """The album without a limit, on the stock library and with as many hot cells as the key says."""
     model = models(**MODEL)
-    steps = [s for s in album() if s["op"] not in ("compress", "stats")]
-    ours = patched([Case(str(hot), model, album(), capsule=capsules(model), n_hot=hot, **OPTIONS) for hot in (256, 1024)])
+    steps = [s for s in album() if s["op"] != "compress"]
+    ours = patched([Case(str(hot), model, [stats(), buffers(), *album(stats(), buffers())], capsule=capsules(model), n_hot=hot, **OPTIONS) for hot in (256, 1024)], env=counted)
     return {"stock": stock([Case("a", model, steps, **OPTIONS)])["a"], 256: ours["256"], 1024: ours["1024"]}
 
 
-def test_only_one_layer_exists_twice(models, capsules, patched, free):
-    start, *seen = free[256].values("stats")
-    (pools1, scratch1), (pools2, scratch2) = (grown(s, start) for s in seen[:2])
-    _, compute1, compute2, *_ = compute(free[256])
-    limit = pools2 + max(pools2 / LAYERS, scratch2) + scratch1 + compute1
-    limit = max(limit, pools2 + scratch2 + compute2)
-    assert limit < pools1 + pools2 + scratch1 + compute1, "this would be enough for all layers at once"
-    model = models(**MODEL)
-    result = patched([limited("a", model, capsules(model), limit, album()[:10], n_hot=256)])["a"]
-    assert [s["n_cold"] for s in result.values("stats")[1:]] == [TOKENS, 2 * TOKENS]
-    assert not warnings(result)
+def test_only_one_layer_exists_twice(free):
+    """The second image makes the pools larger."""
+    one, two = free[256].values("stats")[1:3]
+    before, after = (seen["bytes_pools"] // LAYERS for seen in (one, two))
+    assert before < after
+    sizes = [size for size in free[256].values("buffers")[2] if size in (after, -before)]
+    assert len(sizes) == 2 * LAYERS and peak(sizes) == LAYERS * (after - before) + before
 
 
-def test_out_of_memory_leaves_images_hot(models, capsules, patched, free):
+def test_out_of_memory_leaves_images_hot(models, capsules, patched, free, counted):
     """At any point of the growth."""
     truth, ours = free["stock"], free[1024]
     assert nmse(ours.logits(), truth.logits()) <= lossless_limit(False, "f32")
-    last = ours.values("stats")[-1]
-    needed = last["bytes_pools"] + last["bytes_scratch"] + compute(ours)[-1]
+    start, *_, last = ours.values("stats")
+    needed, asked = 2 * grown(last, start), max(map(probe, ours.values("buffers")[1:]))
+    limits = [*(needed * i // 6 for i in range(6)), *(asked + needed * i // 12 for i in range(13))]
     model = models(**MODEL)
-    capsule = capsules(model)
-    cases = [limited(str(i), model, capsule, 1 + 1.6 * needed * i / 16, album(), n_hot=1024) for i in range(17)]
+    cases = [Case(str(limit), model, [stats(), limit_buffers(limit), *album(stats())], capsule=capsules(model), n_hot=1024, **OPTIONS) for limit in limits]
     seen = set()
-    for result in patched(cases).values():
+    for result in patched(cases, env=counted).values():
         assert nmse(result.logits(), truth.logits()) <= lossless_limit(False, "f32")
         for i, s in enumerate(result.values("stats")[1:]):
             assert s["n_cold"] + s["n_hot_vision"] == (i + 1) * TOKENS and s["n_cold"] % 16 == 0
@@ -84,18 +85,15 @@ def test_out_of_memory_leaves_images_hot(models, capsules, patched, free):
     assert {0, IMAGES * TOKENS} < seen
 
 
-def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free):
+def test_tried_again_when_hot_is_full(models, capsules, stock, patched, free, counted):
     """An image that found no slots is compressed once others were removed and the hot cells are needed."""
-    start, first = free[256].values("stats")[:2]
-    limit = sum(grown(first, start)) + compute(free[256])[1]
     model = models(**MODEL)
-    steps = [text(4), image(GRID, seed=1), text(3), image(GRID, seed=2), text(3), stats(), seq_rm(0, 4, 4 + TOKENS), text(160), stats(), text(5)]
-    options = {"n_hot": 256, "auto_compress": True}
-    result = patched([limited("a", model, capsules(model), limit, steps, **options)])["a"]
+    steps = [text(4), image(GRID, seed=1), text(3), limit_buffers(0), image(GRID, seed=2), text(3), stats(), seq_rm(0, 4, 4 + TOKENS), limit_buffers(), text(160), stats(), text(5)]
+    result = patched([Case("a", model, steps, capsule=capsules(model), n_hot=256, auto_compress=True, **OPTIONS)], env=counted)["a"]
     before, after = result.values("stats")
     assert before["n_cold"] + before["n_hot_vision"] == 2 * TOKENS and before["n_hot_vision"] > 0
     assert (after["n_cold"], after["n_hot_vision"]) == (TOKENS, 0)
-    truth = stock([Case("a", model, [s for s in steps if s["op"] != "stats"], **OPTIONS)])["a"]
+    truth = stock([Case("a", model, [s for s in steps if s["op"] not in ("stats", "limit_buffers")], **OPTIONS)])["a"]
     assert nmse(result.logits(), truth.logits()) <= lossless_limit(False, "f32")
 
 

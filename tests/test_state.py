@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from llama_runner import ON_DEVICE, PARTIAL_ONLY, Case, Step, clear, compress, image, nmse, positions, seq_add, seq_rm, set_pos, state_load, state_save, state_spoil, state_version, stats, text
+from llama_runner import (
+    ON_DEVICE,
+    PARTIAL_ONLY,
+    Case,
+    Step,
+    clear,
+    compress,
+    image,
+    limit_buffers,
+    nmse,
+    positions,
+    seq_add,
+    seq_rm,
+    set_pos,
+    state_load,
+    state_save,
+    state_spoil,
+    state_version,
+    stats,
+    text,
+)
+from native_code import few_bytes
 
 AT = 7
 ARCHS = ("llama", "qwen2vl")
@@ -114,13 +135,12 @@ def strangers(models, capsules, patched):
         Case("saved", model, [*OPENING, state_save("s"), state_version("s", "v3", 3), state_version("s", "v5", 5), clear(), text(4)], capsule=capsule),
         Case("no capsule", model, read),
         Case("another capsule", model, read, capsule=other),
-        Case("too small", model, read, capsule=capsule, env={"LLAMA_KVCAPSULE_LIMIT": "1000"}),
         *(Case(name, model, [state_load(name, may_fail=True), *read[1:]], capsule=capsule) for name in ("v3", "v5")),
     ])
 
 
 @pytest.mark.parametrize(("name", "why"), [
-    ("no capsule", "no capsule is attached"), ("another capsule", "saved with another capsule"), ("too small", "no room for the "),
+    ("no capsule", "no capsule is attached"), ("another capsule", "saved with another capsule"),
     ("v3", "of format v1, which is not read any more: evaluate the prompt again"), ("v5", "unknown format")])
 def test_refused(strangers, name, why):
     result = strangers[name]
@@ -129,6 +149,17 @@ def test_refused(strangers, name, why):
     assert result.steps[0].rc == 1 and len(lines) == 1 and why in lines[0]
     assert result.values("positions") == [[-1, -1]]
     assert nmse(result.logits(2), strangers["saved"].logits(8)) <= 1e-12
+
+
+def test_no_memory_for_its_slots(models, capsules, patched, tmp_path):
+    model = models(arch="llama")
+    read = [limit_buffers(0), state_load("s", may_fail=True), limit_buffers(), positions(), text(4)]
+    result = patched([Case(name, model, steps, capsule=capsules(model)) for name, steps in (("saved", [*OPENING, state_save("s"), clear(), text(4)]), ("read", read))],
+                     env=few_bytes(tmp_path))
+    refused = result["read"]
+    assert refused.steps[1].rc == 1 and ["no room for the images in the state" in line for line in refused.steps[1].log if "error loading state" in line] == [True]
+    assert refused.values("positions") == [[-1, -1]]
+    assert nmse(refused.logits(4), result["saved"].logits(6)) <= 1e-12
 
 
 @pytest.mark.parametrize("arch", ARCHS)

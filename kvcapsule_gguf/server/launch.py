@@ -33,7 +33,7 @@ STOP_S = 10.0
 STARTS = 5  # llama-server is given up when it has ended so many times in a row
 YOUNG_S = 10.0  # an end so soon after it was ready is one of a row
 PAUSE_S = 1.0  # before its second start in a row; before each further one twice as long
-KEPT = ("LLAMA_KVCAPSULE_LIMIT", "LLAMA_KVCAPSULE_PATH")  # no flag says these
+KEPT = ("LLAMA_KVCAPSULE_PATH",)  # no flag says it
 LINE = re.compile(r"(?:[\d.]+ (?P<level>[A-Z]) )?(?P<text>.*)")  # of its log: time and level, except where it is about to abort
 UNKNOWN_PICTURE = 2048  # tokens, for projectors of variable size
 _libc = ctypes.CDLL(None) if os.name != "nt" else None

@@ -8,7 +8,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
 #ifdef __GLIBC__
@@ -24,13 +23,6 @@ static bool capsule_has_memory(size_t n_bytes) {
     return ggml_backend_buffer_ptr(ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), n_bytes + CAPSULE_SPARE_BYTES)) != nullptr;
 }
 
-// LLAMA_KVCAPSULE_LIMIT=BYTES: images that need more stay in the hot cells
-static size_t capsule_bytes_limit() {
-    const char * limit = getenv("LLAMA_KVCAPSULE_LIMIT");
-
-    return limit ? strtoull(limit, nullptr, 10) : 0;
-}
-
 std::shared_ptr<llama_capsule_memory> llama_capsule_cache_create(llama_context & lctx, llama_kv_cache & kv, const llama_capsule_cache_params & params) {
     return std::make_shared<llama_capsule_cache>(lctx, kv, params);
 }
@@ -42,17 +34,10 @@ llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & 
         [this](uint32_t i_layer, const llama_capsule_slot & s) -> uint32_t {
             return (forms.get(i_layer, forms.find(s.i_tier, s.h, s.w)).size + LLAMA_CAPSULE_UNIT - 1)/LLAMA_CAPSULE_UNIT;
         },
-        [this](uint32_t i_layer, ggml_context * ctx) {
-            const auto buft = graph->pool_buft(i_layer);
-            if (n_bytes_limit > 0 && n_bytes_grown() + ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, buft) > n_bytes_limit) {
-                return ggml_backend_buffer_ptr();
-            }
-            return ggml_backend_buffer_ptr { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
-        }),
+        [this](uint32_t i_layer) { return graph->pool_buft(i_layer); }),
     encoder(lctx, hot, threads, p.tables, forms, { p.quality, p.i_tier }),
     spans(hot.n_pos() > 1, p.image_tokens),
-    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, *p.tables, p.image_tokens, p.image_attention))),
-    n_bytes_limit(capsule_bytes_limit()), n_bytes_graph(graph->n_bytes()) {
+    graph(std::make_shared<llama_capsule_graph>(lctx, hot, forms, slots, llama_capsule_narrow(hot, slots, *p.tables, p.image_tokens, p.image_attention))) {
     if (!hot.init(p.n_hot)) {
         llama_capsule_refuse(format("no memory for %u hot cells", p.n_hot));
     }
@@ -62,25 +47,10 @@ llama_capsule_cache::llama_capsule_cache(llama_context & lctx, llama_kv_cache & 
 // memory
 //
 
-size_t llama_capsule_cache::n_bytes_compute() const {
-    ggml_backend_sched_t sched = lctx.get_sched();
-
-    size_t res = 0;
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        res += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
-    }
-    return res;
-}
-
-size_t llama_capsule_cache::n_bytes_grown() const {
-    const size_t n_compute = n_bytes_compute_first > 0 ? std::max(n_bytes_compute(), n_bytes_compute_first) - n_bytes_compute_first : 0;
-
-    return n_compute + slots.n_bytes_pools() + graph->n_bytes() - n_bytes_graph;
-}
-
 void llama_capsule_cache::warn_alloc() {
     if (!warned_alloc) {
-        LLAMA_LOG_WARN("%s: no room for more capsule slots (%.1f MiB in use): images stay in the hot KV cache\n", __func__, n_bytes_grown()/1024.0/1024.0);
+        LLAMA_LOG_WARN("%s: no room for more capsule slots (%.1f MiB in use): images stay in the hot KV cache\n", __func__,
+            (slots.n_bytes_pools() + graph->n_bytes())/1024.0/1024.0);
         warned_alloc = true;
     }
 }
@@ -113,12 +83,8 @@ bool llama_capsule_cache::reserve_graph(uint32_t n_slots, uint32_t n_cold) {
         return false;
     }
 
-    if (n_bytes_compute_first == 0) {
-        n_bytes_compute_first = n_bytes_compute();
-    }
-
     graph->plan(n_slots, n_cold);
-    const bool res = lctx.capsule_reserve() && capsule_has_memory((size_t) n_cold*n_tokens*CAPSULE_MASK_BYTES) && (n_bytes_limit == 0 || n_bytes_grown() <= n_bytes_limit);
+    const bool res = lctx.capsule_reserve() && capsule_has_memory((size_t) n_cold*n_tokens*CAPSULE_MASK_BYTES);
     graph->plan(0, 0);
 
     n_slots_reserved = res ? n_slots : 0;

@@ -67,11 +67,6 @@ private:
 
     std::shared_ptr<llama_capsule_graph> graph;
 
-    const size_t n_bytes_limit; // of n_bytes_grown(), 0: none
-    const size_t n_bytes_graph; // without a slot
-
-    size_t n_bytes_compute_first = 0; // before the first growth
-
     // what the graphs have room for
     uint32_t n_slots_reserved = 0;
     uint32_t n_cold_reserved  = 0;
@@ -80,9 +75,6 @@ private:
     bool warned_alloc  = false;
     bool warned_broken = false;
     bool grown         = false; // since the last decode
-
-    size_t n_bytes_compute() const; // of the compute buffers
-    size_t n_bytes_grown()   const; // of pools and scratch, and what the compute buffers have grown by
 
     void warn_alloc();
     void warn_broken();

@@ -16,7 +16,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 static constexpr int64_t  ATTEND_MAX_TOKENS = 256; // for larger batches the slots are unpacked once for all tokens
 static constexpr uint32_t COLS_PAD          = 256; // FATTN_KQ_STRIDE
@@ -333,11 +332,6 @@ uint32_t llama_capsule_graph::n_cold_pad() const {
 
 std::vector<int64_t> llama_capsule_graph::shape() {
     angles.update(slots);
-
-    // usually reserve() has done it
-    if (!update_tables()) {
-        throw std::bad_alloc();
-    }
 
     std::vector<int64_t> res = { n_slots(), n_cold(), angles.n_rows(), angles.regular() };
 

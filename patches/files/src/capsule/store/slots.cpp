@@ -8,8 +8,8 @@
 #include <sys/mman.h>
 #endif
 
-llama_capsule_slots::llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, alloc_fn alloc) :
-    size_of(std::move(size)), alloc(std::move(alloc)), pools(n_layer) {
+llama_capsule_slots::llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, buft_fn buft) :
+    size_of(std::move(size)), buft_of(std::move(buft)), pools(n_layer) {
     v_cells.resize(n_cells);
 }
 
@@ -185,9 +185,7 @@ bool llama_capsule_slots::resize(uint32_t i_layer, uint32_t n_units) {
     res.mem = ggml_new_tensor_1d(res.ctx.get(), GGML_TYPE_I8, (int64_t) n_units*LLAMA_CAPSULE_UNIT + GGML_CAPSULE_PAD);
     ggml_format_name(res.mem, "capsule_pool_%u", i_layer);
 
-    // one that shrinks is not asked whether it may
-    res.buf = n_units > capacity(i_layer) ? alloc(i_layer, res.ctx.get()) :
-        ggml_backend_buffer_ptr { ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), ggml_backend_buffer_get_type(old.buf.get())) };
+    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), buft_of(i_layer)));
     if (!res.buf) {
         return false;
     }

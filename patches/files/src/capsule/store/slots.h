@@ -36,11 +36,11 @@ public:
     // of a tile in a layer, in units
     using size_fn = std::function<uint32_t(uint32_t i_layer, const llama_capsule_slot & slot)>;
 
-    // a buffer for the tensors of the context, nullptr if there is no memory for it
-    using alloc_fn = std::function<ggml_backend_buffer_ptr(uint32_t i_layer, ggml_context * ctx)>;
+    // where the pool of a layer belongs
+    using buft_fn = std::function<ggml_backend_buffer_type_t(uint32_t i_layer)>;
 
     // n_cells: of all slots that may ever exist
-    llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, alloc_fn alloc);
+    llama_capsule_slots(uint32_t n_layer, uint32_t n_cells, size_fn size, buft_fn buft);
 
     //
     // reading
@@ -103,8 +103,8 @@ private:
         ggml_tensor * mem = nullptr;
     };
 
-    const size_fn  size_of;
-    const alloc_fn alloc;
+    const size_fn size_of;
+    const buft_fn buft_of;
 
     llama_kv_cells v_cells;
 
