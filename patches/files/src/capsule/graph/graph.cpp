@@ -17,7 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 
-static constexpr int64_t  ATTEND_MAX_TOKENS = 256; // for larger batches the slots are unpacked once for all tokens
+static constexpr int64_t  ATTEND_MAX_TOKENS = 512; // for larger batches, which were not measured, the slots are unpacked once for all tokens (docs/results/kernel.md)
 static constexpr uint32_t COLS_PAD          = 256; // FATTN_KQ_STRIDE
 static constexpr uint32_t NODES_PER_LAYER   = 32;
 static constexpr int64_t  SLOT_WORDS        = 5;
