@@ -109,5 +109,5 @@ class LlamaContents(Contents):
 
     def _place(self, start: int, end: int) -> None:
         self._owner.input_ids[start:end] = FILLER
-        self._owner.n_tokens = end
-        self._owner._requires_eval = True
+        owner: Any = self._owner  # a weak proxy
+        owner.n_tokens, owner._requires_eval = end, True

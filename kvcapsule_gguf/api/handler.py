@@ -98,6 +98,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             answer = llama.create_completion(prompt=llama.input_ids[: llama.n_tokens].tolist(), **sampling)
         if not sampling["stream"]:
             # Llama counts positions, of which an M-RoPE picture has few
+            assert isinstance(answer, dict)
             usage = answer["usage"]
             usage |= {"prompt_tokens": n_prompt, "total_tokens": n_prompt + usage["completion_tokens"]}
         return _chat_answer(answer, form, stream)
@@ -171,7 +172,8 @@ class KVCapsuleChatHandler(MTMDChatHandler):
             messages = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
         try:
             formatter = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
-            return formatter(messages=[self._shaped(formatter, message) for message in messages], **values).prompt
+            shaped: Any = [self._shaped(formatter, message) for message in messages]
+            return formatter(messages=shaped, **values).prompt
         # a template is a program of the model's maker
         except Exception as error:
             raise ValueError(f"the model's chat template refuses these messages: {' '.join(str(error).split()) or type(error).__name__}") from error
@@ -179,11 +181,10 @@ class KVCapsuleChatHandler(MTMDChatHandler):
     def _shaped(self, formatter: Jinja2ChatFormatter, message: dict[str, Any]) -> dict[str, Any]:
         """With the content as the template wants it for this role: a text, or a list of parts."""
         role, content = message["role"], message["content"]
-        takes = {kind: self._forms.get((role, kind)) for kind in (str, list)}
-        if None in takes.values():
-            takes = {kind: _takes(formatter, role, kind) for kind in (str, list)}
-            self._forms |= {(role, kind): taken for kind, taken in takes.items()}
+        if (role, str) not in self._forms:
+            self._forms |= {(role, kind): _takes(formatter, role, kind) for kind in (str, list)}
             gc.collect()  # an exception in Jinja leaves a cycle of frames, which would keep the Llama
+        takes = {kind: self._forms[role, kind] for kind in (str, list)}
         if isinstance(content, list) and not takes[list]:
             content = "".join(part["text"] for part in content)
         elif isinstance(content, str) and takes[list] and not takes[str]:
@@ -210,7 +211,7 @@ class KVCapsuleChatHandler(MTMDChatHandler):
 
 def _takes(formatter: Jinja2ChatFormatter, role: str, kind: type) -> bool:
     """Whether a template shows a content of this kind in a message of this role."""
-    message = {"role": role, "content": "probe" if kind is str else [{"type": "text", "text": "probe"}]}
+    message: Any = {"role": role, "content": "probe" if kind is str else [{"type": "text", "text": "probe"}]}
     for messages in ([message], [{"role": "user", "content": "?"}, message]):
         try:
             text = formatter(messages=messages).prompt

@@ -199,7 +199,7 @@ class KVCapsuleLlama(Llama):
                 raise ValueError(f"{name}: {value} is not a number above 0 and up to {most}")
 
     @classmethod
-    def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,
+    def from_pretrained(cls, repo_id: str, filename: str | None = None, additional_files: list[str] | None = None, local_dir: str | Path | None = None,  # type: ignore[override]
                         local_dir_use_symlinks: Any = "auto", cache_dir: str | Path | None = None, **kwargs: Any) -> KVCapsuleLlama:  # fmt: skip
         """As Llama.from_pretrained; projector and capsules beside the model come along. repo_id: user/repo or a folder; filename: a name or pattern, None = as
         llama.cpp chooses. local_dir_use_symlinks has no meaning any more. Raises ValueError."""

@@ -94,5 +94,6 @@ def keep_descriptors() -> None:
     """llama-cpp-python points stdout and stderr of the whole process at /dev/null while it loads; two threads at once leave them there. Its log, for mtmd
     as well, makes that needless."""
     nothing: Any = lambda self, *exception: None  # noqa: E731
-    suppress_stdout_stderr.__enter__ = suppress_stdout_stderr.__exit__ = nothing
+    for name in ("__enter__", "__exit__"):
+        setattr(suppress_stdout_stderr, name, nothing)
     log()._attach(llama_log_callback)

@@ -80,7 +80,7 @@ def write_model(g: Geometry, path: Path) -> Path:
     w.write_kv_data_to_file()
     w.write_ti_data_to_file()
     for _, shape in shapes:
-        w.write_tensor_data(np.ones(shape, np.float32) if len(shape) == 1 else random_q4_0(shape, rng))
+        w.write_tensor_data(np.ones(shape, np.float32) if len(shape) == 1 else random_q4_0((shape[0], shape[1]), rng))
     w.close()
     part.replace(path)
     return path

@@ -52,12 +52,12 @@ def choose(setting: str, handle: int, model: Path, mmproj: Path | None, architec
     optional = setting in (files.AUTO, files.NO_FILE)
     try:
         path = None if setting in (files.BUILT_IN, files.NO_FILE) else files.find_capsule(setting, model, mmproj, architecture, native.fingerprint(handle))
-        capsule = native.Capsule.builtin(handle) if path is None else None
+        builtin = native.Capsule.builtin(handle) if path is None else None
     except CapsuleError as error:
         if not optional:
             raise
         return Chosen(None, reason=str(error))
-    return Chosen(capsule or native.Capsule.load(handle, path), path, optional)
+    return Chosen(native.Capsule.load(handle, path) if path is not None else builtin, path, optional)
 
 
 def beside(model: Path, mmproj: Path | None) -> Path | None:

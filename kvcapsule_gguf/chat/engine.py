@@ -102,6 +102,7 @@ class Engine:
 
     def _open_projector(self, stack: ExitStack) -> None:
         mtmd = self.native.mtmd
+        assert self.mmproj is not None
         check_projector(self.mmproj, has_m_rope(self.llama, self.model))
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = self.options.n_gpu_layers != 0 and self.options.device != "none"

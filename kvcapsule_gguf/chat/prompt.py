@@ -27,7 +27,10 @@ class Chunk:
 
     @property
     def items(self) -> list[Item]:
-        return self.tokens if self.tokens is not None else [self.image]
+        if self.tokens is not None:
+            return list(self.tokens)
+        assert self.image is not None
+        return [self.image]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def _candidates(y: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.nd
     codes = np.zeros(y.shape, np.int16)
     best, best_xc, best_cc, best_sign = np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n, np.int64), np.ones(n, np.int32)
 
-    def attempt(z: np.ndarray, steps: np.ndarray, sign: np.ndarray | int) -> None:
+    def attempt(z: np.ndarray, steps: np.ndarray | np.int32, sign: np.ndarray | int) -> None:
         c = z * steps
         c += half
         c >>= shift

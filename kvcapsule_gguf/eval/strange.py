@@ -21,7 +21,7 @@ def draw_strange(scene: Scene) -> Image.Image:
     backgrounds = (_photograph, _photograph, _checkers, _noise, _paper, _night)
     field = backgrounds[rng.integers(len(backgrounds))](rng)
     image = Image.fromarray(field.clip(0, 255).astype(np.uint8))
-    font = rng.integers(3)  # of the whole picture, as pictures have
+    font = int(rng.integers(3))  # of the whole picture, as pictures have
     for item in scene.items:
         mask = _mask(item, font, rng)
         x, y = (item.x + rng.uniform(-12, 12), item.y + rng.uniform(-12, 12)) if item.kind != "word" else (item.x, item.y + rng.uniform(-14, 14))

@@ -85,5 +85,5 @@ class OwnPictures:
         self.questions = shown * len(self.prompts)
 
 
-DRAWN = {"scenes": scenes, "strange": strange, "pairs": pairs}
-SUITES = {**DRAWN, **{name: partial(real.samples, name) for name in ("composites", "pages", "photographs", "several", "words")}}
+DRAWN: dict[str, Callable[..., Iterator[Sample]]] = {"scenes": scenes, "strange": strange, "pairs": pairs}
+SUITES: dict[str, Callable[..., Iterator[Sample]]] = {**DRAWN, **{name: partial(real.samples, name) for name in ("composites", "pages", "photographs", "several", "words")}}

@@ -103,7 +103,8 @@ def _capsule_of(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> TileC
             array = of_kind(name, tensors, "iu" if kind is np.uint8 else "f")
             need(array.ndim == dimensions, f"tensor {name} has {array.ndim} dimensions, not {dimensions}")
             found[short] = narrow(name, array, kind)
-        layers.append(TileLayer(**typed(values, TileLayer, FIELDS), **found))
+        fields: dict[str, Any] = typed(values, TileLayer, FIELDS) | found
+        layers.append(TileLayer(**fields))
     need(bool(layers), "its config has no layers")
     base = Base(**typed(config["base"], Base, tuple(Base.__annotations__)))
     tiers = layers[0].k_table.shape[0]

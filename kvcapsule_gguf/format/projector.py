@@ -27,7 +27,8 @@ def fixed_tokens(mmproj: Path) -> int:
     try:
         values = read_header(mmproj, keys.__contains__).values
         kind = next((values[key].data for key in TYPE_KEYS if key in values), "mlp")
-        side, rest = divmod(*(int(values[key].data) for key in keys[2:]))
+        image, patch = (int(values[key].data) for key in keys[2:])
+        side, rest = divmod(image, patch)
     except (GGUFError, OSError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0
     return side * side if kind == "mlp" and not rest else 0
@@ -40,5 +41,5 @@ def check_projector(mmproj: Path, m_rope: bool) -> None:
     except (GGUFError, OSError):
         return  # loading it says what is wrong
     kind = next((value.data for key in TYPE_KEYS if (value := values.get(key)) is not None and value.type == "str" and not value.array), None)
-    if M_ROPE.get(kind, m_rope) != m_rope:
+    if kind is not None and M_ROPE.get(kind, m_rope) != m_rope:
         raise KVCapsuleError(f"{mmproj.name} is the projector of another kind of model ({kind}): give the one that was made with this model")

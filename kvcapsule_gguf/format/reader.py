@@ -8,7 +8,7 @@ from typing import Any
 
 from .gguf_header import GGUFError, Header, padded, read_header
 from .schema import INFIX, MAX_FILE, MAX_HEADER, MAX_KV
-from .validate import need
+from .validate import Invalid, need
 
 
 def has_capsule(path: str | Path) -> bool:
@@ -63,7 +63,8 @@ def is_string(header: Header, key: str) -> bool:
 
 def _check_type(header: Header, key: str, kind: str, array: bool) -> None:
     value = header.values.get(key)
-    need(value is not None, f"key {key} is missing")
+    if value is None:
+        raise Invalid(f"key {key} is missing")
     wanted = f"an array of {kind}" if array else kind
     found = f"an array of {value.type}" if value.array else value.type
     need((value.type, value.array) == (kind, array), f"key {key} is {found}, not {wanted}")

@@ -142,8 +142,8 @@ def validate_layer(c: TileCapsule, i: int, heads: int, d_k: int, d_v: int) -> No
     for key, value, most in (("head_count_kv", heads, MAX_HEADS), ("key_length", d_k, MAX_HEAD), ("value_length", d_v, MAX_HEAD)):
         need(1 <= value <= most, f"{PREFIX}base.{key} {at} is {value}")
     need(c.rotated <= d_k and c.rotated % 2 == 0, f"{PREFIX}base.rope.dimension_count {c.rotated} does not fit layer {x.index}")
-    for key, value in (("key_energy", x.k_energy), ("value_energy", x.v_energy)):
-        need(0 < value < 1e30, f"{PREFIX}{key} {at} is not a positive number")
+    for key, energy in (("key_energy", x.k_energy), ("value_energy", x.v_energy)):
+        need(0 < energy < 1e30, f"{PREFIX}{key} {at} is not a positive number")
 
 
 def validate_tensor(name: str, short: str, array: np.ndarray) -> None:
@@ -175,10 +175,16 @@ def validate_sizes(c: TileCapsule) -> None:
         need(abs(got / smaller - 1) <= 1e-3, f"{PREFIX}smaller of tier {t} is {smaller:.3f}, its tables give {got:.3f}")
 
 
+def _sizes(x: TileLayer) -> tuple[int, int, int]:
+    """KV heads, key length, value length."""
+    heads, d_k = x.k_mean.shape
+    return heads, d_k, x.v_mean.shape[1]
+
+
 def complete(c: TileCapsule) -> None:
     """Fills in how much smaller the tiers are. Raises Invalid for what no reader would take."""
     for i, x in enumerate(c.layers):
-        sizes = (*x.k_mean.shape, x.v_mean.shape[1])
+        sizes = _sizes(x)
         validate_layer(c, i, *sizes)
         there = tensors_of(x)
         wanted = shapes(c, x, *sizes, {short: ggml_shape(array) for short, array in there.items()})
@@ -186,7 +192,8 @@ def complete(c: TileCapsule) -> None:
             need(short in wanted, f"unexpected tensor {tensor_name(x.index, short)}")
         for short, (_, shape) in wanted.items():
             array, name = there.get(short), tensor_name(x.index, short)
-            need(array is not None, f"tensor {name} is missing")
+            if array is None:
+                raise Invalid(f"tensor {name} is missing")
             need(array.shape == shape, f"tensor {name} has shape {list(array.shape[::-1])}, not {list(shape[::-1])}")
             validate_tensor(name, short, array)
     c.smaller = [c.f16_bytes() / max(c.slot_bytes(t), 1) for t in range(len(c.smaller))]
@@ -216,11 +223,11 @@ def add_tile_capsule(w: gguf.GGUFWriter, c: TileCapsule) -> None:
         kind, array = KEYS[key]
         w.add_key_value(PREFIX + key, value, *((v.ARRAY, types[kind]) if array else (types[kind],)))
     for key, value in c.provenance.items():
-        kind = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
-        w.add_key_value(f"{PREFIX}train.{key}", str(value) if kind is v.STRING else value, kind)
+        stored = {bool: v.BOOL, int: v.INT64, float: v.FLOAT64}.get(type(value), v.STRING)
+        w.add_key_value(f"{PREFIX}train.{key}", str(value) if stored is v.STRING else value, stored)
     for x in c.layers:
         there = tensors_of(x)
-        for short, (kind, _) in shapes(c, x, *x.k_mean.shape, x.v_mean.shape[1], {short: ggml_shape(array) for short, array in there.items()}).items():
+        for short, (kind, _) in shapes(c, x, *_sizes(x), {short: ggml_shape(array) for short, array in there.items()}).items():
             w.add_tensor(tensor_name(x.index, short), np.ascontiguousarray(there[short], {"f32": "<f4", "f16": "<f2", "i8": "i1"}[kind]))
 
 
@@ -269,7 +276,7 @@ def _read(path: Path) -> TileCapsule:
     if sidecar:
         check_cover(h)
     expected = set()
-    for x, *sizes in zip(c.layers, heads, d_k, d_v):
+    for x, sizes in zip(c.layers, zip(heads, d_k, d_v)):
         there = {short: h.tensors[name].ne4 for short in TENSORS if (name := tensor_name(x.index, short)) in h.tensors}
         for short, (kind, shape) in shapes(c, x, *sizes, there).items():
             tensor = tensor_name(x.index, short)

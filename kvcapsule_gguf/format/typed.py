@@ -60,7 +60,7 @@ def of_kind(name: str, tensors: dict[str, np.ndarray], kinds: str) -> np.ndarray
 def narrow(name: str, x: np.ndarray, wanted: type) -> np.ndarray:
     """In the type of the capsule; what is finite must stay finite, and integers must fit."""
     with np.errstate(over="ignore"):
-        out = x.astype(wanted)
+        out: np.ndarray = x.astype(wanted)
     fits = np.array_equal(out, x) if x.dtype.kind in "iu" else np.isfinite(out).all() or not np.isfinite(x).all()
     if not fits:
         raise Invalid(f"tensor {name} has values too large for {np.dtype(wanted).name}")

@@ -28,8 +28,8 @@ def builtin_capsule(model: BaseModel) -> TileCapsule:
     tiers = [builtin_tables(model, x) for x in SMALLER]
     layers = []
     for i, index in enumerate(model.kv_layers):
-        means = [np.zeros((model.head_count_kv[index], lengths[index]), np.float32) for lengths in (model.key_length, model.value_length)]
-        tables = [np.stack([t[kind, i] for t in tiers]) for kind in "kv"]
-        layers.append(TileLayer(index, model.layer_rope[index], *means, *tables, 0.0, 0.0))
+        k_mean, v_mean = (np.zeros((model.head_count_kv[index], lengths[index]), np.float32) for lengths in (model.key_length, model.value_length))
+        k_table, v_table = (np.stack([t[kind, i] for t in tiers]) for kind in "kv")
+        layers.append(TileLayer(index, model.layer_rope[index], k_mean, v_mean, k_table, v_table, 0.0, 0.0))
     capsule = TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), layers, model.name)
     return replace(capsule, smaller=[capsule.f16_bytes() / capsule.slot_bytes(t) for t in range(len(SMALLER))])

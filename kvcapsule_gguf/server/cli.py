@@ -31,9 +31,13 @@ def run(options: Options) -> int:
     stop: list[int] = []  # the signal that ends it. An Event has a lock, which the thread that the signal interrupts may hold
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
     before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, _: object) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one is taken as it comes
+
     for number in before:
-        # a second signal is taken as it comes
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, ask)
     try:
         serve(options, stop)
         return 0

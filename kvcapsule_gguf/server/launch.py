@@ -244,4 +244,5 @@ class Upstream:
 
 def _end_with_parent() -> None:
     """Even a front that was killed leaves no server behind. It runs between fork and exec, where a lock of another thread may never become free: so it only calls."""
+    assert _libc is not None
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -292,5 +292,5 @@ def rival_scores(coded: Coded, tables: dict, keys: float = 1) -> np.ndarray:
 def quality_scores(coded: Coded, tables: dict, energy: dict[tuple[str, int], float]) -> np.ndarray:
     """f64 [T]: what a tier is chosen by (codec/quality.py)."""
     errors = tile_errors(coded, tables)
-    stack = [np.stack(x, -1) for x in (list(errors.values()), [coded.rival[x] for x in errors])]
-    return score(*stack, np.array([energy[x] for x in errors]))
+    error, rival = (np.stack(x, -1) for x in (list(errors.values()), [coded.rival[x] for x in errors]))
+    return score(error, rival, np.array([energy[x] for x in errors]))

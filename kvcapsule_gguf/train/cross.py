@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def axes_for(samples: Sequence[KVSample]) -> str:
     return "full" if len(samples) > 1 else "none"
 
 
-def cross_coded(model: BaseModel, samples: Sequence[KVSample], types: Sequence[int] = TYPES, basis: dict | None = None, **options: object) -> Coded:
+def cross_coded(model: BaseModel, samples: Sequence[KVSample], types: Sequence[int] = TYPES, basis: dict | None = None, **options: Any) -> Coded:
     """Errors only, in axes as `axes_for` says. Every sample has a whole tile. basis: other options of fit_basis, options: of Coded (the study's)."""
     fitted = {"v_axes": axes_for(samples), **(basis or {})}
     folds = min(FOLDS, len(samples))

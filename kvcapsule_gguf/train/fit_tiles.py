@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample], codec: str =
     samples = [s for s in samples if s.width >= SIDE and len(s.keys[0]) // s.width >= SIDE]
     if not samples:
         raise TrainError("no picture has a tile of 8 x 8 tokens to learn from")
-    transforms = {"dct": {}, "learned": {"learned": "kv"}, "retain": {"learned": "v", "retain": retain}}[codec]
+    options: dict[str, dict[str, Any]] = {"dct": {}, "learned": {"learned": "kv"}, "retain": {"learned": "v", "retain": retain}}
+    transforms = options[codec]
     basis = fit_basis(samples, model, v_axes=axes_for(samples), **transforms)
     coded = cross_coded(model, samples, TYPES, transforms)
     pyramid = layers == "pyramid"
@@ -46,9 +48,11 @@ def fit_tile_capsule(model: BaseModel, samples: Sequence[KVSample], codec: str =
     fitted = []
     for i, index in enumerate(model.kv_layers):
         k, v = basis["k", i], basis["v", i]
-        tables = [np.stack([t[kind, i] for t in tiers]).astype(np.int8) for kind in "kv"]
+        k_table, v_table = (np.stack([t[kind, i] for t in tiers]).astype(np.int8) for kind in "kv")
         axes = None if v.axes is None else v.axes.astype(np.float16)
-        energy = coded.energy["k", i], coded.energy["v", i]
-        fitted.append(TileLayer(index, model.layer_rope[index], k.mean, v.mean, *tables, *energy, axes, **k.tensors, **v.tensors))
+        layer = TileLayer(index, model.layer_rope[index], k.mean, v.mean, k_table, v_table, coded.energy["k", i], coded.energy["v", i], axes)
+        for short, x in (k.tensors | v.tensors).items():
+            setattr(layer, short, x)
+        fitted.append(layer)
     return TileCapsule(base_of(model), model.rope_dimensions, list(SMALLER), fitted, model.name,
                        {"images": len(samples), "codec": codec, "layers": layers, "smaller": smaller, "builtin_smaller": builtin, **licence_of(model)})

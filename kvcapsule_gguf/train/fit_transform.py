@@ -9,7 +9,7 @@ import numpy as np
 
 from ..codec.channels import LANES, gather
 from ..codec.head import Head
-from ..codec.transform import N
+from ..codec.transform import N, Retain
 from ..format.tile_transform import whole_of
 from .pattern import kept_tokens, most_used_first, neighbours
 from .source import TrainError
@@ -52,10 +52,11 @@ def fit_retain(x: np.ndarray, groups: Sequence[np.ndarray], options: RetainOptio
     coder = Head(np.zeros(d, np.float32), list(groups), np.full((33, len(groups)), KEPT_BITS, np.uint8))
     z = coder.load(coder.store(rows, WIDTH, WIDTH), WIDTH, WIDTH)[:, :, : len(kept)]
     gate = fit_gates(_lanes(z, groups), _lanes(y, groups), near, options.ridge).astype(np.float16)
-    out = {"k_order": order.astype(np.uint8), "k_near": near.astype(np.uint8), "k_gate": gate}
+    out: dict[str, np.ndarray] = {"k_order": order.astype(np.uint8), "k_near": near.astype(np.uint8), "k_gate": gate}
 
     def left() -> np.ndarray:
-        return np.stack([y[:, h] - whole_of(out, "k", h, groups).predict(z[:, h]) for h in range(heads)], 1)
+        coders = [whole_of(out, "k", h, groups) for h in range(heads)]
+        return np.stack([y[:, h] - coder.predict(z[:, h]) for h, coder in enumerate(coders) if isinstance(coder, Retain)], 1)
 
     rest = left()
     if options.mlp:

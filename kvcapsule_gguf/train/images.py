@@ -34,7 +34,8 @@ class Drawn:
         if not 0 <= i < self.count:
             raise IndexError(i)
         rng, name = np.random.default_rng([self.seed, i]), f"drawn picture {i + 1}"
-        size = tuple(map(int, rng.integers(*SIDES, 2, endpoint=True))) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
+        width, height = map(int, rng.integers(*SIDES, 2, endpoint=True)) if self.any_size else SHAPES[rng.integers(len(SHAPES))]
+        size = width, height
         if i % 2 == 0:
             scene = _make_scene(rng)
             return Picture(draw_scene(scene).resize(size, Image.Resampling.BICUBIC), tuple(q.prompt for q in make_questions(scene, 5)), name)

@@ -37,11 +37,11 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
     for part, share in zip(parts, shares or [1.0] * len(parts)):
         shape = {x: errors[x].shape for x in part}
         if scope == "model":  # all layers of a kind share
-            units = {kind: [x for x in part if x[0] == kind] for kind in KINDS}
+            units = [[x for x in part if x[0] == kind] for kind in KINDS]
         else:
-            units = {x: [x] for x in part}
+            units = [[x] for x in part]
         stacks, weights = [], []
-        for members in units.values():
+        for members in units:
             e = np.sum([errors[x] for x in members], 0)  # [H, 33, G, types]
             c = np.broadcast_to(sum(cost[x] for x in members), e.shape)
             if scope != "head":
@@ -55,7 +55,7 @@ def fit_tables(coded: Coded, bits: Sequence[float], scope: str = "head", groups:
         for found, b in zip(out, bits):
             pick = allocate(flat_e, flat_c, b * share * total)
             at = 0
-            for members, e in zip(units.values(), stacks):
+            for members, e in zip(units, stacks):
                 n = int(np.prod(e.shape[:-1]))
                 t = np.asarray(coded.types)[pick[at : at + n]].reshape(e.shape[:-1])
                 at += n

@@ -8,7 +8,7 @@ black and white.
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 BAND_PIXELS = 1 << 20  # what is converted at a time, so that little memory is needed beside the result
 
@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image) -> tuple[np.ndarray, str]:
 def fix_transparent_colour(image: Image.Image) -> None:
     """Pillow compares the one transparent colour of a PNG, which counts in the file's depth, with 8-bit pixels. To be called before the pixels are loaded."""
     colour = image.info.get("transparency")
-    if image.format != "PNG" or not image.tile or image.mode not in ("L", "RGB"):
+    if not isinstance(image, ImageFile.ImageFile) or image.format != "PNG" or not image.tile or image.mode not in ("L", "RGB"):
         return
     raw = str(image.tile[0].args)
     if isinstance(colour, int):
