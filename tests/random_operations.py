@@ -41,8 +41,8 @@ from llama_runner import (
 from tiny_gguf import TinyModel
 
 Operation = tuple[str, int, int, int, int]
-VOCAB, TOKENS_MAX, CELLS = 32, 260, 512
-WEIGHTS = {"say": 6, "show": 6, "compress": 6, "cut": 3, "cut_end": 2, "cut_slot": 2, "fork": 2, "together": 2, "shift": 2, "save": 1.5, "restore": 2, "spoil": 0.5,
+VOCAB, TOKENS_MAX, CELLS, HOT = 32, 600, 1024, 256  # the hot cache grows on the way
+WEIGHTS = {"say": 6, "tell": 4, "show": 6, "compress": 6, "cut": 3, "cut_end": 2, "cut_slot": 2, "fork": 2, "together": 2, "shift": 2, "save": 1.5, "restore": 2, "spoil": 0.5,
            "keep": 0.3, "clear": 0.2}
 TINY = TinyModel(n_head=2, n_head_kv=1, head=32, n_ff=32, n_vocab=VOCAB)
 
@@ -115,6 +115,15 @@ class Script:
         ids = np.random.default_rng(a).integers(0, VOCAB, 1 + b % 6).tolist()
         self.add(set_pos(seq, self.model.next(seq)))
         self.add(text(ids, seq=seq, one_by_one=c % 3 == 0))
+        self.model.add(seq, map(Token, ids))
+
+    def tell(self, seq: int, a: int, b: int, c: int) -> None:
+        """A long text."""
+        ids = np.random.default_rng(a).integers(0, VOCAB, 30 + b % 90).tolist()
+        if len(self.model.cells) + len(ids) > TOKENS_MAX:
+            return self.cut(seq, a, 0, 1)
+        self.add(set_pos(seq, self.model.next(seq)))
+        self.add(text(ids, seq=seq))
         self.model.add(seq, map(Token, ids))
 
     def show(self, seq: int, a: int, b: int, c: int) -> None:
@@ -256,7 +265,7 @@ class Script:
         s = self.setting
         model = folder(s.model)
         common = {"flash_attn": s.flash_attn, "type_k": "f32", "type_v": "f32", "n_ctx": CELLS, "n_ubatch": s.n_ubatch}
-        ours = Case(self.name, model, self.ours, capsule=capsule(model), n_hot=CELLS, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
+        ours = Case(self.name, model, self.ours, capsule=capsule(model), n_hot=HOT, auto_compress=s.auto, n_seq_max=s.n_seq, **common)
         stock = [Case(self.name, model, self.stock, n_seq_max=s.n_seq + 1, **common)]
         for seq, (at, steps) in self.fresh.items():
             stock.append(Case(f"{self.name}/{seq}", model, [*steps, self.ours[at] | {"seq": 0}], **common))
@@ -294,6 +303,8 @@ class Script:
             return "" if step.values["positions"] == want else f"positions {step.values['positions']}, expected {want}"
         if "stats" in step.values:
             seen = step.values["stats"]
+            if self.setting.arch != "qwen2vl":  # the width of an image is read from its keys, and these are noise: any number of tiles may be right
+                want = {k: v for k, v in want.items() if k != "slots"}
             seen = {k: (seen | {"slots": sum(seen["n_slots_tier"])})[k] for k in want}
             if self.setting.auto:  # when an image is compressed is not modelled, what is there is
                 want, seen = ({"vision": c["n_hot_vision"] + c["n_cold"], "text": c["n_hot_used"] - c["n_hot_vision"]} for c in (want, seen))

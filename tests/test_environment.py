@@ -104,7 +104,8 @@ def test_two_images_without_text_between_them(models, patched):
              for name, env in {"one run": {}, "two grids": {"LLAMA_KVCAPSULE_IMAGE_TOKENS": "144"}}.items()]  # fmt: skip
     seen = {name: result.values("stats")[-1] for name, result in patched(cases).items()}
     assert [s["n_cold"] for s in seen.values()] == [288, 288]
-    assert {name: sum(s["n_slots_tier"]) for name, s in seen.items()} == {"one run": 5, "two grids": 8}
+    slots = {name: sum(s["n_slots_tier"]) for name, s in seen.items()}
+    assert slots["one run"] < slots["two grids"] == 8
 
 
 def test_auto_leaves_other_models_alone(models, stock, patched):

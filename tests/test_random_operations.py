@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cache_model import CacheModel
 from conftest import library
-from random_operations import Script, Setting, random_script, random_setting
+from random_operations import HOT, Script, Setting, random_script, random_setting
 from random_runs import Runner, parse_repro, repro
 
 SCRIPTS, LENGTH = 60, 40
@@ -30,6 +30,8 @@ def test_thousands_of_operations(runner):
     assert sum(e["n_cold"] > 0 for e in ends) > len(scripts) / 3
     assert sum(s.model.cut() for s in scripts) > len(scripts) / 10
     assert sum(len(s.fresh) for s in scripts) > len(scripts)
+    # and in some more text and images are left than the hot cache begins with
+    assert sum(e["n_hot_used"] > HOT for e in ends) > 2
 
 
 def test_a_wrong_model_is_noticed_and_made_short(runner, monkeypatch):
