@@ -81,6 +81,7 @@ static void print(const llama_capsule_tables & c) {
         }
         tensors.push_back(hash(l.k_table));
         tensors.push_back(hash(l.v_table));
+        tensors.push_back(hash(l.narrow));
     }
     print(metadata(c), tensors);
 }
