@@ -458,9 +458,11 @@ static CAPSULE_INLINE void search_try(const search_values & v, int32_t sign, int
         cc += codes[i]*codes[i];
     }
 
-    const int64_t gain = xc > 0 ? (int64_t) xc*xc/std::max(cc, 1) : 0;
-    if (gain > best.gain) {
-        best = { gain, xc, cc, sign, steps };
+    // whether xc^2/cc, rounded down, is more than the best; most tries are worse, and need no division
+    const int64_t square = xc > 0 ? (int64_t) xc*xc : 0;
+    const int64_t least  = std::max(cc, 1);
+    if (square >= (best.gain + 1)*least) {
+        best = { square/least, xc, cc, sign, steps };
     }
 }
 
