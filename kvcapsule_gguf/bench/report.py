@@ -36,7 +36,7 @@ def whole_table(rows: Sequence[WholeRow]) -> str:
     for r in rows:
         first = "" if r.setting == rows[0].setting else str(r.token_ratio)
         second = "" if r.setting == rows[0].setting or not r.first_token_s else str(r.first_token_ratio)
-        body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}", second,
+        body.append([r.geometry, str(r.images), r.setting, f"{r.tokens_per_s:.2f}", first, f"{r.first_token_s:.2f}" if r.first_token_s else "", second,
                      f"{r.kv_bytes / MIB:.0f}", *(f"{n / MIB:.0f}" for n in r.text_kv_bytes), f"{r.memory_bytes / MIB:.0f}"])
     return table(head, body)
 

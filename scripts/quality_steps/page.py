@@ -14,12 +14,11 @@ from kvcapsule_gguf.eval.run import Evaluation, Measured
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "docs" / "results" / "format-study-sealed.md"
-FILES = {"demo": "demo-quality.md", "strange": "demo-strange.md", "mrope": "demo-mrope.md", "real": "real-quality.md", "sealed": "real-sealed.md"}
+FILES = {"demo": "demo-quality.md", "strange": "demo-strange.md", "mrope": "demo-mrope.md", "sealed": "real-sealed.md"}
 TITLES = {
     "demo": "Quality: the first demo model",
     "strange": "Quality: the first demo model in an unseen style",
     "mrope": "Quality: the second demo model, pictures of mixed sizes",
-    "real": "Quality: the real decoder",
     "sealed": "The real decoder: the study's sealed pictures through llama.cpp",
 }
 CACHES = """\
@@ -30,7 +29,6 @@ ABOUT = {
     "demo": "Held-out questions about drawn scenes, and the bundled capsule.\n\n![KL divergence against size](../pictures/quality.svg)\n\n",
     "strange": "The same questions about scenes in a style that neither the model nor its capsule has seen.\n\n",
     "mrope": "Held-out questions about drawn scenes of 280 to 420 pixels each way, and the bundled capsule.\n\n",
-    "real": "The [real decoder](../design/real-decoder.md) on the test part of its suites. Its capsule is fitted to 12 composites of the calibration part; photographs\nand pages are unlike them.\n\n",
     "sealed": """\
 The same pictures and questions as in the [last table of the format study](format-study-sealed.md), which was a simulation in torch, f32. Here compression and attention are those of
 the library, the weights are F16, and the decoder is the [real one](../design/real-decoder.md). KLD is in nats: the mean over the tokens of a picture's three answers, then over pictures,
@@ -44,7 +42,7 @@ def page(what: str, model: str, results: Mapping[str, Evaluation], measured: str
     if what == "sealed":
         parts += [delivered(results), *(f"## {suite.capitalize()}\n\n{by_picture(result)}" for suite, result in results.items())]
     else:
-        parts += [(f"## {suite.capitalize()}\n\n" if len(results) > 1 else "") + markdown(as_json(result)) for suite, result in results.items()]
+        parts += [markdown(as_json(result)) for result in results.values()]
     return "\n".join(parts)
 
 
