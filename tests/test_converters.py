@@ -18,9 +18,9 @@ from synthetic_kv import source
 
 from kvcapsule_gguf.codec.rope import apply_rope
 from kvcapsule_gguf.format.capsule import CapsuleError, CapsuleFileError
-from kvcapsule_gguf.format.checkpoint import read_checkpoint, write_checkpoint
+from kvcapsule_gguf.format.checkpoint import KINDS, read_checkpoint, write_checkpoint
 from kvcapsule_gguf.format.embed import embed
-from kvcapsule_gguf.format.tile_capsule import read_tile_capsule, write_tile_capsule
+from kvcapsule_gguf.format.tile_capsule import TENSORS, read_tile_capsule, write_tile_capsule
 from kvcapsule_gguf.train.arrays import fit_capsule, interleave
 from kvcapsule_gguf.train.source import KVSample, TrainError
 
@@ -46,7 +46,7 @@ def vlm(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("outtype", ["f16", "f32"])
 def test_to_safetensors_and_back_is_the_same_file(models, tmp_path, axes, codec, outtype):
     save = pytest.importorskip("safetensors.numpy")
-    first = random_capsule(models(arch="llama"), tmp_path / "kvcapsule-a.gguf", tiers=((0, 1, 2, 3), MIXED, 8), axes=axes, codec=codec, mlp=8 * (codec == "retain"))
+    first = random_capsule(models(arch="llama"), tmp_path / "kvcapsule-a.gguf", tiers=((0, 1, 2, 3), MIXED, 8), axes=axes, codec=codec, mlp=8 * (codec == "retain"), narrow=[[1, 0]] * axes)
     script = "converters/convert_kvcapsule_to_gguf.py"
     done = run(script, "--reverse", first, "--outtype", outtype, "--outfile", tmp_path / "{ftype}.safetensors", "--base", models(arch="llama"))
     assert done.stdout == "" and f"{outtype}.safetensors" in done.stderr
@@ -55,6 +55,10 @@ def test_to_safetensors_and_back_is_the_same_file(models, tmp_path, axes, codec,
     assert ("layers.0.v_axes" in tensors) == axes and (not axes or tensors["layers.0.v_axes"].dtype == {"f16": np.float16, "f32": np.float32}[outtype])
     run(script, tmp_path / "x.safetensors", "--outfile", tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == first.read_bytes()
+
+
+def test_a_checkpoint_has_every_tensor_of_a_capsule():
+    assert set(KINDS) == set(TENSORS)
 
 
 def test_a_dry_run_writes_nothing(models, tmp_path):

@@ -21,7 +21,7 @@ FIELDS = ("index", "rope", "k_energy", "v_energy")
 KINDS = {
     "k_mean": (np.float32, 2), "v_mean": (np.float32, 2), "k_table": (np.uint8, 4), "v_table": (np.uint8, 4), "v_axes": (np.float16, 3),
     "k_transform": (np.float16, 2), "v_transform": (np.float16, 2), "k_order": (np.uint8, 1), "k_near": (np.uint8, 2), "k_gate": (np.float16, 4),
-    "k_mlp_up": (np.float16, 3), "k_mlp_bias": (np.float32, 2), "k_mlp_down": (np.float16, 3),
+    "k_mlp_up": (np.float16, 3), "k_mlp_bias": (np.float32, 2), "k_mlp_down": (np.float16, 3), "narrow": (np.uint8, 1),
 }  # fmt: skip
 REQUIRED = ("k_mean", "v_mean", "k_table", "v_table")
 
