@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import chart, flags
+from . import chart, flags, includes
 
 
 def made(root: Path) -> dict[Path, str]:
@@ -12,4 +12,5 @@ def made(root: Path) -> dict[Path, str]:
     return {
         root / "docs" / "reference" / "flags.md": flags.page(root),
         root / "docs" / "pictures" / "quality.svg": chart.quality(root / "docs" / "results" / "demo-quality.json"),
+        root / "docs" / "pictures" / "includes.svg": includes.picture(root / "patches" / "files"),
     }
