@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +34,15 @@ class Panel:
     log_y: bool = False
 
 
+def png(name: str) -> Path:
+    """Of a flag, so that a wrong name is refused before anything is measured."""
+    if Path(name).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{name}: pictures are written as .png")
+    return Path(name)
+
+
 def draw(path: Path, panels: Sequence[Panel]) -> None:
-    """Panels side by side. Raises OSError, and ValueError for anything but a .png name."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: pictures are written as .png")
+    """Panels side by side, as PNG. Raises OSError."""
     legend = LEGEND_LINE * max((len(p.series) + 1) // 2 for p in panels)
     image = Image.new("RGB", (WIDTH * len(panels), HEIGHT + legend), "white")
     for i, panel in enumerate(panels):

@@ -206,6 +206,9 @@ def test_inspect_says_what_is_in_it(good, tmp_path, capsys):
     assert main([str(good)]) == 0
     shown = capsys.readouterr().out
     assert f"{capsule.smaller[0]:.2f}x" in shown and capsule.base.fingerprint[:16] in shown
+    with pytest.raises(SystemExit, match="2"):
+        main([str(good), "--plot", str(tmp_path / "p.jpg")])
+    assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:-40])
     assert main([str(tmp_path / "cut.gguf")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

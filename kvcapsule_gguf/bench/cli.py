@@ -12,6 +12,7 @@ from typing import Any
 
 from ..chat.args import number
 from ..chat.files import demo_folder, model_in
+from ..plot import png
 from ..runtime import program
 from . import compress, demo, op, report, whole
 from .geometry import GEOMETRIES
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
             q.add_argument("--ik", type=Path, metavar="PYTHON", help="the Python that has ik-llama-cpp-python, for caches with ik in their name")
             q.add_argument("--folder", type=Path, default=Path(".cache") / "bench", metavar="DIR", help="for the models that it makes (default: %(default)s)")
         if name in ("op", "model"):
-            q.add_argument("--plot", type=Path, metavar="F.png", help="draw a picture as well")
+            q.add_argument("--plot", type=png, metavar="F.png", help="draw a picture as well")
         return q
 
     q = add("op", "attention alone, in one layer", tuple(SETTINGS), op.DEFAULT)

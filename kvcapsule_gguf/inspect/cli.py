@@ -11,7 +11,7 @@ from typing import Any
 
 from ..format.reader import has_capsule
 from ..format.tile_capsule import read_tile_capsule
-from ..plot import Panel, Series, draw
+from ..plot import Panel, Series, draw, png
 from ..runtime import program
 from . import report
 from .builtin import builtin_of
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p = program.Parser(prog="kvcapsule-inspect", description="What a capsule stores, what it costs, how it was made.")
     p.add_argument("file", type=Path, metavar="FILE", help="a capsule, an mmproj with one inside, or a model, for its built-in capsule")
     p.add_argument("--json", action="store_true", help="machine-readable, instead of the text")
-    p.add_argument("--plot", type=Path, metavar="OUT.png", help="bits by layer")
+    p.add_argument("--plot", type=png, metavar="OUT.png", help="bits by layer")
     return p
 
 
