@@ -148,12 +148,13 @@ def test_scaled_rope(scaled, name):
 
 
 def test_the_cache_of_the_window(models, capsules, patched):
-    """It is small, which is said, and the hot cache is never smaller: the window and a batch are in it."""
+    """It is small, which is said: the window and a batch are in it, however few cells the cache of the other layers begins with."""
     sizes = {"n_ctx": 2048, "n_hot": 256, "n_ubatch": 512}
     runs = patched([Case(arch, models(arch=arch), [stats()], capsule=capsules(models(arch=arch)), **sizes) for arch in ("llama", "gemma3")])
     line = "swa_full is off with a capsule"
     assert [sum(line in x for x in runs[arch].log) for arch in ("llama", "gemma3")] == [0, 1]
-    assert [runs[arch].values("stats")[0]["n_hot"] for arch in ("llama", "gemma3")] == [256, 768]
+    assert [runs[arch].values("stats")[0]["n_hot"] for arch in ("llama", "gemma3")] == [256, 256]
+    assert sum("creating     SWA KV cache, size = 768 cells" in x for x in runs["gemma3"].log) == 1
 
 
 KINDS = ("llama", "gemma3", "gemma4-e", "llama4", "qwen35", "granitehybrid")  # of memory
