@@ -201,7 +201,7 @@ def test_the_decoder_is_llama_cpp_s(name, tmp_path):
         picture = vlm.read(Prompts(vlm).before(), next(study.items("like"))[0])
         cache = Cache(vlm, Setting("f16"), 2048, len(found.questions))
         try:
-            cache.show(picture)
+            cache.show(picture, {})
             n_past = len(found.before) + (found.width if name == "mrope" else len(found.embd))
             tail = cache.n_past - n_past  # tokens after the picture that belong to it
             theirs = cache.ask([(t[tail:], n) for t, n in found.questions])
