@@ -73,7 +73,7 @@ static bool decode(int32_t n, llama_pos pos, bool image) {
         batch.seq_id[i][0] = 0;
         batch.logits[i]    = i == n - 1;
     }
-    const int rc = llama_decode(batch);
+    const int rc = llama_decode(ctx, batch);
     llama_batch_free(batch);
 
     return rc == 0;
